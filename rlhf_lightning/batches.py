@@ -1,0 +1,125 @@
+"""The nouns of the pipeline: what the data side hands to the modules, with a shape on every field.
+
+Shapes: ``B`` rows, ``S`` prompt + response tokens, ``P`` prompt tokens, ``T`` response tokens. Sequences are
+right-padded and carry their lengths; masks are made from lengths, never from ``tokens != pad``, so a pad token that
+equals EOS is right by construction. Masks are bool and True counts.
+
+Batches are plain dataclasses with their own ``.to`` and are never mutated (Lightning rebuilds dataclass batches field by
+field, which refuses frozen ones).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+_B = TypeVar("_B", bound="_Batch")
+
+
+def length_mask(lengths: Tensor, width: int) -> Tensor:
+    """True at the first ``lengths[b]`` of ``width`` positions: ``[B]`` int -> ``[B, width]`` bool."""
+    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
+
+
+@dataclass
+class _Batch:
+    def to(self: _B, device: torch.device | str, **kwargs: Any) -> _B:
+        """A copy with every tensor (also of nested batches) on ``device``; anything else is shared."""
+        return self._map(lambda tensor: tensor.to(device, **kwargs))
+
+    def pin_memory(self: _B) -> _B:
+        """A copy with every tensor in pinned memory (called by DataLoader when ``pin_memory`` is on)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self: _B, function: Any) -> _B:
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
+            elif is_dataclass(value) and isinstance(value, _Batch):
+                changed[field.name] = value._map(function)
+        return replace(self, **changed)
+
+
+@dataclass
+class DemonstrationBatch(_Batch):
+    """Prompts with the responses to imitate (SFT), or one side of a preference pair."""
+
+    tokens: Tensor  # [B, S] int64, prompt then response, right-padded
+    lengths: Tensor  # [B] int64, prompt + response tokens
+    prompt_lengths: Tensor  # [B] int64, prompt tokens; the response is tokens[b, prompt_lengths[b]:lengths[b]]
+    weights: Tensor  # [B] float32, how much the row counts; 0 marks a filler row that evens out the ranks
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, S] bool, True on real tokens."""
+        return length_mask(self.lengths, self.tokens.shape[1])
+
+
+@dataclass
+class PreferenceBatch(_Batch):
+    """Pairs of responses to the same prompts, the first preferred to the second."""
+
+    chosen: DemonstrationBatch  # B rows
+    rejected: DemonstrationBatch  # B rows, its own width S
+    margins: Tensor  # [B] float32, by how much the chosen one is better, in reward units; 0 where not given
+    weights: Tensor  # [B] float32, how much the pair counts; 0 marks a filler row
+
+    def __len__(self) -> int:
+        return self.weights.shape[0]
+
+
+@dataclass
+class PromptBatch(_Batch):
+    """Prompts to answer."""
+
+    tokens: Tensor  # [B, P] int64, right-padded
+    lengths: Tensor  # [B] int64
+    rows: Tensor  # [B] int64, the row's number in the whole prompt set: the same for any batching or process count
+    weights: Tensor  # [B] float32; 0 marks a filler row
+    prompts: list[str]  # B raw prompts as the user wrote them (chat prompts: the last user message)
+    columns: dict[str, list[Any]]  # the rows' other columns, each a list of B; handed to reward functions by name
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass
+class Rollout(_Batch):
+    """Sampled responses to a batch of prompts."""
+
+    prompts: PromptBatch  # B rows
+    tokens: Tensor  # [B, S] int64, prompt then response, right-padded
+    lengths: Tensor  # [B] int64, prompt + response tokens, the EOS token included where one was sampled
+    prompt_lengths: Tensor  # [B] int64
+    log_probs: Tensor  # [B, T] float32, of each sampled token under the sampling distribution; 0 past the end
+    truncated: Tensor  # [B] bool, True where the token limit ended the response: no EOS was sampled, none is added
+    responses: list[str]  # B decoded responses without special tokens
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """[B] int64, response tokens, EOS included."""
+        return self.lengths - self.prompt_lengths
+
+    @property
+    def response_mask(self) -> Tensor:
+        """[B, T] bool, True on response tokens, EOS included."""
+        return length_mask(self.response_lengths, self.log_probs.shape[1])
+
+
+@dataclass(frozen=True)
+class View:
+    """What a module wants from the DataModule; modules set it as ``data_view``."""
+
+    kind: Literal["demonstrations", "pairs", "prompts"]
+    steps: int | None = None  # prompts only: serve this many batches, going round the prompts; None: each row once
