@@ -1,0 +1,89 @@
+"""Argument checks of the operators: the same for the native and the reference path.
+
+Every message names the operator, the argument, what was expected and what was got. A wrong type or dtype is a TypeError;
+a wrong shape, device or value is a ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def float_tensor(operator: str, name: str, value: object) -> None:
+    """``value`` must be a tensor of one of the four dtypes that the operators accept."""
+    _dtype(operator, name, value, FLOAT_DTYPES, "float32, bfloat16, float16 or float64")
+
+
+def bool_tensor(operator: str, name: str, value: object) -> None:
+    _dtype(operator, name, value, (torch.bool,), "bool")
+
+
+def int64_tensor(operator: str, name: str, value: object) -> None:
+    _dtype(operator, name, value, (torch.int64,), "int64")
+
+
+def _dtype(operator: str, name: str, value: object, allowed: tuple[torch.dtype, ...], words: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{operator}: {name} must be a {words} tensor, got {type(value).__name__}")
+    if value.dtype not in allowed:
+        raise TypeError(f"{operator}: {name} must be a {words} tensor, got {_name(value.dtype)}")
+
+
+def dimensions(operator: str, name: str, value: Tensor, shape: str, count: int) -> None:
+    """``value`` must have ``count`` dimensions; ``shape`` is how the contract writes them, e.g. ``[B, T]``."""
+    if value.dim() != count:
+        raise ValueError(f"{operator}: {name} must have {count} dimensions {shape}, got shape {list(value.shape)}")
+
+
+def same_shape(operator: str, name: str, value: Tensor, shape: torch.Size, whose: str) -> None:
+    """``value`` must have exactly ``shape``, which is ``whose``; nothing broadcasts."""
+    if value.shape != shape:
+        raise ValueError(
+            f"{operator}: {name} must have the shape of {whose}, {list(shape)}, got shape {list(value.shape)}"
+        )
+
+
+def same_device(operator: str, name: str, value: Tensor, device: torch.device, whose: str) -> None:
+    if value.device != device:
+        raise ValueError(f"{operator}: {name} must be on the device of {whose}, {device}, got {value.device}")
+
+
+def same_dtype(operator: str, name: str, value: Tensor, dtype: torch.dtype, whose: str) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{operator}: {name} must have the dtype of {whose}, {_name(dtype)}, got {_name(value.dtype)}")
+
+
+def number(operator: str, name: str, value: object, words: str, low: float, high: float, open_low: bool) -> None:
+    """``value`` must be a finite number in ``[low, high]``, or ``(low, high]`` if ``open_low``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{operator}: {name} must be {words}, got {type(value).__name__}")
+    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        raise ValueError(f"{operator}: {name} must be {words}, got {value}")
+
+
+def token_range(operator: str, tokens: Tensor, vocabulary: int) -> None:
+    """Every token must be in ``[0, vocabulary)``. The native operators check this as they read; the reference asks here.
+
+    Not asked on an accelerator, where reading the answer back would stall the queue and gather has its own assertion,
+    nor while compiling, where there are no values.
+    """
+    if torch.compiler.is_compiling() or tokens.device.type != "cpu" or tokens.numel() == 0:
+        return
+    low, high = (int(x) for x in tokens.aminmax())
+    if low < 0 or high >= vocabulary:
+        got = low if low < 0 else high
+        raise ValueError(f"{operator}: tokens must be in [0, {vocabulary}), got {got}")
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any operand is, else float32: the dtype of the arithmetic and of the outputs."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,56 @@
+"""Log-probabilities of given tokens, and the entropy of the distributions they were drawn from, in one read of the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.ops import checks
+
+_NAME = "token_log_probs"
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token, and entropy, under ``softmax(logits / temperature)``, in nats.
+
+    The naive equivalent::
+
+        log_p = torch.log_softmax(logits.float() / temperature, dim=-1)
+        log_probs = log_p.gather(-1, tokens[..., None])[..., 0]
+        entropy = -(log_p.exp() * log_p).sum(-1)  # p log p = 0 where p = 0
+
+    Args:
+        logits: ``[..., V]`` floating point; -inf marks an impossible token.
+        tokens: ``[...]`` int64 in ``[0, V)``. There is no ignore index: give padding any valid id and mask the result.
+        temperature: a positive number.
+
+    Returns:
+        ``(log_probs, entropy)``, each ``[...]`` float32 (float64 for float64 logits), both differentiable in ``logits``
+        (once). The log-probability of an impossible token is -inf; a row whose largest logit is not finite gives NaN.
+
+    Raises:
+        TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value, a token outside the vocabulary (on
+        the CPU; elsewhere that is a device-side assertion).
+    """
+    _check(logits, tokens, temperature)
+    return reference(logits, tokens, temperature)
+
+
+def reference(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """:func:`token_log_probs` in plain PyTorch; gradients by autograd."""
+    checks.token_range(_NAME, tokens, logits.shape[-1])
+    log_p = torch.log_softmax(logits.to(checks.compute_dtype(logits)) / temperature, dim=-1)
+    log_probs = log_p.gather(-1, tokens[..., None])[..., 0]
+    # With 0 in place of log 0 the product is the limit 0, and its gradient is 0 rather than 0 * inf.
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+    return log_probs, entropy
+
+
+def _check(logits: Tensor, tokens: Tensor, temperature: float) -> None:
+    checks.float_tensor(_NAME, "logits", logits)
+    checks.int64_tensor(_NAME, "tokens", tokens)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{_NAME}: logits must have shape [..., V] with V > 0, got shape {list(logits.shape)}")
+    checks.same_shape(_NAME, "tokens", tokens, logits.shape[:-1], "logits without its last dimension")
+    checks.same_device(_NAME, "tokens", tokens, logits.device, "logits")
+    checks.number(_NAME, "temperature", temperature, "a positive number", 0.0, float("inf"), open_low=True)
