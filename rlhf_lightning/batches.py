@@ -24,6 +24,25 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
 
 
+def micro_batches(lengths: Tensor, budget: int) -> list[Tensor]:
+    """Row numbers grouped so that a group's padded tokens, rows times its longest, stay within the budget.
+
+    Args:
+        lengths: ``[B]`` int64, tokens in each row.
+        budget: padded tokens in a group at most; a single row longer than it is a group of its own.
+
+    Returns: int64 tensors that together hold every row number once, rows of similar length together, longest first (what
+    does not fit into memory then fails at once).
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    groups, start = [], 0
+    while start < len(order):
+        rows = max(1, budget // max(1, int(lengths[order[start]])))
+        groups.append(order[start : start + rows])
+        start += rows
+    return groups
+
+
 @dataclass
 class _Batch:
     def to(self: _B, device: torch.device | str, **kwargs: Any) -> _B:

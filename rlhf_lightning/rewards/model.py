@@ -1,0 +1,87 @@
+"""A trained reward model as a reward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.batches import Rollout
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, same_vocabulary
+from rlhf_lightning.models.positions import at_last_token
+from rlhf_lightning.models.scalar import ScalarModel
+from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.rewards.base import Reward, check_scores
+
+
+class ModelReward(Reward):
+    """The score that a reward model gives at the last token of prompt + response, minus its mean, over its deviation.
+
+    Args:
+        path: a folder saved by the reward model's run, or any ``AutoModelForSequenceClassification`` folder with one label.
+        micro_batch_tokens: padded tokens in one forward pass at most.
+        trust_remote_code: run model code that comes with the weights.
+
+    Where the reward model's vocabulary is not the policy's, prompts and responses are decoded and encoded again with its
+    own tokenizer (and EOS put after responses that ended by EOS).
+
+    Raises: InputError when the folder holds no trained reward model.
+    """
+
+    def __init__(self, path: str, micro_batch_tokens: int = 16384, trust_remote_code: bool = False) -> None:
+        super().__init__()
+        if micro_batch_tokens < 1:
+            raise InputError(f"reward micro_batch_tokens: expected a positive number, got {micro_batch_tokens}")
+        self.path = path
+        self.micro_batch_tokens = micro_batch_tokens
+        self.trust_remote_code = trust_remote_code
+        self.scalar: ScalarModel | None = None
+        self._own_tokenizer: PreTrainedTokenizerBase | None = None
+        self._policy_tokenizer: PreTrainedTokenizerBase | None = None
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, mesh: Any | None = None) -> None:
+        if self.scalar is not None:
+            return
+        model = load_scalar_model(self.path, fresh_head=False, trust_remote_code=self.trust_remote_code)
+        scalar = ScalarModel(model).eval().requires_grad_(False)
+        self.scalar = shard(scalar, mesh) if mesh is not None else scalar.to(device)
+        own = load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
+        self._policy_tokenizer = tokenizer
+        self._own_tokenizer = None if same_vocabulary(own, tokenizer) else own
+
+    @torch.no_grad()
+    def forward(self, rollout: Rollout) -> Tensor:
+        assert self.scalar is not None, "prepare() comes before the first score"
+        tokens, lengths = rollout.tokens, rollout.lengths
+        if self._own_tokenizer is not None:
+            tokens, lengths = self._encoded_again(rollout, self._own_tokenizer)
+        rows = max(1, self.micro_batch_tokens // max(1, tokens.shape[1]))
+        scores = [
+            at_last_token(self.scalar(tokens[i : i + rows], lengths[i : i + rows]), lengths[i : i + rows])
+            for i in range(0, len(tokens), rows)
+        ]
+        return check_scores(torch.cat(scores), rollout, self.path)
+
+    def _encoded_again(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+        policy_tokenizer = self._policy_tokenizer
+        assert policy_tokenizer is not None
+        encoded = []
+        for row in range(len(rollout)):
+            prompt = policy_tokenizer.decode(
+                rollout.tokens[row, : rollout.prompt_lengths[row]].tolist(), skip_special_tokens=True
+            )
+            ids = [
+                *tokenizer(prompt, add_special_tokens=False)["input_ids"],
+                *tokenizer(rollout.responses[row], add_special_tokens=False)["input_ids"],
+            ]
+            if not rollout.truncated[row] and tokenizer.eos_token_id is not None:
+                ids.append(tokenizer.eos_token_id)
+            encoded.append(ids or [tokenizer.eos_token_id or 0])
+        lengths = torch.tensor([len(ids) for ids in encoded], device=rollout.tokens.device)
+        tokens = torch.zeros(len(encoded), int(lengths.max()), dtype=torch.int64, device=rollout.tokens.device)
+        for row, ids in enumerate(encoded):
+            tokens[row, : len(ids)] = torch.tensor(ids, device=tokens.device)
+        return tokens, lengths

@@ -1,0 +1,1 @@
+"""Prompts to sampled responses with their log-probs."""
