@@ -65,4 +65,5 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Re
     All ``[B, T]``; returns a float64 scalar, NaN where the returns do not vary. ``reduce`` as in `masked.masked_mean`.
     """
     error = masked_variance(returns.double() - values.double(), mask, reduce)
-    return 1.0 - error / masked_variance(returns.double(), mask, reduce)
+    spread = masked_variance(returns.double(), mask, reduce)
+    return torch.where(spread > 0, 1.0 - error / spread, torch.nan)
