@@ -1,0 +1,77 @@
+"""Cut one preference file into three with no prompt in common: for the policy, for the judge, and held out.
+
+A win rate by the reward model that PPO climbed says how well it was climbed, not whether answers got better. So the rows of
+one part of the prompts train the policy's reward model (and SFT, DPO and PPO), those of a second part train another reward
+model that only judges, and a third part is for measuring. The cut is by a hash of the prompt: every row of a prompt lands in
+the same part, and adding rows to the file moves none of the others.
+
+    python examples/smollm2/split.py pairs.jsonl.gz --out runs/smollm2/data
+
+writes policy.jsonl, judge.jsonl, heldout.jsonl (rows as they were) and heldout_prompts.jsonl (each held-out prompt once).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+PARTS = ("policy", "judge", "heldout")
+
+
+def part_of(prompt: Any, shares: tuple[float, float, float] = (0.35, 0.35, 0.3), seed: int = 0) -> str:
+    """Which of `PARTS` the prompt (a string, or chat messages) belongs to."""
+    digest = hashlib.sha256(json.dumps([seed, prompt]).encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64 * sum(shares)
+    return PARTS[0] if place < shares[0] else PARTS[1] if place < shares[0] + shares[1] else PARTS[2]
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl or .jsonl.gz file that has a `prompt` in every row."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line)
+            if "prompt" not in row:
+                raise SystemExit(f"{path}:{number}: no `prompt` in the row; splitting by prompt needs it")
+            yield row
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for count, row in enumerate(rows, 1):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return count
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Cut a preference file into policy, judge and held-out prompts.")
+    parser.add_argument("file", type=Path, help=".jsonl or .jsonl.gz, a `prompt` in every row")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the four files")
+    parser.add_argument(
+        "--shares", type=float, nargs=3, default=(0.35, 0.35, 0.3), metavar=PARTS, help="of the prompts"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another cut")
+    options = parser.parse_args(arguments)
+    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+    for row in read(options.file):
+        rows[part_of(row["prompt"], tuple(options.shares), options.seed)].append(row)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        prompts = {json.dumps(row["prompt"]) for row in rows[part]}
+        print(
+            f"{options.out / (part + '.jsonl')}: {write(options.out / (part + '.jsonl'), rows[part])} rows, "
+            f"{len(prompts)} prompts"
+        )
+    held_out = {json.dumps(row["prompt"]): {"prompt": row["prompt"]} for row in rows["heldout"]}
+    write(options.out / "heldout_prompts.jsonl", held_out.values())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
