@@ -1,0 +1,98 @@
+"""The subcommands of ``python -m rlhf_lightning`` and their exit codes.
+
+A command's code is imported when the command is run, so that ``--help`` and ``info`` answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from rlhf_lightning import __version__
+from rlhf_lightning.cli.suggestions import did_you_mean
+from rlhf_lightning.errors import InputError, TrainingDiverged
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+_TRAINING = "rlhf_lightning.cli.training"  # takes the subcommand itself as its first argument
+# name -> (module with main(argv) -> int, what --help says)
+_COMMANDS = {
+    "fit": (_TRAINING, "train: --config sft.yaml, reward_model.yaml, ppo.yaml or dpo.yaml"),
+    "validate": (_TRAINING, "the validation metrics of a model or a checkpoint"),
+    "test": (_TRAINING, "the same on test data"),
+    "predict": (_TRAINING, "answer prompts, one JSON line a prompt (--output FILE)"),
+    "evaluate": ("rlhf_lightning.evaluation.evaluate", "compare policies on held-out prompts: reward, KL, win rate"),
+    "data check": ("rlhf_lightning.data.check", "what is in preference files, and what is wrong with them"),
+    "demo": ("rlhf_lightning.demo.main", "the whole pipeline on a small example, offline, in minutes"),
+    "info": ("rlhf_lightning.cli.info", "versions, and which operators run natively here (--json)"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    0 done; 1 failed (a loss that is not finite, too); 2 the input is at fault, said in one line; 130 and 143 stopped by
+    SIGINT and SIGTERM. Errors that are neither the user's input nor a divergence are ours: they keep their traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except InputError as error:
+        _say_error(error)
+        return BAD_INPUT
+    except TrainingDiverged as error:
+        _say_error(error)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as stop:
+        return _exit_code(stop)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return DONE if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        print(f"rlhf_lightning {__version__}")
+        return DONE
+    name = " ".join(arguments[:2]) if arguments[0] == "data" else arguments[0]
+    if name not in _COMMANDS:
+        raise InputError(f"unknown command {name!r}{did_you_mean(name, _COMMANDS)}; --help lists the commands")
+    module, _ = _COMMANDS[name]
+    rest = arguments if module == _TRAINING else arguments[len(name.split()) :]
+    return int(importlib.import_module(module).main(rest))
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<12}{text}" for name, (_, text) in _COMMANDS.items())
+    return f"""usage: python -m rlhf_lightning COMMAND [options]
+
+From demonstrations to an aligned model: SFT, reward model, PPO, DPO, on PyTorch Lightning.
+
+{commands}
+
+  python -m rlhf_lightning fit --config ppo.yaml [--config fsdp.yaml] [--model.kl_coef 0.1] [--run NAME]
+  python -m rlhf_lightning fit --config ppo.yaml --run NAME --ckpt_path last     continue that run
+  python -m rlhf_lightning COMMAND --help                                       the options of a command
+
+--version prints the version. Exit codes: 0 done, 1 failed, 2 the input is at fault, 130 and 143 stopped by a signal."""
+
+
+def _say_error(error: Exception) -> None:
+    rank = os.environ.get("LOCAL_RANK", "0")
+    prefix = "" if rank == "0" else f"[process {rank}] "
+    print(f"{prefix}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def _exit_code(stop: SystemExit) -> int:
+    # Lightning turns Ctrl-C into exit(1) and SIGTERM into an exception with no code, which Python takes for success.
+    if isinstance(stop.__context__, KeyboardInterrupt):
+        return INTERRUPTED
+    if type(stop).__name__ == "SIGTERMException":
+        return TERMINATED
+    if stop.code is None:
+        return DONE
+    return stop.code if isinstance(stop.code, int) else FAILED

@@ -1,0 +1,111 @@
+"""Config files before they are parsed: where they are, and mistakes that the parser lets pass or explains badly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from rlhf_lightning.cli.suggestions import did_you_mean
+from rlhf_lightning.errors import InputError
+
+# In a wheel the configs lie inside the package, in a checkout beside it.
+_PACKAGE = Path(__file__).resolve().parent.parent
+_SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The shipped configs by the name they are called by: ``{"ppo.yaml": ..., "smollm2/ppo.yaml": ...}``."""
+    folder = next((folder for folder in _SHIPPED if folder.is_dir()), None)
+    if folder is None:
+        return {}
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def find_config(name: str) -> Path:
+    """The file ``name``, or where there is none the shipped config of that name; InputError where neither exists."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if name in shipped:
+        return shipped[name]
+    hint = did_you_mean(name, shipped) or f"; the shipped ones are {', '.join(shipped)}"
+    raise InputError(f"--config {name}: no such file, and no shipped config of that name{hint}")
+
+
+def resolve_configs(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Command-line arguments with every ``--config`` replaced by the path found, and those paths in order.
+
+    Each file is checked on the way: it must be UTF-8 YAML with a mapping at the top and no key given twice. (The YAML
+    loader keeps the last of two equal keys and says nothing.)
+    """
+    resolved: list[str] = []
+    paths: list[Path] = []
+    expects_path = False
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if expects_path:
+            paths.append(_checked(find_config(argument)))
+            resolved.append(str(paths[-1]))
+            expects_path = False
+        elif option in ("-c", "--config") and equals:
+            paths.append(_checked(find_config(value)))
+            resolved += [option, str(paths[-1])]
+        else:
+            expects_path = argument in ("-c", "--config")
+            resolved.append(argument)
+    if expects_path:
+        raise InputError("--config expects the name of a file")
+    return resolved, paths
+
+
+def keys_with_lines(path: Path) -> list[tuple[str, int]]:
+    """Every key of a YAML file as ``(dotted path, line)``; ``init_args`` is left out, as on the command line."""
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    return [] if root is None else [(".".join(parts), line) for parts, line in _walk(root, ())]
+
+
+def _walk(node: yaml.Node, parents: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _walk(item, parents)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            parts = parents if key.value == "init_args" else (*parents, str(key.value))
+            if key.value != "init_args":
+                yield parts, key.start_mark.line + 1
+            yield from _walk(value, parts)
+
+
+def _checked(path: Path) -> Path:
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise InputError(f"{path}: expected `key: value` lines at the top")
+    if root is not None:
+        _refuse_duplicates(root, path, "")
+    return path
+
+
+def _refuse_duplicates(node: yaml.Node, path: Path, parent: str) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicates(item, path, parent)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    first: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in first:
+            raise InputError(f"{path}:{line}: {parent}{name} is given twice (first in line {first[name]}); remove one")
+        first[name] = line
+        _refuse_duplicates(value, path, f"{parent}{name}.")

@@ -1,0 +1,128 @@
+"""What the argument parser said, in one line: the place, what is wrong, and the nearest valid name.
+
+jsonargparse answers with a nested report over many lines that lists every type of a union. The report is regular: each
+level is opened by ``Parser key "x":`` or ``Problem with given class_path 'c':``, and the innermost line is the cause.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rlhf_lightning.cli.configs import keys_with_lines
+from rlhf_lightning.cli.suggestions import did_you_mean
+
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+_UNKNOWN = re.compile(r"(?:Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: (.+))")
+_REQUIRED = re.compile(r"the following arguments are required: (.+)")
+_RESTRICTION = re.compile(r"Not of type (\w+): (.+?) does not conform to restriction (.+)")
+_EXPECTED = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]+)\])")
+_GOT = re.compile(r"(?:Got value|Given value): (.+)")
+_NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_COMPARED = re.compile(r"\bv(?=[<>=])")
+_MAX_LENGTH = 400
+
+
+def explain(
+    message: str,
+    arguments: Sequence[str],
+    paths: Sequence[Path],
+    accepted: Callable[[str | None], Sequence[str]],
+) -> str:
+    """One line for a parser's report.
+
+    Args:
+        message: the report.
+        arguments: the command line.
+        paths: the config files, in the order given (a later one wins).
+        accepted: the valid dotted keys, of the class of the given name, or of the whole command where it is None.
+    """
+    keys = _chain(message)
+    classes: list[str] = _CLASS.findall(message)
+    unknown = _UNKNOWN.search(message)
+    if unknown:
+        return _explain_unknown(unknown, keys, classes, arguments, paths, accepted)
+    required = _REQUIRED.search(message)
+    if required:
+        names = [".".join([*keys, name.strip()]) for name in required[1].split(",")]
+        of = f" by {classes[-1].rsplit('.', 1)[-1]}" if classes else ""
+        return f"{' and '.join(names)}: required{of} but not given; add --{names[0]} VALUE or write it in the config"
+    key = ".".join(keys)
+    place = _place(key, arguments, paths)
+    restriction = _RESTRICTION.search(message)
+    if restriction:
+        kind, value, rule = restriction.groups()
+        return f"{place}: expected {kind} ({_COMPARED.sub('value ', rule)}), got {value}"
+    no_class = _NO_CLASS.search(message)
+    if no_class:
+        hint = did_you_mean(no_class[1], accepted("classes"))
+        return f"{place}: no class {no_class[1]!r} is known{hint}; give its full path, package.module.Class"
+    expected = [kind or literal for kind, literal in _EXPECTED.findall(_innermost(message))]
+    expected = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"]
+    got = _GOT.search(_innermost(message))
+    if expected and got:
+        return f"{place}: expected {' or '.join(expected)}, got {got[1]}"
+    return f"{place}: {_shortened(message)}" if place else _shortened(message)
+
+
+def _explain_unknown(
+    found: re.Match[str],
+    keys: list[str],
+    classes: list[str],
+    arguments: Sequence[str],
+    paths: Sequence[Path],
+    accepted: Callable[[str | None], Sequence[str]],
+) -> str:
+    nested, top, rest = found.groups()
+    if rest:
+        name = next((word for word in rest.split() if word.startswith("--")), rest.split()[0])
+        if not name.startswith("-"):
+            return f"{name}: this argument belongs to no option; options are written --key value"
+        name = name.lstrip("-").partition("=")[0]
+        return f"--{name}: unknown key{did_you_mean(name, accepted(None), '--')}"
+    key = ".".join([*keys, nested]) if nested else top
+    place = _place(key, arguments, paths)
+    if not classes:
+        return f"{place}: unknown key{did_you_mean(key, accepted(None), '--')}"
+    valid = accepted(classes[-1])
+    hint = did_you_mean(nested.rsplit(".", 1)[-1], valid, f"--{'.'.join(keys)}.")
+    hint = hint or f"; its keys are {', '.join(valid)}"
+    return f"{place}: unknown key of {classes[-1].rsplit('.', 1)[-1]}{hint}"
+
+
+def _chain(message: str) -> list[str]:
+    """The keys from the outermost to the one at fault: each opens deeper than the one before."""
+    keys: list[str] = []
+    depth = -1
+    for line in message.splitlines():
+        found = _KEY.search(line)
+        if found and found.start() > depth:
+            keys.append(found[1])
+            depth = found.start()
+    return keys
+
+
+def _innermost(message: str) -> str:
+    """The part of the report that speaks of the last key of the chain."""
+    found = list(_KEY.finditer(message))
+    return message[found[-1].start() :] if found else message
+
+
+def _place(key: str, arguments: Sequence[str], paths: Sequence[Path]) -> str:
+    """``--key`` where it was given on the command line, else ``file:line: key``, else the key alone."""
+    plain = key.replace(".init_args", "")
+    options = [argument.partition("=")[0].rstrip("+").replace(".init_args", "") for argument in arguments]
+    if f"--{plain}" in options:
+        return f"--{plain}"
+    for path in reversed(paths):
+        for name, line in keys_with_lines(path):
+            if name == plain:
+                return f"{path}:{line}: {plain}"
+    return plain
+
+
+def _shortened(message: str) -> str:
+    line = " ".join(message.split())
+    return line if len(line) <= _MAX_LENGTH else line[: _MAX_LENGTH - 3] + "..."

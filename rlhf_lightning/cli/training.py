@@ -1,0 +1,198 @@
+"""fit, validate, test and predict: LightningCLI with this library's modules, callbacks, loggers and run folders."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from rlhf_lightning import modules, rewards
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.callbacks.export import ModelExport
+from rlhf_lightning.callbacks.metrics import JsonlLogger
+from rlhf_lightning.callbacks.progress import RunProgress
+from rlhf_lightning.callbacks.samples import SampleTable
+from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
+from rlhf_lightning.cli.parse_errors import explain
+from rlhf_lightning.cli.predictions import PredictionWriter
+from rlhf_lightning.cli.preflight import Preflight
+from rlhf_lightning.cli.runs import check_unused, run_name
+from rlhf_lightning.data.datamodule import PreferenceDataModule
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.modules.base import RLHFModule
+
+_SUBCOMMANDS = ("fit", "validate", "test", "predict")
+_TRAINER_DEFAULTS = {
+    "max_epochs": 1,
+    "log_every_n_steps": 1,
+    "use_distributed_sampler": False,  # our batch sampler already deals the rows out to the processes
+    "enable_model_summary": False,  # Preflight says it in one line
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` (the first argument); 0 when it is done."""
+    set_parsing_settings(config_read_mode_fsspec_enabled=False)  # a config is code: never one from the network
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    resolved, paths = resolve_configs(arguments)
+    try:
+        with warnings.catch_warnings():
+            TrainingCLI(resolved, paths)
+    except MisconfigurationException as error:
+        raise InputError(str(error)) from error
+    return 0
+
+
+class TrainingCLI(LightningCLI):
+    """Parses, builds and runs. The config decides everything; a checkpoint's hyperparameters are never read.
+
+    Args:
+        arguments: the subcommand and its options, with config files resolved.
+        paths: the config files among them, for messages.
+    """
+
+    def __init__(self, arguments: Sequence[str], paths: Sequence[Path]) -> None:
+        self.arguments = list(arguments)
+        self.paths = list(paths)
+        raise_errors = {"exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            RLHFModule,
+            PreferenceDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,  # modules create their optimizers after the weights exist
+            save_config_callback=SaveRunConfig,
+            seed_everything_default=0,
+            trainer_defaults=dict(_TRAINER_DEFAULTS),
+            parser_kwargs={**raise_errors, **{name: dict(raise_errors) for name in _SUBCOMMANDS}},
+            args=self.arguments,
+        )
+
+    # Parsing
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Our options beside LightningCLI's: the run's name, and the callbacks that can be configured."""
+        parser.set_defaults({"data": {"class_path": _class_path(PreferenceDataModule)}})
+        parser.add_argument(
+            "--run", type=str | None, default=None, help="Name of the run folder, runs/NAME. Default: module and time."
+        )
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(SampleTable, "samples")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.set_defaults({"return_predictions": False})
+            parser.add_argument(
+                "--output", type=Path | None, default=None, help="Where the responses go. Default: runs/<run>/predictions.jsonl."
+            )
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; whatever is wrong comes back as an InputError of one line."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise InputError(explain(str(error.message), self.arguments, self.paths, self._accepted)) from None
+
+    def _accepted(self, class_path: str | None) -> list[str]:
+        """The valid keys of a class, or of the whole command where it is None; ``"classes"``: the known class names."""
+        if class_path == "classes":
+            return [cls.__name__ for cls in _CLASSES]
+        if class_path is not None:
+            return _keys_of(class_path)
+        keys = list(self._subcommand_parsers[self.arguments[0]].get_defaults().keys(leaves=True))
+        for prefix, base in (("model", RLHFModule), ("data", PreferenceDataModule)):
+            for cls in (base, *(cls for cls in _CLASSES if issubclass(cls, base))):
+                keys += [f"{prefix}.{key}" for key in _keys_of(_class_path(cls))]
+        return list(dict.fromkeys(keys))
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: LightningCLI would let the checkpoint's hyperparameters win over the config, and import its class."""
+
+    # The run's folder, loggers and callbacks
+
+    @property
+    def options(self) -> Namespace:
+        """The parsed options of the subcommand."""
+        return self.config[self.config.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        """Fix the run's folder and the checkpoint to start from, before anything is built."""
+        subcommand = self.config.subcommand
+        if self.options.model is None or self.options.model.class_path == _class_path(RLHFModule):
+            stages = ", ".join(name for name in shipped_configs() if "/" not in name)
+            raise InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")
+        root = Path(self.options.trainer.default_root_dir or ".") / "runs"
+        resuming = self.options.ckpt_path is not None
+        if self.options.ckpt_path == "last" and self.options.run is None:
+            raise InputError(f"--ckpt_path last: of which run? Add --run NAME{_known_runs(root)}")
+        self.run = run_name(self.options.run, self.options.model.class_path.rsplit(".", 1)[-1])
+        self.folder = root / self.run
+        if subcommand == "fit" and not resuming and rank_zero_only.rank == 0:
+            check_unused(self.folder)
+        if resuming:
+            self.options.ckpt_path = str(self._checkpoint(self.options.ckpt_path))
+        self.save_config_kwargs = {
+            "config_filename": "config.yaml" if subcommand == "fit" else f"{subcommand}.yaml",
+            "overwrite": True,
+        }
+
+    def _checkpoint(self, given: str) -> Path:
+        path = latest(self.folder / "checkpoints") if given == "last" else Path(given)
+        if path is None:
+            raise InputError(f"--ckpt_path last: {self.folder / 'checkpoints'} holds no whole checkpoint; start without it")
+        if not path.exists():
+            raise InputError(f"--ckpt_path {path}: no such checkpoint; give its path, or `last` for the run's newest one")
+        return path
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer with the run's loggers before the user's own, and the callbacks that every run has."""
+        given = self._get(self.config_init, "trainer").get("logger")
+        own = [] if isinstance(given, bool) or given is None else given
+        loggers: list[Logger] = list(own) if isinstance(own, Iterable) else [own]
+        if given is not False:
+            loggers = [
+                TensorBoardLogger(save_dir=str(self.folder.parent), name=self.run, version=""),
+                JsonlLogger(self.folder),
+                *loggers,
+            ]
+        self.trainer_defaults["callbacks"] = self._run_callbacks()
+        return super().instantiate_trainer(logger=loggers or False, **kwargs)
+
+    def _run_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = [RunProgress()]
+        if self.subcommand == "fit":
+            callbacks += [Preflight(self.folder), ModelExport()]
+        if self.subcommand == "predict":
+            callbacks.append(PredictionWriter(self.options.output or self.folder / "predictions.jsonl"))
+        return callbacks
+
+    def after_fit(self) -> None:
+        """Say where everything is and what the next command may be."""
+        if rank_zero_only.rank == 0:
+            print(_farewell(self.folder, self.model))
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the resolved config into the run folder, without what belongs to this one run: its name, its checkpoint.
+
+    So ``fit --config runs/NAME/config.yaml`` repeats the run in a folder of its own.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        config = config.clone()
+        config.run = None
+        config.ckpt_path = None
+        super().__init__(parser, config, **kwargs)

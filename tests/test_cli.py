@@ -1,0 +1,146 @@
+"""The command line: what it answers to good and bad input, and with which exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_lightning import __version__
+from rlhf_lightning.cli import main
+from rlhf_lightning.cli.configs import find_config, keys_with_lines, resolve_configs, shipped_configs
+from rlhf_lightning.cli.runs import check_unused, run_name
+from rlhf_lightning.cli.suggestions import did_you_mean
+from rlhf_lightning.errors import InputError
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that was said on stderr."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+# The top level
+
+
+def test_help_lists_the_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict", "evaluate", "data check", "demo", "info"):
+        assert f"  {command} " in text
+    assert main([]) == 2
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"rlhf_lightning {__version__}"
+
+
+def test_an_unknown_command_is_an_input_error_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fti"]) == 2
+    assert "unknown command 'fti' (did you mean fit?)" in error_of(capsys)
+
+
+# Config files before parsing
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_shipped_config_is_found_by_name_unless_a_file_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("ppo.yaml") == shipped_configs()["ppo.yaml"]
+    write(tmp_path / "ppo.yaml", "trainer: {}\n")
+    assert find_config("ppo.yaml") == Path("ppo.yaml")
+
+
+def test_a_missing_config_names_the_nearest_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"--config pppo.yaml: no such file.*did you mean ppo.yaml"):
+        find_config("pppo.yaml")
+
+
+def test_configs_are_resolved_in_both_spellings(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one.yaml", "a: 1\n"), write(tmp_path / "two.yaml", "b: 1\n")
+    arguments, paths = resolve_configs(["fit", "--config", str(one), f"--config={two}", "--data.path", "x"])
+    assert arguments == ["fit", "--config", str(one), "--config", str(two), "--data.path", "x"]
+    assert paths == [one, two]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model:\n  init_args:\n    kl_coef: 1\n    lam: 1\n    kl_coef: 2\n", r":5: model.init_args.kl_coef is given twice"),
+        ("a: 1\nb: 2\na: 3\n", r":3: a is given twice \(first in line 1\)"),
+        ("a:\n- b: 1\n  b: 2\n", r":3: a.b is given twice"),
+        ("- 1\n- 2\n", "expected `key: value` lines"),
+        ("a: [1\nb: 2\n", r":\d: not valid YAML"),
+    ],
+)
+def test_faults_in_a_config_are_named_with_file_and_line(tmp_path: Path, text: str, said: str) -> None:
+    path = write(tmp_path / "c.yaml", text)
+    with pytest.raises(InputError, match=said) as caught:
+        resolve_configs(["fit", "--config", str(path)])
+    assert str(path) in str(caught.value)
+
+
+def test_a_config_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_bytes(b"a: \xff\n")
+    with pytest.raises(InputError, match=r"c.yaml: not UTF-8 \(byte 3\)"):
+        resolve_configs(["fit", "--config", str(tmp_path / "c.yaml")])
+
+
+def test_configs_from_the_network_are_not_read() -> None:
+    with pytest.raises(InputError, match="no such file"):
+        resolve_configs(["fit", "--config", "https://example.org/ppo.yaml"])
+
+
+def test_keys_have_lines_and_no_init_args(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "model:\n  class_path: X\n  init_args:\n    kl_coef: 1\n")
+    assert ("model.kl_coef", 4) in keys_with_lines(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("kl_coeff", " (did you mean --model.kl_coef?)"),
+        ("model.kl_coeff", " (did you mean --model.kl_coef?)"),
+        ("trainer.max_epoch", " (did you mean --trainer.max_epochs?)"),
+        ("banana", ""),
+    ],
+)
+def test_suggestions(name: str, hint: str) -> None:
+    assert did_you_mean(name, ["model.kl_coef", "trainer.max_epochs", "data.path"], "--") == hint
+
+
+# Run folders
+
+
+def test_a_run_is_named_after_its_module_and_the_time() -> None:
+    assert run_name("mine", "PPOModule") == "mine"
+    stage, date, time = run_name(None, "RewardModelModule").split("-")
+    assert stage == "reward_model"
+    assert (len(date), len(time)) == (8, 6)
+
+
+def test_the_other_processes_of_a_run_take_the_first_ones_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_name(None, "PPOModule")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_name(None, "DPOModule") == first
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", "a b"])
+def test_a_run_name_is_no_path(name: str) -> None:
+    with pytest.raises(InputError, match="it names a folder in runs/"):
+        run_name(name, "PPOModule")
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
+    check_unused(tmp_path)
+    write(tmp_path / "config.yaml", "")
+    with pytest.raises(InputError, match="--ckpt_path last"):
+        check_unused(tmp_path)
