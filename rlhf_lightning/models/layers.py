@@ -1,0 +1,30 @@
+"""What every decoder-only trunk has, found without knowing the architecture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def decoder_layers(trunk: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The name and the list of a trunk's layers: its ``ModuleList`` with the most parameters.
+
+    The outermost one, where lists nest (a mixture's experts inside each layer).
+    """
+    modules = dict(trunk.named_modules())
+    lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)}
+    assert lists, f"{type(trunk).__name__} keeps its layers in no ModuleList"
+    name = max(lists, key=lambda name: (sum(p.numel() for p in lists[name].parameters()), -len(name)))
+    return name, lists[name]
+
+
+def linear_in_full_precision(states: Tensor, head: nn.Linear) -> Tensor:
+    """``head(states)`` computed in float32 (float64 for float64), whatever autocast or the operands' dtype say.
+
+    Rewards and values feed advantages, where bf16's three digits are not enough.
+    """
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    with torch.autocast(states.device.type, enabled=False):
+        return functional.linear(states.to(dtype), head.weight.to(dtype), bias)

@@ -1,0 +1,259 @@
+"""Model folders and hub names in, models and tokenizers out, with every mistake named in one line.
+
+A path that exists is a local folder and nothing is fetched; anything else that reads like a hub name is left to
+transformers. Dropout is off in every model: log-probs of the rollout, of the update and of the reference must be of the
+same function, else the first PPO ratio is not 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from rlhf_lightning.errors import InputError
+
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name.
+
+    Without a pad token its pad becomes EOS. That is right here, because masks are made from lengths, and it leaves the
+    embeddings as they are.
+
+    Raises:
+        InputError: there is no such folder, it has no tokenizer that loads, or the tokenizer has no EOS token.
+    """
+    folder = _find(path)
+    with _loading(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(
+    path: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The causal LM of a model folder or hub name, dropout off, in ``dtype``, on the CPU.
+
+    Raises:
+        InputError: no such folder, missing or unreadable weights, not a causal LM.
+    """
+    config = _load_config(path, trust_remote_code)
+    model, missing = _load_model(AutoModelForCausalLM, path, config, dtype, trust_remote_code)
+    if missing:
+        made_for = ", ".join(config.architectures or ["another kind of model"])
+        raise InputError(
+            f"{path}: the weights of {made_for} lack {_some(missing)}: give the folder of a causal language model"
+        )
+    return model
+
+
+def load_scalar_model(
+    path: str | Path,
+    *,
+    fresh_head: bool,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A trunk with one linear head ``score`` (``[1, H]``), as an ``AutoModelForSequenceClassification`` of one label.
+
+    Args:
+        path: with ``fresh_head=False`` a reward model's folder; with ``fresh_head=True`` a causal LM's folder, or a
+            reward model's, of which only the trunk is taken.
+        fresh_head: draw the head from N(0, 1 / (H + 1)) (Stiennon et al. 2020, appendix B.1), the same for the same
+            ``seed``.
+        seed: of that draw.
+
+    Raises:
+        InputError: as ``load_causal_lm``; also a head that is missing, or has several outputs, where a trained one was
+            meant.
+    """
+    config = _load_config(path, trust_remote_code)
+    labels = config.num_labels
+    if fresh_head:
+        config.num_labels = 1
+    model, missing = _load_model(AutoModelForSequenceClassification, path, config, dtype, trust_remote_code)
+    score = getattr(model, "score", None)
+    if not isinstance(score, nn.Linear):
+        raise InputError(
+            f"{path}: {type(model).__name__} keeps its head elsewhere than in 'score': use a decoder-only model"
+        )
+    if not fresh_head and "score.weight" in missing:
+        raise InputError(
+            f"{path}: no trained reward head in these weights (score.weight is missing): train one with "
+            f"`python -m rlhf_lightning fit --config reward_model.yaml --model.model {path}` and give its folder"
+        )
+    if not fresh_head and labels != 1:
+        raise InputError(f"{path}: the head has {labels} outputs, not 1: give a reward model's folder")
+    if other := [name for name in missing if not name.startswith("score.")]:
+        raise InputError(f"{path}: the weights lack {_some(other)}: the folder is incomplete")
+    if fresh_head:
+        draw_head(score, seed)
+    return model
+
+
+def draw_head(head: nn.Linear, seed: int) -> None:
+    """Fill ``head`` from N(0, 1 / (in_features + 1)), its bias with 0; the same on every machine for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
+    with torch.no_grad():
+        head.weight.copy_(drawn)
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether every token id of ``first`` is the same token to ``second``, so that ids can be handed over as they are.
+
+    ``second`` may know more tokens (a reward model's saved pad, say). If False, decode and re-encode.
+    """
+    known = second.get_vocab()
+    return all(known.get(token) == index for token, index in first.get_vocab().items())
+
+
+def check_vocabularies(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, where: str | Path = "model") -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for.
+
+    Raises:
+        InputError: on a GPU that would be a device-side assert, long after the start.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if index >= rows:
+        raise InputError(
+            f"{where}: the tokenizer has token {token!r} with id {index} and the model has embeddings for ids below "
+            f"{rows}: use the tokenizer that belongs to the model, or resize its embeddings"
+        )
+
+
+def check_length(model: PreTrainedModel, tokens: int, where: str | Path = "model") -> None:
+    """Refuse sequences of ``tokens`` tokens where the model has positions for fewer.
+
+    Raises:
+        InputError: learned positions would be an index error, rotary ones silently wrong.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise InputError(
+            f"{where}: prompt and response may take {tokens} tokens and the model has positions for {limit}: lower "
+            "max_prompt_tokens or max_new_tokens"
+        )
+
+
+def eos_ids(source: PreTrainedModel | GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a response, sorted: the tokenizer's EOS and the generation config's (an int or a list)."""
+    config = source.generation_config if isinstance(source, PreTrainedModel) else source
+    declared = getattr(config, "eos_token_id", None)
+    ids = [declared] if isinstance(declared, int) else list(declared or [])
+    return sorted({*ids, tokenizer.eos_token_id} - {None})
+
+
+def _find(path: str | Path) -> str:
+    """A folder that exists, or a name worth asking the hub for."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists():
+        raise InputError(f"{path}: a file, where a model folder is expected: give the folder that holds config.json")
+    # "runs/model" reads like a hub name too: a first part that exists here says that a folder was meant.
+    if not _HUB_NAME.fullmatch(str(path)) or (len(folder.parts) > 1 and Path(folder.parts[0]).exists()):
+        raise InputError(f"{path}: no such folder: check the path, or run the stage that writes it first")
+    return str(path)
+
+
+def _load_config(path: str | Path, trust_remote_code: bool) -> PretrainedConfig:
+    folder = _find(path)
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise InputError(f"{path}: no config.json in this folder: give a model folder in Hugging Face's format")
+    with _loading(path, "config"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _disable_dropout(config)
+    return config
+
+
+def _load_model(
+    auto: Any, path: str | Path, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of its weights that the folder does not have."""
+    folder = _find(path)
+    if Path(folder).is_dir():
+        _check_weight_files(Path(folder))
+    with _loading(path, "model"):
+        model, info = auto.from_pretrained(
+            folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # A padding_idx keeps its row from learning. Padding gets no gradient here anyway, and where pad is EOS the row
+        # is a real token's.
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+    return model, sorted(info["missing_keys"])
+
+
+def _disable_dropout(config: PretrainedConfig) -> None:
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+def _check_weight_files(folder: Path) -> None:
+    if any((folder / name).is_file() for name in _WEIGHT_FILES):
+        return
+    for name in _WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if lost := [shard for shard in shards if not (folder / shard).is_file()]:
+                raise InputError(f"{folder}: {_some(lost)} is named in {index.name} and missing: copy the folder again")
+            return
+    raise InputError(f"{folder}: no weights in this folder: it needs {' or '.join(_WEIGHT_FILES)}")
+
+
+@contextlib.contextmanager
+def _loading(path: str | Path, what: str) -> Iterator[None]:
+    """Transformers' tables and bars off, and its errors in one line."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    # Whatever transformers, tokenizers or safetensors raise over a wrong folder: their errors have no common base.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{path}: no {what} could be loaded from here: {reason}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

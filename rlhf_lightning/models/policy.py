@@ -1,0 +1,304 @@
+"""The policy: a causal LM that scores response tokens, with an optional critic on the same trunk, and decodes.
+
+Everything goes through ``forward`` and ``decode``: their hooks gather sharded parameters (FSDP2), so nothing outside may
+touch ``policy.model``'s weights to compute with them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.layers import decoder_layers, linear_in_full_precision
+from rlhf_lightning.models.loading import draw_head
+from rlhf_lightning.models.positions import response_mask
+from rlhf_lightning.ops.linear_token_log_probs import linear_token_log_probs
+from rlhf_lightning.ops.token_log_probs import token_log_probs
+
+# How far two ways to the same logits may be apart, as a fraction of the largest: rounding, not a different head.
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+class TokenScores(NamedTuple):
+    """What the policy says about each response token, zeros past the end; float32 (float64 for float64 models)."""
+
+    log_probs: Tensor  # [B, T] nats, of softmax(logits / temperature) at the tokens
+    entropy: Tensor  # [B, T] nats, of the same distribution
+    values: Tensor | None  # [B, T + 1] the critic before each token, and after the last; None without a critic
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal LM as a policy over response tokens.
+
+    Args:
+        model: the causal LM; kept as ``policy.model``.
+        critic: None; ``"head"``: one linear layer on the trunk's last hidden state; an int N: a copy of the last N
+            layers that starts from the hidden state below them, and a linear layer on top. Either head starts from
+            N(0, 1 / (H + 1)), or from ``load_critic_head``. The critic's loss reaches the shared trunk; scale it, or
+            detach by using a critic of its own.
+        seed: of the critic head's draw.
+
+    Attributes:
+        fused: the head is a plain matrix product (checked at construction), so the fused operator computes the
+            log-probs without holding ``[N, V]`` logits. Otherwise (bias, capped or scaled logits) the model's own head runs.
+
+    Raises:
+        InputError: the branch does not reproduce the trunk (it adds positions to its inputs, say), or the
+            architecture's head cannot be reached.
+    """
+
+    def __init__(self, model: PreTrainedModel, critic: Literal["head"] | int | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self._trunk_takes_positions = _accepts(self._trunk, "position_ids")
+        self.fused = self._head_is_plain()
+        self._branch_layers = 0
+        self.branch: nn.Module | None = None
+        self.critic_head: nn.Linear | None = None
+        if critic is None:
+            return
+        if critic != "head":
+            self._branch_layers = _checked_depth(critic, len(decoder_layers(self._trunk)[1]))
+            self.branch = _branch(self._trunk, self._branch_layers)
+            self._check_branch()
+        embeddings = model.get_input_embeddings().weight
+        width = model.config.get_text_config().hidden_size
+        self.critic_head = nn.Linear(width, 1, device=embeddings.device, dtype=embeddings.dtype)
+        draw_head(self.critic_head, seed)
+
+    @property
+    def _trunk(self) -> PreTrainedModel:
+        return self.model.base_model
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens that sliding-window layers look back; None where every layer sees all. See ``decode``."""
+        config = self.model.config.get_text_config()
+        kinds = getattr(config, "layer_types", None)
+        windowed = "sliding_attention" in kinds if kinds is not None else getattr(config, "use_sliding_window", True)
+        return getattr(config, "sliding_window", None) if windowed else None
+
+    def forward(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, temperature: float = 1.0) -> TokenScores:
+        """Log-probs, entropies and values at response positions; the LM head never runs on prompt positions.
+
+        Args:
+            tokens: ``[B, S]`` int64, prompt then response, right-padded with any id of the vocabulary.
+            lengths: ``[B]`` int64, prompt + response.
+            prompt_lengths: ``[B]`` int64, at least 1.
+            temperature: logits are divided by it.
+
+        Returns: ``TokenScores`` of ``[B, T]``, T the longest response.
+
+        Raises:
+            InputError: a prompt without tokens.
+        """
+        mask = response_mask(prompt_lengths, lengths)
+        rows, slots = mask.nonzero(as_tuple=True)
+        columns = prompt_lengths[rows] - 1 + slots
+        below, last = self._states(tokens)
+        log_probs, entropy = self._score(last[rows, columns], tokens[rows, columns + 1], temperature)
+        values = None
+        if self.critic_head is not None:
+            states = last if self.branch is None else self._branch_states(below)
+            # One state more than there are response tokens: a truncated response is bootstrapped from the one after.
+            known = response_mask(prompt_lengths, lengths + 1)
+            rows, slots = known.nonzero(as_tuple=True)
+            columns = prompt_lengths[rows] - 1 + slots
+            values = _scatter(linear_in_full_precision(states[rows, columns], self.critic_head)[:, 0], known)
+        return TokenScores(_scatter(log_probs, mask), _scatter(entropy, mask), values)
+
+    def decode(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor, cache: Any, last: Tensor) -> Tensor:
+        """One step of generation, a prefill or a single token: logits at one position of each row.
+
+        Args:
+            tokens: ``[B, q]`` int64, not yet in the cache.
+            positions: ``[B, q]`` int64, their places in the row, counted without padding.
+            attention_mask: ``[B, kv]``, nonzero at entries of cache and ``tokens`` together that are real. Padding may
+                stand anywhere, so a prefill may be right-padded and leave a gap.
+            cache: a transformers cache; it is extended by ``tokens``.
+            last: ``[B]`` int64, which of the q positions.
+
+        Returns: ``[B, V]`` float32 (float64 for float64 models).
+
+        Raises:
+            InputError: padding stands between real entries, and the model's sliding window is shorter than kv. Windows
+                are counted in cache entries, so there left-pad the prefill: the real entries are then neighbours.
+        """
+        assert not (self.training and self.model.is_gradient_checkpointing), (
+            "checkpointed layers drop the cache: eval()"
+        )
+        window = self.sliding_window
+        if window is not None and attention_mask.shape[1] > window and _has_gap(attention_mask):
+            raise InputError(
+                f"{attention_mask.shape[1]} tokens of prompt and response exceed the model's sliding window of {window}: "
+                "left-pad the prompts, or lower max_prompt_tokens or max_new_tokens"
+            )
+        arguments = {"position_ids": positions} if self._trunk_takes_positions else {}
+        states = self._trunk(
+            input_ids=tokens, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **arguments
+        ).last_hidden_state
+        logits = self._logits(states[torch.arange(states.shape[0], device=states.device), last])
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def load_critic_head(self, weight: Tensor, bias: float = 0.0) -> None:
+        """Start the critic head from a reward model's ``score.weight`` ``[1, H]``; sharded, every process calls it.
+
+        For a score that is used as (raw - mean) / std, give ``weight / std`` and ``-mean / std``.
+
+        Raises:
+            InputError: there is no critic head, or the reward model has another width.
+        """
+        if self.critic_head is None:
+            raise InputError("the policy has no critic head to initialise: set critic to 'head' or a number of layers")
+        if weight.shape != self.critic_head.weight.shape:
+            raise InputError(
+                f"reward model's head {list(weight.shape)} and critic head {list(self.critic_head.weight.shape)} differ: "
+                "use a reward model of the policy's width, or a fresh critic head"
+            )
+        own = self.critic_head.weight
+        if isinstance(own, DTensor):
+            weight = distribute_tensor(weight.to(own.device), own.device_mesh, own.placements)
+        with torch.no_grad():
+            own.copy_(weight)
+            self.critic_head.bias.fill_(bias)
+
+    def _states(self, tokens: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The hidden state below the branch (None without one) and the last one, each ``[B, S, H]``.
+
+        No attention mask: in a causal model the real tokens of a right-padded row never see the padding after them, and
+        without a mask the attention kernels take their fast causal path.
+        """
+        output = self._trunk(
+            input_ids=tokens, use_cache=False, output_hidden_states=self.branch is not None, **self._positions(tokens)
+        )
+        below = None if self.branch is None else output.hidden_states[-1 - self._branch_layers]
+        return below, output.last_hidden_state
+
+    def _branch_states(self, below: Tensor) -> Tensor:
+        return self.branch(inputs_embeds=below, use_cache=False, **self._positions(below)).last_hidden_state
+
+    def _positions(self, like: Tensor) -> dict[str, Tensor]:
+        if not self._trunk_takes_positions:
+            return {}
+        return {"position_ids": torch.arange(like.shape[1], device=like.device).expand(like.shape[:2])}
+
+    def _score(self, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """``[N, H]``, ``[N]`` -> log-probs and entropies ``[N]``."""
+        if not self.fused:
+            return token_log_probs(self._own_head(states), tokens, temperature)
+        weight = self.model.get_output_embeddings().weight
+        device = states.device.type
+        if torch.is_autocast_enabled(device):
+            states, weight = (x.to(torch.get_autocast_dtype(device)) for x in (states, weight))
+        return linear_token_log_probs(states.to(weight.dtype), weight, tokens, temperature)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """``[N, H]`` -> ``[N, V]``."""
+        return self.model.get_output_embeddings()(states) if self.fused else self._own_head(states)
+
+    def _own_head(self, states: Tensor) -> Tensor:
+        """What the model itself makes of final hidden states ``[N, H]``: its forward, with the trunk's output given."""
+        name = self.model.base_model_prefix
+        trunk = self.model._modules[name]
+        self.model._modules[name] = _Given(states[None])
+        try:
+            return self.model(inputs_embeds=states[None], use_cache=False).logits[0]
+        finally:
+            self.model._modules[name] = trunk
+
+    @torch.no_grad()
+    def _head_is_plain(self) -> bool:
+        """Whether logits are ``states @ weight.T`` and nothing else; also checks that ``_own_head`` is right."""
+        tokens = _probe(self.model)
+        states = self._states_of_probe(tokens)
+        own = self._own_head(states)
+        if not _close(own, self.model(input_ids=tokens, use_cache=False).logits[0]):
+            raise InputError(f"{type(self.model).__name__}: logits do not follow from the last hidden state alone")
+        head = self.model.get_output_embeddings()
+        reason = "its head is not one plain linear layer"
+        if type(head) is nn.Linear and head.bias is None:
+            # Soft-capping only shows on large logits, so the states are scaled until the largest is 100.
+            scale = 100.0 / functional.linear(states, head.weight).abs().max().clamp(min=1e-3)
+            if all(_close(self._own_head(x), functional.linear(x, head.weight)) for x in (states, states * scale)):
+                return True
+            reason = "its logits are capped or scaled"
+        warnings.warn(
+            f"{type(self.model).__name__}: {reason}, so log-probs take the slower way, which holds all logits",
+            stacklevel=3,
+        )
+        return False
+
+    def _states_of_probe(self, tokens: Tensor) -> Tensor:
+        return self._trunk(input_ids=tokens, use_cache=False).last_hidden_state[0]
+
+    @torch.no_grad()
+    def _check_branch(self) -> None:
+        below, last = self._states(_probe(self.model))
+        if not _close(self._branch_states(below), last):
+            raise InputError(
+                f"critic: {self._branch_layers} does not work for {type(self.model).__name__}, whose trunk changes the "
+                "hidden states it is given: use critic: head, or a critic model of its own"
+            )
+
+
+class _Given(nn.Module):
+    """Stands where the trunk was and returns the states it was given."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.states)
+
+
+def _branch(trunk: PreTrainedModel, depth: int) -> PreTrainedModel:
+    """A copy of the trunk with its last ``depth`` layers and no embeddings."""
+    _, layers = decoder_layers(trunk)
+    embeddings = trunk.get_input_embeddings()
+    # deepcopy takes what the memo holds for these two as their copies: the weights left out are never duplicated.
+    memo = {id(layers): nn.ModuleList(copy.deepcopy(layer) for layer in layers[-depth:]), id(embeddings): nn.Identity()}
+    branch = copy.deepcopy(trunk, memo)
+    config = branch.config.get_text_config()
+    config.num_hidden_layers = depth
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[-depth:]
+    return branch
+
+
+def _checked_depth(critic: Any, layers: int) -> int:
+    if isinstance(critic, bool) or not isinstance(critic, int) or not 1 <= critic <= layers:
+        raise InputError(f"critic: {critic!r} is not 'head', nor a number of layers from 1 to the model's {layers}")
+    return critic
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    embeddings = model.get_input_embeddings().weight
+    return torch.arange(min(3, embeddings.shape[0]), device=embeddings.device)[None]
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    return bool((ours - theirs).abs().max() <= _ROUNDING[theirs.dtype] * theirs.abs().max())
+
+
+def _accepts(module: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(module.forward).parameters
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def _has_gap(attention_mask: Tensor) -> bool:
+    real = attention_mask.bool()
+    return bool((real[:, :-1] & ~real[:, 1:]).any())

@@ -1,0 +1,67 @@
+"""One number at every position of a sequence: a reward model, or a critic of its own."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.layers import linear_in_full_precision
+
+
+class ScalarModel(nn.Module):
+    """A Hugging Face sequence classifier of one label, read at every position.
+
+    The score of a response is the number at its last token (``positions.at_last_token``), found by length: stock
+    sequence classifiers look for the last token that differs from pad, which is one too early where pad is EOS.
+
+    Args:
+        model: the classifier, its head an ``nn.Linear`` named ``score`` (see ``loading.load_scalar_model``); kept as
+            ``scalar.model``. ``reward_mean`` and ``reward_std`` of its config normalise the output; 0 and 1 if absent.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+    def forward(self, tokens: Tensor, lengths: Tensor, normalise: bool = True) -> Tensor:
+        """``(raw - mean) / std`` at every position: ``[B, S]``, ``[B]`` -> ``[B, S]`` float32 (float64 for float64).
+
+        Args:
+            tokens: int64, right-padded with any id of the vocabulary.
+            lengths: int64; positions from there on are 0.
+            normalise: False gives the raw scores, the ones that stock transformers gives.
+        """
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        positions = {"position_ids": places} if self._takes_positions else {}
+        states = self.model.base_model(input_ids=tokens, use_cache=False, **positions).last_hidden_state
+        scores = linear_in_full_precision(states, self.model.score)[..., 0]
+        if normalise:
+            scores = (scores - self.reward_mean) / self.reward_std
+        return scores.masked_fill(places >= lengths[:, None], 0.0)
+
+    @property
+    def reward_mean(self) -> float:
+        """The raw score that counts as 0."""
+        return float(getattr(self.model.config, "reward_mean", 0.0))
+
+    @property
+    def reward_std(self) -> float:
+        """The raw difference that counts as 1."""
+        return float(getattr(self.model.config, "reward_std", 1.0))
+
+    def set_normalisation(self, mean: float, std: float) -> None:
+        """Write mean and deviation of the raw scores to the config, from where they are saved and loaded.
+
+        Raises:
+            InputError: they are not finite, or the deviation is not positive (every score was the same).
+        """
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise InputError(f"scores of mean {mean} and deviation {std} cannot be normalised: check the reward model")
+        self.model.config.reward_mean = float(mean)
+        self.model.config.reward_std = float(std)

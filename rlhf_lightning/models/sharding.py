@@ -1,0 +1,84 @@
+"""Models over several processes: FSDP2 (``fully_shard``), one group a decoder layer, the rest in the root's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from rlhf_lightning.models.layers import decoder_layers
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.scalar import ScalarModel
+
+_Model = TypeVar("_Model", Policy, ScalarModel)
+
+
+def bf16_policy() -> MixedPrecisionPolicy:
+    """Compute in bf16 from fp32 master weights, reduce gradients in fp32; inputs and rotary tables stay as they are."""
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def shard(module: _Model, mesh: DeviceMesh, precision: MixedPrecisionPolicy | None = None) -> _Model:
+    """Shard ``module``'s parameters over ``mesh``, in place: every process holds 1 / world of each.
+
+    Layers are gathered when they run and freed after; what is left (embeddings, LM head, final norm, critic head) stays
+    gathered from forward to backward: the log-prob operator reads the LM head's weight inside the root's forward.
+
+    Args:
+        module: holds the same weights on every process, on the mesh's kind of device or on the CPU.
+        mesh: one dimension, or replicas by shards.
+        precision: e.g. ``bf16_policy()``; None computes in the weights' dtype.
+    """
+    options = {"mesh": mesh, "mp_policy": precision or MixedPrecisionPolicy()}
+    trunks = [module.model.base_model] + ([module.branch] if getattr(module, "branch", None) is not None else [])
+    for trunk in trunks:
+        for layer in decoder_layers(trunk)[1]:
+            fully_shard(layer, reshard_after_forward=True, **options)
+    fully_shard(module, reshard_after_forward=False, **options)
+    if isinstance(module, Policy):
+        register_fsdp_forward_method(module, "decode")
+    return module
+
+
+@contextlib.contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Keep all parameters of ``module`` gathered, so that a decode loop gathers once and not once a token.
+
+    Every process enters and leaves together. Does nothing to a module that is not sharded.
+    """
+    groups = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for group in groups:
+        group.set_reshard_after_forward(False, recurse=False)
+        group.unshard()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.set_reshard_after_forward(group is not module, recurse=False)
+            group.reshard()
+
+
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """``module.state_dict()`` with whole tensors on the CPU, on process 0; the other processes get ``{}``.
+
+    A collective: every process calls it. Tied weights stay one tensor under two names. On an unsharded CPU module the
+    tensors are the module's own; on a GPU, or sharded, they are copies.
+    """
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    named = module.state_dict(keep_vars=True)  # keep_vars: tied parameters are then the same object
+    whole: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        if id(tensor) not in whole:
+            gathered = tensor.detach()
+            gathered = gathered.full_tensor() if isinstance(gathered, DTensor) else gathered
+            whole[id(tensor)] = gathered.cpu() if first else gathered.new_empty(0)
+        if first:
+            state[name] = whole[id(tensor)]
+    return state
