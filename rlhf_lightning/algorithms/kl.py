@@ -44,8 +44,8 @@ def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, estimator: Estim
 def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: float, episodes: int) -> float:
     """The next KL coefficient: up by at most 20% (per horizon) when the KL is over its target, down when under.
 
-    ``coefficient * (1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon)``, Ziegler et al. 2019, arXiv 1909.08593,
-    section 2.2.
+    ``coefficient * (1 + clip(kl / target - 1, -0.2, 0.2) * episodes / horizon)``, Ziegler et al. 2019, arXiv
+    1909.08593, section 2.2.
 
     Args:
         coefficient: the one in force.

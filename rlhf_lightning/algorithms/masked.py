@@ -43,8 +43,8 @@ def whiten(x: Tensor, mask: Tensor, reduce: Reduce | None = None, keep_mean: boo
             depend on how rows are split over them.
         keep_mean: add the mean back (reward whitening, where a constant shift would change what ending early is worth).
 
-    The variance is biased (divided by the count), as in the code behind Stiennon et al. 2020, arXiv 2009.01325; sums are
-    float64. With one entry, or constant entries, the result is 0 (or the mean), not NaN.
+    The variance is biased (divided by the count), as in the code behind Stiennon et al. 2020, arXiv 2009.01325; sums
+    are float64. With one entry, or constant entries, the result is 0 (or the mean), not NaN.
     """
     mean = masked_mean(x.double(), mask, reduce)
     variance = masked_variance(x.double(), mask, reduce)

@@ -37,15 +37,16 @@ def check_scores(scores: Any, rollout: Rollout, source: str) -> Tensor:
         rollout: what was scored.
         source: who gave the scores, for the message.
 
-    Raises: InputError when they are no numbers, not one a response, or not finite, naming the source and the response. A
-    single number for many responses is refused too: it would broadcast without a word.
+    Raises: InputError when they are no numbers, not one a response, or not finite, naming the source and the response.
+    A single number for many responses is refused too: it would broadcast without a word.
     """
     rows = len(rollout)
     try:
         values = torch.as_tensor(scores).detach().to(device=rollout.tokens.device, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"reward {source}: expected {rows} numbers, got {type(scores).__name__} ({error}); return one float a response"
+            f"reward {source}: expected {rows} numbers, got {type(scores).__name__} ({error}); return one float "
+            f"a response"
         ) from error
     if values.shape != (rows,):
         raise InputError(

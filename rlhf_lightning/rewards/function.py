@@ -20,12 +20,12 @@ class FunctionReward(Reward):
     """Calls ``function(prompts, responses, **columns)``.
 
     Args:
-        function: where the function is: ``path/to/file.py:name`` or ``package.module:name``. The file is imported, which
-            runs it: name only code that you trust.
+        function: where the function is: ``path/to/file.py:name`` or ``package.module:name``. The file is imported,
+            which runs it: name only code that you trust.
 
-    The function gets two lists of B strings, the prompts as the user wrote them and the responses without special tokens,
-    and the rows' other columns by name, each a list of B (a function that names only some of them gets only those). It
-    returns B numbers: a list, an array or a tensor.
+    The function gets two lists of B strings, the prompts as the user wrote them and the responses without special
+    tokens, and the rows' other columns by name, each a list of B (a function that names only some of them gets only
+    those). It returns B numbers: a list, an array or a tensor.
 
     Raises: InputError when the function cannot be found, raises, or returns something other than B finite numbers.
     """
@@ -58,15 +58,21 @@ def load_function(name: str) -> Callable[..., Any]:
     if not module_name or not attribute:
         raise InputError(f"reward function {name!r}: expected file.py:name or package.module:name")
     try:
-        module = _import_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+        module = (
+            _import_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+        )
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"reward function {name!r}: importing {module_name} raised {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"reward function {name!r}: importing {module_name} raised {type(error).__name__}: {error}"
+        ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         found = ", ".join(sorted(n for n, v in vars(module).items() if inspect.isfunction(v))) or "none"
-        raise InputError(f"reward function {name!r}: {module_name} has no function {attribute!r}; its functions: {found}")
+        raise InputError(
+            f"reward function {name!r}: {module_name} has no function {attribute!r}; its functions: {found}"
+        )
     return function
 
 

@@ -21,12 +21,13 @@ class ModelReward(Reward):
     """The score that a reward model gives at the last token of prompt + response, minus its mean, over its deviation.
 
     Args:
-        path: a folder saved by the reward model's run, or any ``AutoModelForSequenceClassification`` folder with one label.
+        path: a folder saved by the reward model's run, or any ``AutoModelForSequenceClassification`` folder with one
+            label.
         micro_batch_tokens: padded tokens in one forward pass at most.
         trust_remote_code: run model code that comes with the weights.
 
-    Where the reward model's vocabulary is not the policy's, prompts and responses are decoded and encoded again with its
-    own tokenizer (and EOS put after responses that ended by EOS).
+    Where the reward model's vocabulary is not the policy's, prompts and responses are decoded and encoded again with
+    its own tokenizer (and EOS put after responses that ended by EOS).
 
     Raises: InputError when the folder holds no trained reward model.
     """

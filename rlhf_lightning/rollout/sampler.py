@@ -2,13 +2,14 @@
 
 Shapes: ``B`` rows, ``P`` prompt tokens, ``S`` prompt + response, ``T`` response tokens, ``V`` vocabulary.
 
-A draw depends on (seed, iteration, the row's global number, the token's position) alone, so neither the process count, nor
-batching, nor a resumed run changes what is sampled. Rows that have ended leave the batch.
+A draw depends on (seed, iteration, the row's global number, the token's position) alone, so neither the process count,
+nor batching, nor a resumed run changes what is sampled. Rows that have ended leave the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def sample(
     inputs = prompts.tokens
     positions = torch.arange(width, device=device).expand(rows, width)
     last = prompts.lengths - 1
-    with unsharded(policy):
+    with unsharded(policy), _evaluating(policy):
         for step in range(max_new_tokens):
             going = not bool(ended.all())
             if not (any_unfinished(going) if any_unfinished is not None else going):
@@ -141,6 +142,17 @@ def draw(logits: Tensor, draws: Tensor, greedy: bool = False) -> tuple[Tensor, T
         points = (draws * cumulative[:, -1])[:, None]
         tokens = torch.searchsorted(cumulative, points, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]
+
+
+@contextmanager
+def _evaluating(policy: Policy) -> Iterator[None]:
+    # Gradient checkpointing drops the cache in train mode; dropout is off in either.
+    training = policy.training
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(training)
 
 
 def _still_going(ended: Tensor, at_least_one: bool) -> Tensor:

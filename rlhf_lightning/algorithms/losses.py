@@ -1,0 +1,91 @@
+"""The losses of supervised and preference training, as pure functions of tensors.
+
+Every loss comes back per row, ``[B]``; callers weight the rows, add up, and divide by the count of the whole optimizer
+step, which only they know.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
+
+PreferenceLoss = Literal["sigmoid", "ipo", "ipo_sum", "hinge"]
+
+
+def negative_log_likelihood(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """``-sum_t log p(token_t)`` over the counted tokens: the loss of supervised fine-tuning, in nats.
+
+    Args:
+        log_probs: ``[B, T]`` of the response tokens. Entries where the mask is False are ignored, even NaN.
+        mask: ``[B, T]`` bool.
+
+    Returns: ``[B]``.
+    """
+    return -log_probs.masked_fill(~mask, 0.0).sum(dim=-1)
+
+
+def bradley_terry_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margins: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    centring: float = 0.0,
+) -> Tensor:
+    """The reward model's loss: ``-log sigmoid(chosen - rejected - margin)``.
+
+    Args:
+        chosen, rejected: ``[B]`` scores of the two responses.
+        margins: ``[B]``, by how much the chosen one should be ahead (Touvron et al. 2023, arXiv 2307.09288, eq. 2);
+            None is 0.
+        label_smoothing: the probability that a label is the wrong way round: the loss is then the mean over both
+            labels.
+        centring: weight of ``(chosen + rejected)^2``, which keeps the scores around 0; they are otherwise free up to a
+            constant (Eisenstein et al. 2023, arXiv 2312.09244).
+
+    Returns: ``[B]``, in nats. Ouyang et al. 2022, arXiv 2203.02155, eq. 1; Bradley and Terry 1952.
+    """
+    ahead = chosen - rejected if margins is None else chosen - rejected - margins
+    loss = -(1.0 - label_smoothing) * logsigmoid(ahead)
+    # Not computed where it is not asked for: 0 times an infinite loss would be NaN.
+    if label_smoothing > 0.0:
+        loss = loss - label_smoothing * logsigmoid(-ahead)
+    if centring > 0.0:
+        loss = loss + centring * (chosen + rejected).square()
+    return loss
+
+
+def preference_loss(
+    chosen_log_ratios: Tensor,
+    rejected_log_ratios: Tensor,
+    beta: float,
+    kind: PreferenceLoss = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The losses of direct preference optimisation, of ``h = chosen_log_ratio - rejected_log_ratio``.
+
+    - ``sigmoid``: ``-log sigmoid(beta h)`` (Rafailov et al. 2023, arXiv 2305.18290, eq. 7); with label smoothing e,
+      ``-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)`` (Mitchell 2023, "A note on DPO with noisy preferences").
+    - ``ipo``, ``ipo_sum``: ``(h - 1 / (2 beta))^2`` (Azar et al. 2023, arXiv 2310.12036, eq. 17). The two differ in
+    what
+      the caller passes: for ``ipo`` log-ratios averaged over each response's tokens, for ``ipo_sum`` summed ones.
+    - ``hinge``: ``max(0, 1 - beta h)`` (Zhao et al. 2023, arXiv 2305.10425, as in Liu et al. 2023, arXiv 2309.06657).
+
+    Args:
+        chosen_log_ratios, rejected_log_ratios: ``[B]``, log-prob of the response under the policy less that under the
+            reference, in nats.
+        beta: the strength of the pull to the reference; for the two IPO losses the tau of the paper.
+        kind: which loss.
+        label_smoothing: of ``sigmoid`` alone; must be 0 for the others.
+
+    Returns: ``[B]``.
+    """
+    assert kind == "sigmoid" or label_smoothing == 0.0, "label smoothing is defined for the sigmoid loss alone"
+    ahead = chosen_log_ratios - rejected_log_ratios
+    if kind == "sigmoid":
+        return bradley_terry_loss(beta * chosen_log_ratios, beta * rejected_log_ratios, label_smoothing=label_smoothing)
+    if kind == "hinge":
+        return relu(1.0 - beta * ahead)
+    return torch.square(ahead - 1.0 / (2.0 * beta))
