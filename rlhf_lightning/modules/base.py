@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, OpenUnitInterval, PositiveFloat
+from jsonargparse.typing import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    restricted_number_type,
+)
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
@@ -31,6 +37,9 @@ from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import shard
 from rlhf_lightning.modules.totals import Totals
 from rlhf_lightning.rollout.sampler import sample
+
+# Half or more would say that the labels are worthless or the wrong way round.
+LabelSmoothing = restricted_number_type("LabelSmoothing", float, [(">=", 0), ("<", 0.5)])
 
 
 class RLHFModule(LightningModule):
@@ -86,7 +95,10 @@ class RLHFModule(LightningModule):
         self.trust_remote_code = trust_remote_code
         self.policy: Policy | None = None
         self.scalar: ScalarModel | None = None
-        self.step_totals = Totals()  # what `on_before_optimizer_step` logs: means over the whole optimizer step
+        self.step_totals = (
+            Totals()
+        )  # what is logged after an optimizer step: means over its micro-batches and processes
+        self.held_out_totals = Totals()  # what is logged after validation
         self._sums = torch.zeros(3, dtype=torch.float64)  # of this optimizer step: count, losses not finite, tokens
         self._counted = False
         self._max_grad_norm: float | None = None
@@ -189,7 +201,7 @@ class RLHFModule(LightningModule):
             limits.append(an_epoch * trainer.max_epochs)
         if not limits:
             raise InputError(
-                f"model.schedule: {self.schedule} needs an end; set trainer.max_steps or trainer.max_epochs, or constant"
+                f"model.schedule: {self.schedule} needs an end; set trainer.max_steps or max_epochs, or constant"
             )
         return min(limits)
 
@@ -276,9 +288,38 @@ class RLHFModule(LightningModule):
         means["train/learning_rate"] = optimizer.param_groups[0]["lr"]
         self.log_dict(means)
 
-    def on_validation_end(self) -> None:
-        """The time that validation took is no training time."""
-        self._step_began = time.monotonic()
+    # Measuring
+
+    def measure(self, batch: Any, totals: Totals) -> None:
+        """Add a held-out batch to ``totals``, under names without the ``val/`` that they are logged with."""
+        raise InputError(f"{type(self).__name__} measures nothing on held-out data; run fit, or override measure()")
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged, of the means that `measure` added up; override it to add what is made of several."""
+        return means
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure; the means over all batches and processes are logged at the end."""
+        self.measure(batch, self.held_out_totals)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As `validation_step`, logged as ``test/...``."""
+        self.measure(batch, self.held_out_totals)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/...``."""
+        self._log_held_out("val")
+        self._step_began = time.monotonic()  # the time that validation took is no training time
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/...``."""
+        self._log_held_out("test")
+
+    def _log_held_out(self, stage: str) -> None:
+        means = self.summary(self.held_out_totals.means())
+        self.held_out_totals = Totals()
+        # The same numbers everywhere already; syncing tells Lightning so.
+        self.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)
 
     # What callbacks hear
 

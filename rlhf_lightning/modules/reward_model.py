@@ -1,0 +1,165 @@
+"""The reward model: one score for a response, trained so that the preferred response of a pair scores higher.
+
+Shapes: ``B`` pairs of this process, ``S`` prompt + response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
+from torch import Tensor
+from torchmetrics.classification import BinaryCalibrationError
+
+from rlhf_lightning.algorithms.losses import bradley_terry_loss
+from rlhf_lightning.batches import PreferenceBatch, View
+from rlhf_lightning.models.export import export_scalar
+from rlhf_lightning.models.positions import at_last_token
+from rlhf_lightning.modules.base import LabelSmoothing, RLHFModule
+from rlhf_lightning.modules.pairs import as_rows, weighted_sum
+from rlhf_lightning.modules.totals import Totals
+
+
+class RewardModelModule(RLHFModule):
+    """A reward model trained on pairs by the Bradley-Terry loss.
+
+    Logs ``train/loss`` and ``train/accuracy``; held out: ``val/loss``, and
+
+    - ``val/accuracy``: share of pairs whose chosen response scores higher; a tie counts half.
+    - ``val/longer_wins``: the accuracy of preferring the longer response, the baseline to beat; a tie counts half.
+    - ``val/accuracy_length_balanced``: the mean of two accuracies, that on pairs whose chosen response is the longer
+      one and that on pairs where it is the shorter one. A model that only looks at the length gets 0.5. Pairs of equal
+      lengths are left out; NaN where one of the two kinds does not occur.
+    - ``val/calibration_error``: expected calibration error of ``sigmoid(chosen - rejected)`` as the probability that
+      the first response is preferred, each pair taken both ways round (one way round there would be no negatives), in
+      10 bins.
+    - ``val/margin``, ``val/reward_mean``, ``val/reward_std``: the scores' mean difference, mean and deviation.
+
+    Args:
+        model: folder of the model to start from: usually the SFT policy.
+        head: ``fresh`` draws a new score head; ``trained`` continues a reward model, an error where there is none.
+        label_smoothing: the probability that a label is the wrong way round, below 0.5.
+        centring: weight of the squared sum of a pair's scores, which keeps the scores around 0.
+        normalise: how the exported model's scores are normalised, over the chosen held-out responses (those of the
+            training set where none are held out): ``mean`` makes their mean 0 and keeps differences log-odds;
+            ``mean_and_std`` also makes their deviation 1; ``none`` leaves the scores as they are.
+        seed: of the fresh head.
+        kwargs: the optimizer's and the model's options, see `RLHFModule`.
+    """
+
+    data_view = View("pairs")
+
+    def __init__(
+        self,
+        model: str,
+        head: Literal["fresh", "trained"] = "fresh",
+        label_smoothing: LabelSmoothing = 0.0,
+        centring: NonNegativeFloat = 0.0,
+        normalise: Literal["none", "mean", "mean_and_std"] = "mean",
+        seed: NonNegativeInt = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=model, **kwargs)
+        self.head = head
+        self.label_smoothing = label_smoothing
+        self.centring = centring
+        self.normalise = normalise
+        self.seed = seed
+        self.calibration = BinaryCalibrationError(n_bins=10, norm="l1")
+
+    def configure_model(self) -> None:
+        """Load (and shard) the model; called again for every stage, so only the first time counts."""
+        if self.scalar is None:
+            self.scalar = self.build_scalar(self.model, fresh_head=self.head == "fresh", seed=self.seed)
+            if self.trainer.training:
+                self.scalar.set_normalisation(0.0, 1.0)
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """The weighted sum of the pairs' losses."""
+        chosen, rejected = self.scores(batch)
+        losses = self._losses(chosen, rejected, batch)
+        loss = weighted_sum(losses, batch.weights)
+        self.count(batch.weights.sum(), loss, tokens=batch.chosen.lengths.sum() + batch.rejected.lengths.sum())
+        self.step_totals.add("train/loss", losses, batch.weights)
+        counted = batch.weights > 0
+        self.step_totals.add("train/accuracy", wins(chosen, rejected), counted)
+        self.step_totals.add("train/margin", chosen - rejected, counted)
+        return loss
+
+    def scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """The scores of the chosen and of the rejected responses, ``[B]`` each, read at their last tokens."""
+        assert self.scalar is not None
+        rows = as_rows(batch)
+        scores = at_last_token(self.scalar(rows.tokens, rows.lengths), rows.lengths)
+        chosen, rejected = scores.chunk(2)
+        return chosen, rejected
+
+    def _losses(self, chosen: Tensor, rejected: Tensor, batch: PreferenceBatch) -> Tensor:
+        return bradley_terry_loss(chosen, rejected, batch.margins, self.label_smoothing, self.centring)
+
+    def measure(self, batch: PreferenceBatch, totals: Totals) -> None:
+        """The metrics of the class's docstring, as sums."""
+        chosen, rejected = self.scores(batch)
+        counted = batch.weights > 0
+        won = wins(chosen, rejected)
+        lengths = [side.lengths - side.prompt_lengths for side in (batch.chosen, batch.rejected)]
+        totals.add("loss", self._losses(chosen, rejected, batch), batch.weights)
+        totals.add("accuracy", won, counted)
+        totals.add("accuracy_longer", won, counted & (lengths[0] > lengths[1]))
+        totals.add("accuracy_shorter", won, counted & (lengths[0] < lengths[1]))
+        totals.add("longer_wins", wins(lengths[0], lengths[1]), counted)
+        totals.add("margin", chosen - rejected, counted)
+        both, twice = torch.cat([chosen, rejected]), counted.repeat(2)
+        totals.add("reward_mean", both, twice)
+        totals.add("reward_square", both.double().square(), twice)
+        probabilities = torch.sigmoid(chosen - rejected)[counted].float()
+        self.calibration.update(
+            torch.cat([probabilities, 1.0 - probabilities]),
+            torch.cat([torch.ones_like(probabilities), torch.zeros_like(probabilities)]).long(),
+        )
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Length-balanced accuracy, deviation and calibration error are made of several sums."""
+        if not means:
+            return means
+        longer, shorter = means.pop("accuracy_longer"), means.pop("accuracy_shorter")
+        means["accuracy_length_balanced"] = 0.5 * (longer + shorter)
+        means["reward_std"] = math.sqrt(max(0.0, means.pop("reward_square") - means["reward_mean"] ** 2))
+        means["calibration_error"] = float(self.calibration.compute())
+        self.calibration.reset()
+        return means
+
+    def on_train_end(self) -> None:
+        """Measure the chosen responses and store their mean (and deviation) with the model."""
+        if self.normalise == "none":
+            return
+        assert self.scalar is not None
+        trainer = self.trainer
+        loader = trainer.val_dataloaders if trainer.val_dataloaders is not None else trainer.train_dataloader
+        totals = Totals()
+        with torch.no_grad():
+            for batch in loader:
+                batch = trainer.strategy.batch_to_device(batch)
+                chosen, _ = self.scores(batch)
+                totals.add("mean", chosen, batch.weights > 0)
+                totals.add("square", chosen.double().square(), batch.weights > 0)
+        means = totals.means()
+        if not means:
+            return
+        deviation = math.sqrt(max(0.0, means["square"] - means["mean"] ** 2))
+        # Equal scores have no deviation to divide by.
+        spread = deviation if self.normalise == "mean_and_std" and deviation > 0 else 1.0
+        self.scalar.set_normalisation(means["mean"], spread)
+
+    def export(self, folder: str | Path) -> None:
+        """Write an ``AutoModelForSequenceClassification`` folder; every process calls it, the first one writes."""
+        assert self.scalar is not None
+        export_scalar(self.scalar, self.tokenizer, folder)
+
+
+def wins(first: Tensor, second: Tensor) -> Tensor:
+    """1 where ``first`` is larger, 0 where it is smaller, one half at a tie; ``[B]`` float32."""
+    return (first > second).float() + 0.5 * (first == second).float()

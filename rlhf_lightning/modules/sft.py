@@ -1,0 +1,55 @@
+"""Supervised fine-tuning: maximise the likelihood of the demonstrated responses.
+
+Shapes: ``B`` rows of this process, ``T`` response tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.algorithms.losses import negative_log_likelihood
+from rlhf_lightning.batches import DemonstrationBatch, View
+from rlhf_lightning.models.positions import response_mask
+from rlhf_lightning.modules.pairs import weighted_sum
+from rlhf_lightning.modules.policy import PolicyModule
+from rlhf_lightning.modules.totals import Totals
+
+
+class SFTModule(PolicyModule):
+    """Supervised fine-tuning on prompts and chosen responses; the prompt's own tokens carry no loss.
+
+    The loss is the mean over all response tokens of an optimizer step (each weighted by its row's weight), whatever the
+    number of micro-batches and processes. Logs ``train/loss`` and, held out, ``val/loss`` and ``val/perplexity``; in nats
+    a token.
+    """
+
+    data_view = View("demonstrations")
+
+    def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
+        """The weighted sum of the tokens' negative log-likelihoods."""
+        log_probs, mask, weights = self._look(batch)
+        loss = weighted_sum(negative_log_likelihood(log_probs, mask), batch.weights)
+        self.count(weights.sum(), loss, tokens=batch.lengths.sum())
+        self.step_totals.add("train/loss", -log_probs, weights)
+        self.step_totals.add("train/response_length", mask.sum(dim=1), batch.weights > 0)
+        return loss
+
+    def measure(self, batch: DemonstrationBatch, totals: Totals) -> None:
+        """``loss`` a token, and the response length."""
+        log_probs, mask, weights = self._look(batch)
+        totals.add("loss", -log_probs, weights)
+        totals.add("response_length", mask.sum(dim=1), batch.weights > 0)
+
+    def summary(self, means: dict[str, float]) -> dict[str, float]:
+        """Perplexity is exp of the mean loss: it cannot be averaged itself."""
+        return {**means, "perplexity": math.exp(min(means["loss"], 700.0))} if "loss" in means else means
+
+    def _look(self, batch: DemonstrationBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, mask and weight of every response token, each ``[B, T]``."""
+        assert self.policy is not None
+        log_probs = self.policy(batch.tokens, batch.lengths, batch.prompt_lengths).log_probs
+        mask = response_mask(batch.prompt_lengths, batch.lengths)
+        return log_probs, mask, torch.where(mask, batch.weights[:, None], 0.0)
