@@ -16,11 +16,12 @@ from transformers import (
 )
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
-WORDS = """
+TEXT = """
     user assistant : . , ? ! a the one two three four five six red green blue cat dog bird fish sees likes finds and
     not is was good bad big small old new it he she they what who where why how yes no please thanks hello bye very
     Human Assistant
-""".split()
+"""
+WORDS = TEXT.split()
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' : ' + m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ ' ' }}{% endif %}{% endfor %}"

@@ -238,21 +238,29 @@ def _check_weight_files(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _loading(path: str | Path, what: str) -> Iterator[None]:
-    """Transformers' tables and bars off, and its errors in one line."""
+def quiet_transformers() -> Iterator[None]:
+    """Transformers' tables, warnings and progress bars off."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
-    # Whatever transformers, tokenizers or safetensors raise over a wrong folder: their errors have no common base.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{path}: no {what} could be loaded from here: {reason}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _loading(path: str | Path, what: str) -> Iterator[None]:
+    """Transformers quiet, and its errors in one line."""
+    try:
+        with quiet_transformers():
+            yield
+    # Whatever transformers, tokenizers or safetensors raise over a wrong folder: their errors have no common base.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{path}: no {what} could be loaded from here: {reason}") from error
 
 
 def _some(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """The policy: a causal LM that scores response tokens, with an optional critic on the same trunk, and decodes.
 
-Everything goes through ``forward`` and ``decode``: their hooks gather sharded parameters (FSDP2), so nothing outside may
-touch ``policy.model``'s weights to compute with them.
+Everything goes through ``forward`` and ``decode``: their hooks gather sharded parameters (FSDP2), so nothing outside
+may touch ``policy.model``'s weights to compute with them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Policy(nn.Module):
 
     Attributes:
         fused: the head is a plain matrix product (checked at construction), so the fused operator computes the
-            log-probs without holding ``[N, V]`` logits. Otherwise (bias, capped or scaled logits) the model's own head runs.
+            log-probs without holding ``[N, V]`` logits. Otherwise (bias, capped or scaled logits) the model's own head
+            runs.
 
     Raises:
         InputError: the branch does not reproduce the trunk (it adds positions to its inputs, say), or the
@@ -140,7 +141,7 @@ class Policy(nn.Module):
         window = self.sliding_window
         if window is not None and attention_mask.shape[1] > window and _has_gap(attention_mask):
             raise InputError(
-                f"{attention_mask.shape[1]} tokens of prompt and response exceed the model's sliding window of {window}: "
+                f"{attention_mask.shape[1]} tokens of prompt and response exceed the sliding window of {window}: "
                 "left-pad the prompts, or lower max_prompt_tokens or max_new_tokens"
             )
         arguments = {"position_ids": positions} if self._trunk_takes_positions else {}
@@ -162,7 +163,7 @@ class Policy(nn.Module):
             raise InputError("the policy has no critic head to initialise: set critic to 'head' or a number of layers")
         if weight.shape != self.critic_head.weight.shape:
             raise InputError(
-                f"reward model's head {list(weight.shape)} and critic head {list(self.critic_head.weight.shape)} differ: "
+                f"critic head {list(self.critic_head.weight.shape)} cannot start from score {list(weight.shape)}: "
                 "use a reward model of the policy's width, or a fresh critic head"
             )
         own = self.critic_head.weight
