@@ -21,9 +21,9 @@ from rlhf_lightning.modules.totals import Totals
 class SFTModule(PolicyModule):
     """Supervised fine-tuning on prompts and chosen responses; the prompt's own tokens carry no loss.
 
-    The loss is the mean over all response tokens of an optimizer step (each weighted by its row's weight), whatever the
-    number of micro-batches and processes. Logs ``train/loss`` and, held out, ``val/loss`` and ``val/perplexity``; in nats
-    a token.
+    The loss, in nats, is the mean over all response tokens of an optimizer step (each weighted by its row's weight),
+    whatever the number of micro-batches and processes. Logs ``train/loss``; held out ``val/loss`` and
+    ``val/perplexity``.
     """
 
     data_view = View("demonstrations")

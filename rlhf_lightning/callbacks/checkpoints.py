@@ -1,0 +1,167 @@
+"""Checkpoints that are whole or not there: staged beside their place, synced to disk, and moved there in one rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import zipfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from rlhf_lightning.callbacks.folders import logged_step, run_folder, sync_to_disk
+from rlhf_lightning.distributed import barrier
+
+_STAGING = ".staging-"
+
+
+def latest(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint, a file or folder, in a run's ``checkpoints`` folder; None without one."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    return max((path for path in folder.glob("batch-*.ckpt") if _is_whole(path)), default=None)
+
+
+class RunCheckpoint(Checkpoint):
+    """Saves to ``<run>/checkpoints/batch-N.ckpt`` after every so many batches, at the end, and on a signal.
+
+    N counts batches over the whole run; one batch is one PPO iteration. With gradient accumulation a save waits for the
+    optimizer step. A save never touches an earlier checkpoint: what is killed in the middle leaves them as they were.
+
+    The first Ctrl-C saves after the current batch and stops; the second stops at once. SIGTERM saves likewise. (In runs
+    of several processes neither saves: the processes may have been stopped at different batches.)
+
+    Args:
+        every_n_batches: how often to save.
+        keep: how many of the newest checkpoints to keep.
+    """
+
+    def __init__(self, every_n_batches: PositiveInt = 100, keep: PositiveInt = 2) -> None:
+        self.every_n_batches = every_n_batches
+        self.keep = keep
+        self._folder: Path | None = None
+        self._saved = 0  # batches done at the last save
+        self._between_batches = False
+        self._stop = False
+        self._old_handler: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the run's folder, while all processes are here."""
+        self._folder = run_folder(trainer) / "checkpoints"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a resume, logs continue from the checkpoint: what was logged later is written again."""
+        if trainer.ckpt_path is not None:
+            self._saved = _batches(trainer)
+            for logger in trainer.loggers:
+                if hasattr(logger, "rewind"):
+                    logger.rewind(logged_step(trainer))
+        if trainer.world_size == 1:
+            self._take_over_interrupts()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """From here to the batch's end the state is not one to resume from."""
+        self._between_batches = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where it is due."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        self._between_batches = True
+        if self._stop or _batches(trainer) - self._saved >= self.every_n_batches:
+            self.save(trainer)
+        if self._stop:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end."""
+        self.save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save when SIGTERM stopped the run; never after a failure: that state may be the fault."""
+        if isinstance(exception, SIGTERMException) and self._between_batches and trainer.world_size == 1:
+            self.save(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give Ctrl-C back."""
+        if self._old_handler is not None:
+            signal.signal(signal.SIGINT, self._old_handler)
+            self._old_handler = None
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of now, unless there is one; every process calls it."""
+        batches = _batches(trainer)
+        if batches == self._saved or trainer.fast_dev_run:
+            return
+        assert self._folder is not None
+        destination = self._folder / f"batch-{batches:08d}.ckpt"
+        staging = self._folder / f"{_STAGING}{destination.name}"
+        if trainer.is_global_zero:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for left in self._folder.glob(f"{_STAGING}*"):  # of a run that was killed
+                _remove(left)
+        barrier()
+        trainer.save_checkpoint(staging)
+        if trainer.is_global_zero:
+            if not _is_whole(staging):
+                # Lightning's atomic writer swallows some errors (permissions, for one) and reports success.
+                raise OSError(f"{staging}: the checkpoint could not be written; is the disk full or read-only?")
+            sync_to_disk(staging)
+            if destination.is_dir():  # a folder cannot be replaced in one go, a file can
+                _remove(destination)
+            os.replace(staging, destination)
+            _sync_entry(self._folder)
+            for old in sorted(self._folder.glob("batch-*.ckpt"))[: -self.keep]:
+                _remove(old)
+        barrier()
+        self._saved = batches
+
+    def _take_over_interrupts(self) -> None:
+        def handler(number: int, frame: FrameType | None) -> None:
+            self._stop = True
+            print("\nstopping after this batch; Ctrl-C again stops at once", flush=True)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        try:
+            self._old_handler = signal.signal(signal.SIGINT, handler)
+        except ValueError:  # not in the main thread, where Python allows no handlers
+            self._old_handler = None
+
+
+def _sync_entry(folder: Path) -> None:
+    """fsync the folder itself, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _batches(trainer: Trainer) -> int:
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+
+def _is_whole(path: Path) -> bool:
+    """A checkpoint file has its index at the end; of a folder of shards, the files written last must be there."""
+    if path.is_dir():
+        return (path / "meta.pt").is_file() and (path / ".metadata").is_file()
+    return path.is_file() and zipfile.is_zipfile(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        # Renamed first: a folder that is half deleted must not pass for a checkpoint.
+        doomed = path.with_name(f"{_STAGING}doomed-{path.name.removeprefix(_STAGING)}")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink()

@@ -1,0 +1,57 @@
+"""Where a run writes, and the writing that survives being killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the run: the first logger's, or ``default_root_dir`` without one. Every process must call it."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON line; NaN and infinities, which JSON does not have, become null."""
+    clean = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+
+
+def rewind_lines(path: Path, last_step: int) -> None:
+    """Drop the lines of steps after ``last_step``: a resumed run writes them again. A torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    staged = path.with_name(path.name + ".staged")
+    staged.write_text("".join(kept), encoding="utf-8")
+    os.replace(staged, path)
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The number that Lightning gives the metrics of the current batch: batches that ended in an optimizer step."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def sync_to_disk(path: Path) -> None:
+    """fsync a file, or a folder and everything in it."""
+    for part in [*(path.rglob("*") if path.is_dir() else []), path]:
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

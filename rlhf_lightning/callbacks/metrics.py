@@ -1,0 +1,58 @@
+"""``metrics.jsonl``: every logged number of a run, one line a logged step."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from rlhf_lightning.callbacks.folders import append_line, rewind_lines
+
+
+class JsonlLogger(Logger):
+    """Appends ``{"step", "time", name: number, ...}`` to ``metrics.jsonl``; time is in seconds since 1970.
+
+    Args:
+        folder: the run's folder; made when the first line is written.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+
+    @property
+    def path(self) -> Path:
+        """The file that is written."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.name
+
+    @property
+    def version(self) -> str:
+        """Runs are told apart by their names alone."""
+        return ""
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder."""
+        return str(self.folder)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one line."""
+        append_line(self.path, {"step": step, "time": round(time.time(), 3), **metrics})
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's config.yaml has them."""
+
+    @rank_zero_only
+    def rewind(self, last_step: int) -> None:
+        """Drop the lines after ``last_step``; called when a run is resumed from there."""
+        rewind_lines(self.path, last_step)
