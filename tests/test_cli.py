@@ -141,6 +141,6 @@ def test_a_run_name_is_no_path(name: str) -> None:
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
     check_unused(tmp_path)
-    write(tmp_path / "config.yaml", "")
-    with pytest.raises(InputError, match="--ckpt_path last"):
+    write(tmp_path / "metrics.jsonl", "")
+    with pytest.raises(InputError, match="holds a run already.*--ckpt_path last"):
         check_unused(tmp_path)

@@ -19,3 +19,13 @@ from rlhf_lightning import __version__
 from rlhf_lightning.ops import extension
 
 _PACKAGES = ("lightning", "transformers", "jsonargparse", "safetensors", "torchmetrics", "tensorboard")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print what is installed here; ``--json`` for machines."""
+    parser = argparse.ArgumentParser(prog="python -m rlhf_lightning info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    gathered = gather()
+    print(json.dumps(gathered, indent=2) if options.json else _as_text(gathered))
+    return 0

@@ -18,8 +18,10 @@ _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _UNKNOWN = re.compile(r"(?:Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: (.+))")
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
 _RESTRICTION = re.compile(r"Not of type (\w+): (.+?) does not conform to restriction (.+)")
-_EXPECTED = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]+)\])")
+_EXPECTED = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]+)\])|Not of type (\w+)")
 _GOT = re.compile(r"(?:Got value|Given value): (.+)")
+_NOT_A_NUMBER = re.compile(r"Not of type \w+: .*: '(.+)'")
+_NO_VALUE = re.compile(r"argument (--[\w.]+).*: expected one argument")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
 _COMPARED = re.compile(r"\bv(?=[<>=])")
 _MAX_LENGTH = 400
@@ -59,9 +61,13 @@ def explain(
     if no_class:
         hint = did_you_mean(no_class[1], accepted("classes"))
         return f"{place}: no class {no_class[1]!r} is known{hint}; give its full path, package.module.Class"
-    expected = [kind or literal for kind, literal in _EXPECTED.findall(_innermost(message))]
+    no_value = _NO_VALUE.search(message)
+    if no_value:
+        return f"{_without_value(no_value[1], arguments)}: a value must follow"
+    cause = _innermost(message)
+    expected = [kind or literal.replace(", ", " or ") or name for kind, literal, name in _EXPECTED.findall(cause)]
     expected = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"]
-    got = _GOT.search(_innermost(message))
+    got = _GOT.search(cause) or _NOT_A_NUMBER.search(cause)
     if expected and got:
         return f"{place}: expected {' or '.join(expected)}, got {got[1]}"
     return f"{place}: {_shortened(message)}" if place else _shortened(message)
@@ -105,17 +111,32 @@ def _chain(message: str) -> list[str]:
 
 
 def _innermost(message: str) -> str:
-    """The part of the report that speaks of the last key of the chain."""
-    found = list(_KEY.finditer(message))
-    return message[found[-1].start() :] if found else message
+    """The lines of the report that stand under its last and deepest key."""
+    lines = message.splitlines()
+    depth, start = max(((found.start(), i) for i, line in enumerate(lines) if (found := _KEY.search(line))), default=(-1, -1))
+    under = []
+    for line in lines[start + 1 :]:
+        if line.strip() and len(line) - len(line.lstrip()) <= depth:
+            break
+        under.append(line)
+    return "\n".join(under)
+
+
+def _without_value(option: str, arguments: Sequence[str]) -> str:
+    """The argument that begins with ``option`` and has no value behind it; the parser names only its first part."""
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if argument.startswith(option) and "=" not in argument and following.startswith("--"):
+            return argument
+    return option
 
 
 def _place(key: str, arguments: Sequence[str], paths: Sequence[Path]) -> str:
     """``--key`` where it was given on the command line, else ``file:line: key``, else the key alone."""
     plain = key.replace(".init_args", "")
     options = [argument.partition("=")[0].rstrip("+").replace(".init_args", "") for argument in arguments]
-    if f"--{plain}" in options:
-        return f"--{plain}"
+    for option in options:
+        if option == f"--{plain}" or option.startswith(f"--{plain}."):
+            return option
     for path in reversed(paths):
         for name, line in keys_with_lines(path):
             if name == plain:

@@ -31,8 +31,9 @@ def run_name(given: str | None, module: str) -> str:
 
 def check_unused(folder: Path) -> None:
     """InputError where the folder holds a run already: a fit never writes over one."""
-    if (folder / "config.yaml").exists():
+    left = next((name for name in ("checkpoints", "model", "metrics.jsonl") if (folder / name).exists()), None)
+    if left is not None:
         raise InputError(
-            f"{folder} holds a run already; continue it with --ckpt_path last, choose another name with --run, "
+            f"{folder} holds a run already ({left}); continue it with --ckpt_path last, choose another name with --run, "
             "or remove the folder"
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
+import typing
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterable, Sequence
@@ -11,7 +14,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -105,6 +108,11 @@ class TrainingCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise InputError(explain(str(error.message), self.arguments, self.paths, self._accepted)) from None
+        for section in ("model", "data"):
+            chosen = self.options[section]
+            if chosen is not None:
+                for key in _nulls_refused(_imported(chosen.class_path), dict(chosen.get("init_args", {}))):
+                    raise InputError(f"{section}.{key}: null is no value for it; leave the key out to get the default")
 
     def _accepted(self, class_path: str | None) -> list[str]:
         """The valid keys of a class, or of the whole command where it is None; ``"classes"``: the known class names."""
@@ -112,7 +120,7 @@ class TrainingCLI(LightningCLI):
             return [cls.__name__ for cls in _CLASSES]
         if class_path is not None:
             return _keys_of(class_path)
-        keys = list(self._subcommand_parsers[self.arguments[0]].get_defaults().keys(leaves=True))
+        keys = list(self._subcommand_parsers[self.arguments[0]].get_defaults().keys())
         for prefix, base in (("model", RLHFModule), ("data", PreferenceDataModule)):
             for cls in (base, *(cls for cls in _CLASSES if issubclass(cls, base))):
                 keys += [f"{prefix}.{key}" for key in _keys_of(_class_path(cls))]
@@ -131,7 +139,7 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fix the run's folder and the checkpoint to start from, before anything is built."""
         subcommand = self.config.subcommand
-        if self.options.model is None or self.options.model.class_path == _class_path(RLHFModule):
+        if self.options.model is None or _imported(self.options.model.class_path) is RLHFModule:
             stages = ", ".join(name for name in shipped_configs() if "/" not in name)
             raise InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")
         root = Path(self.options.trainer.default_root_dir or ".") / "runs"
@@ -144,10 +152,7 @@ class TrainingCLI(LightningCLI):
             check_unused(self.folder)
         if resuming:
             self.options.ckpt_path = str(self._checkpoint(self.options.ckpt_path))
-        self.save_config_kwargs = {
-            "config_filename": "config.yaml" if subcommand == "fit" else f"{subcommand}.yaml",
-            "overwrite": True,
-        }
+        self.save_config_kwargs = {"overwrite": True}
 
     def _checkpoint(self, given: str) -> Path:
         path = latest(self.folder / "checkpoints") if given == "last" else Path(given)
@@ -169,7 +174,10 @@ class TrainingCLI(LightningCLI):
                 *loggers,
             ]
         self.trainer_defaults["callbacks"] = self._run_callbacks()
-        return super().instantiate_trainer(logger=loggers or False, **kwargs)
+        try:
+            return super().instantiate_trainer(logger=loggers or False, **kwargs)
+        except (ValueError, TypeError) as error:  # how Trainer refuses an option's value
+            raise InputError(f"trainer: {error}") from error
 
     def _run_callbacks(self) -> list[Any]:
         callbacks: list[Any] = [RunProgress()]
@@ -188,7 +196,8 @@ class TrainingCLI(LightningCLI):
 class SaveRunConfig(SaveConfigCallback):
     """Writes the resolved config into the run folder, without what belongs to this one run: its name, its checkpoint.
 
-    So ``fit --config runs/NAME/config.yaml`` repeats the run in a folder of its own.
+    So ``fit --config runs/NAME/config.yaml`` repeats the run in a folder of its own. It is written once data and models
+    are loaded: a run that bad input stops leaves nothing behind.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
@@ -196,3 +205,55 @@ class SaveRunConfig(SaveConfigCallback):
         config.run = None
         config.ckpt_path = None
         super().__init__(parser, config, **kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early to write."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write; every process takes part."""
+        super().setup(trainer, pl_module, "fit")
+
+
+_CLASSES = (
+    *(getattr(modules, name) for name in modules.__all__),
+    *(getattr(rewards, name) for name in rewards.__all__),
+    PreferenceDataModule,
+)
+
+
+def _class_path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _imported(class_path: str) -> type:
+    """The class of a path that the parser has accepted, and so imported already."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _keys_of(class_path: str) -> list[str]:
+    """The constructor's keywords, base classes included, as the parser finds them."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(_imported(class_path), "it", fail_untyped=False, instantiate=False)
+    return [key.removeprefix("it.") for key in parser.get_defaults().keys()]
+
+
+def _nulls_refused(cls: type, given: dict[str, Any]) -> list[str]:
+    """Keys given as null whose type has no None: the parser lets them pass."""
+    refused = []
+    for base in cls.__mro__:
+        for name, kind in typing.get_type_hints(base.__init__).items() if "__init__" in vars(base) else ():
+            if name in given and given[name] is None and type(None) not in typing.get_args(kind) and kind is not Any:
+                refused.append(name)
+        given = {name: value for name, value in given.items() if name not in inspect.signature(base.__init__).parameters}
+    return refused
+
+
+def _known_runs(root: Path) -> str:
+    runs = sorted((path.parent for path in root.glob("*/checkpoints")), key=lambda path: path.stat().st_mtime)
+    return f"; the newest is {runs[-1].name}" if runs else f" ({root} holds no run with checkpoints)"
+
+
+def _farewell(folder: Path, module: RLHFModule) -> str:
+    lines = [f"model        {folder / 'model'}", f"curves       tensorboard --logdir {folder.parent}", f"config       {folder / 'config.yaml'}"]
+    return "\n".join(lines)

@@ -1,0 +1,167 @@
+"""Every shipped YAML against the signatures, and every field of a signature against the code that should read it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
+from rlhf_lightning.callbacks.samples import SampleTable
+from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
+from rlhf_lightning.cli.training import TrainingCLI
+from rlhf_lightning.data.datamodule import PreferenceDataModule
+from rlhf_lightning.distributed import FSDP2Strategy
+from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.ppo import PPOModule
+from rlhf_lightning.modules.reward_model import RewardModelModule
+from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.rewards import Ensemble, FunctionReward, ModelReward, WeightedSum
+
+PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_lightning"
+STAGES = {"sft.yaml": SFTModule, "reward_model.yaml": RewardModelModule, "ppo.yaml": PPOModule, "dpo.yaml": DPOModule}
+OVERLAYS = ("fsdp.yaml",)
+EXPOSED = (
+    *STAGES.values(),
+    RLHFModule,
+    PreferenceDataModule,
+    FunctionReward,
+    ModelReward,
+    WeightedSum,
+    Ensemble,
+    RunCheckpoint,
+    SampleTable,
+    FSDP2Strategy,
+)
+
+
+class ParsedOnly(TrainingCLI):
+    """The command line up to the point where something would be built."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def parse(*arguments: str) -> Any:
+    return ParsedOnly(*resolve_configs(arguments)).options
+
+
+def test_the_shipped_configs_are_known() -> None:
+    assert {name for name in shipped_configs() if "/" not in name} == {*STAGES, *OVERLAYS}
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_shipped_configs_parse(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = ["--config", "sft.yaml", "--config", name] if name in OVERLAYS else ["--config", name]
+    options = parse("fit", *configs, "--model.model", "MODEL", "--data.path", "FILE")
+    module = STAGES[Path(name).name if name not in OVERLAYS else "sft.yaml"]
+    assert options.model.class_path.endswith(f".{module.__name__}")
+    assert options.model.init_args.model == "MODEL"
+
+
+def leaves(node: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    if isinstance(node, dict) and "class_path" not in node:
+        return [leaf for key, value in node.items() for leaf in leaves(value, (*path, key))]
+    return [(path, node)]
+
+
+@pytest.mark.parametrize("name", [*STAGES])
+def test_shipped_configs_hold_only_what_differs_from_the_defaults(name: str) -> None:
+    config = yaml.safe_load(shipped_configs()[name].read_text(encoding="utf-8"))
+    for prefix, cls in (("model", STAGES[name]), ("data", PreferenceDataModule)):
+        section = config.get(prefix, {})
+        given = section.get("init_args", {key: value for key, value in section.items() if key != "class_path"})
+        parameters = all_parameters(cls)
+        for key, value in given.items():
+            assert value != parameters[key].default, f"{name}: {prefix}.{key} repeats the default"
+
+
+def all_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The constructor's parameters, with those that ``**kwargs`` hands on to the base classes."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base) or not base.__module__.startswith("rlhf_lightning"):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        for parameter in parameters:
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                found.setdefault(parameter.name, parameter)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found
+
+
+# Every field has an effect
+
+
+def package_reads() -> set[str]:
+    """Names of attributes that some code of the package reads (``x.name`` not being assigned)."""
+    reads = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                reads.add(node.attr)
+    return reads
+
+
+READS = package_reads()
+
+
+def own_parameters() -> list[tuple[type, str]]:
+    classes = dict.fromkeys(
+        base
+        for cls in EXPOSED
+        for base in cls.__mro__
+        if base.__module__.startswith("rlhf_lightning") and "__init__" in vars(base)
+    )
+    return [
+        (cls, name)
+        for cls in classes
+        for name, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
+
+
+def stored_as(function: ast.FunctionDef, name: str) -> tuple[list[str], int]:
+    """Attributes that are nothing but the parameter (``self.x = name``), and how often it is read otherwise."""
+    stored: list[str] = []
+    plain: set[int] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id == name:
+            targets = [target for target in node.targets if isinstance(target, ast.Attribute)]
+            stored += [target.attr for target in targets]
+            plain.add(id(node.value))
+    reads = sum(
+        isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load) and id(node) not in plain
+        for node in ast.walk(function)
+    )
+    return stored, reads
+
+
+@pytest.mark.parametrize(("cls", "name"), own_parameters(), ids=lambda value: getattr(value, "__name__", value))
+def test_every_constructor_parameter_is_read(cls: type, name: str) -> None:
+    source = inspect.getsource(inspect.getmodule(cls))  # type: ignore[arg-type]
+    (definition,) = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+    ]
+    (init,) = [node for node in definition.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    stored, reads = stored_as(init, name)
+    saved = "save_hyperparameters" in ast.unparse(init)
+    assert reads or any(attribute in READS for attribute in stored) or (saved and name in READS), (
+        f"{cls.__name__}.{name} is stored as {stored} and never read"
+    )
+
+
+def test_every_parameter_of_the_configurable_classes_is_typed() -> None:
+    for cls in EXPOSED:
+        for name, parameter in all_parameters(cls).items():
+            assert parameter.annotation is not inspect.Parameter.empty, f"{cls.__name__}.{name} has no type"
