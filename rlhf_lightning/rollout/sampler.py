@@ -155,6 +155,23 @@ def _evaluating(policy: Policy) -> Iterator[None]:
         policy.train(training)
 
 
+@contextmanager
+def _cast_once(device: torch.device) -> Iterator[None]:
+    """Under autocast, cast each weight once for the whole loop.
+
+    Lightning's autocast keeps no casts, so every token would cast the whole model anew: that doubles the time of a step
+    (a 135M model on the CPU: 83 against 171 ms for 16 rows).
+    """
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    try:
+        with torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=True):
+            yield
+    finally:
+        torch.clear_autocast_cache()  # the next update changes the weights
+
+
 def _still_going(ended: Tensor, at_least_one: bool) -> Tensor:
     keep = (~ended).nonzero()[:, 0]
     # A process that has finished keeps one row going, so that it can take part in the others' collectives.
