@@ -49,7 +49,7 @@ def export_scalar(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, folde
     Stock classifiers score at the last token that differs from ``config.pad_token_id``. So that this is the last real
     token, the saved pad (of config and tokenizer) never ends a response: the tokenizer's own pad if it is not an EOS;
     else BOS, or another special token that is neither EOS nor unknown; else a new token, with an embedding row of zeros
-    where the model has no spare one. Mean and deviation of the scores are in config.json and applied by our loader alone.
+    where the model has no spare one. The scores' mean and deviation are in config.json and applied by our loader alone.
 
     Raises:
         InputError: ``folder`` holds something else than a model.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 
 def decoder_layers(trunk: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -17,6 +18,17 @@ def decoder_layers(trunk: nn.Module) -> tuple[str, nn.ModuleList]:
     assert lists, f"{type(trunk).__name__} keeps its layers in no ModuleList"
     name = max(lists, key=lambda name: (sum(p.numel() for p in lists[name].parameters()), -len(name)))
     return name, lists[name]
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only the layers' inputs for the backward pass, and compute the rest again: less memory, a third more time.
+
+    It takes effect in train mode alone.
+    """
+    options = {"use_reentrant": False}  # the reentrant kind needs inputs with gradients, and FSDP2's hooks run twice
+    # Transformers has renamed the method, and warns of the old name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
 
 
 def linear_in_full_precision(states: Tensor, head: nn.Linear) -> Tensor:

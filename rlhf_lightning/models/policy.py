@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.layers import decoder_layers, linear_in_full_precision
@@ -98,7 +98,7 @@ class Policy(nn.Module):
             prompt_lengths: ``[B]`` int64, at least 1.
             temperature: logits are divided by it.
 
-        Returns: ``TokenScores`` of ``[B, T]``, T the longest response.
+        Returns: ``TokenScores``, T the longest response.
 
         Raises:
             InputError: a prompt without tokens.
@@ -211,7 +211,7 @@ class Policy(nn.Module):
         """What the model itself makes of final hidden states ``[N, H]``: its forward, with the trunk's output given."""
         name = self.model.base_model_prefix
         trunk = self.model._modules[name]
-        self.model._modules[name] = _Given(states[None])
+        self.model._modules[name] = _Given(self._output_type(last_hidden_state=states[None]))
         try:
             return self.model(inputs_embeds=states[None], use_cache=False).logits[0]
         finally:
@@ -221,7 +221,9 @@ class Policy(nn.Module):
     def _head_is_plain(self) -> bool:
         """Whether logits are ``states @ weight.T`` and nothing else; also checks that ``_own_head`` is right."""
         tokens = _probe(self.model)
-        states = self._states_of_probe(tokens)
+        output = self._trunk(input_ids=tokens, use_cache=False)
+        self._output_type = type(output)
+        states = output.last_hidden_state[0]
         own = self._own_head(states)
         if not _close(own, self.model(input_ids=tokens, use_cache=False).logits[0]):
             raise InputError(f"{type(self.model).__name__}: logits do not follow from the last hidden state alone")
@@ -239,9 +241,6 @@ class Policy(nn.Module):
         )
         return False
 
-    def _states_of_probe(self, tokens: Tensor) -> Tensor:
-        return self._trunk(input_ids=tokens, use_cache=False).last_hidden_state[0]
-
     @torch.no_grad()
     def _check_branch(self) -> None:
         below, last = self._states(_probe(self.model))
@@ -253,14 +252,14 @@ class Policy(nn.Module):
 
 
 class _Given(nn.Module):
-    """Stands where the trunk was and returns the states it was given."""
+    """Stands where the trunk was and returns the output it was given."""
 
-    def __init__(self, states: Tensor) -> None:
+    def __init__(self, output: ModelOutput) -> None:
         super().__init__()
-        self.states = states
+        self.output = output
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.states)
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        return self.output
 
 
 def _branch(trunk: PreTrainedModel, depth: int) -> PreTrainedModel:

@@ -1,0 +1,57 @@
+"""Tiny models of several architectures, in float64 for exact comparisons, with weights large enough to matter."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+_COMMON = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+    "initializer_range": 0.3,
+}
+_GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+_GPT2 |= {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
+
+NAMES = ["llama", "llama-tied", "qwen2", "gemma2", "gemma3", "gpt2"]
+
+
+def build(name: str, sliding_window: int = 64) -> PreTrainedModel:
+    """A fresh model, dropout and fallbacks as in loading; ``sliding_window`` is used by the Gemmas."""
+    torch.manual_seed(3)
+    if name == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(**_GPT2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    elif name == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**_COMMON))
+    elif name == "gemma2":
+        config = Gemma2Config(**_COMMON, sliding_window=sliding_window, query_pre_attn_scalar=4)
+        config.final_logit_softcapping = 5.0
+        model = Gemma2ForCausalLM(config)
+    elif name == "gemma3":
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        config = Gemma3TextConfig(**_COMMON, sliding_window=sliding_window, layer_types=kinds, query_pre_attn_scalar=4)
+        model = Gemma3ForCausalLM(config)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**_COMMON, tie_word_embeddings=name == "llama-tied"))
+    return model.double()

@@ -1,0 +1,228 @@
+import warnings
+
+import pytest
+import torch
+from architectures import NAMES, build
+from torch import Tensor
+from transformers import DynamicCache
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.layers import checkpoint_activations
+from rlhf_lightning.models.loading import draw_head
+from rlhf_lightning.models.policy import Policy, TokenScores
+
+LENGTHS = torch.tensor([9, 5, 6, 4])
+PROMPTS = torch.tensor([4, 2, 1, 4])  # the last response is empty
+
+
+def some_tokens(width: int = 9) -> Tensor:
+    return torch.randint(3, 40, (4, width), generator=torch.Generator().manual_seed(5))
+
+
+def quiet_policy(name: str, critic: object = None, **options: int) -> Policy:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Policy(build(name, **options), critic)
+
+
+def one_row_at_a_time(policy: Policy, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The oracle: unpadded rows through the stock model, log-softmax of its logits."""
+    log_probs, entropy = (torch.zeros(4, 5, dtype=torch.float64) for _ in range(2))
+    for row in range(4):
+        start, end = int(PROMPTS[row]), int(LENGTHS[row])
+        logits = policy.model(input_ids=tokens[row : row + 1, :end]).logits[0, start - 1 : end - 1] / temperature
+        table = logits.log_softmax(-1)
+        log_probs[row, : end - start] = table[torch.arange(end - start), tokens[row, start:end]]
+        entropy[row, : end - start] = -(table.exp() * table).sum(-1)
+    return log_probs, entropy
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_equal_the_stock_model_on_unpadded_rows(name: str) -> None:
+    policy, tokens = quiet_policy(name), some_tokens()
+    log_probs, entropy = one_row_at_a_time(policy, tokens, 0.7)
+    scores = policy(tokens, LENGTHS, PROMPTS, temperature=0.7)
+    torch.testing.assert_close(scores.log_probs, log_probs)
+    torch.testing.assert_close(scores.entropy, entropy)
+    assert scores.values is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoding_gives_the_log_probs_of_the_training_forward(name: str) -> None:
+    """Right-padded prompts leave a gap in the cache; log-probs must not notice."""
+    policy, tokens = quiet_policy(name).eval(), some_tokens()
+    expected = policy(tokens, LENGTHS, PROMPTS).log_probs
+    torch.testing.assert_close(decoded_log_probs(policy, tokens, left=False), expected)
+    assert_close_left_padded(policy, tokens, expected)
+
+
+def assert_close_left_padded(policy: Policy, tokens: Tensor, expected: Tensor) -> None:
+    if policy.model.config.model_type == "gemma2":
+        # Transformers' eager attention gives NaN to a query that sees nothing (left padding) in float64 alone.
+        torch.testing.assert_close(decoded_log_probs(policy.float(), tokens, left=True).float(), expected.float())
+    else:
+        torch.testing.assert_close(decoded_log_probs(policy, tokens, left=True), expected)
+
+
+def decoded_log_probs(policy: Policy, tokens: Tensor, left: bool) -> Tensor:
+    """Log-probs of the responses, token by token through the cache, after a prefill padded on one side."""
+    rows, width = torch.arange(4), int(PROMPTS.max())
+    places = torch.arange(width).expand(4, width) - (width - PROMPTS[:, None] if left else 0)
+    seen = (places >= 0) & (places < PROMPTS[:, None])
+    inputs = torch.where(seen, tokens.gather(1, places.clamp(min=0)), 0)
+    last = torch.full((4,), width - 1) if left else PROMPTS - 1
+    positions, cache = places.clamp(min=0), DynamicCache()
+    out = torch.zeros(4, 5, dtype=torch.float64)
+    for step in range(5):
+        logits = policy.decode(inputs, positions, seen, cache, last)
+        chosen = tokens[rows, (PROMPTS + step).clamp(max=8)]
+        live = PROMPTS + step < LENGTHS
+        out[:, step] = torch.where(live, logits.log_softmax(-1)[rows, chosen], 0.0)
+        seen = torch.cat([seen, torch.ones(4, 1, dtype=torch.bool)], dim=1)
+        inputs, positions, last = chosen[:, None], (PROMPTS + step)[:, None], torch.zeros_like(PROMPTS)
+    return out
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_a_short_sliding_window_needs_left_padding(name: str) -> None:
+    policy, tokens = quiet_policy(name, sliding_window=3).eval(), some_tokens()
+    assert policy.sliding_window == 3
+    expected = policy(tokens, LENGTHS, PROMPTS).log_probs
+    with pytest.raises(InputError, match="sliding window of 3"):
+        decoded_log_probs(policy, tokens, left=False)
+    assert_close_left_padded(policy, tokens, expected)
+
+
+def test_which_heads_are_fused() -> None:
+    fused = {name: quiet_policy(name).fused for name in NAMES}
+    assert fused == {name: name != "gemma2" for name in NAMES}  # Gemma 2 caps its logits
+    with pytest.warns(UserWarning, match="capped"):
+        Policy(build("gemma2"))
+
+
+def test_a_head_with_bias_is_not_fused_and_right() -> None:
+    model = build("llama")
+    model.lm_head = torch.nn.Linear(16, 40, dtype=torch.float64)  # its bias is not 0
+    with pytest.warns(UserWarning, match="plain linear"):
+        policy = Policy(model)
+    tokens = some_tokens()
+    torch.testing.assert_close(policy(tokens, LENGTHS, PROMPTS).log_probs, one_row_at_a_time(policy, tokens, 1.0)[0])
+
+
+@pytest.mark.parametrize("critic", ["head", 1, 3])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_values_are_the_head_on_the_state_before_each_token(name: str, critic: object) -> None:
+    policy, tokens = quiet_policy(name, critic), some_tokens()
+    # A fresh branch is a copy of the trunk's own layers: its values are the head on the trunk's last states.
+    states = policy.model.base_model(input_ids=tokens).last_hidden_state
+    values = policy(tokens, LENGTHS, PROMPTS).values
+    expected = states @ policy.critic_head.weight[0] + policy.critic_head.bias
+    torch.testing.assert_close(values[0], expected[0, 3:9])  # 5 tokens: the states before each, and after the last
+    torch.testing.assert_close(values[1, :4], expected[1, 1:5])
+    assert values[1, 4:].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(values[3, 0], expected[3, 3])  # an empty response has the state after its prompt
+
+
+def test_a_branch_learns_apart_from_the_trunk() -> None:
+    policy, tokens = quiet_policy("llama", 1), some_tokens()
+    before = policy(tokens, LENGTHS, PROMPTS)
+    with torch.no_grad():
+        policy.branch.layers[0].mlp.down_proj.weight.add_(0.5)
+    after = policy(tokens, LENGTHS, PROMPTS)
+    assert torch.equal(before.log_probs, after.log_probs)
+    assert not torch.allclose(before.values, after.values)
+    after.values.sum().backward()
+    assert policy.model.model.layers[0].mlp.down_proj.weight.grad.abs().max() > 0  # shared below the branch
+    assert policy.model.model.layers[2].mlp.down_proj.weight.grad is None
+    assert sum(p.numel() for p in policy.branch.parameters()) < 0.5 * sum(p.numel() for p in policy.model.parameters())
+
+
+def test_critics_that_cannot_be() -> None:
+    with pytest.raises(InputError, match="GPT2LMHeadModel"):  # it adds positions to the states that it is given
+        quiet_policy("gpt2", 1)
+    for depth in (0, 4, True, "tail"):
+        with pytest.raises(InputError, match="critic:"):
+            quiet_policy("llama", depth)
+
+
+def test_critic_head_starts_small_or_from_a_reward_model() -> None:
+    wide = torch.nn.Linear(4000, 1)
+    draw_head(wide, seed=1)
+    assert wide.weight.std().item() == pytest.approx(4001**-0.5, rel=0.05)
+    policy = quiet_policy("llama", "head")
+    policy.load_critic_head(torch.full((1, 16), 0.5), bias=-2.0)
+    assert policy.critic_head.weight.tolist() == [[0.5] * 16] and policy.critic_head.bias.item() == -2.0
+    with pytest.raises(InputError, match=r"\[1, 8\]"):
+        policy.load_critic_head(torch.zeros(1, 8))
+    with pytest.raises(InputError, match="no critic head"):
+        quiet_policy("llama").load_critic_head(torch.zeros(1, 16))
+
+
+@pytest.mark.parametrize("critic", [None, "head", 2])
+def test_padding_and_row_order_change_nothing(critic: object) -> None:
+    policy, tokens = quiet_policy("llama", critic), some_tokens()
+    scores = policy(tokens, LENGTHS, PROMPTS)
+    padded = torch.cat([tokens, torch.full((4, 6), 1)], dim=1)  # padded with EOS
+    same(policy(padded, LENGTHS, PROMPTS), scores)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = policy(tokens[order], LENGTHS[order], PROMPTS[order])
+    same(shuffled, TokenScores(*(None if x is None else x[order] for x in scores)))
+
+
+def same(first: TokenScores, second: TokenScores) -> None:
+    for ours, theirs in zip(first, second, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_batches_without_response_tokens() -> None:
+    policy, tokens = quiet_policy("llama", "head"), some_tokens()
+    empty = policy(tokens, PROMPTS, PROMPTS)
+    assert [x.shape for x in empty] == [(4, 0), (4, 0), (4, 1)]
+    (empty.log_probs.sum() + empty.values.sum()).backward()
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in policy.model.lm_head.parameters())
+
+
+def test_gradients_reach_the_tied_weight_from_both_ends() -> None:
+    policy, tokens = quiet_policy("llama-tied"), some_tokens()
+    policy(tokens, LENGTHS, PROMPTS).log_probs.sum().backward()
+    ours = policy.model.lm_head.weight.grad.clone()
+    policy.zero_grad()
+    one_row_at_a_time(policy, tokens, 1.0)[0].sum().backward()
+    torch.testing.assert_close(ours, policy.model.lm_head.weight.grad)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    policy, tokens = quiet_policy("llama", 1).train(), some_tokens()
+    grads = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_activations(policy.model)
+        policy.zero_grad()
+        scores = policy(tokens, LENGTHS, PROMPTS)
+        (scores.log_probs.sum() + scores.values.sum()).backward()
+        grads.append({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("critic", ["head", 1])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_autocast_gives_float32_near_the_exact_scores(name: str, critic: object) -> None:
+    policy, tokens = quiet_policy(name, critic), some_tokens()
+    exact = policy(tokens, LENGTHS, PROMPTS)
+    policy.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = policy(tokens, LENGTHS, PROMPTS)
+        logits = policy.eval().decode(
+            tokens, torch.arange(9).expand(4, 9), torch.ones(4, 9), DynamicCache(), torch.full((4,), 8)
+        )
+    assert logits.dtype == torch.float32
+    for ours, theirs in zip(scores, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).abs().max() < 0.3  # bf16 through three layers; log-probs are around -4
+
+
+def test_bfloat16_weights_give_float32_scores() -> None:
+    policy = quiet_policy("llama", "head").bfloat16()
+    assert all(x.dtype == torch.float32 for x in policy(some_tokens(), LENGTHS, PROMPTS))

@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.positions import at_last_token, response_mask, response_states, response_tokens
+
+TOKENS = torch.tensor([[11, 12, 13, 14, 15], [21, 22, 23, 99, 99], [31, 32, 99, 99, 99]])
+PROMPTS = torch.tensor([2, 1, 2])
+LENGTHS = torch.tensor([5, 3, 2])
+
+
+def test_response_tokens_by_hand() -> None:
+    expected = torch.tensor([[13, 14, 15], [22, 23, 0], [0, 0, 0]])
+    assert torch.equal(response_tokens(TOKENS, PROMPTS, LENGTHS), expected)
+
+
+def test_response_mask_by_hand() -> None:
+    expected = torch.tensor([[True, True, True], [True, True, False], [False, False, False]])
+    assert torch.equal(response_mask(PROMPTS, LENGTHS), expected)
+
+
+def test_response_states_stand_one_before_the_tokens() -> None:
+    expected = torch.tensor([[12, 13, 14], [21, 22, 0], [0, 0, 0]])
+    assert torch.equal(response_states(TOKENS, PROMPTS, LENGTHS), expected)
+    wide = torch.stack([TOKENS, -TOKENS], dim=-1)
+    assert torch.equal(response_states(wide, PROMPTS, LENGTHS), torch.stack([expected, -expected], dim=-1))
+
+
+def test_nan_past_the_end_stays_out() -> None:
+    x = torch.ones(1, 4)
+    x[0, 2:] = torch.nan
+    assert torch.equal(response_states(x, torch.tensor([1]), torch.tensor([3])), torch.ones(1, 2))
+    short = response_states(x.expand(2, 4), torch.tensor([1, 1]), torch.tensor([2, 3]))
+    assert torch.equal(short, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+
+
+def test_at_last_token() -> None:
+    assert at_last_token(TOKENS, LENGTHS).tolist() == [15, 23, 32]
+    assert at_last_token(torch.stack([TOKENS, -TOKENS], -1), LENGTHS).tolist() == [[15, -15], [23, -23], [32, -32]]
+
+
+def test_no_rows_and_empty_responses() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    assert response_tokens(TOKENS[:0], none, none).shape == (0, 0)
+    assert response_states(TOKENS, PROMPTS, PROMPTS).shape == (3, 0)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(InputError, match="0 tokens"):
+        response_mask(torch.tensor([2, 0]), torch.tensor([3, 3]))
