@@ -1,0 +1,205 @@
+"""PPO against an optimum that is known exactly, and against itself under every split of the same work."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import make_config, make_tokenizer
+from ppo_harness import fit, make_module, prompts
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlhf_lightning.batches import PromptBatch, Rollout
+from rlhf_lightning.models.positions import response_states
+from rlhf_lightning.rewards import Reward
+
+EOS, VOCABULARY, BETA = 1, 8, 0.5
+PROMPT = [4, 5]
+
+
+@dataclass
+class Bandit:
+    """Every response of at most two tokens to one prompt, with its probability and its reward."""
+
+    responses: list[list[int]]
+    rewards: Tensor  # [number of responses] float64
+
+    @classmethod
+    def make(cls) -> Bandit:
+        long = [[a, b] for a, b in itertools.product(range(VOCABULARY), repeat=2) if a != EOS]
+        responses = [[EOS], *long]
+        # Ending at once is worth 0; otherwise the tokens' worth: 1.5 for a 6 first, 1 for an EOS after it.
+        rewards = [0.0] + [1.5 * (a == 6) + 1.0 * (b == EOS) - 0.5 * (b == a) for a, b in long]
+        return cls(responses, torch.tensor(rewards, dtype=torch.float64))
+
+    @torch.no_grad()
+    def log_probs(self, model: LlamaForCausalLM) -> Tensor:
+        """Log-probability of each response as a whole, float64, by the stock model."""
+        totals = []
+        for response in self.responses:
+            tokens = torch.tensor([PROMPT + response])
+            table = model(tokens).logits[0].double().log_softmax(-1)
+            totals.append(sum(table[len(PROMPT) - 1 + t, token] for t, token in enumerate(response)))
+        return torch.stack(totals)
+
+    def objective(self, model: LlamaForCausalLM, reference: Tensor) -> float:
+        """E[reward] - beta KL(policy || reference), summed over all responses."""
+        log_probs = self.log_probs(model)
+        return (log_probs.exp() * (self.rewards - BETA * (log_probs - reference))).sum().item()
+
+
+class BanditReward(Reward):
+    def __init__(self, bandit: Bandit) -> None:
+        super().__init__()
+        self.worth = {
+            tuple(response): reward for response, reward in zip(bandit.responses, bandit.rewards, strict=True)
+        }
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        rows = zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
+        return torch.stack([self.worth[tuple(tokens[start:end])] for tokens, start, end in rows]).float()
+
+
+def repeated_prompt(rows: int, iteration: int) -> PromptBatch:
+    return PromptBatch(
+        tokens=torch.tensor([PROMPT] * rows),
+        lengths=torch.full((rows,), len(PROMPT)),
+        rows=torch.arange(rows),
+        weights=torch.ones(rows),
+        prompts=["prompt"] * rows,
+        columns={},
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ppo_finds_the_optimum_and_its_value_of_a_small_known_problem(tmp_path, seed):
+    """With the KL in the reward the optimal policy is reference * exp(reward / beta) / Z, and the value of the prompt
+    under it is beta log Z (Ziegler et al. 2019, section 2; the soft value of the exactly enumerated problem)."""
+    torch.manual_seed(seed)
+    LlamaForCausalLM(make_config(vocab_size=VOCABULARY, initializer_range=0.1)).save_pretrained(tmp_path)
+    small_tokenizer().save_pretrained(tmp_path)
+    bandit = Bandit.make()
+    reference = bandit.log_probs(LlamaForCausalLM.from_pretrained(tmp_path))
+    torch.testing.assert_close(reference.exp().sum().item(), 1.0)
+    optimum = BETA * torch.logsumexp(reference + bandit.rewards / BETA, 0).item()
+    iterations = 120
+    module = make_module(
+        tmp_path,
+        BanditReward(bandit),
+        iterations=iterations,
+        epochs=2,
+        minibatches=2,
+        max_new_tokens=2,
+        kl_coef=BETA,
+        lam=1.0,
+        learning_rate=3e-3,
+        schedule="linear",
+        critic_learning_rate=3e-3,
+        value_coef=1.0,
+        micro_batch_tokens=10_000,
+        seed=seed,
+    )
+    start = bandit.objective(LlamaForCausalLM.from_pretrained(tmp_path), reference)
+    fit(module, [repeated_prompt(64, i) for i in range(iterations)])
+    reached = bandit.objective(module.policy.model, reference)
+    assert optimum - start > 0.4  # there is something to learn
+    assert optimum - reached < 0.03 * (optimum - start)
+    # The policy itself, not only its worth: total variation from the optimal one.
+    best = (reference + bandit.rewards / BETA).log_softmax(0).exp()
+    assert 0.5 * (bandit.log_probs(module.policy.model).exp() - best).abs().sum().item() < 0.1
+    with torch.no_grad():
+        tokens, lengths = torch.tensor([[*PROMPT, 6]]), torch.tensor([3])
+        values = response_states(module.critic(tokens, lengths), torch.tensor([2]), lengths)
+    assert values[0, 0].item() == pytest.approx(optimum, abs=0.15)
+
+
+def small_tokenizer():
+    tokenizer = make_tokenizer("<pad>")
+    words = [
+        token for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]) if index < VOCABULARY
+    ]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
+
+
+# ---------------------------------------------------------------- the same work, split otherwise
+
+
+def weights(module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def assert_same_training(one, other) -> None:
+    """Weights after training agree to what fp32 rounding leaves of one Adam step; a real difference is a whole one."""
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(other)[name], value, atol=2e-5, rtol=1e-4, msg=name)
+
+
+OPTIONS = {"epochs": 2, "minibatches": 2, "iterations": 2, "learning_rate": 1e-4, "adam_eps": 1e-3, "kl_coef": 0.1}
+
+
+@pytest.fixture
+def plain(tiny_policy_dir):
+    module = make_module(tiny_policy_dir, **OPTIONS)
+    fit(module)
+    return module
+
+
+def test_training_moves_the_weights_far_more_than_the_tolerance(tiny_policy_dir, plain):
+    start = LlamaForCausalLM.from_pretrained(tiny_policy_dir).state_dict()
+    moved = max((plain.policy.model.state_dict()[name] - value).abs().max().item() for name, value in start.items())
+    assert moved > 2e-4
+
+
+@pytest.mark.parametrize("critic", ["model", "head", 1])
+def test_micro_batches_do_not_change_the_result(tiny_policy_dir, critic):
+    modules = [make_module(tiny_policy_dir, critic=critic, micro_batch_tokens=n, **OPTIONS) for n in (1, 30, 10_000)]
+    for module in modules:
+        fit(module)
+    assert_same_training(modules[0], modules[2])
+    assert_same_training(modules[1], modules[2])
+
+
+def test_extra_padding_does_not_change_the_result(tiny_policy_dir, plain):
+    padded = make_module(tiny_policy_dir, **OPTIONS)
+    fit(padded, [prompts(start=8 * i, padding=11) for i in range(2)])
+    assert_same_training(padded, plain)
+
+
+def test_row_order_does_not_change_the_result(tiny_policy_dir):
+    options = {**OPTIONS, "minibatches": 1}
+    order = torch.tensor([3, 0, 7, 5, 1, 6, 2, 4])
+    plain, shuffled = make_module(tiny_policy_dir, **options), make_module(tiny_policy_dir, **options)
+    fit(plain)
+    fit(shuffled, [reordered(prompts(start=8 * i), order) for i in range(2)])
+    assert_same_training(shuffled, plain)
+
+
+def test_filler_rows_do_not_change_the_result(tiny_policy_dir):
+    options = {**OPTIONS, "minibatches": 1, "iterations": 1}
+    plain, filled = make_module(tiny_policy_dir, **options), make_module(tiny_policy_dir, **options)
+    fit(plain, [prompts(6)])
+    batch = prompts(8)
+    fit(filled, [replace(batch, weights=torch.tensor([1.0] * 6 + [0.0] * 2))])
+    assert_same_training(filled, plain)
+    timed = ("time/", "rollout/tokens_per_second", "rollout/max_length")
+    for name, value in plain.logged[0].items():
+        if not name.startswith(timed):
+            assert filled.logged[0][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+
+
+def reordered(batch: PromptBatch, order: Tensor) -> PromptBatch:
+    return replace(
+        batch,
+        tokens=batch.tokens[order],
+        lengths=batch.lengths[order],
+        rows=batch.rows[order],
+        prompts=[batch.prompts[i] for i in order.tolist()],
+    )
