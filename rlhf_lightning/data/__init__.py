@@ -1,0 +1,1 @@
+"""From files of human judgements to checked rows, tokens and batches."""

@@ -1,0 +1,103 @@
+"""Which rows make which batch: global batches first, the same for any number of processes, then each rank's share.
+
+Rows are sorted by length and put into bins; a bin's rows are dealt anew to its batches in every epoch, and the batches
+of all bins are shuffled. So the rows of a batch have similar lengths, the mix still changes from epoch to epoch, and the
+number of batches never does (Lightning asks once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rlhf_lightning.data.tokenization import Example
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.randomness import DATA_ORDER, permutation
+
+_BATCHES_PER_BIN = 8  # more mixes lengths more widely and pads more
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Rows of similar length, and how many of them one batch takes."""
+
+    rows: tuple[int, ...]
+    batch_size: int
+
+    def __len__(self) -> int:
+        """Batches."""
+        return -(-len(self.rows) // self.batch_size)
+
+
+def make_bins(examples: Sequence[Example], batch_size: int, batch_tokens: int | None) -> list[Bin]:
+    """Bins from the longest rows to the shortest.
+
+    Args:
+        examples: all rows.
+        batch_size: most rows in a batch.
+        batch_tokens: most tokens in a batch, padding included: rows times longest, for pairs both sides together.
+
+    Raises:
+        InputError: one row alone is over ``batch_tokens``.
+    """
+    order = sorted(range(len(examples)), key=lambda i: (-sum(examples[i].widths), i))
+    for i in order:
+        if batch_tokens is not None and sum(examples[i].widths) > batch_tokens:
+            raise InputError(
+                f"{examples[i].record.where}: {sum(examples[i].widths)} tokens in one row are over data.batch_tokens "
+                f"{batch_tokens}; raise it, or lower data.max_prompt_tokens and data.max_response_tokens"
+            )
+    bins = []
+    start = 0
+    while start < len(order):
+        size = batch_size
+        if batch_tokens is not None:
+            size = max(1, min(size, batch_tokens // sum(examples[order[start]].widths)))
+            while size > 1 and size * _width(examples, order[start : start + size * _BATCHES_PER_BIN]) > batch_tokens:
+                size -= 1
+        rows = order[start : start + size * (_BATCHES_PER_BIN if size > 1 else 1)]
+        bins.append(Bin(tuple(rows), size))
+        start += len(rows)
+    return bins
+
+
+def _width(examples: Sequence[Example], rows: Sequence[int]) -> int:
+    """Padded tokens that one row takes in a batch of any of these rows."""
+    return sum(map(max, zip(*(examples[i].widths for i in rows), strict=True)))
+
+
+def epoch_batches(bins: Sequence[Bin], seed: int, epoch: int) -> list[tuple[int, ...]]:
+    """The row numbers of every global batch of one epoch, in order: a pure function of its arguments."""
+    batches = []
+    for number, bin in enumerate(bins):
+        order = permutation(len(bin.rows), seed, DATA_ORDER, epoch, number + 1).tolist()
+        rows = [bin.rows[i] for i in order]
+        batches += [tuple(rows[i : i + bin.batch_size]) for i in range(0, len(rows), bin.batch_size)]
+    return [batches[i] for i in permutation(len(batches), seed, DATA_ORDER, epoch, 0).tolist()]
+
+
+def in_order(bins: Sequence[Bin]) -> list[tuple[int, ...]]:
+    """Every row once, unshuffled, for evaluation."""
+    return [bin.rows[i : i + bin.batch_size] for bin in bins for i in range(0, len(bin.rows), bin.batch_size)]
+
+
+def endless_batch(size: int, batch_size: int, seed: int, number: int) -> tuple[int, ...]:
+    """Batch ``number`` of an endless walk over ``size`` rows: whole passes, each in a new order, without a seam.
+
+    A row that comes a second time in one batch (from the next pass) has ``size`` added to its number, so that numbers
+    in a batch differ; what is meant is the number modulo ``size``.
+    """
+    places = range(number * batch_size, (number + 1) * batch_size)
+    orders = {p: permutation(size, seed, DATA_ORDER, p).tolist() for p in {place // size for place in places}}
+    taken: dict[int, int] = {}
+    numbers = []
+    for place in places:
+        row = orders[place // size][place % size]
+        numbers.append(row + size * taken.get(row, 0))
+        taken[row] = taken.get(row, 0) + 1
+    return tuple(numbers)
+
+
+def share(batch: Sequence[Example], rank: int, world: int) -> list[Example]:
+    """Rows ``rank::world`` of a global batch; where there are none, its first row with weight 0 as a filler."""
+    return list(batch[rank::world]) or [replace(batch[0], weight=0.0)]

@@ -1,0 +1,65 @@
+"""Examples to right-padded batches. A filler row is an example of weight 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch
+from rlhf_lightning.data.tokenization import Example, Kind
+
+Batch = DemonstrationBatch | PreferenceBatch | PromptBatch
+
+
+def collate(examples: Sequence[Example], kind: Kind, pad_id: int, columns: Sequence[str] = ()) -> Batch:
+    """One batch of ``B = len(examples)`` rows; ``columns`` names the columns that a prompt batch carries."""
+    if kind == "pairs":
+        return PreferenceBatch(
+            chosen=_side(examples, 0, pad_id),
+            rejected=_side(examples, 1, pad_id),
+            margins=torch.tensor([example.margin for example in examples], dtype=torch.float32),
+            weights=_weights(examples),
+        )
+    if kind == "demonstrations":
+        return _side(examples, 0, pad_id)
+    tokens, lengths = _pad([example.prompt for example in examples], pad_id)
+    return PromptBatch(
+        tokens=tokens,
+        lengths=lengths,
+        rows=torch.tensor([example.row for example in examples]),
+        weights=_weights(examples),
+        prompts=[example.record.text for example in examples],
+        columns={name: [example.record.columns.get(name) for example in examples] for name in columns},
+    )
+
+
+def column_names(examples: Sequence[Example]) -> list[str]:
+    """Every column that any row has; a row without it carries None."""
+    names: dict[str, Any] = {}
+    for example in examples:
+        names.update(example.record.columns)
+    return sorted(names)
+
+
+def _side(examples: Sequence[Example], side: int, pad_id: int) -> DemonstrationBatch:
+    tokens, lengths = _pad([torch.cat([example.prompt, example.responses[side]]) for example in examples], pad_id)
+    return DemonstrationBatch(
+        tokens=tokens,
+        lengths=lengths,
+        prompt_lengths=torch.tensor([len(example.prompt) for example in examples]),
+        weights=_weights(examples),
+    )
+
+
+def _weights(examples: Sequence[Example]) -> Tensor:
+    return torch.tensor([example.weight for example in examples], dtype=torch.float32)
+
+
+def _pad(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of int32 ids to ``[B, S]`` int64 and their lengths ``[B]`` int64."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=pad_id)
+    return tokens, lengths

@@ -1,0 +1,330 @@
+"""The DataModule of every stage: the module says which view it wants, this serves it in batches.
+
+``PreferenceDataModule`` is for a Trainer. The functions at the end serve evaluation and scripts without one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch, View
+from rlhf_lightning.data.batching import endless_batch, epoch_batches, in_order, make_bins, share
+from rlhf_lightning.data.collate import Batch, collate, column_names
+from rlhf_lightning.data.records import Records, load_records
+from rlhf_lightning.data.split import split_by_prompt
+from rlhf_lightning.data.tokenization import Encoder, Example, Kind
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.loading import load_tokenizer
+
+Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)], docstring="A number in [0, 1).")
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Demonstrations, preference pairs or prompts from files, as token batches.
+
+    Everything is read, checked and tokenised in ``setup``; batches are then only padded together, so there are no
+    loader workers. A global batch is formed first and rank r of W takes its rows ``r::W`` (a rank left without rows gets
+    a filler of weight 0): the same configuration gives the same batches on any number of processes. The order is a
+    function of (seed, epoch), and a resumed run goes on at the batch after the checkpoint's.
+
+    Args:
+        path: the data: one or more .jsonl, .jsonl.gz, .csv or .parquet files, or a hub data set's name.
+        val_path: held-out data; without it ``validation_fraction`` of the prompts in ``path`` is held out.
+        tokenizer: folder with the tokenizer; the module's model folder if not given.
+        batch_size: rows in a global batch, over all processes together.
+        val_batch_size: the same for validation, test and prediction; ``batch_size`` if not given.
+        batch_tokens: most tokens in a global batch, padding included; then long rows come fewer at a time. Not for PPO.
+        max_prompt_tokens: longest prompt, chat template included; null for no limit.
+        max_response_tokens: longest response in the data, EOS included; null for no limit.
+        long_prompts: longer prompts are an error, dropped and counted, or cut on the left.
+        long_responses: longer responses are an error, or dropped and counted; they are never cut.
+        validation_fraction: share of the distinct prompts that is held out when there is no ``val_path``.
+        chat: put plain prompts through the chat template as a user message (and transcripts as their turns).
+        chat_template: file with a Jinja chat template to use in place of the tokenizer's.
+        seed: seed of the order and of the split.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str],
+        val_path: str | list[str] | None = None,
+        tokenizer: str | None = None,
+        batch_size: PositiveInt = 32,  # type: ignore[valid-type]
+        val_batch_size: PositiveInt | None = None,  # type: ignore[valid-type]
+        batch_tokens: PositiveInt | None = None,  # type: ignore[valid-type]
+        max_prompt_tokens: PositiveInt | None = 1024,  # type: ignore[valid-type]
+        max_response_tokens: PositiveInt | None = 1024,  # type: ignore[valid-type]
+        long_prompts: Literal["error", "drop", "truncate_left"] = "error",
+        long_responses: Literal["error", "drop"] = "error",
+        validation_fraction: Fraction = 0.05,  # type: ignore[valid-type]
+        chat: bool = False,
+        chat_template: str | None = None,
+        seed: NonNegativeInt = 0,  # type: ignore[valid-type]
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.val_path = val_path
+        self.tokenizer_path = tokenizer
+        self.batch_size = int(batch_size)
+        self.val_batch_size = int(val_batch_size or batch_size)
+        self.batch_tokens = batch_tokens
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_response_tokens = max_response_tokens
+        self.long_prompts = long_prompts
+        self.long_responses = long_responses
+        self.validation_fraction = float(validation_fraction)
+        self.chat = chat
+        self.chat_template = chat_template
+        self.seed = int(seed)
+        self.tokenizer: Any = None
+        self.view: View | None = None
+        self.train: list[Example] = []
+        self.held_out: list[Example] = []
+        self.dropped: Counter[str] = Counter()  # rows or pairs left out, by reason
+        self._fingerprint = ""
+        self._resumed: dict[str, Any] | None = None
+
+    # -- what Lightning calls ------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Reads the module's view and tokenizer folder, and prepares; called on every process.
+
+        Raises:
+            InputError: anything wrong with the data or the options.
+        """
+        assert self.trainer is not None
+        module = self.trainer.lightning_module
+        if self.tokenizer is None:
+            folder = self.tokenizer_path or getattr(module, "model", None)
+            if not isinstance(folder, str):
+                raise InputError("data.tokenizer: is not set, and the module names no model folder; set it")
+            self.tokenizer = load_tokenizer(folder, bool(getattr(module, "trust_remote_code", False)))
+        self.prepare(module.data_view, stage=stage)
+
+    def prepare(self, view: View, tokenizer: Any = None, stage: str = "fit") -> PreferenceDataModule:
+        """Reads, checks, splits and encodes the data: what ``setup`` does, usable without a Trainer.
+
+        Args:
+            view: what to serve.
+            tokenizer: a Hugging Face tokenizer, where none was set before.
+            stage: ``predict`` answers every prompt of ``path``, holding none out; other stages split.
+
+        Returns: itself.
+        """
+        self.view = view
+        self.tokenizer = tokenizer or self.tokenizer
+        if view.steps is not None and self.batch_tokens is not None:
+            raise InputError("data.batch_tokens: has no effect on prompts to sample from; leave it out, set batch_size")
+        encoder = self._encoder()
+        records = load_records(self.path)
+        self.dropped = Counter(records.dropped)
+        if stage == "predict":
+            self.train, self.held_out = [], self._encode(encoder, records, "prompts", "answer")
+            return self
+        if self.val_path is not None:
+            held_out = load_records(self.val_path)
+            self.dropped.update(held_out.dropped)
+            leaks = {row.key for row in records.rows} & {row.key for row in held_out.rows}
+            if leaks:
+                rank_zero_warn(
+                    f"{len(leaks)} prompts of data.val_path are in data.path too: validation is not held out"
+                )
+        else:
+            train, rest = split_by_prompt(records.rows, self.validation_fraction, self.seed)
+            records, held_out = replace(records, rows=train), replace(records, rows=rest)
+        self.train = self._encode(encoder, records, view.kind, "train on")
+        has_held_out = self.val_path is not None or bool(held_out.rows)
+        self.held_out = self._encode(encoder, held_out, view.kind, "validate on") if has_held_out else []
+        self._fingerprint = records.fingerprint()
+        self._check_resumed()
+        rank_zero_info(self.summary())
+        return self
+
+    def train_dataloader(self) -> Loader:
+        """Training batches of this process; the epoch and the first batch come from the Trainer's progress."""
+        return Loader(self, training=True)
+
+    def val_dataloader(self) -> Loader | list[Any]:
+        """Every held-out row once over the processes; an empty list where nothing is held out."""
+        return Loader(self, training=False) if self.held_out else []
+
+    def test_dataloader(self) -> Loader:
+        """The held-out rows, as for validation."""
+        return self._held_out_or_error("test on")
+
+    def predict_dataloader(self) -> Loader:
+        """Every distinct prompt of ``path`` once."""
+        return self._held_out_or_error("answer")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to know of the data: not where it was, which the Trainer counts, but which it was."""
+        return {"fingerprint": self._fingerprint, "rows": len(self.train), "options": self._options()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Checks that the data and the options that make the batches are still those of the checkpoint.
+
+        Raises:
+            InputError: they changed, so the checkpoint's batch numbers would mean other rows.
+        """
+        self._resumed = state_dict
+        if self._fingerprint:
+            self._check_resumed()
+
+    # -- how it is done ------------------------------------------------------------------------------------------------
+
+    def _encoder(self) -> Encoder:
+        return Encoder(
+            self.tokenizer,
+            chat=self.chat,
+            chat_template=self.chat_template,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_response_tokens=self.max_response_tokens,
+            long_prompts=self.long_prompts,
+            long_responses=self.long_responses,
+        )
+
+    def _encode(self, encoder: Encoder, records: Records, kind: Kind, purpose: str) -> list[Example]:
+        examples, dropped = encoder.encode(records.rows, kind)
+        self.dropped.update(dropped)
+        if not examples:
+            reasons = (
+                "; ".join(f"{reason}: {count}" for reason, count in sorted(self.dropped.items())) or "none dropped"
+            )
+            raise InputError(
+                f"{', '.join(records.paths)}: no {kind} left to {purpose}, of {records.read} rows ({reasons})"
+            )
+        return examples
+
+    def _held_out_or_error(self, purpose: str) -> Loader:
+        if not self.held_out:
+            raise InputError(f"no rows to {purpose}: set data.val_path, or data.validation_fraction above 0")
+        return Loader(self, training=False)
+
+    def _options(self) -> dict[str, Any]:
+        assert self.view is not None
+        names = (
+            "batch_size",
+            "batch_tokens",
+            "max_prompt_tokens",
+            "max_response_tokens",
+            "long_prompts",
+            "long_responses",
+            "validation_fraction",
+            "chat",
+            "seed",
+        )
+        return {**{name: getattr(self, name) for name in names}, "view": self.view.kind}
+
+    def _check_resumed(self) -> None:
+        if self._resumed is None:
+            return
+        then, now = self._resumed["options"], self._options()
+        for name, value in now.items():
+            if then.get(name) != value:
+                raise InputError(
+                    f"data.{name}: the checkpoint was made with {then.get(name)}, now it is {value}; set it back to "
+                    "resume, or start a new run from the exported model"
+                )
+        if self._resumed["fingerprint"] != self._fingerprint:
+            raise InputError(
+                f"data.path: the data changed since the checkpoint ({self._resumed['rows']} {now['view']} then, "
+                f"{len(self.train)} now); restore the files to resume, or start a new run from the exported model"
+            )
+
+    def summary(self) -> str:
+        """One line: how much there is, and what was dropped."""
+        assert self.view is not None
+        counts = f"data: {len(self.train):,} {self.view.kind} to train on, {len(self.held_out):,} held out"
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.dropped.items()))
+        return f"{counts}; {reasons or 'nothing dropped'}"
+
+
+class Loader:
+    """One process's batches as Lightning iterates them. Not a ``DataLoader``, so Lightning adds no sampler of its own."""
+
+    def __init__(self, data: PreferenceDataModule, training: bool) -> None:
+        assert data.view is not None, "prepare() comes first"
+        self.data = data
+        self.training = training
+        self.examples = data.train if training else data.held_out
+        stepped = training and data.view.steps is not None
+        self.steps = data.view.steps if stepped else None
+        size = data.batch_size if training else data.val_batch_size
+        self.bins = [] if stepped else make_bins(self.examples, size, data.batch_tokens)
+        self.columns = column_names(data.train + data.held_out)
+        # `predict` answers prompts whatever the module trains on.
+        self.kind = data.view.kind if self.examples and (data.train or data.view.kind == "prompts") else "prompts"
+        self.pad_id = data._encoder().pad_id
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch, also when this one is resumed in its middle."""
+        return self.steps if self.steps is not None else sum(map(len, self.bins))
+
+    def __iter__(self) -> Iterator[Batch]:
+        # The body runs at the first `next`. Lightning has restored its progress by then, and not at `iter`.
+        epoch, start, rank, world = self._place()
+        batches = [] if self.steps is not None else self._order(epoch)
+        for number in range(start, len(self)):
+            rows = (
+                self._stepped(epoch, number) if self.steps is not None else [self.examples[i] for i in batches[number]]
+            )
+            yield collate(share(rows, rank, world), self.kind, self.pad_id, self.columns)
+
+    def _order(self, epoch: int) -> list[tuple[int, ...]]:
+        return epoch_batches(self.bins, self.data.seed, epoch) if self.training else in_order(self.bins)
+
+    def _stepped(self, epoch: int, number: int) -> list[Example]:
+        size = len(self.examples)
+        numbers = endless_batch(size, self.data.batch_size, self.data.seed, epoch * len(self) + number)
+        return [replace(self.examples[i % size], row=i) for i in numbers]
+
+    def _place(self) -> tuple[int, int, int, int]:
+        """Epoch, first batch, rank and world size."""
+        trainer = self.data.trainer
+        if trainer is None:
+            return 0, 0, 0, 1
+        if not self.training:
+            return 0, 0, trainer.global_rank, trainer.world_size
+        loop = trainer.fit_loop
+        done = loop.epoch_loop.batch_progress.current.ready
+        return loop.epoch_progress.current.processed, done, trainer.global_rank, trainer.world_size
+
+
+def demonstration_batches(
+    records: Records, tokenizer: Any, batch_size: int, batch_tokens: int | None = None, **options: Any
+) -> list[DemonstrationBatch]:
+    """Prompts with their best responses; longest first. ``options`` are those of ``Encoder``."""
+    return cast(
+        list[DemonstrationBatch], _batches(records, tokenizer, "demonstrations", batch_size, batch_tokens, options)
+    )
+
+
+def preference_batches(
+    records: Records, tokenizer: Any, batch_size: int, batch_tokens: int | None = None, **options: Any
+) -> list[PreferenceBatch]:
+    """All pairs; longest first. ``options`` are those of ``Encoder``."""
+    return cast(list[PreferenceBatch], _batches(records, tokenizer, "pairs", batch_size, batch_tokens, options))
+
+
+def prompt_batches(
+    records: Records, tokenizer: Any, batch_size: int, batch_tokens: int | None = None, **options: Any
+) -> list[PromptBatch]:
+    """Each distinct prompt once; longest first. ``PromptBatch.rows`` gives the file's order."""
+    return cast(list[PromptBatch], _batches(records, tokenizer, "prompts", batch_size, batch_tokens, options))
+
+
+def _batches(
+    records: Records, tokenizer: Any, kind: Kind, batch_size: int, batch_tokens: int | None, options: dict[str, Any]
+) -> list[Batch]:
+    encoder = Encoder(tokenizer, **options)
+    examples: Sequence[Example] = encoder.encode(records.rows, kind)[0]
+    columns = column_names(examples)
+    order = in_order(make_bins(examples, batch_size, batch_tokens))
+    return [collate([examples[i] for i in rows], kind, encoder.pad_id, columns) for rows in order]

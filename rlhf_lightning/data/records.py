@@ -1,0 +1,377 @@
+"""Checked rows: every accepted form of demonstration, comparison and prompt becomes one ``Record``.
+
+The forms are told apart by their keys (``FORMS``). A row that fits none, or holds a value of the wrong type, is refused
+with file, line and key; a response that teaches nothing (empty, or equal to the one it is compared with) is dropped and
+counted. Nothing else is changed: texts are kept byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_lightning.data.readers import RawRow, kind_of, read_rows
+from rlhf_lightning.errors import InputError
+
+FORMS = (
+    "prompt+chosen+rejected",
+    "chosen+rejected as transcripts with '\\n\\nHuman:' and '\\n\\nAssistant:' turns, or as chat messages",
+    "prompt+completions+ranks",
+    "prompt+completions+ratings",
+    "prompt+completion",
+    "messages",
+    "prompt",
+)
+ROLES = ("system", "developer", "user", "assistant", "tool")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_FORM_KEYS = frozenset(
+    ["prompt", "chosen", "rejected", "completions", "ranks", "ratings", "completion", "messages", "margin", "weight"]
+)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+Prompt = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One checked row.
+
+    ``responses`` stand best first and are never empty texts. ``pairs`` are positions in ``responses``, the better one
+    first. A demonstration is the best response, where the row has any.
+    """
+
+    prompt: Prompt  # text, or the messages up to the one to answer
+    responses: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    where: str  # "file:line"
+    form: str  # pair | transcript | ranking | rating | demonstration | chat | prompt
+    margin: float = 0.0
+    weight: float = 1.0
+    columns: dict[str, Any] = field(default_factory=dict)  # the row's other keys, `id` among them
+
+    @property
+    def key(self) -> str:
+        """The prompt as one string, equal for equal prompts: what splitting and counting go by."""
+        if isinstance(self.prompt, str):
+            return self.prompt.strip()
+        return json.dumps([[message.role, message.content] for message in self.prompt])
+
+    @property
+    def text(self) -> str:
+        """The prompt as the user wrote it; of a chat, the last user message."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return next((m.content for m in reversed(self.prompt) if m.role == "user"), self.prompt[-1].content)
+
+
+@dataclass
+class Records:
+    """The rows of one or more files, with what was dropped on the way, by reason."""
+
+    rows: list[Record]
+    paths: tuple[str, ...]
+    read: int  # rows read, dropped ones included
+    dropped: Counter[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fingerprint(self) -> str:
+        """Changes when any row's content or place in the order changes; renaming a file does not change it."""
+        digest = hashlib.blake2b(digest_size=16)
+        for row in self.rows:
+            content = (row.key, row.responses, row.pairs, row.margin, row.weight, row.columns)
+            digest.update(repr(content).encode("utf-8", "backslashreplace"))
+        return digest.hexdigest()
+
+
+def load_records(paths: str | Sequence[str]) -> Records:
+    """Reads and checks files (or hub data sets) in the order given.
+
+    Raises:
+        InputError: for the first refused row (``path:line: key 'x': problem; remedy``), or a source without rows.
+    """
+    paths = (paths,) if isinstance(paths, str) else tuple(str(path) for path in paths)
+    if not paths:
+        raise InputError("data.path: no file is named; give at least one")
+    records = Records([], paths, 0, Counter())
+    for path in paths:
+        before = records.read
+        for item in checked_rows(path, records.dropped):
+            if isinstance(item, InputError):
+                raise item
+            records.read += 1
+            if item is not None:
+                records.rows.append(item)
+        if records.read == before:
+            raise InputError(f"{path}: contains no rows; give a file with at least one")
+    return records
+
+
+def checked_rows(path: str, dropped: Counter[str]) -> Iterator[Record | InputError | None]:
+    """Each row of a source as a ``Record``, as the ``InputError`` that refuses it, or None where all of it was dropped.
+
+    What is dropped is counted in ``dropped`` by reason.
+    """
+    for line, raw in read_rows(path):
+        if isinstance(raw, InputError):
+            yield raw
+            continue
+        try:
+            yield parse_row(raw, f"{path}:{line}", dropped)
+        except InputError as error:
+            yield error
+
+
+def parse_row(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
+    """Checks one row of any form; None when nothing of it is left (the reason is counted in ``dropped``)."""
+    compared = "chosen" in row or "rejected" in row
+    listed = [key for key in ("completions", "ranks", "ratings") if key in row]
+    if compared and listed:
+        raise _refused(where, listed[0], "stands beside 'chosen' and 'rejected'; keep one form of comparison")
+    if compared:
+        return _pair(row, where, dropped)
+    if listed:
+        return _listed(row, where, dropped)
+    if "messages" in row:
+        if "prompt" in row or "completion" in row:
+            raise _refused(where, "messages", "stands beside 'prompt' or 'completion'; keep one of the two forms")
+        return _chat(row, where, dropped)
+    if "prompt" in row and "completion" in row:
+        return _demonstration(row, where, dropped)
+    if "prompt" in row:
+        return _record(row, where, "prompt", _prompt(row["prompt"], where, "prompt"), (), ())
+    found = ", ".join(sorted(str(key) for key in row)) or "none"
+    missing = "prompt" if "completion" in row else "prompt, messages, or chosen and rejected"
+    raise InputError(f"{where}: missing key {missing}; keys found: {found}; accepted forms: {' | '.join(FORMS)}")
+
+
+def _record(
+    row: RawRow, where: str, form: str, prompt: Prompt, responses: Sequence[str], pairs: Sequence[tuple[int, int]]
+) -> Record:
+    margin = _number(row["margin"], where, "margin") if "margin" in row else 0.0
+    weight = _number(row["weight"], where, "weight") if "weight" in row else 1.0
+    if margin < 0:
+        raise _refused(where, "margin", f"is {margin:g}, but the chosen response cannot be worse; swap the two")
+    if weight <= 0:
+        raise _refused(where, "weight", f"is {weight:g}; give a number above 0, or delete the row")
+    columns = {key: value for key, value in row.items() if key not in _FORM_KEYS}
+    return Record(prompt, tuple(responses), tuple(pairs), where, form, margin, weight, columns)
+
+
+def _pair(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
+    for key in ("chosen", "rejected"):
+        if key not in row:
+            found = ", ".join(sorted(map(str, row)))
+            raise InputError(f"{where}: missing key '{key}'; keys found: {found}; accepted forms: {' | '.join(FORMS)}")
+    chosen, rejected = row["chosen"], row["rejected"]
+    form = "pair"
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        prompt, texts = _chat_pair(row, where)
+    elif "prompt" in row:
+        prompt = _prompt(row["prompt"], where, "prompt")
+        texts = (_response(chosen, where, "chosen"), _response(rejected, where, "rejected"))
+    else:
+        form = "transcript"
+        prompt, texts = _transcripts(_text(chosen, where, "chosen"), _text(rejected, where, "rejected"), where)
+        if not prompt:
+            dropped["transcripts part before the last turn"] += 1
+            return None
+    record = _record(row, where, form, prompt, texts, ((0, 1),))
+    return record if _usable_pair(*texts, dropped) else None
+
+
+def _usable_pair(better: str, worse: str, dropped: Counter[str]) -> bool:
+    if not better.strip() or not worse.strip():
+        dropped["empty response"] += 1
+        return False
+    if better.strip() == worse.strip():
+        dropped["equal responses"] += 1
+        return False
+    return True
+
+
+def _transcripts(chosen: str, rejected: str, where: str) -> tuple[str, tuple[str, str]]:
+    """Splits both before their last answer: ``(common transcript, (answer, answer))``, an empty one if they differ."""
+    for key, text in (("chosen", chosen), ("rejected", rejected)):
+        if ASSISTANT not in text:
+            problem = "there is no key 'prompt', and the text has no '\\n\\nAssistant:' turn"
+            raise _refused(where, key, f"{problem}; add the prompt, or write it as a transcript")
+    cut = chosen.rindex(ASSISTANT) + len(ASSISTANT)
+    other = rejected.rindex(ASSISTANT) + len(ASSISTANT)
+    if chosen[:cut] != rejected[:other]:
+        return "", ("", "")
+    return chosen[:cut], (chosen[cut:], rejected[other:])
+
+
+def transcript_messages(transcript: str) -> tuple[Message, ...]:
+    """The turns of a transcript that ends in an open Assistant turn, as chat messages; texts are stripped."""
+    pieces = re.split(r"\n\n(Human|Assistant):", transcript)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [Message(roles[role], text.strip()) for role, text in zip(pieces[1::2], pieces[2::2], strict=True)]
+    opening = [Message("system", pieces[0].strip())] if pieces[0].strip() else []
+    return tuple(opening + turns[:-1])
+
+
+def _chat_pair(row: RawRow, where: str) -> tuple[Prompt, tuple[str, str]]:
+    """Chosen and rejected as messages: the answers alone (with a ``prompt``), or both whole conversations."""
+    chosen = _messages(row["chosen"], where, "chosen")
+    rejected = _messages(row["rejected"], where, "rejected")
+    for key, messages in (("chosen", chosen), ("rejected", rejected)):
+        if messages[-1].role != "assistant":
+            raise _refused(where, key, f"the last message is from '{messages[-1].role}'; end with the assistant's")
+    if len(chosen) == len(rejected) == 1:
+        if "prompt" not in row:
+            raise _refused(where, "prompt", "is missing, and chosen and rejected hold the answers alone; add it")
+        prompt = _prompt(row["prompt"], where, "prompt")
+    elif chosen[:-1] != rejected[:-1]:
+        raise _refused(where, "rejected", "the conversations differ before the last answer; make them the same")
+    else:
+        prompt = chosen[:-1]
+    return prompt, (chosen[-1].content, rejected[-1].content)
+
+
+def _listed(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
+    """Rankings (1 is best) and ratings (more is better): every pair that is no tie, the best response's first."""
+    by = [key for key in ("ranks", "ratings") if key in row]
+    if len(by) == 2:
+        raise _refused(where, "ratings", "stands beside 'ranks'; keep one of them")
+    missing = [key for key in ("prompt", "completions") if key not in row] + ([] if by else ["ranks' or 'ratings"])
+    if missing:
+        found = ", ".join(sorted(map(str, row)))
+        raise InputError(
+            f"{where}: missing key '{missing[0]}'; keys found: {found}; accepted forms: {' | '.join(FORMS)}"
+        )
+    prompt = _prompt(row["prompt"], where, "prompt")
+    completions = _list(row["completions"], where, "completions")
+    texts = [_response(text, where, f"completions[{i}]") for i, text in enumerate(completions)]
+    grades = [_number(grade, where, f"{by[0]}[{i}]") for i, grade in enumerate(_list(row[by[0]], where, by[0]))]
+    if len(texts) < 2:
+        raise _refused(where, "completions", f"holds {len(texts)}; a comparison needs at least 2")
+    if len(grades) != len(texts):
+        raise _refused(where, by[0], f"holds {len(grades)} for {len(texts)} completions; give one for each")
+    if by == ["ranks"] and any(grade < 1 or grade != int(grade) for grade in grades):
+        raise _refused(where, "ranks", "must be whole numbers from 1 (best); equal numbers are ties")
+    sign = 1 if by == ["ranks"] else -1
+    order = sorted(range(len(texts)), key=lambda i: sign * grades[i])
+    ranked = [(texts[i], grades[i]) for i in order]
+    kept = [(text, grade) for text, grade in ranked if text.strip()]
+    pairs = []
+    for i, (better, grade) in enumerate(ranked):
+        for worse, lower in ranked[i + 1 :]:
+            if grade == lower:
+                dropped["ties"] += 1
+            elif _usable_pair(better, worse, dropped):
+                pairs.append((kept.index((better, grade)), kept.index((worse, lower))))
+    form = "ranking" if by == ["ranks"] else "rating"
+    record = _record(row, where, form, prompt, [text for text, _ in kept], pairs)
+    return record if kept else None
+
+
+def _demonstration(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
+    prompt = _prompt(row["prompt"], where, "prompt")
+    response = _response(row["completion"], where, "completion")
+    record = _record(row, where, "demonstration", prompt, (response,), ())
+    if response.strip():
+        return record
+    dropped["empty response"] += 1
+    return None
+
+
+def _chat(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
+    """A conversation: the last assistant message is the response; one that ends in a user message is a prompt alone."""
+    messages = _messages(row["messages"], where, "messages")
+    if messages[-1].role != "assistant":
+        return _record(row, where, "chat", messages, (), ())
+    if len(messages) == 1:
+        raise _refused(where, "messages", "holds an answer without the message it answers; add the user's")
+    record = _record(row, where, "chat", messages[:-1], (messages[-1].content,), ())
+    if messages[-1].content.strip():
+        return record
+    dropped["empty response"] += 1
+    return None
+
+
+def _refused(where: str, key: str, problem: str) -> InputError:
+    return InputError(f"{where}: key '{key}': {problem}")
+
+
+def _text(value: Any, where: str, key: str) -> str:
+    if not isinstance(value, str):
+        raise _refused(where, key, f"must be text, got {kind_of(value)}; repair or delete the row")
+    return value
+
+
+def _prompt(value: Any, where: str, key: str) -> Prompt:
+    if isinstance(value, list):
+        messages = _messages(value, where, key)
+        if messages[-1].role == "assistant":
+            raise _refused(where, key, "the last message is the assistant's; end with the one to answer")
+        return messages
+    if isinstance(value, str) and not value.strip():
+        raise _refused(where, key, "is empty; give the text to answer, or delete the row")
+    if not isinstance(value, str):
+        raise _refused(where, key, f"must be text or a list of messages, got {kind_of(value)}; repair the row")
+    return value
+
+
+def _response(value: Any, where: str, key: str) -> str:
+    """A response as text, or as a list of one assistant message."""
+    if not isinstance(value, list):
+        return _text(value, where, key)
+    messages = _messages(value, where, key)
+    if len(messages) != 1 or messages[0].role != "assistant":
+        raise _refused(where, key, "must be text or one assistant message; put earlier turns into the prompt")
+    return messages[0].content
+
+
+def _messages(value: Any, where: str, key: str) -> tuple[Message, ...]:
+    messages = []
+    for i, item in enumerate(_list(value, where, key)):
+        at = f"{key}[{i}]"
+        if not isinstance(item, dict):
+            raise _refused(where, at, f"must be an object with role and content, got {kind_of(item)}")
+        for name in ("role", "content"):
+            if name not in item:
+                raise _refused(where, f"{at}.{name}", "is missing; a message has role and content")
+        extra = next((name for name in item if name not in ("role", "content") and item[name] is not None), None)
+        if extra is not None:
+            raise _refused(where, f"{at}.{extra}", "is not understood; a message has role and content alone")
+        if item["role"] not in ROLES:
+            raise _refused(where, f"{at}.role", f"is {item['role']!r}; use one of {', '.join(ROLES)}")
+        messages.append(Message(item["role"], _text(item["content"], where, f"{at}.content")))
+    if not messages:
+        raise _refused(where, key, "is an empty list; give at least one message")
+    return tuple(messages)
+
+
+def _list(value: Any, where: str, key: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise _refused(where, key, f"must be a list, got {kind_of(value)}; repair or delete the row")
+    return value
+
+
+def _number(value: Any, where: str, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _refused(where, key, f"must be a number, got {kind_of(value)}; repair or delete the row")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise _refused(where, key, "must be a finite number; repair or delete the row")
+    return number
