@@ -1,0 +1,161 @@
+"""The demo's world: questions about pot plants, and answers by gardeners of mixed skill and mixed manners.
+
+A question names a plant and two or three topics ("light", "water", ...). An answer has an opening, a sentence or two
+of advice on topics, and a closing. What is right depends on the plant (``CARE``), so a good answer cannot be had by
+repeating pleasant words: it must read the question. The demonstrations are written by gardeners who are right about
+half the time, forget topics, digress, and are kind, plain or grumpy; a model that imitates them does all of that too,
+and that is what preference training then has to put right. ``demo/gold.py`` says how good an answer is.
+
+Everything is a pure function of the seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import permutations
+from random import Random
+
+TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
+    "light": {
+        "sun": ("It wants full sun all day.", "Give it your sunniest window."),
+        "half": ("Morning sun alone suits it best.", "Bright light behind a curtain is right."),
+        "shade": ("It is happiest in deep shade.", "A dim corner is where it grows best."),
+    },
+    "water": {
+        "rare": ("Water it about once a month.", "Let the pot dry out before you water again."),
+        "weekly": ("One cup of water each week is enough.", "Water it on Sundays and leave it alone."),
+        "daily": ("Water it a little every day.", "Never let the pot dry out."),
+    },
+    "soil": {
+        "sand": ("Use gritty soil with a lot of sand.", "Half sand and half earth makes a good soil."),
+        "rich": ("Use rich and dark compost as soil.", "Mix old manure into the soil."),
+        "bark": ("Bark and moss are all the soil it needs.", "Use loose bark instead of soil."),
+    },
+    "food": {
+        "never": ("It needs no plant food at all.", "Plant food would only burn it."),
+        "spring": ("Feed it once when spring comes.", "One spoon of plant food in April will do."),
+        "often": ("Feed it every second week.", "It is hungry so feed it often."),
+    },
+    "winter": {
+        "out": ("It can stay in the garden all winter.", "Snow in winter will not harm it."),
+        "cool": ("In winter keep it in a cool room.", "A cold but bright hall is good in winter."),
+        "warm": ("In winter keep it near the stove.", "It must stay warm the whole winter."),
+    },
+    "pruning": {
+        "none": ("Put the scissors away and never prune it.", "It has no need of pruning."),
+        "light": ("Prune off the dry tips in March.", "Pinch out the tips for gentle pruning."),
+        "hard": ("Prune it down to the ground in autumn.", "Hard pruning does it good each year."),
+    },
+}
+"""Topic -> kind of advice -> the sentences that give it."""
+
+CARE: dict[str, tuple[str, str, str, str, str, str]] = {
+    # plant:   light,   water,    soil,   food,     winter, pruning  (the order of TOPICS)
+    "cactus": ("sun", "rare", "sand", "never", "cool", "none"),
+    "fern": ("shade", "daily", "rich", "spring", "cool", "light"),
+    "orchid": ("half", "weekly", "bark", "often", "warm", "none"),
+    "basil": ("sun", "daily", "rich", "often", "warm", "light"),
+    "lavender": ("sun", "rare", "sand", "never", "out", "hard"),
+    "ivy": ("shade", "weekly", "rich", "spring", "out", "hard"),
+    "lemon tree": ("sun", "weekly", "sand", "often", "cool", "light"),
+    "aloe": ("half", "rare", "sand", "spring", "warm", "none"),
+    "rose": ("sun", "weekly", "rich", "often", "out", "hard"),
+    "begonia": ("half", "weekly", "rich", "often", "warm", "light"),
+    "camellia": ("half", "daily", "bark", "spring", "cool", "none"),
+    "mint": ("shade", "daily", "rich", "never", "out", "hard"),
+}
+"""What is right for each plant, one entry a topic."""
+
+VAGUE: tuple[str, ...] = (
+    "I am not sure about the {topic}.",
+    "Nobody can say much about {topic}.",
+)
+"""Sentences that touch a topic and give no advice."""
+
+OPENINGS: dict[str, tuple[str, ...]] = {
+    "kind": ("What a lovely plant to have!", "I am so glad you ask!", "With pleasure, my friend!"),
+    "plain": ("Here is what I know.", "Let me see now.", "A few words on this plant."),
+    "grumpy": ("Not this question again.", "You should have read a book.", "I have no time for this."),
+}
+CLOSINGS: dict[str, tuple[str, ...]] = {
+    "kind": ("Have a lot of joy with it!", "Come back whenever you like!", "You will do very well!"),
+    "plain": ("That is all there is.", "So much for today.", "This is how I do it."),
+    "grumpy": ("It will die anyway.", "Now leave me in peace.", "You will get it wrong."),
+}
+
+QUESTIONS: tuple[str, ...] = (
+    "How do I look after my {plant}? Please tell me about {topics}.\n",
+    "My aunt gave me {article} {plant}. What should I know about {topics}?\n",
+    "I want to keep {article} {plant} at home. I have questions on {topics}.\n",
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and the prompt that asks it."""
+
+    plant: str
+    topics: tuple[str, ...]
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Questions in two disjoint parts, each with one gardener's answer to every question."""
+
+    train: list[Question]
+    train_answers: list[str]
+    held_out: list[Question]
+    held_out_answers: list[str]
+
+
+def right_advice(plant: str, topic: str) -> str:
+    """The kind of advice on ``topic`` that is right for ``plant``."""
+    return CARE[plant][list(TOPICS).index(topic)]
+
+
+def all_questions() -> list[Question]:
+    """Every question there is: plants x (ordered choices of two or three topics) x phrasings, 5,400 in a fixed order."""
+    questions = []
+    for plant in CARE:
+        for count in (2, 3):
+            for topics in permutations(TOPICS, count):
+                words = {
+                    "plant": plant,
+                    "article": "an" if plant[0] in "aeiou" else "a",
+                    "topics": ", ".join(topics[:-1]) + " and " + topics[-1],
+                }
+                questions += [Question(plant, topics, phrasing.format(**words)) for phrasing in QUESTIONS]
+    return questions
+
+
+def build_corpus(seed: int, train: int, held_out: int) -> Corpus:
+    """``train`` and ``held_out`` different questions drawn without replacement, with one answer each."""
+    random = Random(f"corpus {seed}")
+    questions = random.sample(all_questions(), train + held_out)
+    answers = [write_answer(question, random) for question in questions]
+    return Corpus(questions[:train], answers[:train], questions[train:], answers[train:])
+
+
+def write_answer(question: Question, random: Random) -> str:
+    """One gardener's answer. Skill and manners differ from gardener to gardener, independently of one another."""
+    skill = random.uniform(0.25, 0.75)
+    moods = random.choice((("kind", "plain"), ("plain", "grumpy"), ("kind", "plain", "grumpy")))
+    topics = [topic for topic in question.topics if random.random() < 0.5 + 0.5 * skill]
+    if random.random() < 0.25:  # a digression, or the same topic twice
+        topics.insert(random.randint(0, len(topics)), random.choice(list(TOPICS)))
+    sentences = [random.choice(OPENINGS[random.choice(moods)])]
+    sentences += [_advice(question.plant, topic, skill, random) for topic in topics]
+    if random.random() < 0.9:
+        sentences.append(random.choice(CLOSINGS[random.choice(moods)]))
+    return " ".join(sentences)
+
+
+def _advice(plant: str, topic: str, skill: float, random: Random) -> str:
+    right = right_advice(plant, topic)
+    if random.random() < skill:
+        return random.choice(TOPICS[topic][right])
+    if random.random() < 0.3:
+        return random.choice(VAGUE).format(topic=topic)
+    wrong = random.choice([kind for kind in TOPICS[topic] if kind != right])
+    return random.choice(TOPICS[topic][wrong])

@@ -1,0 +1,82 @@
+"""How good an answer of the demo really is: the gold reward, which training never sees.
+
+In a real project nobody has it; here it is known exactly, so that the demo can show whether the reward model's score
+(the proxy) still means anything after a policy has been optimised against it (Gao, Schulman, Hilton 2023, "Scaling Laws
+for Reward Model Overoptimization").
+
+An answer is cut into sentences and every sentence is read against the grammar of ``demo/corpus.py``:
+
+- each topic asked for: +1 right advice, 0 vague, -0.5 not mentioned, -1 wrong advice; averaged, times 3;
+- the opening and the closing: +0.5 kind, 0 plain, -0.5 grumpy or missing, each;
+- each sentence that does not belong: -0.5 for a topic not asked for, a topic already treated, or an opening or closing
+  out of place; -1 for anything that is not a sentence of the grammar (babble, or a sentence broken off by the token
+  limit).
+
+The best value is 4.0; nothing is gained by length, by repeating pleasant sentences, or by advice that ignores the plant.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from rlhf_lightning.demo.corpus import CARE, CLOSINGS, OPENINGS, TOPICS, VAGUE, right_advice
+
+BEST = 4.0
+
+_MANNERS = {"kind": 0.5, "plain": 0.0, "grumpy": -0.5}
+_WORDS = re.compile(r"[a-z]+")
+_SENTENCE = re.compile(r"[^.!?]*[.!?]|[^.!?]+$")
+
+
+def gold_reward(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
+    """Gold reward of each response to its prompt, in points (best 4.0).
+
+    It has the signature of a custom reward function, so a configuration can name it:
+    ``function: rlhf_lightning.demo.gold:gold_reward``.
+    """
+    return [_score(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _score(prompt: str, response: str) -> float:
+    plant, asked = _read_question(prompt)
+    sentences = [part.strip() for part in _SENTENCE.findall(response) if part.strip()]
+    advice = dict.fromkeys(asked, -0.5)
+    opening = closing = -0.5
+    misplaced = 0.0
+    treated = set()
+    for place, sentence in enumerate(sentences):
+        role, topic, kind = _grammar().get(sentence, ("babble", "", ""))
+        if role == "opening" and place == 0:
+            opening = _MANNERS[kind]
+        elif role == "closing" and place == len(sentences) - 1:
+            closing = _MANNERS[kind]
+        elif role == "advice" and topic in asked and topic not in treated:
+            treated.add(topic)
+            advice[topic] = 0.0 if kind == "vague" else 1.0 if kind == right_advice(plant, topic) else -1.0
+        else:
+            misplaced += 1.0 if role == "babble" else 0.5
+    return 3.0 * sum(advice.values()) / len(asked) + opening + closing - misplaced
+
+
+def _read_question(prompt: str) -> tuple[str, list[str]]:
+    words = _WORDS.findall(prompt.lower())
+    plants = [plant for plant in CARE if plant.split()[0] in words]
+    asked = [word for word in words if word in TOPICS]
+    if len(plants) != 1 or not asked:
+        raise ValueError(f"not a question of the demo: {prompt!r}")
+    return plants[0], asked
+
+
+@cache
+def _grammar() -> dict[str, tuple[str, str, str]]:
+    """Every sentence -> (role, topic, kind)."""
+    grammar: dict[str, tuple[str, str, str]] = {}
+    for role, table in (("opening", OPENINGS), ("closing", CLOSINGS)):
+        grammar.update({text: (role, "", kind) for kind, texts in table.items() for text in texts})
+    for topic, kinds in TOPICS.items():
+        grammar.update({text: ("advice", topic, kind) for kind, texts in kinds.items() for text in texts})
+        grammar.update({text.format(topic=topic): ("advice", topic, "vague") for text in VAGUE})
+    return grammar
