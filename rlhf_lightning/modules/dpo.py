@@ -98,12 +98,12 @@ class DPOModule(PolicyModule):
         terms = self.terms(batch)
         loss = weighted_sum(terms.losses, batch.weights)
         self.count(batch.weights.sum(), loss, tokens=batch.chosen.lengths.sum() + batch.rejected.lengths.sum())
-        self._add(batch, terms, self.step_totals, "train/", ("rewards/", "logps/"))
+        self._add_metrics(batch, terms, self.step_totals, "train/", ("rewards/", "logps/"))
         return loss
 
     def measure(self, batch: PreferenceBatch, totals: Totals) -> None:
         """Loss, accuracy and margin of the implied rewards, and the rewards and log-probs themselves."""
-        self._add(batch, self.terms(batch), totals, "", ("rewards_", "logps_"))
+        self._add_metrics(batch, self.terms(batch), totals, "", ("rewards_", "logps_"))
 
     def terms(self, batch: PreferenceBatch) -> PairTerms:
         """Losses, implied rewards and log-probs of the pairs."""
@@ -121,7 +121,7 @@ class DPOModule(PolicyModule):
             losses = losses - self.sft_coef * (log_probs / tokens).chunk(2)[0]
         return PairTerms(losses, *(self.beta * ratios).detach().chunk(2), *log_probs.detach().chunk(2))
 
-    def _add(
+    def _add_metrics(
         self, batch: PreferenceBatch, terms: PairTerms, totals: Totals, prefix: str, groups: tuple[str, str]
     ) -> None:
         counted = batch.weights > 0

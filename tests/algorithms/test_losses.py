@@ -1,0 +1,81 @@
+"""The losses against numbers worked out by hand, and what must hold for any numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rlhf_lightning.algorithms.losses import bradley_terry_loss, negative_log_likelihood, preference_loss
+
+F = torch.float64
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=F)
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+def test_likelihood_sums_counted_tokens_and_ignores_the_rest() -> None:
+    log_probs = torch.tensor([[-1.0, -2.5, math.nan], [-0.5, -1.0, -4.0]], dtype=F)
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    assert negative_log_likelihood(log_probs, mask).tolist() == [3.5, 5.0]
+
+
+def test_bradley_terry_by_hand() -> None:
+    # sigmoid(ln 3) = 3/4; at equal scores the loss is ln 2; with margin 1, 3 - 1 - 1 = 1.
+    loss = bradley_terry_loss(tensor(math.log(3.0), 2.0, 3.0), tensor(0.0, 2.0, 1.0), tensor(0.0, 0.0, 1.0))
+    torch.testing.assert_close(loss, tensor(-math.log(0.75), math.log(2.0), softplus(-1.0)))
+
+
+def test_bradley_terry_label_smoothing_is_the_mean_over_both_labels() -> None:
+    loss = bradley_terry_loss(tensor(math.log(3.0)), tensor(0.0), label_smoothing=0.1)
+    torch.testing.assert_close(loss, tensor(-0.9 * math.log(0.75) - 0.1 * math.log(0.25)))
+
+
+def test_bradley_terry_centring_adds_the_squared_sum() -> None:
+    plain = bradley_terry_loss(tensor(2.0), tensor(0.5))
+    torch.testing.assert_close(bradley_terry_loss(tensor(2.0), tensor(0.5), centring=0.01), plain + 0.01 * 6.25)
+
+
+def test_bradley_terry_is_free_up_to_a_constant_and_stays_finite() -> None:
+    chosen, rejected = torch.randn(2, 50, dtype=F)
+    torch.testing.assert_close(bradley_terry_loss(chosen + 7, rejected + 7), bradley_terry_loss(chosen, rejected))
+    extreme = bradley_terry_loss(tensor(-1e4, 1e4), tensor(1e4, -1e4))
+    torch.testing.assert_close(extreme, tensor(2e4, 0.0))
+
+
+def test_dpo_sigmoid_by_hand() -> None:
+    # beta h = 0.1 * (5 - (-5)) = 1.
+    torch.testing.assert_close(preference_loss(tensor(5.0), tensor(-5.0), 0.1), tensor(softplus(-1.0)))
+    smoothed = preference_loss(tensor(5.0), tensor(-5.0), 0.1, "sigmoid", label_smoothing=0.2)
+    torch.testing.assert_close(smoothed, tensor(0.8 * softplus(-1.0) + 0.2 * softplus(1.0)))
+
+
+def test_ipo_by_hand_and_at_its_optimum() -> None:
+    # (h - 1 / (2 * 0.25))^2 = (3 - 2)^2; least where the gap is 1 / (2 beta).
+    torch.testing.assert_close(preference_loss(tensor(2.0), tensor(-1.0), 0.25, "ipo"), tensor(1.0))
+    torch.testing.assert_close(preference_loss(tensor(2.0), tensor(-1.0), 0.25, "ipo_sum"), tensor(1.0))
+    assert preference_loss(tensor(2.0), tensor(0.0), 0.25, "ipo").item() == 0.0
+
+
+def test_hinge_by_hand() -> None:
+    loss = preference_loss(tensor(4.0, 20.0, -4.0), tensor(0.0, 0.0, 0.0), 0.1, "hinge")
+    torch.testing.assert_close(loss, tensor(0.6, 0.0, 1.4))
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "ipo_sum", "hinge"])
+def test_a_better_separated_pair_has_the_smaller_loss_up_to_the_target(kind: str) -> None:
+    gaps = torch.linspace(-3.0, 1.0, 20, dtype=F)
+    losses = preference_loss(gaps, torch.zeros_like(gaps), 0.5, kind)
+    assert (losses.diff() < 0).all()
+
+
+def test_at_the_reference_the_sigmoid_gradient_is_half_beta() -> None:
+    ratios = torch.zeros(1, dtype=F, requires_grad=True)
+    preference_loss(ratios, torch.zeros(1, dtype=F), 0.3).sum().backward()
+    torch.testing.assert_close(ratios.grad, tensor(-0.15))
