@@ -1,7 +1,7 @@
 """Argument checks of the operators: the same for the native and the reference path.
 
-Every message names the operator, the argument, what was expected and what was got. A wrong type or dtype is a TypeError;
-a wrong shape, device or value is a ValueError.
+Every message names the operator, the argument, what was expected and what was got. A wrong type or dtype is a
+TypeError; a wrong shape, device or value is a ValueError.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def number(operator: str, name: str, value: object, words: str, low: float, high
 
 
 def token_range(operator: str, tokens: Tensor, vocabulary: int) -> None:
-    """Every token must be in ``[0, vocabulary)``. The native operators check this as they read; the reference asks here.
+    """Every token must be in ``[0, vocabulary)``. The native operators ask before they read; the reference here.
 
     Not asked on an accelerator, where reading the answer back would stall the queue and gather has its own assertion,
     nor while compiling, where there are no values.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rlhf_lightning.ops import checks
+from rlhf_lightning.ops import checks, extension
 
 _NAME = "clipped_policy_loss"
 _LOG_RATIO_LIMIT = 20.0  # exp(20) is 5e8: far beyond any clip range, far below an overflow
@@ -24,7 +26,9 @@ def clipped_policy_loss(
     With ``A`` the advantages and ``r = exp(clamp(log_probs - old_log_probs, -20, 20))``::
 
         loss = max(-A * r, -A * clip(r, 1 - clip_low, 1 + clip_high))
-        loss = min(loss, -dual_clip * A) where A < 0, if dual_clip is given  (Ye et al. 2020, arXiv 1912.09729, equation 5)
+        loss = min(loss, -dual_clip * A)  where A < 0, if dual_clip is given
+
+    The last line is Ye et al. 2020, arXiv 1912.09729, equation 5.
 
     Args:
         log_probs: any shape, floating point, under the policy being trained; the only argument that gets a gradient.
@@ -46,6 +50,10 @@ def clipped_policy_loss(
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
     """
     _check(log_probs, old_log_probs, advantages, clip_low, clip_high, dual_clip)
+    if extension.use_native(_NAME, log_probs.device):
+        return torch.ops.rlhf_lightning.clipped_policy_loss(
+            log_probs, old_log_probs.detach(), advantages.detach(), clip_low, clip_high, dual_clip
+        )[:2]
     return reference(log_probs, old_log_probs, advantages, clip_low, clip_high, dual_clip)
 
 
@@ -90,3 +98,32 @@ def _check(
     checks.number(_NAME, "clip_high", clip_high, "a number of at least 0", 0.0, float("inf"), open_low=False)
     if dual_clip is not None:
         checks.number(_NAME, "dual_clip", dual_clip, "None or a number above 1", 1.0, float("inf"), open_low=True)
+
+
+def _fake(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = log_probs.new_empty(log_probs.shape, dtype=checks.compute_dtype(log_probs, old_log_probs, advantages))
+    return loss, torch.empty_like(loss, dtype=torch.bool), torch.empty_like(loss)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, clipped, slope = output
+    ctx.mark_non_differentiable(clipped, slope)
+    ctx.save_for_backward(slope)
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (slope,) = ctx.saved_tensors
+    return (grad_loss * slope).to(ctx.dtype), None, None, None, None, None
+
+
+if extension.LOADED:
+    torch.library.register_fake("rlhf_lightning::clipped_policy_loss", _fake)
+    torch.library.register_autograd("rlhf_lightning::clipped_policy_loss", _backward, setup_context=_setup_context)

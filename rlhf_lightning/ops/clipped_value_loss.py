@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from rlhf_lightning.ops import checks
+from rlhf_lightning.ops import checks, extension
 
 _NAME = "clipped_value_loss"
 
@@ -29,13 +31,15 @@ def clipped_value_loss(
 
     Returns:
         ``(loss, clipped)``, both of the arguments' shape. ``loss`` is float32 (float64 if an input is); ``clipped`` is
-        bool: the value had moved further than ``clip`` and the clipped branch was strictly chosen, which has gradient 0.
+        bool: the value had moved further than ``clip`` and the clipped branch, with gradient 0, was strictly chosen.
         Bitwise the same however the elements are split over calls.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
     """
     _check(values, old_values, returns, clip)
+    if extension.use_native(_NAME, values.device):
+        return torch.ops.rlhf_lightning.clipped_value_loss(values, old_values.detach(), returns.detach(), clip)[:2]
     return reference(values, old_values, returns, clip)
 
 
@@ -63,3 +67,25 @@ def _check(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | No
         checks.same_device(_NAME, name, tensor, values.device, "values")
     if clip is not None:
         checks.number(_NAME, "clip", clip, "None or a positive number", 0.0, float("inf"), open_low=True)
+
+
+def _fake(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    loss = values.new_empty(values.shape, dtype=checks.compute_dtype(values, old_values, returns))
+    return loss, torch.empty_like(loss, dtype=torch.bool), torch.empty_like(loss)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, clipped, slope = output
+    ctx.mark_non_differentiable(clipped, slope)
+    ctx.save_for_backward(slope)
+    ctx.dtype = inputs[0].dtype
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (slope,) = ctx.saved_tensors
+    return (grad_loss * slope).to(ctx.dtype), None, None, None
+
+
+if extension.LOADED:
+    torch.library.register_fake("rlhf_lightning::clipped_value_loss", _fake)
+    torch.library.register_autograd("rlhf_lightning::clipped_value_loss", _backward, setup_context=_setup_context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_lightning.ops import checks
+from rlhf_lightning.ops import checks, extension
 
 _NAME = "gae"
 
@@ -21,7 +21,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
     Args:
         rewards: ``[B, T]`` floating point, the reward received after each step.
-        values: ``[B, T]`` floating point, the critic's estimate before each step; its dtype may differ from ``rewards``.
+        values: ``[B, T]`` floating point, the critic's estimate before each step; its dtype may differ.
         mask: ``[B, T]`` bool, True counts. What stands at a False slot is ignored, even NaN; a hole is stepped over, so
             that gamma and lambda count True steps only.
         gamma: discount per True step, in [0, 1].
@@ -38,6 +38,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
     """
     _check(rewards, values, mask, gamma, lam)
+    if extension.use_native(_NAME, rewards.device):
+        return torch.ops.rlhf_lightning.gae(rewards.detach(), values.detach(), mask, gamma, lam)
     return reference(rewards, values, mask, gamma, lam)
 
 
@@ -69,3 +71,12 @@ def _check(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: flo
         checks.same_device(_NAME, name, tensor, rewards.device, "rewards")
     checks.number(_NAME, "gamma", gamma, "a number in [0, 1]", 0.0, 1.0, open_low=False)
     checks.number(_NAME, "lam", lam, "a number in [0, 1]", 0.0, 1.0, open_low=False)
+
+
+def _fake(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    dtype = checks.compute_dtype(rewards, values)
+    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
+
+
+if extension.LOADED:
+    torch.library.register_fake("rlhf_lightning::gae", _fake)

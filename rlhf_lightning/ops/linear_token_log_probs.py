@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rlhf_lightning.ops import checks
+from rlhf_lightning.ops import checks, extension
 from rlhf_lightning.ops.token_log_probs import reference as _token_log_probs
 
 _NAME = "linear_token_log_probs"
@@ -37,11 +39,13 @@ def linear_token_log_probs(
         the CPU; elsewhere that is a device-side assertion).
     """
     _check(hidden, weight, tokens, temperature)
+    if extension.use_native(_NAME, hidden.device):
+        return torch.ops.rlhf_lightning.linear_token_log_probs(hidden, weight, tokens, temperature)[:2]
     return reference(hidden, weight, tokens, temperature)
 
 
 def reference(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """:func:`linear_token_log_probs` in plain PyTorch: by chunks of rows, whose logits are computed again in the backward."""
+    """:func:`linear_token_log_probs` in plain PyTorch: by chunks of rows, whose logits the backward computes again."""
     rows = max(1, _CHUNK // weight.shape[0])
     parts = [
         checkpoint(_logits_to_log_probs, h, weight, t, temperature, use_reentrant=False, preserve_rng_state=False)
@@ -72,3 +76,52 @@ def _check(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -
     if not torch.is_autocast_enabled(hidden.device.type):  # autocast makes them the same
         checks.same_dtype(_NAME, "weight", weight, hidden.dtype, "hidden")
     checks.number(_NAME, "temperature", temperature, "a positive number", 0.0, float("inf"), open_low=True)
+
+
+def _fake(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def result() -> Tensor:
+        return hidden.new_empty(tokens.shape, dtype=checks.compute_dtype(hidden))
+
+    return result(), result(), result(), result()
+
+
+def _fake_backward(
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    entropy: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
+    temperature: float,
+    hidden_needed: bool,
+    weight_needed: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if hidden_needed else (0,)),
+        weight.new_empty(weight.shape if weight_needed else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, tokens, ctx.temperature = inputs
+    _, entropy, shift, log_sum = output
+    ctx.mark_non_differentiable(shift, log_sum)
+    ctx.save_for_backward(hidden, weight, tokens, entropy, shift, log_sum)
+
+
+def _backward(
+    ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, *_: Any
+) -> tuple[Tensor | None, Tensor | None, None, None]:
+    hidden_needed, weight_needed = ctx.needs_input_grad[:2]
+    grad_hidden, grad_weight = torch.ops.rlhf_lightning.linear_token_log_probs_backward(
+        grad_log_probs, grad_entropy, *ctx.saved_tensors, ctx.temperature, hidden_needed, weight_needed
+    )
+    return grad_hidden if hidden_needed else None, grad_weight if weight_needed else None, None, None
+
+
+if extension.LOADED:
+    torch.library.register_fake("rlhf_lightning::linear_token_log_probs", _fake)
+    torch.library.register_fake("rlhf_lightning::linear_token_log_probs_backward", _fake_backward)
+    torch.library.register_autograd("rlhf_lightning::linear_token_log_probs", _backward, setup_context=_setup_context)

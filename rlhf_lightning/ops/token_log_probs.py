@@ -1,11 +1,13 @@
-"""Log-probabilities of given tokens, and the entropy of the distributions they were drawn from, in one read of the logits."""
+"""Log-probabilities of tokens, and the entropy of the distributions they come from, in one read of the logits."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_lightning.ops import checks
+from rlhf_lightning.ops import checks, extension
 
 _NAME = "token_log_probs"
 
@@ -33,6 +35,8 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
         the CPU; elsewhere that is a device-side assertion).
     """
     _check(logits, tokens, temperature)
+    if extension.use_native(_NAME, logits.device):
+        return torch.ops.rlhf_lightning.token_log_probs(logits, tokens, temperature)[:2]
     return reference(logits, tokens, temperature)
 
 
@@ -54,3 +58,43 @@ def _check(logits: Tensor, tokens: Tensor, temperature: float) -> None:
     checks.same_shape(_NAME, "tokens", tokens, logits.shape[:-1], "logits without its last dimension")
     checks.same_device(_NAME, "tokens", tokens, logits.device, "logits")
     checks.number(_NAME, "temperature", temperature, "a positive number", 0.0, float("inf"), open_low=True)
+
+
+def _fake(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def result() -> Tensor:
+        return logits.new_empty(tokens.shape, dtype=checks.compute_dtype(logits))
+
+    return result(), result(), result(), result()
+
+
+def _fake_backward(
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    entropy: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
+    temperature: float,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, tokens, ctx.temperature = inputs
+    _, entropy, shift, log_sum = output
+    ctx.mark_non_differentiable(shift, log_sum)
+    ctx.save_for_backward(logits, tokens, entropy, shift, log_sum)
+
+
+def _backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+    grad = torch.ops.rlhf_lightning.token_log_probs_backward(
+        grad_log_probs, grad_entropy, *ctx.saved_tensors, ctx.temperature
+    )
+    return grad, None, None
+
+
+if extension.LOADED:
+    torch.library.register_fake("rlhf_lightning::token_log_probs", _fake)
+    torch.library.register_fake("rlhf_lightning::token_log_probs_backward", _fake_backward)
+    torch.library.register_autograd("rlhf_lightning::token_log_probs", _backward, setup_context=_setup_context)

@@ -1,0 +1,125 @@
+// The arithmetic of the CPU operators: pointers and sizes in, no tensors, no threads.
+//
+// kernels_impl.h is compiled once for each instruction set, in a namespace of its own; kernels() picks the table that this
+// machine can run. So a build made on one machine runs on another.
+#pragma once
+
+#include <cstdint>
+
+namespace rlhf_lightning {
+
+// 16-bit floats are handled as their bits: these files may not include torch's headers, whose inline functions would then
+// be compiled for an instruction set that the machine may lack.
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+
+// Softmax of x / temperature over the part of a row seen so far: with d = (x - max) / temperature,
+// sum = sum of exp(d) and weighted = sum of exp(d) * d.
+struct SoftmaxState {
+  double max = -__builtin_inf();
+  double sum = 0;
+  double weighted = 0;
+};
+
+// What one row's gradient needs. With log p = (x - shift) / temperature - log_sum, the gradient of
+// grad_log_prob * log p[token] + grad_entropy * entropy with respect to x.
+struct RowGradient {
+  double inverse_temperature;
+  double shift;
+  double log_sum;
+  double entropy;
+  double grad_log_prob;
+  double grad_entropy;
+  int64_t token;  // index in the part of the row at hand; outside [0, n) if the token is elsewhere
+};
+
+template <typename T>
+struct GaeRows {
+  const T* rewards;
+  const T* values;
+  const bool* mask;
+  T* advantages;
+  T* returns;
+  int64_t rows;
+  int64_t steps;
+  T gamma;
+  T gamma_lambda;
+};
+
+template <typename T>
+struct PolicyLoss {
+  const T* log_probs;
+  const T* old_log_probs;
+  const T* advantages;
+  T* loss;
+  bool* clipped;
+  T* slope;  // d loss / d log_probs
+  T low;     // 1 - clip_low
+  T high;    // 1 + clip_high
+  T dual_clip;  // infinity: none
+};
+
+template <typename T>
+struct ValueLoss {
+  const T* values;
+  const T* old_values;
+  const T* returns;
+  T* loss;
+  bool* clipped;
+  T* slope;  // d loss / d values
+  T clip;    // infinity: none
+};
+
+// The kernels of one input type of logits, and of one type of arithmetic.
+template <typename T>
+struct SoftmaxKernels {
+  void (*statistics)(const T* x, int64_t n, double inverse_temperature, SoftmaxState& state);
+  void (*gradient)(const T* x, int64_t n, const RowGradient& row, T* out);  // out may be x
+};
+template <typename T>
+struct LossKernels {
+  void (*gae)(const GaeRows<T>&);
+  void (*policy)(const PolicyLoss<T>&, int64_t begin, int64_t end);
+  void (*value)(const ValueLoss<T>&, int64_t begin, int64_t end);
+};
+
+struct Kernels {
+  const char* name;
+  SoftmaxKernels<float> softmax_float;
+  SoftmaxKernels<Bfloat16> softmax_bfloat16;
+  SoftmaxKernels<Float16> softmax_float16;
+  SoftmaxKernels<double> softmax_double;
+  LossKernels<float> loss_float;
+  LossKernels<double> loss_double;
+};
+
+namespace baseline {
+Kernels kernels();
+}
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RLHF_LIGHTNING_X86 1
+namespace avx2 {
+Kernels kernels();
+}
+namespace avx512 {
+Kernels kernels();
+}
+#endif
+
+// The best table for this machine; ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers it, as it does for torch's own kernels.
+const Kernels& kernels();
+
+}  // namespace rlhf_lightning

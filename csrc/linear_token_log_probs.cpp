@@ -1,0 +1,129 @@
+#include "linear_token_log_probs.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "check.h"
+#include "softmax_rows.h"
+
+namespace rlhf_lightning {
+
+namespace {
+constexpr const char* kName = "linear_token_log_probs";
+constexpr int64_t kLogitsHeld = int64_t{1} << 22;  // at a time: 16 MiB in float32
+constexpr int64_t kNarrowest = 256;                // columns of a chunk, however many rows there are
+
+// The vocabulary is walked in chunks of whole columns, all rows at once: the gradient of a chunk of the weight is then one
+// product, and only that of hidden is a sum over chunks.
+int64_t chunk_width(int64_t rows, int64_t vocabulary) {
+  return std::min(vocabulary, std::max(kNarrowest, kLogitsHeld / std::max<int64_t>(rows, 1)));
+}
+
+void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, double temperature) {
+  check_float(kName, "hidden", hidden);
+  check_float(kName, "weight", weight);
+  check_dtype(kName, "tokens", tokens, at::kLong);
+  check_dimensions(kName, "hidden", hidden, "[N, H]", 2);
+  check_dimensions(kName, "weight", weight, "[V, H]", 2);
+  TORCH_CHECK_VALUE(
+      weight.size(0) > 0 && weight.size(1) == hidden.size(1), kName, ": weight must have shape [V, ", hidden.size(1),
+      "] with V > 0, got shape ", weight.sizes());
+  check_shape(kName, "tokens", tokens, hidden.sizes().slice(0, 1), "hidden without its last dimension");
+  check_device(kName, "weight", weight, hidden, "hidden");
+  check_device(kName, "tokens", tokens, hidden, "hidden");
+  TORCH_CHECK_TYPE(
+      weight.scalar_type() == hidden.scalar_type(), kName, ": weight must have the dtype of hidden, ",
+      dtype_name(hidden.scalar_type()), ", got ", dtype_name(weight.scalar_type()));
+  check_temperature(kName, temperature);
+}
+
+// The first `width` columns' worth of the buffer as a dense [rows, width].
+at::Tensor chunk_of(const at::Tensor& buffer, int64_t rows, int64_t width) {
+  return buffer.narrow(0, 0, rows * width).view({rows, width});
+}
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_token_log_probs(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, double temperature) {
+  check(hidden, weight, tokens, temperature);
+  const auto t = tokens.contiguous();
+  const int64_t rows = hidden.size(0), vocabulary = weight.size(0), width = chunk_width(rows, vocabulary);
+  check_token_range(kName, t, vocabulary);
+  auto results = empty_results(t.sizes(), hidden.options().dtype(compute_type({hidden})));
+  std::vector<SoftmaxState> states(rows);
+  std::vector<double> token_logits(rows);
+  const int64_t* token = t.const_data_ptr<int64_t>();
+  const auto buffer = at::empty({rows * width}, hidden.options());
+  for (int64_t first = 0; first < vocabulary && rows > 0; first += width) {
+    const int64_t columns = std::min(width, vocabulary - first);
+    auto logits = chunk_of(buffer, rows, columns);
+    at::mm_out(logits, hidden, weight.narrow(0, first, columns).t());
+    with_softmax_kernels(logits.scalar_type(), [&](const auto& kernel, auto* null) {
+      using T = std::remove_pointer_t<decltype(null)>;
+      const T* data = static_cast<const T*>(logits.const_data_ptr());
+      at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t column = token[i] - first;
+          if (column >= 0 && column < columns) {
+            SoftmaxState at_token;  // of the one element: its maximum is the token's logit, in double
+            kernel.statistics(data + i * columns + column, 1, 1.0, at_token);
+            token_logits[i] = at_token.max;
+          }
+          kernel.statistics(data + i * columns, columns, 1 / temperature, states[i]);
+        }
+      });
+    });
+  }
+  finish_rows(states, token_logits, temperature, results);
+  return {results.log_probs, results.entropy, results.shift, results.log_sum};
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_token_log_probs_backward(
+    const at::Tensor& grad_log_probs, const at::Tensor& grad_entropy, const at::Tensor& hidden,
+    const at::Tensor& weight, const at::Tensor& tokens, const at::Tensor& entropy, const at::Tensor& shift,
+    const at::Tensor& log_sum, double temperature, bool hidden_needed, bool weight_needed) {
+  check(hidden, weight, tokens, temperature);
+  const auto type = compute_type({hidden});
+  for (const auto& x : {grad_log_probs, grad_entropy, entropy, shift, log_sum}) {
+    check_shape(kName, "a gradient or saved result", x, tokens.sizes(), "tokens");
+    check_device(kName, "a gradient or saved result", x, hidden, "hidden");
+  }
+  const auto flat = [&](const at::Tensor& x) { return x.to(type).contiguous(); };
+  const RowGradients gradients{flat(grad_log_probs), flat(grad_entropy), flat(entropy),
+                               flat(shift),          flat(log_sum),      1 / temperature};
+  const auto t = tokens.contiguous();
+  const int64_t rows = hidden.size(0), vocabulary = weight.size(0), width = chunk_width(rows, vocabulary);
+  check_token_range(kName, t, vocabulary);
+  const int64_t* token = t.const_data_ptr<int64_t>();
+  // Summed over chunks, so in float32 also where the products are of 16 bits.
+  auto grad_hidden = at::zeros(hidden_needed ? hidden.sizes() : at::IntArrayRef{0}, hidden.options().dtype(type));
+  auto grad_weight = empty_large(weight_needed ? weight.sizes() : at::IntArrayRef{0}, weight.options());
+  if (rows == 0) return {grad_hidden.to(hidden.scalar_type()), grad_weight.zero_()};
+  const auto buffer = at::empty({rows * width}, hidden.options());
+  for (int64_t first = 0; first < vocabulary; first += width) {
+    const int64_t columns = std::min(width, vocabulary - first);
+    auto chunk = chunk_of(buffer, rows, columns);  // of logits, then of their gradients
+    const auto weights = weight.narrow(0, first, columns);
+    at::mm_out(chunk, hidden, weights.t());
+    with_softmax_kernels(chunk.scalar_type(), [&](const auto& kernel, auto* null) {
+      using T = std::remove_pointer_t<decltype(null)>;
+      T* data = static_cast<T*>(chunk.mutable_data_ptr());
+      at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          T* row = data + i * columns;
+          kernel.gradient(row, columns, gradients.row(i, token[i] - first), row);
+        }
+      });
+    });
+    if (hidden_needed && type == hidden.scalar_type()) grad_hidden.addmm_(chunk, weights);
+    if (hidden_needed && type != hidden.scalar_type()) grad_hidden.add_(at::mm(chunk, weights));
+    if (weight_needed) {
+      auto out = grad_weight.narrow(0, first, columns);
+      at::mm_out(out, chunk.t(), hidden);
+    }
+  }
+  return {grad_hidden.to(hidden.scalar_type()), grad_weight};
+}
+
+}  // namespace rlhf_lightning

@@ -1,0 +1,86 @@
+// The operators' schemas, their CPU implementations, and the two behaviours that cannot be registered from Python. Fake
+// kernels and gradients are registered beside the public functions, in rlhf_lightning/ops/.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "clipped_policy_loss.h"
+#include "clipped_value_loss.h"
+#include "gae.h"
+#include "linear_token_log_probs.h"
+#include "token_log_probs.h"
+
+namespace rlhf_lightning {
+namespace {
+
+template <typename Signature>
+auto operation(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// Advantages and returns are targets: no gradient flows through them, whatever the inputs require.
+std::tuple<at::Tensor, at::Tensor> gae_without_gradient(
+    const at::Tensor& rewards, const at::Tensor& values, const at::Tensor& mask, double gamma, double lam) {
+  static const auto op = operation<decltype(gae)>("rlhf_lightning::gae");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(rewards, values, mask, gamma, lam);
+}
+
+// Under autocast the hidden states may be bf16 while the weight is float32: both are cast, as for a matrix product.
+template <c10::DispatchKey key, c10::DeviceType device>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_token_log_probs_autocast(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, double temperature) {
+  static const auto op = operation<decltype(linear_token_log_probs)>("rlhf_lightning::linear_token_log_probs");
+  const c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const auto type = at::autocast::get_autocast_dtype(device);
+  return op.call(
+      at::autocast::cached_cast(type, hidden, device), at::autocast::cached_cast(type, weight, device), tokens,
+      temperature);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(rlhf_lightning, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def("gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)", tags);
+  m.def(
+      "token_log_probs(Tensor logits, Tensor tokens, float temperature) -> (Tensor, Tensor, Tensor, Tensor)", tags);
+  m.def(
+      "token_log_probs_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor logits, Tensor tokens, "
+      "Tensor entropy, Tensor shift, Tensor log_sum, float temperature) -> Tensor", tags);
+  m.def(
+      "linear_token_log_probs(Tensor hidden, Tensor weight, Tensor tokens, float temperature) "
+      "-> (Tensor, Tensor, Tensor, Tensor)", tags);
+  m.def(
+      "linear_token_log_probs_backward(Tensor grad_log_probs, Tensor grad_entropy, Tensor hidden, Tensor weight, "
+      "Tensor tokens, Tensor entropy, Tensor shift, Tensor log_sum, float temperature, bool hidden_needed, "
+      "bool weight_needed) -> (Tensor, Tensor)", tags);
+  m.def(
+      "clipped_policy_loss(Tensor log_probs, Tensor old_log_probs, Tensor advantages, float clip_low, float clip_high, "
+      "float? dual_clip) -> (Tensor, Tensor, Tensor)", tags);
+  m.def(
+      "clipped_value_loss(Tensor values, Tensor old_values, Tensor returns, float? clip) -> (Tensor, Tensor, Tensor)",
+      tags);
+}
+
+TORCH_LIBRARY_IMPL(rlhf_lightning, CPU, m) {
+  m.impl("gae", &gae);
+  m.impl("token_log_probs", &token_log_probs);
+  m.impl("token_log_probs_backward", &token_log_probs_backward);
+  m.impl("linear_token_log_probs", &linear_token_log_probs);
+  m.impl("linear_token_log_probs_backward", &linear_token_log_probs_backward);
+  m.impl("clipped_policy_loss", &clipped_policy_loss);
+  m.impl("clipped_value_loss", &clipped_value_loss);
+}
+
+TORCH_LIBRARY_IMPL(rlhf_lightning, Autograd, m) { m.impl("gae", &gae_without_gradient); }
+
+TORCH_LIBRARY_IMPL(rlhf_lightning, AutocastCPU, m) {
+  m.impl("linear_token_log_probs", &linear_token_log_probs_autocast<c10::DispatchKey::AutocastCPU, c10::kCPU>);
+}
+
+TORCH_LIBRARY_IMPL(rlhf_lightning, AutocastCUDA, m) {
+  m.impl("linear_token_log_probs", &linear_token_log_probs_autocast<c10::DispatchKey::Autocast, c10::kCUDA>);
+}
+
+}  // namespace rlhf_lightning

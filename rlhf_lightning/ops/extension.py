@@ -1,0 +1,126 @@
+"""Loads the compiled operators, decides once which path each operator takes, and says so.
+
+``RLHF_LIGHTNING_OPS`` chooses: ``auto`` (the default) takes the native operator wherever there is one, ``native`` makes
+its absence an error, ``reference`` takes plain PyTorch everywhere. It is read once, when this file is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from typing import Any
+
+import torch
+
+OPERATORS = ("gae", "token_log_probs", "linear_token_log_probs", "clipped_policy_loss", "clipped_value_loss")
+VARIABLE = "RLHF_LIGHTNING_OPS"
+_CHOICES = ("auto", "native", "reference")
+_log = logging.getLogger("rlhf_lightning")
+
+
+def _load() -> tuple[dict[str, Any] | None, str]:
+    """``build_info()`` of the library and why it is used; or None and why it is not."""
+    try:
+        info: dict[str, Any] = importlib.import_module("rlhf_lightning._C").build_info()
+    except ModuleNotFoundError:
+        return None, "the extension is not built: `pip install -v --no-build-isolation -e .` shows why"
+    except ImportError as error:
+        first_line = str(error).partition("\n")[0]
+        return None, f"the extension cannot be loaded with torch {torch.__version__}, build it again: {first_line}"
+    if info["torch"] != torch.__version__:
+        return None, f"the extension was built for torch {info['torch']}, this is {torch.__version__}: build it again"
+    return info, f"built for torch {info['torch']}"
+
+
+def _choice() -> str:
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in _CHOICES:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(_CHOICES)}, got {choice}")
+    return choice
+
+
+CHOICE = _choice()
+_BUILD, _REASON = _load()
+LOADED = _BUILD is not None  # then torch.ops.rlhf_lightning has the operators
+if not LOADED and CHOICE == "native":
+    raise ImportError(f"{VARIABLE}=native, but {_REASON}")
+if not LOADED and CHOICE == "auto":
+    _log.warning("rlhf_lightning: using the slower plain PyTorch operators: %s", _REASON)
+
+
+def _has_kernel(operator: str, device_type: str) -> bool:
+    return LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(f"rlhf_lightning::{operator}", device_type.upper())
+
+
+# Decided here once for all, so that a call is a look-up, which torch.compile can trace.
+_NATIVE = {(operator, device): _has_kernel(operator, device) for operator in OPERATORS for device in ("cpu", "cuda")}
+_said: set[str] = set()
+
+
+def use_native(operator: str, device: torch.device) -> bool:
+    """Whether ``operator`` runs natively on tensors of ``device``; says once for each kind of device if it does not."""
+    if CHOICE == "reference":
+        return False
+    if _NATIVE.get((operator, device.type), False):
+        return True
+    if CHOICE == "native":
+        raise RuntimeError(f"{VARIABLE}=native, but {_no_kernel(operator, device.type)}")
+    if LOADED and not torch.compiler.is_compiling() and device.type not in _said:
+        _said.add(device.type)
+        _log.warning("rlhf_lightning: using the slower plain PyTorch operators: %s", _no_kernel(operator, device.type))
+    return False
+
+
+def _no_kernel(operator: str, device_type: str) -> str:
+    return f"{operator} has no native kernel for {device_type} tensors in this build"
+
+
+def build_info() -> dict[str, Any] | None:
+    """What the loaded library was built with and for; None where there is none."""
+    return _BUILD
+
+
+def status() -> dict[str, Any]:
+    """For ``info``: the choice, each operator's path and why, the build, and whether this machine's GPU is covered.
+
+    Keys: ``choice``; ``operators`` ``{name: {device type: {"path": "native" | "reference", "why": str}}}`` for the CPU,
+    and for CUDA where there is a GPU; ``build``, see :func:`build_info`; ``gpu``, None without one, else ``{"name",
+    "compute_capability", "covered"}``, covered meaning that the build has CUDA kernels this GPU can run.
+    """
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    operators = {name: {device: _path(name, device) for device in devices} for name in OPERATORS}
+    return {"choice": CHOICE, "operators": operators, "build": _BUILD, "gpu": _gpu() if len(devices) == 2 else None}
+
+
+def _path(operator: str, device_type: str) -> dict[str, str]:
+    if CHOICE == "reference":
+        return {"path": "reference", "why": f"{VARIABLE}=reference"}
+    if _NATIVE[operator, device_type]:
+        return {"path": "native", "why": _REASON}
+    return {"path": "reference", "why": _no_kernel(operator, device_type) if LOADED else _REASON}
+
+
+def _gpu() -> dict[str, Any]:
+    major, minor = torch.cuda.get_device_capability()
+    architectures = _BUILD["cuda_architectures"] if _BUILD is not None else []
+    return {
+        "name": torch.cuda.get_device_name(),
+        "compute_capability": f"{major}.{minor}",
+        "covered": covers(architectures, (major, minor)),
+    }
+
+
+def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code for ``architectures``, as in ``TORCH_CUDA_ARCH_LIST``, runs on a GPU of this compute capability.
+
+    Machine code runs on its own major version from its minor version up; ``+PTX`` adds an intermediate form that the
+    driver compiles for any later GPU.
+    """
+    for architecture in architectures:
+        number, _, form = architecture.partition("+")
+        major, _, minor = number.partition(".")
+        built = (int(major), int(minor))
+        if (built[0] == capability[0] and built <= capability) or (form == "PTX" and built <= capability):
+            return True
+    return False
