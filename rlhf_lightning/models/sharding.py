@@ -64,6 +64,13 @@ def unsharded(module: nn.Module) -> Iterator[None]:
             group.reshard()
 
 
+def most_anywhere(count: int, mesh: DeviceMesh) -> int:
+    """The largest ``count`` of all processes: forward passes that each must make, since each gathers weights."""
+    most = torch.tensor(count, device=mesh.device_type)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=mesh.get_group())
+    return int(most)
+
+
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """``module.state_dict()`` with whole tensors on the CPU, on process 0; the other processes get ``{}``.
 

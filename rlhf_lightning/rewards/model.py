@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.batches import Rollout
+from rlhf_lightning.batches import Rollout, micro_batches
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, same_vocabulary
 from rlhf_lightning.models.positions import at_last_token
 from rlhf_lightning.models.scalar import ScalarModel
-from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.models.sharding import most_anywhere, shard
 from rlhf_lightning.rewards.base import Reward, check_scores
 
 
@@ -27,7 +27,8 @@ class ModelReward(Reward):
         trust_remote_code: run model code that comes with the weights.
 
     Where the reward model's vocabulary is not the policy's, prompts and responses are decoded and encoded again with
-    its own tokenizer (and EOS put after responses that ended by EOS).
+    its own tokenizer (and EOS put after responses that ended by EOS); special tokens of the policy's chat template are
+    left out of the text.
 
     Raises: InputError when the folder holds no trained reward model.
     """
@@ -40,6 +41,7 @@ class ModelReward(Reward):
         self.micro_batch_tokens = micro_batch_tokens
         self.trust_remote_code = trust_remote_code
         self.scalar: ScalarModel | None = None
+        self._mesh: Any | None = None
         self._own_tokenizer: PreTrainedTokenizerBase | None = None
         self._policy_tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -48,7 +50,8 @@ class ModelReward(Reward):
             return
         model = load_scalar_model(self.path, fresh_head=False, trust_remote_code=self.trust_remote_code)
         scalar = ScalarModel(model).eval().requires_grad_(False)
-        self.scalar = shard(scalar, mesh) if mesh is not None else scalar.to(device)
+        self.scalar = (shard(scalar, mesh) if mesh is not None else scalar).to(device)
+        self._mesh = mesh
         own = load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
         self._policy_tokenizer = tokenizer
         self._own_tokenizer = None if same_vocabulary(own, tokenizer) else own
@@ -59,12 +62,15 @@ class ModelReward(Reward):
         tokens, lengths = rollout.tokens, rollout.lengths
         if self._own_tokenizer is not None:
             tokens, lengths = self._encoded_again(rollout, self._own_tokenizer)
-        rows = max(1, self.micro_batch_tokens // max(1, tokens.shape[1]))
-        scores = [
-            at_last_token(self.scalar(tokens[i : i + rows], lengths[i : i + rows]), lengths[i : i + rows])
-            for i in range(0, len(tokens), rows)
-        ]
-        return check_scores(torch.cat(scores), rollout, self.path)
+        groups = micro_batches(lengths, self.micro_batch_tokens)
+        rounds = len(groups) if self._mesh is None else most_anywhere(len(groups), self._mesh)
+        scores = tokens.new_zeros(len(tokens), dtype=torch.float32)
+        for number in range(rounds):
+            # A process without rows left repeats one, for as long as others need it to gather the weights with.
+            rows = groups[min(number, len(groups) - 1)]
+            width = int(lengths[rows].max())
+            scores[rows] = at_last_token(self.scalar(tokens[rows, :width], lengths[rows]), lengths[rows]).float()
+        return check_scores(scores, rollout, self.path)
 
     def _encoded_again(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
         policy_tokenizer = self._policy_tokenizer
