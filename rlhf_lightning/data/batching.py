@@ -1,16 +1,20 @@
 """Which rows make which batch: global batches first, the same for any number of processes, then each rank's share.
 
 Rows are sorted by length and put into bins; a bin's rows are dealt anew to its batches in every epoch, and the batches
-of all bins are shuffled. So the rows of a batch have similar lengths, the mix still changes from epoch to epoch, and the
-number of batches never does (Lightning asks once).
+of all bins are shuffled. So the rows of a batch have similar lengths, the mix still changes from epoch to epoch, and
+the number of batches never does (Lightning asks once).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
-from rlhf_lightning.data.tokenization import Example
+from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch
+from rlhf_lightning.data.collate import Batch, collate, column_names
+from rlhf_lightning.data.records import Records
+from rlhf_lightning.data.tokenization import Encoder, Example, Kind
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.randomness import DATA_ORDER, permutation
 
@@ -101,3 +105,36 @@ def endless_batch(size: int, batch_size: int, seed: int, number: int) -> tuple[i
 def share(batch: Sequence[Example], rank: int, world: int) -> list[Example]:
     """Rows ``rank::world`` of a global batch; where there are none, its first row with weight 0 as a filler."""
     return list(batch[rank::world]) or [replace(batch[0], weight=0.0)]
+
+
+def demonstration_batches(
+    records: Records, tokenizer: Any, batch_size: int, batch_tokens: int | None = None, **options: Any
+) -> list[DemonstrationBatch]:
+    """Prompts with their best responses; longest first. ``options`` are those of ``Encoder``."""
+    return cast(
+        list[DemonstrationBatch], _batches(records, tokenizer, "demonstrations", batch_size, batch_tokens, options)
+    )
+
+
+def preference_batches(
+    records: Records, tokenizer: Any, batch_size: int, batch_tokens: int | None = None, **options: Any
+) -> list[PreferenceBatch]:
+    """All pairs; longest first. ``options`` are those of ``Encoder``."""
+    return cast(list[PreferenceBatch], _batches(records, tokenizer, "pairs", batch_size, batch_tokens, options))
+
+
+def prompt_batches(
+    records: Records, tokenizer: Any, batch_size: int, batch_tokens: int | None = None, **options: Any
+) -> list[PromptBatch]:
+    """Each distinct prompt once; longest first. ``PromptBatch.rows`` gives the file's order."""
+    return cast(list[PromptBatch], _batches(records, tokenizer, "prompts", batch_size, batch_tokens, options))
+
+
+def _batches(
+    records: Records, tokenizer: Any, kind: Kind, batch_size: int, batch_tokens: int | None, options: dict[str, Any]
+) -> list[Batch]:
+    encoder = Encoder(tokenizer, **options)
+    examples: Sequence[Example] = encoder.encode(records.rows, kind)[0]
+    columns = column_names(examples)
+    order = in_order(make_bins(examples, batch_size, batch_tokens))
+    return [collate([examples[i] for i in rows], kind, encoder.pad_id, columns) for rows in order]

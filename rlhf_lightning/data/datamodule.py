@@ -1,12 +1,12 @@
 """The DataModule of every stage: the module says which view it wants, this serves it in batches.
 
-``PreferenceDataModule`` is for a Trainer. The functions at the end serve evaluation and scripts without one.
+It is for a Trainer; ``batching`` has functions that serve evaluation and scripts without one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -14,7 +14,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_t
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch, View
+from rlhf_lightning.batches import View
 from rlhf_lightning.data.batching import endless_batch, epoch_batches, in_order, make_bins, share
 from rlhf_lightning.data.collate import Batch, collate, column_names
 from rlhf_lightning.data.records import Records, load_records
@@ -30,9 +30,9 @@ class PreferenceDataModule(LightningDataModule):
     """Demonstrations, preference pairs or prompts from files, as token batches.
 
     Everything is read, checked and tokenised in ``setup``; batches are then only padded together, so there are no
-    loader workers. A global batch is formed first and rank r of W takes its rows ``r::W`` (a rank left without rows gets
-    a filler of weight 0): the same configuration gives the same batches on any number of processes. The order is a
-    function of (seed, epoch), and a resumed run goes on at the batch after the checkpoint's.
+    loader workers. A global batch is formed first and rank r of W takes its rows ``r::W`` (a rank left without rows
+    gets a filler of weight 0): the same configuration gives the same batches on any number of processes. The order is
+    a function of (seed, epoch), and a resumed run goes on at the batch after the checkpoint's.
 
     Args:
         path: the data: one or more .jsonl, .jsonl.gz, .csv or .parquet files, or a hub data set's name.
@@ -56,17 +56,17 @@ class PreferenceDataModule(LightningDataModule):
         path: str | list[str],
         val_path: str | list[str] | None = None,
         tokenizer: str | None = None,
-        batch_size: PositiveInt = 32,  # type: ignore[valid-type]
-        val_batch_size: PositiveInt | None = None,  # type: ignore[valid-type]
-        batch_tokens: PositiveInt | None = None,  # type: ignore[valid-type]
-        max_prompt_tokens: PositiveInt | None = 1024,  # type: ignore[valid-type]
-        max_response_tokens: PositiveInt | None = 1024,  # type: ignore[valid-type]
+        batch_size: PositiveInt = 32,
+        val_batch_size: PositiveInt | None = None,
+        batch_tokens: PositiveInt | None = None,
+        max_prompt_tokens: PositiveInt | None = 1024,
+        max_response_tokens: PositiveInt | None = 1024,
         long_prompts: Literal["error", "drop", "truncate_left"] = "error",
         long_responses: Literal["error", "drop"] = "error",
         validation_fraction: Fraction = 0.05,  # type: ignore[valid-type]
         chat: bool = False,
         chat_template: str | None = None,
-        seed: NonNegativeInt = 0,  # type: ignore[valid-type]
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
         self.path = path
@@ -85,6 +85,8 @@ class PreferenceDataModule(LightningDataModule):
         self.seed = int(seed)
         self.tokenizer: Any = None
         self.view: View | None = None
+        self.kind: Kind = "prompts"  # of the batches served: the view's, and prompts for `predict`
+        self.pad_id = 0
         self.train: list[Example] = []
         self.held_out: list[Example] = []
         self.dropped: Counter[str] = Counter()  # rows or pairs left out, by reason
@@ -106,7 +108,7 @@ class PreferenceDataModule(LightningDataModule):
             if not isinstance(folder, str):
                 raise InputError("data.tokenizer: is not set, and the module names no model folder; set it")
             self.tokenizer = load_tokenizer(folder, bool(getattr(module, "trust_remote_code", False)))
-        self.prepare(module.data_view, stage=stage)
+        self.prepare(cast(View, module.data_view), stage=stage)
 
     def prepare(self, view: View, tokenizer: Any = None, stage: str = "fit") -> PreferenceDataModule:
         """Reads, checks, splits and encodes the data: what ``setup`` does, usable without a Trainer.
@@ -119,14 +121,17 @@ class PreferenceDataModule(LightningDataModule):
         Returns: itself.
         """
         self.view = view
-        self.tokenizer = tokenizer or self.tokenizer
+        self.kind = "prompts" if stage == "predict" else view.kind
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
         if view.steps is not None and self.batch_tokens is not None:
             raise InputError("data.batch_tokens: has no effect on prompts to sample from; leave it out, set batch_size")
         encoder = self._encoder()
+        self.pad_id = encoder.pad_id
         records = load_records(self.path)
         self.dropped = Counter(records.dropped)
         if stage == "predict":
-            self.train, self.held_out = [], self._encode(encoder, records, "prompts", "answer")
+            self.train, self.held_out = [], self._encode(encoder, records, "answer")
             return self
         if self.val_path is not None:
             held_out = load_records(self.val_path)
@@ -134,16 +139,17 @@ class PreferenceDataModule(LightningDataModule):
             leaks = {row.key for row in records.rows} & {row.key for row in held_out.rows}
             if leaks:
                 rank_zero_warn(
-                    f"{len(leaks)} prompts of data.val_path are in data.path too: validation is not held out"
+                    f"data.val_path: {len(leaks)} of its prompts are in data.path too, so it is not held out"
                 )
         else:
             train, rest = split_by_prompt(records.rows, self.validation_fraction, self.seed)
             records, held_out = replace(records, rows=train), replace(records, rows=rest)
-        self.train = self._encode(encoder, records, view.kind, "train on")
-        has_held_out = self.val_path is not None or bool(held_out.rows)
-        self.held_out = self._encode(encoder, held_out, view.kind, "validate on") if has_held_out else []
-        self._fingerprint = records.fingerprint()
-        self._check_resumed()
+        self.train = self._encode(encoder, records, "train on") if stage == "fit" else []
+        wanted = self.val_path is not None or self.validation_fraction > 0
+        self.held_out = self._encode(encoder, held_out, "validate on") if wanted else []
+        if stage == "fit":
+            self._fingerprint = records.fingerprint()
+            self._check_resumed()
         rank_zero_info(self.summary())
         return self
 
@@ -190,15 +196,13 @@ class PreferenceDataModule(LightningDataModule):
             long_responses=self.long_responses,
         )
 
-    def _encode(self, encoder: Encoder, records: Records, kind: Kind, purpose: str) -> list[Example]:
-        examples, dropped = encoder.encode(records.rows, kind)
+    def _encode(self, encoder: Encoder, records: Records, purpose: str) -> list[Example]:
+        examples, dropped = encoder.encode(records.rows, self.kind)
         self.dropped.update(dropped)
         if not examples:
-            reasons = (
-                "; ".join(f"{reason}: {count}" for reason, count in sorted(self.dropped.items())) or "none dropped"
-            )
             raise InputError(
-                f"{', '.join(records.paths)}: no {kind} left to {purpose}, of {records.read} rows ({reasons})"
+                f"{', '.join(records.paths)}: no {self.kind} left to {purpose} of {records.read} rows read "
+                f"({self._dropped_text()}); give more rows"
             )
         return examples
 
@@ -242,12 +246,14 @@ class PreferenceDataModule(LightningDataModule):
         """One line: how much there is, and what was dropped."""
         assert self.view is not None
         counts = f"data: {len(self.train):,} {self.view.kind} to train on, {len(self.held_out):,} held out"
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.dropped.items()))
-        return f"{counts}; {reasons or 'nothing dropped'}"
+        return f"{counts}; {self._dropped_text()}"
+
+    def _dropped_text(self) -> str:
+        return ", ".join(f"{reason}: {count:,}" for reason, count in sorted(self.dropped.items())) or "nothing dropped"
 
 
 class Loader:
-    """One process's batches as Lightning iterates them. Not a ``DataLoader``, so Lightning adds no sampler of its own."""
+    """One process's batches for Lightning to iterate. No ``DataLoader``, so Lightning adds no sampler of its own."""
 
     def __init__(self, data: PreferenceDataModule, training: bool) -> None:
         assert data.view is not None, "prepare() comes first"
@@ -259,9 +265,7 @@ class Loader:
         size = data.batch_size if training else data.val_batch_size
         self.bins = [] if stepped else make_bins(self.examples, size, data.batch_tokens)
         self.columns = column_names(data.train + data.held_out)
-        # `predict` answers prompts whatever the module trains on.
-        self.kind = data.view.kind if self.examples and (data.train or data.view.kind == "prompts") else "prompts"
-        self.pad_id = data._encoder().pad_id
+        self.pad_id = data.pad_id
 
     def __len__(self) -> int:
         """Batches in a whole epoch, also when this one is resumed in its middle."""
@@ -270,12 +274,10 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         # The body runs at the first `next`. Lightning has restored its progress by then, and not at `iter`.
         epoch, start, rank, world = self._place()
-        batches = [] if self.steps is not None else self._order(epoch)
+        order = [] if self.steps is not None else self._order(epoch)
         for number in range(start, len(self)):
-            rows = (
-                self._stepped(epoch, number) if self.steps is not None else [self.examples[i] for i in batches[number]]
-            )
-            yield collate(share(rows, rank, world), self.kind, self.pad_id, self.columns)
+            batch = [self.examples[i] for i in order[number]] if order else self._stepped(epoch, number)
+            yield collate(share(batch, rank, world), self.data.kind, self.pad_id, self.columns)
 
     def _order(self, epoch: int) -> list[tuple[int, ...]]:
         return epoch_batches(self.bins, self.data.seed, epoch) if self.training else in_order(self.bins)
@@ -292,39 +294,6 @@ class Loader:
             return 0, 0, 0, 1
         if not self.training:
             return 0, 0, trainer.global_rank, trainer.world_size
-        loop = trainer.fit_loop
-        done = loop.epoch_loop.batch_progress.current.ready
-        return loop.epoch_progress.current.processed, done, trainer.global_rank, trainer.world_size
-
-
-def demonstration_batches(
-    records: Records, tokenizer: Any, batch_size: int, batch_tokens: int | None = None, **options: Any
-) -> list[DemonstrationBatch]:
-    """Prompts with their best responses; longest first. ``options`` are those of ``Encoder``."""
-    return cast(
-        list[DemonstrationBatch], _batches(records, tokenizer, "demonstrations", batch_size, batch_tokens, options)
-    )
-
-
-def preference_batches(
-    records: Records, tokenizer: Any, batch_size: int, batch_tokens: int | None = None, **options: Any
-) -> list[PreferenceBatch]:
-    """All pairs; longest first. ``options`` are those of ``Encoder``."""
-    return cast(list[PreferenceBatch], _batches(records, tokenizer, "pairs", batch_size, batch_tokens, options))
-
-
-def prompt_batches(
-    records: Records, tokenizer: Any, batch_size: int, batch_tokens: int | None = None, **options: Any
-) -> list[PromptBatch]:
-    """Each distinct prompt once; longest first. ``PromptBatch.rows`` gives the file's order."""
-    return cast(list[PromptBatch], _batches(records, tokenizer, "prompts", batch_size, batch_tokens, options))
-
-
-def _batches(
-    records: Records, tokenizer: Any, kind: Kind, batch_size: int, batch_tokens: int | None, options: dict[str, Any]
-) -> list[Batch]:
-    encoder = Encoder(tokenizer, **options)
-    examples: Sequence[Example] = encoder.encode(records.rows, kind)[0]
-    columns = column_names(examples)
-    order = in_order(make_bins(examples, batch_size, batch_tokens))
-    return [collate([examples[i] for i in rows], kind, encoder.pad_id, columns) for rows in order]
+        loop: Any = trainer.fit_loop
+        epoch, done = loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
+        return epoch, done, trainer.global_rank, trainer.world_size

@@ -1,8 +1,8 @@
 """File formats: JSONL, JSONL.gz, CSV, Parquet and hub data sets, each to numbered rows of plain Python values.
 
-A reader yields ``(line, row)`` where ``row`` is a dict, or the ``InputError`` that says what is wrong with that line, so
-that a caller may stop at the first one (training) or list them all (``data check``). Lines are counted from 1; Parquet
-and hub rows count as lines.
+A reader yields ``(line, row)`` where ``row`` is a dict, or the ``InputError`` that says what is wrong with that line,
+so that a caller may stop at the first one (training) or list them all (``data check``). Lines are counted from 1;
+Parquet and hub rows count as lines.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _csv_rows(path: str, reader: Any) -> Iterator[Numbered]:
 
 
 def _csv_row(path: str, line: int, cells: dict[str, str]) -> RawRow | InputError:
-    """CSV knows text only: lists stand as JSON in their cell, numbers as digits, and an empty one means none is given."""
+    """CSV knows text only: lists stand as JSON in their cell, numbers as digits; an empty one means none is given."""
     row: RawRow = dict(cells)
     for key in (*_LIST_CELLS, *_NUMBER_CELLS):
         if key not in row:

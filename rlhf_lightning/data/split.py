@@ -10,7 +10,7 @@ from rlhf_lightning.errors import InputError
 
 
 def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
-    """``(train, held out)`` in the order given; ``round(fraction x distinct prompts)`` prompts are held out, at least 1.
+    """``(train, held out)`` in the order given; ``round(fraction x distinct prompts)`` are held out, at least 1.
 
     A prompt's place depends on (seed, prompt) alone, so that rows added later move few others across.
 
@@ -22,7 +22,8 @@ def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tu
     prompts = sorted({record.key for record in records}, key=lambda key: _hash(key, seed))
     if len(prompts) < 2:
         raise InputError(
-            f"data.validation_fraction: {len(prompts)} distinct prompts cannot be split; give data.val_path, or set it to 0"
+            f"data.validation_fraction: {len(prompts)} distinct prompts cannot be split; "
+            "give data.val_path, or set it to 0"
         )
     count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
     held_out = set(prompts[:count])

@@ -133,7 +133,8 @@ class Encoder:
             record, length = too_long[0]
             raise InputError(
                 f"{record.where}: a response of {length} tokens, EOS included, is over data.max_response_tokens "
-                f"{self.max_response_tokens} ({len(too_long)} of {pairs} are); raise it, or set data.long_responses to drop"
+                f"{self.max_response_tokens} ({len(too_long)} of {pairs} are); raise it, or set data.long_responses "
+                "to drop"
             )
         if too_long:
             dropped["response over max_response_tokens"] += len(too_long)
