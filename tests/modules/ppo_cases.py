@@ -1,0 +1,69 @@
+"""Runs of PPO with the real DataModule; run by test_ppo_processes.py in one process and, as a script, in two."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from ppo_harness import TokenReward, make_module
+
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
+from rlhf_lightning.data.datamodule import PreferenceDataModule
+from rlhf_lightning.distributed import all_gather_objects, rank
+from rlhf_lightning.models.sharding import full_state_dict
+from rlhf_lightning.rewards import ModelReward
+
+WORDS = "the one two three cat dog bird fish sees likes big small old new red green blue".split()
+
+
+def write_prompts(path: Path, rows: int = 10) -> None:
+    """Prompts of 1 to 5 words, all different."""
+    texts = [" ".join(WORDS[(row * 3 + i * 5) % len(WORDS)] for i in range(1 + row % 5)) for row in range(rows)]
+    assert len(set(texts)) == rows
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """Train; the whole weights, every iteration's metrics, and what each process sampled."""
+    reward = ModelReward(case["reward"]) if case.get("reward") else TokenReward()
+    module = make_module(case["policy"], reward, **case["options"])
+    data = PreferenceDataModule(case["data"], batch_size=case["batch_size"], validation_fraction=0.0)
+    callbacks = [RunCheckpoint(every_n_batches=1, keep=10)] if case.get("checkpoints") else []
+    options = {"devices": 1, "accelerator": "cpu", "max_epochs": 1, "use_distributed_sampler": False, **case["trainer"]}
+    trainer = Trainer(
+        logger=DummyLogger(),
+        enable_checkpointing=bool(callbacks),
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=case.get("folder"),
+        **options,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=case.get("resume"))
+    samples = [
+        {int(row): text for row, text in zip(r.prompts.rows, r.responses, strict=True) if r.prompts.weights[0] > 0}
+        for r in module.rollouts
+    ]
+    gathered = all_gather_objects(samples)
+    weights = {f"policy.{name}": value.clone() for name, value in full_state_dict(module.policy).items()}
+    if module.critic is not None:
+        weights |= {f"critic.{name}": value.clone() for name, value in full_state_dict(module.critic).items()}
+    merged = [{k: v for part in parts for k, v in part.items()} for parts in zip(*gathered, strict=True)]
+    return {"weights": weights, "metrics": module.logged, "samples": merged}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    job = json.loads(Path(sys.argv[1]).read_text())
+    results = {name: run(case) for name, case in job["cases"].items()}
+    if rank() == 0:
+        torch.save(results, job["out"])
+
+
+if __name__ == "__main__":
+    main()
