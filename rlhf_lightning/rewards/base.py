@@ -16,7 +16,7 @@ class Reward(nn.Module):
     """Scores responses. Subclass it and write ``forward``; name the subclass in YAML by its ``class_path``."""
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, mesh: Any | None = None) -> None:
-        """Called once before the first score; load what is needed here, not in the constructor.
+        """Called before the first score, and again for a policy with another tokenizer: load models here, once.
 
         Args:
             tokenizer: the policy's.

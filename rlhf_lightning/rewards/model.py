@@ -46,12 +46,12 @@ class ModelReward(Reward):
         self._policy_tokenizer: PreTrainedTokenizerBase | None = None
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, mesh: Any | None = None) -> None:
-        if self.scalar is not None:
-            return
-        model = load_scalar_model(self.path, fresh_head=False, trust_remote_code=self.trust_remote_code)
-        scalar = ScalarModel(model).eval().requires_grad_(False)
-        self.scalar = (shard(scalar, mesh) if mesh is not None else scalar).to(device)
-        self._mesh = mesh
+        if self.scalar is None:
+            model = load_scalar_model(self.path, fresh_head=False, trust_remote_code=self.trust_remote_code)
+            scalar = ScalarModel(model).eval().requires_grad_(False)
+            self.scalar = (shard(scalar, mesh) if mesh is not None else scalar).to(device)
+            self._mesh = mesh
+        # An evaluation prepares one reward for policies of several vocabularies in turn.
         own = load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
         self._policy_tokenizer = tokenizer
         self._own_tokenizer = None if same_vocabulary(own, tokenizer) else own
