@@ -122,7 +122,7 @@ def _with_own_configs(model: PreTrainedModel) -> PreTrainedModel:
     """The same model to ``save_pretrained``, with configs that can be changed without changing the model's."""
     saved = copy.copy(model)
     saved.config = copy.deepcopy(model.config)
-    if model.generation_config is not None:
+    if model.can_generate():
         saved.generation_config = copy.deepcopy(model.generation_config)
     return saved
 

@@ -205,8 +205,21 @@ def _load_model(
         _check_weight_files(Path(folder))
     with _loading(path, "model"):
         model, info = auto.from_pretrained(
-            folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, in one line
         )
+    missing = set(info["missing_keys"])
+    for name, found, expected in info["mismatched_keys"]:
+        if not name.startswith("score."):
+            raise InputError(
+                f"{path}: {name} is {list(found)} in the weights and {list(expected)} by config.json: the two do "
+                "not belong together, copy the folder again"
+            )
+        missing.add(name)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -214,7 +227,7 @@ def _load_model(
         # is a real token's.
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
-    return model, sorted(info["missing_keys"])
+    return model, sorted(missing)
 
 
 def _disable_dropout(config: PretrainedConfig) -> None:
