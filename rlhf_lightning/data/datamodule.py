@@ -279,6 +279,13 @@ class Loader:
             batch = [self.examples[i] for i in order[number]] if order else self._stepped(epoch, number)
             yield collate(share(batch, rank, world), self.data.kind, self.pad_id, self.columns)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the Trainer knows the position. To Lightning, a loader that has this method can resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to restore, see ``state_dict``."""
+
     def _order(self, epoch: int) -> list[tuple[int, ...]]:
         return epoch_batches(self.bins, self.data.seed, epoch) if self.training else in_order(self.bins)
 

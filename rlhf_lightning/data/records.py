@@ -28,11 +28,14 @@ FORMS = (
     "messages",
     "prompt",
 )
+ACCEPTED = "; accepted forms: "  # ends a message about missing keys, before the forms
 ROLES = ("system", "developer", "user", "assistant", "tool")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _FORM_KEYS = frozenset(
     ["prompt", "chosen", "rejected", "completions", "ranks", "ratings", "completion", "messages", "margin", "weight"]
 )
+# Names that other formats have for ours, for a hint when a row is refused; never read silently.
+_RENAMES = {"instruction": "prompt", "question": "prompt", "output": "completion", "response": "completion"}
 
 
 @dataclass(frozen=True)
@@ -155,9 +158,7 @@ def parse_row(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
         return _demonstration(row, where, dropped)
     if "prompt" in row:
         return _record(row, where, "prompt", _prompt(row["prompt"], where, "prompt"), (), ())
-    found = ", ".join(sorted(str(key) for key in row)) or "none"
-    missing = "prompt" if "completion" in row else "prompt, messages, or chosen and rejected"
-    raise InputError(f"{where}: missing key {missing}; keys found: {found}; accepted forms: {' | '.join(FORMS)}")
+    raise _missing(row, where, "prompt")
 
 
 def _record(
@@ -176,8 +177,7 @@ def _record(
 def _pair(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
     for key in ("chosen", "rejected"):
         if key not in row:
-            found = ", ".join(sorted(map(str, row)))
-            raise InputError(f"{where}: missing key '{key}'; keys found: {found}; accepted forms: {' | '.join(FORMS)}")
+            raise _missing(row, where, key)
     chosen, rejected = row["chosen"], row["rejected"]
     form = "pair"
     if isinstance(chosen, list) and isinstance(rejected, list):
@@ -189,7 +189,7 @@ def _pair(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
         form = "transcript"
         prompt, texts = _transcripts(_text(chosen, where, "chosen"), _text(rejected, where, "rejected"), where)
         if not prompt:
-            dropped["transcripts part before the last turn"] += 1
+            dropped["transcripts that part early"] += 1
             return None
     record = _record(row, where, form, prompt, texts, ((0, 1),))
     return record if _usable_pair(*texts, dropped) else None
@@ -252,10 +252,7 @@ def _listed(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
         raise _refused(where, "ratings", "stands beside 'ranks'; keep one of them")
     missing = [key for key in ("prompt", "completions") if key not in row] + ([] if by else ["ranks' or 'ratings"])
     if missing:
-        found = ", ".join(sorted(map(str, row)))
-        raise InputError(
-            f"{where}: missing key '{missing[0]}'; keys found: {found}; accepted forms: {' | '.join(FORMS)}"
-        )
+        raise _missing(row, where, missing[0])
     prompt = _prompt(row["prompt"], where, "prompt")
     completions = _list(row["completions"], where, "completions")
     texts = [_response(text, where, f"completions[{i}]") for i, text in enumerate(completions)]
@@ -304,6 +301,13 @@ def _chat(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
         return record
     dropped["empty response"] += 1
     return None
+
+
+def _missing(row: RawRow, where: str, key: str) -> InputError:
+    found = ", ".join(sorted(map(str, row))) or "none"
+    hints = [f"rename '{name}' to '{ours}'" for name, ours in _RENAMES.items() if name in row and ours not in row]
+    problem = "; ".join([f"is missing; keys found: {found}", *hints])
+    return _refused(where, key, f"{problem}{ACCEPTED}{' | '.join(FORMS)}")
 
 
 def _refused(where: str, key: str, problem: str) -> InputError:
