@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from rlhf_lightning.batches import Rollout, micro_batches
@@ -124,6 +125,12 @@ class ActorCriticModule(RLHFModule):
                 "model.reward: none is given; name one (class_path: rlhf_lightning.rewards.ModelReward, ...) or "
                 "override "
                 "score() in a subclass"
+            )
+        if self.top_k > 0 or self.top_p < 1.0:
+            rank_zero_warn(
+                "model.top_k and model.top_p sample from a narrower distribution than the log-probs are of: expect a "
+                "rollout/logprob_gap, a KL that may be negative, and ratios that leave the cut tokens out; set them to "
+                "0 and 1 unless that is meant"
             )
         if self.reference_folder is not None:
             reference = load_tokenizer(self.reference_folder, self.trust_remote_code)
