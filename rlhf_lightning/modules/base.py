@@ -31,6 +31,7 @@ from rlhf_lightning.batches import PromptBatch, Rollout, View
 from rlhf_lightning.distributed import FSDP2Strategy, all_reduce_sum, any_true, grad_norm, scale_grads, world_size
 from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.layers import checkpoint_activations
 from rlhf_lightning.models.loading import check_vocabularies, eos_ids, load_causal_lm, load_scalar_model, load_tokenizer
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
@@ -119,6 +120,8 @@ class RLHFModule(LightningModule):
             raise InputError(
                 f"trainer.strategy: {type(strategy).__name__} is not supported; use ddp, or fsdp2 to shard the model"
             )
+        # Lightning's bf16-true would round a batch's weights and margins, and nothing else in it is a float.
+        self.trainer.precision_plugin.convert_input = lambda data: data
         given = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         self.tokenizer = given if given is not None else load_tokenizer(self.model, self.trust_remote_code)
 
@@ -143,7 +146,7 @@ class RLHFModule(LightningModule):
         else:
             built.train()  # dropout is off; this is for gradient checkpointing, which HF does in train mode alone
             if self.gradient_checkpointing:
-                built.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                checkpoint_activations(built.model)
         if self.device_mesh is not None:
             built = shard(built, self.device_mesh["data_parallel"])
         if frozen:

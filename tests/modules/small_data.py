@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,27 @@ def side(rows: list[Pair], name: str, weights: Tensor, extra: int) -> Demonstrat
     return DemonstrationBatch(tokens, lengths, torch.tensor([len(row.prompt) for row in rows]), weights)
 
 
+class Loader:
+    """Starts its first pass where the checkpoint was made; its length stays that of an epoch."""
+
+    def __init__(self, data: SmallData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self.data.start = self.data.start, 0
+        for numbers in self.data.batches[start:]:
+            yield self.data.collate(numbers)
+
+    def state_dict(self) -> dict[str, int]:
+        return {}  # the DataModule has it; a loader with this method is resumable to Lightning
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to restore here."""
+
+
 class SmallData(LightningDataModule):
     """``batches`` hold the row numbers of each global batch; process r takes every world-th row from the r-th."""
 
@@ -59,6 +81,7 @@ class SmallData(LightningDataModule):
         self.batches = batches
         self.extra = extra
         self.held_out = held_out
+        self.start = 0
 
     def collate(self, numbers: list[int]) -> Any:
         mine = numbers[rank() :: world_size()]
@@ -70,8 +93,14 @@ class SmallData(LightningDataModule):
         margins = torch.tensor([row.margin for row in rows])
         return PreferenceBatch(chosen, side(rows, "rejected", weights, self.extra), margins, weights)
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.batches, batch_size=None, collate_fn=self.collate)
+    def train_dataloader(self) -> Loader:
+        return Loader(self)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"start": self.trainer.fit_loop.epoch_loop.batch_progress.current.ready % len(self.batches)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["start"]
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         return (
@@ -81,7 +110,7 @@ class SmallData(LightningDataModule):
         )
 
 
-def train(module: Any, data: SmallData, **options: Any) -> dict[str, Tensor]:
+def train(module: Any, data: SmallData, ckpt_path: str | None = None, **options: Any) -> dict[str, Tensor]:
     """The trained weights, whole, on process 0."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -94,6 +123,6 @@ def train(module: Any, data: SmallData, **options: Any) -> dict[str, Tensor]:
         "log_every_n_steps": 1,
     }
     trainer = Trainer(**{**defaults, "devices": 1, **options})
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     trained = module.policy if module.policy is not None else module.scalar
     return {name: value.clone() for name, value in full_state_dict(trained).items()}

@@ -1,0 +1,92 @@
+"""A run resumed from a checkpoint equals the uninterrupted one bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from small_data import SmallData, train
+
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.reward_model import RewardModelModule
+from rlhf_lightning.modules.sft import SFTModule
+
+BATCHES = [[0, 1, 2], [3, 4], [5, 6, 7], [8, 9], [10, 11, 12], [13, 14]]
+MODULES = {"sft": SFTModule, "reward_model": RewardModelModule, "dpo": DPOModule}
+
+
+class Crash(RuntimeError):
+    """What ends the interrupted run."""
+
+
+class CrashAfter(Callback):
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_start(self, trainer: object, module: RLHFModule, batch: object, batch_idx: int) -> None:
+        if self.batches == 0:
+            raise Crash
+        self.batches -= 1
+
+
+def fit(kind: str, folder: Path, run: Path, *callbacks: Callback, **options: object) -> tuple[dict, RLHFModule]:
+    module = MODULES[kind](str(folder), learning_rate=0.01, schedule="linear", warmup_steps=2)
+    resume = options.pop("ckpt_path", None)
+    data = SmallData(folder, BATCHES)
+    settings = {
+        "default_root_dir": run,
+        "callbacks": [RunCheckpoint(every_n_batches=2, keep=5), *callbacks],
+        "enable_checkpointing": True,
+        "max_epochs": 2,
+        **options,
+    }
+    return train(module, data, ckpt_path=resume, **settings), module
+
+
+@pytest.mark.parametrize("kind", MODULES)
+# In the middle of an epoch; right at its end; in the second one.
+@pytest.mark.parametrize("crash_after", [3, 6, 9])
+def test_resume_is_bit_for_bit(kind: str, crash_after: int, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    expected, straight = fit(kind, tiny_policy_dir, tmp_path / "straight")
+    with pytest.raises(Crash):
+        fit(kind, tiny_policy_dir, tmp_path / "broken", CrashAfter(crash_after))
+    checkpoint = latest(tmp_path / "broken" / "checkpoints")
+    assert checkpoint.name == f"batch-{crash_after // 2 * 2:08d}.ckpt"
+    got, resumed = fit(kind, tiny_policy_dir, tmp_path / "broken", ckpt_path=str(checkpoint))
+    assert resumed.trainer.global_step == straight.trainer.global_step == 12
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    moments = [module.trainer.optimizers[0].state_dict()["state"] for module in (straight, resumed)]
+    for index, state in moments[0].items():
+        assert all(torch.equal(moments[1][index][name], value) for name, value in state.items())
+
+
+def test_resume_under_fsdp2_from_a_folder_of_shards(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    try:
+        expected, _ = fit("dpo", tiny_policy_dir, tmp_path / "straight", strategy="fsdp2")
+        with pytest.raises(Crash):
+            fit("dpo", tiny_policy_dir, tmp_path / "broken", CrashAfter(5), strategy="fsdp2")
+        checkpoint = latest(tmp_path / "broken" / "checkpoints")
+        assert checkpoint.is_dir()
+        got, _ = fit("dpo", tiny_policy_dir, tmp_path / "broken", strategy="fsdp2", ckpt_path=str(checkpoint))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_the_configured_learning_rate_wins_over_the_checkpoints(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(Crash):
+        fit("sft", tiny_policy_dir, tmp_path, CrashAfter(3))
+    module = SFTModule(str(tiny_policy_dir), learning_rate=0.5)
+    data = SmallData(tiny_policy_dir, BATCHES)
+    train(module, data, ckpt_path=str(latest(tmp_path / "checkpoints")), default_root_dir=tmp_path)
+    assert module.trainer.optimizers[0].param_groups[0]["lr"] == 0.5
+
+
+def test_a_checkpoint_loads_with_weights_only(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    fit("reward_model", tiny_policy_dir, tmp_path)
+    saved = torch.load(latest(tmp_path / "checkpoints"), weights_only=True)
+    assert saved["global_step"] == 12
