@@ -1,10 +1,12 @@
 """A reward that is a Python function, named in YAML or on the command line:
 
     python -m rlhf_lightning fit --config ppo.yaml --data.path prompts.jsonl \
-        --model.reward rlhf_lightning.rewards.FunctionReward --model.reward.function examples/custom_reward_function.py:brevity
+        --model.reward rlhf_lightning.rewards.FunctionReward \
+        --model.reward.function examples/custom_reward_function.py:brevity
 
-The function gets the prompts as the user wrote them, the responses without special tokens, and by name those of the rows'
-other columns that it asks for. It returns one number a response; a wrong length or a NaN stops the run with a message.
+The function gets the prompts as the user wrote them, the responses without special tokens, and by name those of the
+rows' other columns that it asks for. It returns one number a response; a wrong length or a NaN stops the run with a
+message.
 """
 
 

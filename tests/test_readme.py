@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_shown_commands_exist(document: str) -> None:
         if words[:3] == ["python", "-m", "rlhf_lightning"] and len(words) > 3 and not words[3].startswith("--"):
             name = "data check" if words[3] == "data" else words[3]
             assert name in _COMMANDS or name == "COMMAND", line
-        for option, value in zip(words, words[1:], strict=False):
+        for option, value in itertools.pairwise(words):
             if option == "--config" and not value.startswith("runs/"):
                 assert value in shipped_configs() or (ROOT / value).exists(), line
 

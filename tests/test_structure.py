@@ -162,7 +162,8 @@ def test_remote_code_is_off_unless_asked_for() -> None:
             if not isinstance(node, ast.FunctionDef):
                 continue
             arguments = node.args
-            positional = arguments.args[len(arguments.args) - len(arguments.defaults) :]
+            positional = [*arguments.posonlyargs, *arguments.args]
+            positional = positional[len(positional) - len(arguments.defaults) :]
             pairs = [*zip(positional, arguments.defaults, strict=True)]
             pairs += [(a, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is not None]
             for argument, default in pairs:
@@ -177,9 +178,8 @@ HEAVY = ("lightning", "pytorch_lightning", "transformers", "jsonargparse", "tens
 
 def run_python(code: str) -> tuple[str, float]:
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout, time.perf_counter() - started
 

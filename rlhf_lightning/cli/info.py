@@ -29,3 +29,62 @@ def main(arguments: Sequence[str]) -> int:
     gathered = gather()
     print(json.dumps(gathered, indent=2) if options.json else _as_text(gathered))
     return 0
+
+
+def gather() -> dict[str, Any]:
+    """Everything that ``info`` shows, as plain values.
+
+    Keys: ``rlhf_lightning``, ``python``, ``system``, ``cpu_threads``, ``packages`` (name to version, None where it is
+    not installed), ``cuda`` (what torch was built with, None for a CPU build), ``gpus`` (their names), and
+    ``operators``, see ``ops.extension.status``.
+    """
+    return {
+        "rlhf_lightning": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_threads": torch.get_num_threads(),
+        "packages": {"torch": torch.__version__, **{name: _version(name) for name in _PACKAGES}},
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "operators": extension.status(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _as_text(gathered: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version or 'MISSING'}" for name, version in gathered["packages"].items())
+    gpus = ", ".join(gathered["gpus"]) or "none"
+    lines = [
+        f"rlhf_lightning  {gathered['rlhf_lightning']}",
+        f"python          {gathered['python']} on {gathered['system']}, {gathered['cpu_threads']} CPU threads",
+        f"packages        {packages}",
+        f"GPUs            {gpus} (torch is built with {'CUDA ' + gathered['cuda'] if gathered['cuda'] else 'no CUDA'})",
+        *_operator_lines(gathered["operators"]),
+    ]
+    return "\n".join(lines)
+
+
+def _operator_lines(status: dict[str, Any]) -> list[str]:
+    """Operators that take the same path for the same reason share a line."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for operator, devices in status["operators"].items():
+        for device, path in devices.items():
+            alike.setdefault((device, path["path"], path["why"]), []).append(operator)
+    lines = [
+        f"on {device:<12} {'native' if path == 'native' else 'plain PyTorch'}: {', '.join(operators)} ({why})"
+        for (device, path, why), operators in alike.items()
+    ]
+    build, gpu = status["build"], status["gpu"]
+    if build is not None:
+        architectures = ", ".join(build["cuda_architectures"]) or "none"
+        lines.append(f"built for       CPU, CUDA architectures: {architectures}")
+    if gpu is not None:
+        covered = "covered by this build" if gpu["covered"] else "not covered: set TORCH_CUDA_ARCH_LIST and build again"
+        lines.append(f"this GPU        {gpu['name']}, compute capability {gpu['compute_capability']}: {covered}")
+    return lines

@@ -15,7 +15,9 @@ from rlhf_lightning.cli.suggestions import did_you_mean
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
-_UNKNOWN = re.compile(r"(?:Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: (.+))")
+_UNKNOWN = re.compile(
+    r"(?:Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: (.+))"
+)
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
 _RESTRICTION = re.compile(r"Not of type (\w+): (.+?) does not conform to restriction (.+)")
 _EXPECTED = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]+)\])|Not of type (\w+)")
@@ -113,7 +115,8 @@ def _chain(message: str) -> list[str]:
 def _innermost(message: str) -> str:
     """The lines of the report that stand under its last and deepest key."""
     lines = message.splitlines()
-    depth, start = max(((found.start(), i) for i, line in enumerate(lines) if (found := _KEY.search(line))), default=(-1, -1))
+    keys = [(found.start(), number) for number, line in enumerate(lines) if (found := _KEY.search(line))]
+    depth, start = max(keys, default=(-1, -1))
     under = []
     for line in lines[start + 1 :]:
         if line.strip() and len(line) - len(line.lstrip()) <= depth:

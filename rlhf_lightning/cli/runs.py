@@ -19,7 +19,9 @@ def run_name(given: str | None, module: str) -> str:
     """The name given by ``--run``, checked, or a new one: the module and the time (``ppo-20260131-142501``)."""
     if given is not None:
         if not _NAME.fullmatch(given):
-            raise InputError(f"--run {given}: use letters, digits, dots, dashes and underscores; it names a folder in runs/")
+            raise InputError(
+                f"--run {given}: use letters, digits, dots, dashes, underscores; it names a folder in runs/"
+            )
         return given
     if os.environ.get("LOCAL_RANK", "0") != "0" and _SHARED_NAME in os.environ:
         return os.environ[_SHARED_NAME]
@@ -34,6 +36,6 @@ def check_unused(folder: Path) -> None:
     left = next((name for name in ("checkpoints", "model", "metrics.jsonl") if (folder / name).exists()), None)
     if left is not None:
         raise InputError(
-            f"{folder} holds a run already ({left}); continue it with --ckpt_path last, choose another name with --run, "
-            "or remove the folder"
+            f"{folder} holds a run already ({left}); continue it with --ckpt_path last, choose another name with "
+            "--run, or remove the folder"
         )

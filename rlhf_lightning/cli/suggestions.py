@@ -9,8 +9,8 @@ from collections.abc import Iterable
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """`` (did you mean X?)`` for the known name nearest to ``name``, or nothing where none is near.
 
-    For dotted names the right key in the wrong place comes first (``kl_coef`` finds ``model.kl_coef``), then the nearest
-    whole name, then the nearest last part. Where the first part is wrong, that is what is said.
+    For dotted names the right key in the wrong place comes first (``kl_coef`` finds ``model.kl_coef``), then the
+    nearest whole name, then the nearest last part. Where the first part is wrong, that is what is said.
     """
     known = list(known)
     by_last: dict[str, str] = {}

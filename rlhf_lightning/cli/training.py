@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from transformers.utils.logging import disable_progress_bar
 
 from rlhf_lightning import modules, rewards
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
@@ -26,9 +27,9 @@ from rlhf_lightning.callbacks.metrics import JsonlLogger
 from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
+from rlhf_lightning.cli.notices import Preflight, farewell
 from rlhf_lightning.cli.parse_errors import explain
 from rlhf_lightning.cli.predictions import PredictionWriter
-from rlhf_lightning.cli.preflight import Preflight
 from rlhf_lightning.cli.runs import check_unused, run_name
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
@@ -46,15 +47,22 @@ _TRAINER_DEFAULTS = {
 def main(arguments: Sequence[str]) -> int:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` (the first argument); 0 when it is done."""
     set_parsing_settings(config_read_mode_fsspec_enabled=False)  # a config is code: never one from the network
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     resolved, paths = resolve_configs(arguments)
+    _quiet()
     try:
-        with warnings.catch_warnings():
-            TrainingCLI(resolved, paths)
+        TrainingCLI(resolved, paths)
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     return 0
+
+
+def _quiet() -> None:
+    """Leave the terminal to what concerns the user: Preflight says the rest of what these would."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    disable_progress_bar()
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*in eval mode.*", ".*instantiate_classes.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 class TrainingCLI(LightningCLI):
@@ -90,6 +98,12 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--run", type=str | None, default=None, help="Name of the run folder, runs/NAME. Default: module and time."
         )
+        parser.add_argument(
+            "--runs",
+            type=Path | None,
+            default=None,
+            help="Folder of the run folders. Default: runs in default_root_dir.",
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SampleTable, "samples")
 
@@ -97,9 +111,8 @@ class TrainingCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
-            parser.add_argument(
-                "--output", type=Path | None, default=None, help="Where the responses go. Default: runs/<run>/predictions.jsonl."
-            )
+            help = "Where the responses go. Default: runs/<run>/predictions.jsonl."
+            parser.add_argument("--output", type=Path | None, default=None, help=help)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -120,14 +133,14 @@ class TrainingCLI(LightningCLI):
             return [cls.__name__ for cls in _CLASSES]
         if class_path is not None:
             return _keys_of(class_path)
-        keys = list(self._subcommand_parsers[self.arguments[0]].get_defaults().keys())
+        keys = list(self._subcommand_parsers[self.arguments[0]].get_defaults())
         for prefix, base in (("model", RLHFModule), ("data", PreferenceDataModule)):
             for cls in (base, *(cls for cls in _CLASSES if issubclass(cls, base))):
                 keys += [f"{prefix}.{key}" for key in _keys_of(_class_path(cls))]
         return list(dict.fromkeys(keys))
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: LightningCLI would let the checkpoint's hyperparameters win over the config, and import its class."""
+        """Nothing: LightningCLI lets the checkpoint's hyperparameters win over the config, and imports its class."""
 
     # The run's folder, loggers and callbacks
 
@@ -142,7 +155,7 @@ class TrainingCLI(LightningCLI):
         if self.options.model is None or _imported(self.options.model.class_path) is RLHFModule:
             stages = ", ".join(name for name in shipped_configs() if "/" not in name)
             raise InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")
-        root = Path(self.options.trainer.default_root_dir or ".") / "runs"
+        root = self.options.runs or Path(self.options.trainer.default_root_dir or ".") / "runs"
         resuming = self.options.ckpt_path is not None
         if self.options.ckpt_path == "last" and self.options.run is None:
             raise InputError(f"--ckpt_path last: of which run? Add --run NAME{_known_runs(root)}")
@@ -155,11 +168,12 @@ class TrainingCLI(LightningCLI):
         self.save_config_kwargs = {"overwrite": True}
 
     def _checkpoint(self, given: str) -> Path:
-        path = latest(self.folder / "checkpoints") if given == "last" else Path(given)
+        folder = self.folder / "checkpoints"
+        path = latest(folder) if given == "last" else Path(given)
         if path is None:
-            raise InputError(f"--ckpt_path last: {self.folder / 'checkpoints'} holds no whole checkpoint; start without it")
+            raise InputError(f"--ckpt_path last: {folder} holds no whole checkpoint; start without it")
         if not path.exists():
-            raise InputError(f"--ckpt_path {path}: no such checkpoint; give its path, or `last` for the run's newest one")
+            raise InputError(f"--ckpt_path {path}: no such checkpoint; give its path, or `last` for the newest one")
         return path
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -169,7 +183,7 @@ class TrainingCLI(LightningCLI):
         loggers: list[Logger] = list(own) if isinstance(own, Iterable) else [own]
         if given is not False:
             loggers = [
-                TensorBoardLogger(save_dir=str(self.folder.parent), name=self.run, version=""),
+                EventLogger(save_dir=str(self.folder.parent), name=self.run, version=""),
                 JsonlLogger(self.folder),
                 *loggers,
             ]
@@ -189,8 +203,17 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where everything is and what the next command may be."""
-        if rank_zero_only.rank == 0:
-            print(_farewell(self.folder, self.model))
+        if rank_zero_only.rank == 0 and not self.trainer.fast_dev_run:
+            print(farewell(self.folder, self.model), flush=True)
+
+
+class EventLogger(TensorBoardLogger):
+    """TensorBoard's event file, and no hparams.yaml beside it: config.yaml has everything."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what is pending."""
+        self.experiment.flush()
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -203,6 +226,7 @@ class SaveRunConfig(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         config = config.clone()
         config.run = None
+        config.runs = None
         config.ckpt_path = None
         super().__init__(parser, config, **kwargs)
 
@@ -235,7 +259,7 @@ def _keys_of(class_path: str) -> list[str]:
     """The constructor's keywords, base classes included, as the parser finds them."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(_imported(class_path), "it", fail_untyped=False, instantiate=False)
-    return [key.removeprefix("it.") for key in parser.get_defaults().keys()]
+    return [key.removeprefix("it.") for key in parser.get_defaults()]
 
 
 def _nulls_refused(cls: type, given: dict[str, Any]) -> list[str]:
@@ -245,15 +269,11 @@ def _nulls_refused(cls: type, given: dict[str, Any]) -> list[str]:
         for name, kind in typing.get_type_hints(base.__init__).items() if "__init__" in vars(base) else ():
             if name in given and given[name] is None and type(None) not in typing.get_args(kind) and kind is not Any:
                 refused.append(name)
-        given = {name: value for name, value in given.items() if name not in inspect.signature(base.__init__).parameters}
+        own = inspect.signature(base.__init__).parameters
+        given = {name: value for name, value in given.items() if name not in own}
     return refused
 
 
 def _known_runs(root: Path) -> str:
     runs = sorted((path.parent for path in root.glob("*/checkpoints")), key=lambda path: path.stat().st_mtime)
     return f"; the newest is {runs[-1].name}" if runs else f" ({root} holds no run with checkpoints)"
-
-
-def _farewell(folder: Path, module: RLHFModule) -> str:
-    lines = [f"model        {folder / 'model'}", f"curves       tensorboard --logdir {folder.parent}", f"config       {folder / 'config.yaml'}"]
-    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""What a fit says before its first step (models, data, one example as the loss sees it) and after its last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from torch import nn
+
+from rlhf_lightning.callbacks.samples import printable
+from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.reward_model import RewardModelModule
+from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.ops import extension
+
+_PROMPT_SHOWN, _RESPONSE_SHOWN = 160, 160  # characters: the end of the prompt, the beginning of the response
+
+
+class Preflight(Callback):
+    """Prints a few lines once everything is loaded, so that a wrong file or template is seen before hours are spent.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:
+        """Print, on the first process."""
+        if trainer.is_global_zero:
+            width = 10
+            for name, text in report(trainer, pl_module, self.folder):
+                print(f"{name:<{width}}{text}", flush=True)
+
+
+def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple[str, str]]:
+    """Pairs of a heading and a line."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    tokenizer = module.tokenizer
+    batches = len(data.train_dataloader())
+    yield "run", f"{folder}: {type(module).__name__}, {trainer.max_epochs} x {batches:,} batches of {data.batch_size}"
+    yield "model", f"{module.model}: {_sizes(module)}"
+    yield (
+        "tokenizer",
+        f"{len(tokenizer):,} tokens, eos {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), pad "
+        f"{tokenizer.pad_token!r} ({tokenizer.pad_token_id}), {'a' if tokenizer.chat_template else 'no'} chat template",
+    )
+    yield "data", data.summary().removeprefix("data: ")
+    example = data.train[0]
+    prompt = printable(tokenizer.decode(example.prompt.tolist()))[-_PROMPT_SHOWN:]
+    if not example.responses:
+        yield "example", f"{prompt!r} | (the policy answers)"
+    sides = ("chosen", "rejected") if len(example.responses) == 2 else ("example",)
+    for side, response in zip(sides, example.responses, strict=False):
+        text = printable(tokenizer.decode(response.tolist()))
+        shown = text if len(text) <= _RESPONSE_SHOWN else text[:_RESPONSE_SHOWN] + "..."
+        yield side, f"{prompt!r} | {shown!r} ({len(response)} tokens right of the bar carry the loss)"
+    yield "hardware", f"{_hardware(trainer)}; operators: {_operators(trainer)}"
+
+
+def _sizes(module: RLHFModule) -> str:
+    """The parameters of every model, and of how many of them are trained."""
+    sizes = [f"{_millions(_count(module.parameters()))} parameters trained"]
+    for name in ("reference", "reward"):
+        frozen = getattr(module, name, None)
+        if isinstance(frozen, nn.Module) and (count := _count(frozen.parameters())):
+            sizes.append(f"{name} {_millions(count)} frozen")
+    return ", ".join(sizes)
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
+
+
+def _hardware(trainer: Trainer) -> str:
+    device = trainer.strategy.root_device.type
+    processes = "1 process"
+    if trainer.world_size > 1:
+        processes = f"{trainer.world_size} processes ({type(trainer.strategy).__name__})"
+    return f"{processes} on {device}, precision {trainer.precision}"
+
+
+def _operators(trainer: Trainer) -> str:
+    device = trainer.strategy.root_device.type
+    paths = {name: devices.get(device) for name, devices in extension.status()["operators"].items()}
+    plain = [name for name, path in paths.items() if path is None or path["path"] != "native"]
+    if not plain:
+        return "native"
+    return ("plain PyTorch" if len(plain) == len(paths) else f"native but for {', '.join(plain)}") + " (see `info`)"
+
+
+def farewell(folder: Path, module: RLHFModule) -> str:
+    """Where a finished fit left everything, and the command that may come next."""
+    model = folder / "model"
+    kind = "AutoModelForSequenceClassification" if isinstance(module, RewardModelModule) else "AutoModelForCausalLM"
+    lines = {
+        "model": f"{model} (for {kind}.from_pretrained)",
+        "curves": f"tensorboard --logdir {folder.parent}",
+        "next": f"python -m rlhf_lightning {_next(module, model)}",
+    }
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def _next(module: RLHFModule, model: Path) -> str:
+    if isinstance(module, SFTModule):
+        return f"fit --config reward_model.yaml --model.model {model} --data.path PAIRS"
+    if isinstance(module, RewardModelModule):
+        return f"fit --config ppo.yaml --model.reward.path {model} --data.path PROMPTS"
+    return f"evaluate --help (to compare {model} with others)"
