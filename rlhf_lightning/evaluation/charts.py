@@ -7,7 +7,7 @@ number has it as a tooltip, and every chart says in words what it shows, for scr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_lightning.evaluation.svg import (
@@ -123,7 +123,7 @@ def trajectory_chart(
 
 
 def histogram_chart(
-    title: str, groups: dict[str, Sequence[float]], x_label: str, caption: str = "", bins: int = 24,
+    title: str, groups: Mapping[str, Sequence[float]], x_label: str, caption: str = "", bins: int = 24,
     colors: Sequence[int] = (),
 ) -> Figure:  # fmt: skip
     """How the values of each group are spread, one over the other, in shares of the group."""

@@ -1,0 +1,275 @@
+"""Several policies on the same held-out prompts: answers, rewards, KL to a reference, win rates over a baseline.
+
+Every policy answers every prompt once, from the same random draws: two equal policies answer alike and tie everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.batches import PromptBatch, Rollout
+from rlhf_lightning.data.collate import collate, column_names
+from rlhf_lightning.data.records import Record
+from rlhf_lightning.data.tokenization import Encoder, Kind
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.evaluation.metrics import kl_to_reference, mean_and_error, perplexity, repetition
+from rlhf_lightning.evaluation.winrate import WinRate, length_controlled_win_rate, preferences, win_rate
+from rlhf_lightning.models.loading import (
+    check_length,
+    check_vocabularies,
+    eos_ids,
+    load_causal_lm,
+    load_tokenizer,
+    same_vocabulary,
+)
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.rewards.base import Reward
+from rlhf_lightning.rollout.sampler import sample
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the policies are asked."""
+
+    max_new_tokens: int = 128  # an answer that reaches it without EOS counts as cut off
+    temperature: float = 1.0  # 0 takes the most probable token
+    seed: int = 0
+    batch_size: int = 32
+    chat: bool = False  # put plain prompts through the chat template too
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Answers:
+    """One policy's answers to the N prompts, and what was measured of them. All tensors are on the CPU."""
+
+    responses: list[str]
+    lengths: Tensor  # [N] int64 response tokens, EOS included
+    truncated: Tensor  # [N] bool, cut off at max_new_tokens
+    repetition: Tensor  # [N] float64, the share of repeated 4-grams
+    scores: dict[str, Tensor] = field(default_factory=dict)  # by reward: [N] float32
+    k1: Tensor | None = None  # [N] float64, nats; None without a reference of the same vocabulary
+    k3: Tensor | None = None
+    perplexity: float | None = None  # on the held-out text; None without one
+    seconds: float = 0.0
+
+
+@dataclass
+class Comparison:
+    """The answers of all policies to the same prompts."""
+
+    prompts: list[str]
+    answers: dict[str, Answers]  # by policy, in the order given
+    baseline: str  # the policy that win rates are over
+    rewards: tuple[str, ...]
+    settings: Settings
+
+    def win_rate(self, policy: str, reward: str) -> WinRate:
+        """Of ``policy`` over the baseline, by this reward; a tie counts half."""
+        return win_rate(self._preferences(policy, reward))
+
+    def length_controlled(self, policy: str, reward: str) -> WinRate:
+        """The same, had the answers been equally long in characters, which compare across tokenizers."""
+        own, other = (
+            torch.tensor([float(len(response)) for response in self.answers[name].responses])
+            for name in (policy, self.baseline)
+        )
+        return length_controlled_win_rate(self._preferences(policy, reward), own, other)
+
+    def _preferences(self, policy: str, reward: str) -> Tensor:
+        return preferences(self.answers[policy].scores[reward], self.answers[self.baseline].scores[reward])
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """The numbers of each policy, ready for JSON: a number that is not finite is null."""
+        return {name: _finite(self._summary(name, answers)) for name, answers in self.answers.items()}
+
+    def _summary(self, name: str, answers: Answers) -> dict[str, Any]:
+        numbers: dict[str, Any] = {
+            "tokens": float(answers.lengths.double().mean()),
+            "truncated": float(answers.truncated.double().mean()),
+            "repetition": float(answers.repetition.mean()),
+            "perplexity": answers.perplexity,
+            "seconds": round(answers.seconds, 2),
+            "rewards": {reward: _spread(scores) for reward, scores in answers.scores.items()},
+        }
+        if answers.k1 is not None and answers.k3 is not None:
+            numbers["kl"], numbers["kl_standard_error"] = mean_and_error(answers.k1)
+            numbers["kl_k3"] = float(answers.k3.mean())
+        if name != self.baseline:
+            numbers["win_rates"] = {reward: self._rates(name, reward) for reward in self.rewards}
+        return numbers
+
+    def _rates(self, name: str, reward: str) -> dict[str, Any]:
+        plain, controlled = self.win_rate(name, reward), self.length_controlled(name, reward)
+        return {
+            "over": self.baseline,
+            "win_rate": plain.value,
+            "win_rate_ci": [plain.low, plain.high],
+            "length_controlled": controlled.value,
+            "length_controlled_ci": [controlled.low, controlled.high],
+        }
+
+
+def compare(
+    policies: Mapping[str, str | Path],
+    prompts: Sequence[Record],
+    rewards: Mapping[str, Reward],
+    settings: Settings,
+    *,
+    baseline: str | None = None,
+    reference: str | Path | None = None,
+    text: Sequence[Record] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Let every policy answer the prompts, and measure the answers.
+
+    Args:
+        policies: model folders by name; only one of them, and the reference, is in memory at a time.
+        prompts: records with the prompts; a prompt that occurs twice is asked once.
+        rewards: by name; each scores every policy's answers.
+        baseline: the policy that win rates are over; the first where None.
+        reference: the folder of the model that KL is measured to; the baseline's where None.
+        text: held-out records with responses, for perplexity.
+        say: is told, a line at a time, what has been done.
+
+    Raises:
+        InputError: an unknown baseline, a folder without a model, a prompt that a policy has no positions for, or a
+            reference that was named and has another vocabulary than a policy.
+    """
+    names = list(policies)
+    baseline = names[0] if baseline is None else baseline
+    if baseline not in policies:
+        raise InputError(f"--baseline {baseline}: no such policy: it must be one of {', '.join(names)}")
+    reference_folder = str(policies[baseline] if reference is None else reference)
+    reference_tokenizer = load_tokenizer(reference_folder, settings.trust_remote_code)
+    # All tokenizers first: a mistyped folder is found before the first policy has answered for an hour.
+    tokenizers = {name: load_tokenizer(folder, settings.trust_remote_code) for name, folder in policies.items()}
+    comparable = {name: same_vocabulary(own, reference_tokenizer) for name, own in tokenizers.items()}
+    if reference is not None and not all(comparable.values()):
+        name = next(name for name, same in comparable.items() if not same)
+        raise InputError(
+            f"--reference {reference}: its vocabulary is not that of {name} ({policies[name]}), and KL needs models of "
+            "one vocabulary: name the model that the policy was trained from"
+        )
+    reference_policy = _load(reference_folder, reference_tokenizer, settings)
+    texts: list[str] = []
+    found = {}
+    for name, folder in policies.items():
+        start = time.perf_counter()
+        tokenizer = tokenizers[name]
+        policy = _load(folder, tokenizer, settings)
+        encoder = Encoder(tokenizer, chat=settings.chat)
+        batches = _batches(encoder, prompts, "prompts", settings)
+        check_length(policy.model, max(b.tokens.shape[1] for b in batches) + settings.max_new_tokens, folder)
+        texts = texts or _in_order(batches, [p for batch in batches for p in batch.prompts])
+        measured = _answers(
+            policy, reference_policy if comparable[name] else None, tokenizer, batches, rewards, settings
+        )
+        if text:
+            measured.perplexity = perplexity(policy, _batches(encoder, text, "demonstrations", settings))
+        measured.seconds = time.perf_counter() - start
+        found[name] = measured
+        say(f"{name}: {len(measured.responses)} prompts answered in {measured.seconds:.1f} s")
+    return Comparison(texts, found, baseline, tuple(rewards), settings)
+
+
+def _load(folder: str | Path, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Policy:
+    model = load_causal_lm(folder, trust_remote_code=settings.trust_remote_code)
+    check_vocabularies(tokenizer, model, folder)
+    return Policy(model).eval().requires_grad_(False).to(settings.device)
+
+
+def _batches(encoder: Encoder, records: Sequence[Record], kind: Kind, settings: Settings) -> list[Any]:
+    """Batches of rows of similar length; ``rows`` of prompt batches still number the prompts in their order."""
+    examples, _ = encoder.encode(records, kind)
+    columns = column_names(examples)
+    ordered = sorted(examples, key=lambda example: max(example.widths))
+    parts = [ordered[i : i + settings.batch_size] for i in range(0, len(ordered), settings.batch_size)]
+    return [collate(part, kind, encoder.pad_id, columns).to(settings.device) for part in parts]
+
+
+@torch.no_grad()
+def _answers(
+    policy: Policy,
+    reference: Policy | None,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[PromptBatch],
+    rewards: Mapping[str, Reward],
+    settings: Settings,
+) -> Answers:
+    for reward in rewards.values():
+        reward.prepare(tokenizer, torch.device(settings.device))
+    ends = eos_ids(policy.model, tokenizer)
+    parts = []
+    for batch in batches:
+        rollout = sample(
+            policy,
+            batch,
+            tokenizer,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            eos_ids=ends,
+            seed=settings.seed,
+            iteration=0,
+        )
+        parts.append(_measured(rollout, policy, reference, rewards, settings))
+    columns = {key: _in_order(batches, [v for part in parts for v in part[key]]) for key in parts[0]}
+    return Answers(
+        responses=columns["responses"],
+        lengths=torch.tensor(columns["lengths"]),
+        truncated=torch.tensor(columns["truncated"]),
+        repetition=torch.tensor(columns["repetition"], dtype=torch.float64),
+        scores={name: torch.tensor(columns[f"score {name}"]) for name in rewards},
+        k1=torch.tensor(columns["k1"], dtype=torch.float64) if "k1" in columns else None,
+        k3=torch.tensor(columns["k3"], dtype=torch.float64) if "k3" in columns else None,
+    )
+
+
+def _measured(
+    rollout: Rollout, policy: Policy, reference: Policy | None, rewards: Mapping[str, Reward], settings: Settings
+) -> dict[str, list[Any]]:
+    """What is kept of a batch of answers, each a list of B."""
+    starts, ends = rollout.prompt_lengths.tolist(), rollout.lengths.tolist()
+    rows = rollout.tokens.tolist()
+    kept: dict[str, list[Any]] = {
+        "responses": list(rollout.responses),
+        "lengths": rollout.response_lengths.tolist(),
+        "truncated": rollout.truncated.tolist(),
+        "repetition": [repetition(row[a:b]) for row, a, b in zip(rows, starts, ends, strict=True)],
+    }
+    for name, reward in rewards.items():
+        kept[f"score {name}"] = reward(rollout).cpu().tolist()
+    if reference is not None:
+        k1, k3 = kl_to_reference(policy, reference, rollout, settings.temperature)
+        kept["k1"], kept["k3"] = k1.tolist(), k3.tolist()
+    return kept
+
+
+def _in_order(batches: Sequence[PromptBatch], values: list[Any]) -> list[Any]:
+    """``values``, one a row in the batches' order, in the order of the prompts."""
+    rows = [row for batch in batches for row in batch.rows.tolist()]
+    return [value for _, value in sorted(zip(rows, values, strict=True), key=lambda pair: pair[0])]
+
+
+def _spread(scores: Tensor) -> dict[str, float]:
+    mean, error = mean_and_error(scores)
+    deviation = error * math.sqrt(len(scores))
+    return {"mean": mean, "standard_error": error, "standard_deviation": deviation}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

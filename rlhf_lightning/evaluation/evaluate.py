@@ -1,0 +1,265 @@
+"""``python -m rlhf_lightning evaluate``: policies side by side on held-out prompts.
+
+Writes report.html, report.json and samples.jsonl, all at the end: a run that fails leaves nothing half-written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_lightning import __version__
+from rlhf_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data.records import Record
+    from rlhf_lightning.evaluation.compare import Comparison
+    from rlhf_lightning.evaluation.report import Report
+    from rlhf_lightning.rewards.base import Reward
+
+_EXAMPLE = """example:
+  python -m rlhf_lightning evaluate --policies sft=runs/sft/model ppo=runs/ppo/model --prompts held_out.jsonl \\
+      --reward proxy=runs/reward_model/model gold=my_rewards.py:brevity --text demonstrations.jsonl
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when the report is written, InputError where the options or files are at fault."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser().parse_args(arguments)
+    policies = dict(_named(options.policies, "--policies"))
+    if options.baseline is not None and options.baseline not in policies:
+        raise InputError(f"--baseline {options.baseline}: no such policy: it must be one of {', '.join(policies)}")
+    _check_numbers(options)
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: a file, where a folder is expected")
+
+    # Imported here, so that --help and wrong options answer at once.
+    import torch
+    from rich.console import Console
+
+    from rlhf_lightning.data.records import load_records
+    from rlhf_lightning.evaluation.compare import Settings, compare
+    from rlhf_lightning.evaluation.present import comparison_table, terminal_table
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            f"--device {device}: no CUDA device here, or torch was built without CUDA: leave the option out"
+        )
+    rewards = _rewards(options.reward, options.trust_remote_code)
+    prompts = _prompts(load_records(options.prompts).rows, options.max_prompts)
+    text = load_records(options.text).rows if options.text else []
+    start = time.perf_counter()
+    comparison = compare(
+        policies,
+        prompts,
+        rewards,
+        Settings(
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            chat=options.chat,
+            device=device,
+            trust_remote_code=options.trust_remote_code,
+        ),
+        baseline=options.baseline,
+        reference=options.reference,
+        text=text,
+        say=lambda line: print(line, flush=True),
+    )
+    seconds = time.perf_counter() - start
+    settings = _provenance(options, arguments, comparison, device, len(text)) | {"wall time": f"{seconds:.1f} s"}
+    _write(comparison, settings, out, seconds)
+    Console(width=None if sys.stdout.isatty() else 200).print(terminal_table(comparison_table(comparison)))
+    print(f"{out / 'report.html'}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_lightning evaluate",
+        description="Compare policies on held-out prompts: reward, KL to a reference, win rates with intervals.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--policies", nargs="+", required=True, metavar="NAME=DIR", help="model folders; the name may be left out")
+    add(
+        "--prompts",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="rows with prompts; anything else in them is ignored",
+    )
+    add(
+        "--reward",
+        nargs="+",
+        default=[],
+        metavar="NAME=WHAT",
+        help="reward model folders, and functions as file.py:function (the file is run: name only code you trust)",
+    )
+    add("--baseline", metavar="NAME", help="the policy that win rates are over (default: the first)")
+    add("--reference", metavar="DIR", help="the model that KL is measured to (default: the baseline)")
+    add(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="demonstrations to measure perplexity on, to see forgetting",
+    )
+    add("--max_new_tokens", type=int, default=128, help="longest answer (default: %(default)s)")
+    add("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: %(default)s)")
+    add("--max_prompts", type=int, help="ask only this many, evenly spread over the file")
+    add("--batch_size", type=int, default=32, help="prompts at a time; changes no result (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the sampled answers (default: %(default)s)")
+    add("--chat", action="store_true", help="put plain prompts through the chat template too")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
+    add("--out", default="runs/evaluation", metavar="DIR", help="folder of the report (default: %(default)s)")
+    return parser
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    for name in ("max_new_tokens", "batch_size", "max_prompts"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: expected a number of at least 1")
+    if not (math.isfinite(options.temperature) and options.temperature >= 0):
+        raise InputError(f"--temperature {options.temperature}: expected a number of at least 0")
+
+
+def _named(given: Sequence[str], option: str) -> list[tuple[str, str]]:
+    """``NAME=WHAT`` or ``WHAT`` to (name, what); a path of its own is named by the run it came from."""
+    pairs: list[tuple[str, str]] = []
+    for item in given:
+        name, separator, what = item.partition("=")
+        if not separator:
+            name, what = _own_name(item), item
+        if not name or not what:
+            raise InputError(f"{option} {item}: expected NAME=DIR")
+        if any(name == other for other, _ in pairs):
+            raise InputError(f"{option}: two are named {name!r}: give each its own, as in NAME=DIR")
+        pairs.append((name, what))
+    return pairs
+
+
+def _own_name(what: str) -> str:
+    """``runs/ppo/model`` is ppo, ``my_rewards.py:brevity`` is brevity."""
+    if ":" in what and not Path(what).exists():
+        return what.rpartition(":")[2]
+    path = Path(what)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def _rewards(given: Sequence[str], trust_remote_code: bool) -> dict[str, Reward]:
+    from rlhf_lightning.rewards.function import FunctionReward
+    from rlhf_lightning.rewards.model import ModelReward
+
+    rewards: dict[str, Reward] = {}
+    for name, what in _named(given, "--reward"):
+        is_function = ":" in what and not Path(what).exists()
+        rewards[name] = FunctionReward(what) if is_function else ModelReward(what, trust_remote_code=trust_remote_code)
+    return rewards
+
+
+def _prompts(records: list[Record], limit: int | None) -> list[Record]:
+    distinct = list({record.key: record for record in reversed(records)}.values())[::-1]
+    if not distinct:
+        raise InputError("--prompts: every row was dropped: give rows with a prompt")
+    if limit is None or limit >= len(distinct):
+        return distinct
+    return [distinct[i * len(distinct) // limit] for i in range(limit)]
+
+
+def _provenance(
+    options: argparse.Namespace, arguments: Sequence[str], comparison: Comparison, device: str, text_rows: int
+) -> dict[str, str]:
+    policies = dict(_named(options.policies, "--policies"))
+    return {
+        "command": f"python -m rlhf_lightning evaluate {shlex.join(arguments)}",
+        "seed": str(options.seed),
+        "policies": "\n".join(f"{name}: {folder}" for name, folder in policies.items()),
+        "reference for KL": options.reference or policies[comparison.baseline],
+        "rewards": "\n".join(options.reward) or "none",
+        "prompts": f"{len(comparison.prompts)} from {', '.join(options.prompts)}",
+        "held-out text": f"{text_rows} rows from {', '.join(options.text)}" if options.text else "none",
+        "device": device,
+        "versions": ", ".join(f"{name} {version}" for name, version in _versions().items()),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"rlhf_lightning": __version__, "python": platform.python_version()}
+    return found | {name: metadata.version(name) for name in ("torch", "transformers")}
+
+
+def _write(comparison: Comparison, settings: dict[str, str], out: Path, seconds: float) -> None:
+    from rlhf_lightning.evaluation.report import write_report
+
+    out.mkdir(parents=True, exist_ok=True)
+    summary: dict[str, Any] = {
+        "seed": comparison.settings.seed,
+        "versions": _versions(),
+        "wall_seconds": {"total": round(seconds, 2)},
+        "prompts": len(comparison.prompts),
+        "baseline": comparison.baseline,
+        "settings": settings,
+        "policies": comparison.summary(),
+    }
+    rows = [
+        {
+            "row": row,
+            "prompt": prompt,
+            "answers": {
+                name: {
+                    "response": answers.responses[row],
+                    "tokens": int(answers.lengths[row]),
+                    "truncated": bool(answers.truncated[row]),
+                    "scores": {reward: float(scores[row]) for reward, scores in answers.scores.items()},
+                }
+                for name, answers in comparison.answers.items()
+            },
+        }
+        for row, prompt in enumerate(comparison.prompts)
+    ]
+    _replace(out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _replace(out / "report.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_report(_report(comparison, settings), out / "report.html")
+
+
+def _report(comparison: Comparison, settings: dict[str, str]) -> Report:
+    from rlhf_lightning.evaluation.present import listed, sections
+    from rlhf_lightning.evaluation.report import Report
+
+    names = list(comparison.answers)
+    told = []
+    for name in names:
+        if name != comparison.baseline and comparison.rewards:
+            rate = comparison.win_rate(name, comparison.rewards[0])
+            told.append(
+                f"{name} is preferred to {comparison.baseline} on {100 * rate.value:.1f}% of the prompts "
+                f"({100 * rate.low:.1f} to {100 * rate.high:.1f}) by {comparison.rewards[0]}"
+            )
+    summary = f"{listed(names)} on {len(comparison.prompts)} held-out prompts." + "".join(f" {line}." for line in told)
+    return Report(f"Evaluation of {listed(names)}", summary, sections(comparison), provenance=settings)
+
+
+def _replace(path: Path, content: str) -> None:
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    # A lone surrogate, which a prompt may hold as a JSON escape, has no UTF-8 form.
+    staged.write_text(content, encoding="utf-8", errors="replace")
+    os.replace(staged, path)

@@ -1,0 +1,200 @@
+"""``evaluate`` from the command line to its files, on tiny models; and what bad options get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.evaluation.evaluate import main
+
+PROMPTS = ["a cat", "the red dog likes", "what is a fish ?", "hello", "who sees the bird", "one two three", "why not"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "wanted": "cat"}) + "\n" for p in PROMPTS))
+    return path
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> str:
+    path = tmp_path / "judge.py"
+    path.write_text(
+        "def count(prompts, responses, wanted):\n"
+        "    return [r.split().count(w) - 0.01 * len(r) for r, w in zip(responses, wanted)]\n"
+    )
+    return f"{path}:count"
+
+
+@pytest.fixture(scope="module")
+def other_policy_dir(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny policy with a head that says ``cat`` more often."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_dir)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.7)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def evaluate(prompts: Path, out: Path, *more: str, policies: list[str]) -> dict:
+    arguments = ["--policies", *policies, "--prompts", str(prompts), "--max_new_tokens", "6", "--out", str(out)]
+    assert main([*arguments, *more]) == 0
+    return json.loads((out / "report.json").read_text())
+
+
+def test_from_folders_to_a_report(
+    tmp_path: Path,
+    prompts: Path,
+    judge: str,
+    tiny_policy_dir: Path,
+    other_policy_dir: Path,
+    tiny_reward_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"prompt": "a cat", "completion": "sees the dog ."}\n{"prompt": "hello", "completion": "bye"}\n')
+    out = tmp_path / "out"
+    report = evaluate(
+        prompts,
+        out,
+        *("--reward", f"judge={judge}", f"proxy={tiny_reward_dir}", "--text", str(text)),
+        policies=[f"sft={tiny_policy_dir}", f"flat={other_policy_dir}"],
+    )
+    assert report["prompts"] == len(PROMPTS)
+    assert report["baseline"] == "sft"
+    sft, flat = report["policies"]["sft"], report["policies"]["flat"]
+    assert sft["kl"] == 0.0  # the reference is the baseline itself
+    assert sft["kl_k3"] == 0.0
+    assert flat["kl_k3"] > 0.0
+    assert "win_rates" not in sft
+    for reward in ("judge", "proxy"):
+        rate = flat["win_rates"][reward]
+        assert 0 <= rate["win_rate_ci"][0] <= rate["win_rate"] <= rate["win_rate_ci"][1] <= 1
+    assert 1 < sft["perplexity"] < flat["perplexity"] * 10
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == PROMPTS
+    # The function saw each row's own column, prompt and response: recompute it from what was written.
+    for row in rows:
+        answer = row["answers"]["flat"]
+        expected = answer["response"].split().count("cat") - 0.01 * len(answer["response"])
+        assert answer["scores"]["judge"] == pytest.approx(expected, abs=1e-5)
+        assert 1 <= answer["tokens"] <= 6
+    wins = [
+        (b > a) + 0.5 * (a == b)
+        for a, b in ((r["answers"]["sft"]["scores"]["proxy"], r["answers"]["flat"]["scores"]["proxy"]) for r in rows)
+    ]
+    assert flat["win_rates"]["proxy"]["win_rate"] == pytest.approx(sum(wins) / len(wins))
+    page = (out / "report.html").read_text()
+    assert "win rate over sft, by judge" in page
+    printed = capsys.readouterr().out
+    assert "flat: 7 prompts answered" in printed
+    assert "report.html" in printed
+
+
+def test_equal_policies_tie_everywhere_and_batching_changes_nothing(
+    tmp_path: Path, prompts: Path, judge: str, tiny_policy_dir: Path
+) -> None:
+    twice = [f"first={tiny_policy_dir}", f"second={tiny_policy_dir}"]
+    report = evaluate(prompts, tmp_path / "a", "--reward", judge, policies=twice)
+    again = evaluate(prompts, tmp_path / "b", "--reward", judge, "--batch_size", "2", policies=twice)
+    second = report["policies"]["second"]
+    assert second["win_rates"]["count"]["win_rate"] == 0.5
+    assert second["rewards"] == report["policies"]["first"]["rewards"]
+    assert again["policies"]["second"]["rewards"] == second["rewards"]
+    assert (tmp_path / "a" / "samples.jsonl").read_text() == (tmp_path / "b" / "samples.jsonl").read_text()
+
+
+def test_reward_of_another_vocabulary_scores_every_policy(
+    tmp_path: Path, prompts: Path, tiny_policy_dir: Path, tiny_reward_dir: Path
+) -> None:
+    plain_dir, renumbered = _wordy(tiny_policy_dir, tmp_path / "plain"), tmp_path / "renumbered"
+    _renumbered(plain_dir, renumbered)
+    report = evaluate(
+        prompts,
+        tmp_path / "out",
+        *("--reward", f"proxy={tiny_reward_dir}", "--temperature", "0"),
+        policies=[f"plain={plain_dir}", f"renumbered={renumbered}"],
+    )
+    # The same model under other ids says the same greedily, so the reward model must give it the same scores.
+    plain, other = report["policies"]["plain"], report["policies"]["renumbered"]
+    assert other["rewards"]["proxy"]["mean"] == pytest.approx(plain["rewards"]["proxy"]["mean"], abs=1e-4)
+    assert other["win_rates"]["proxy"]["over"] == "plain"
+    assert "kl" not in other  # no KL between vocabularies
+    with pytest.raises(InputError, match=r"--reference .* vocabulary"):
+        evaluate(prompts, tmp_path / "x", "--reference", str(tiny_policy_dir), policies=[f"renumbered={renumbered}"])
+    assert not (tmp_path / "x").exists()
+
+
+def _wordy(folder: Path, to: Path) -> Path:
+    """The model made to answer greedily in words and EOS alone: other special tokens do not survive decoding."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    silent = [0, 2, 3, *range(len(tokenizer), model.config.vocab_size)]
+    with torch.no_grad():
+        model.lm_head.weight[silent] = 0.0
+    model.save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    return to
+
+
+def _renumbered(folder: Path, to: Path) -> None:
+    """The same model with the ids of two words exchanged, in tokenizer and weights alike."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    a, b = tokenizer.convert_tokens_to_ids(["cat", "dog"])
+    with torch.no_grad():
+        for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
+            weight[[a, b]] = weight[[b, a]].clone()
+    model.save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    path = to / "tokenizer.json"
+    data = json.loads(path.read_text())
+    words = data["model"]["vocab"]
+    words["cat"], words["dog"] = words["dog"], words["cat"]
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policies", "a={policy}", "a={policy}"], "two are named 'a'"),
+        (["--policies", "={policy}"], "expected NAME=DIR"),
+        (["--policies", "a={policy}", "--baseline", "b"], "--baseline b: no such policy"),
+        (["--policies", "a={folder}/missing"], "missing: no such folder"),
+        (["--policies", "a={policy}", "--temperature", "nan"], "--temperature"),
+        (["--policies", "a={policy}", "--batch_size", "0"], "--batch_size 0"),
+        (["--policies", "a={policy}", "--reward", "{folder}/no.py:score"], "no.py does not exist"),
+        (["--policies", "a={policy}", "--reward", "r={policy}"], "no trained reward head"),
+        (["--policies", "a={policy}", "--prompts", "{folder}/no.jsonl"], "no.jsonl"),
+        (["--policies", "a={policy}", "--max_new_tokens", "500"], "positions"),
+        (["--policies", "a={policy}", "--text", "{prompts}"], "prompts.jsonl:1"),
+        (["--policies", "a={policy}", "--out", "{prompts}"], "a file, where a folder"),
+        (["--policies", "a={policy}", "--device", "cuda:99"], "cuda:99"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    tmp_path: Path, prompts: Path, tiny_policy_dir: Path, options: list[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    given = [o.format(policy=tiny_policy_dir, folder=tmp_path, prompts=prompts) for o in options]
+    first = [] if "--prompts" in given else ["--prompts", str(prompts)]
+    with pytest.raises(InputError, match=message) as caught:
+        main([*first, "--out", str(out), "--max_new_tokens", "4", *given])
+    assert "\n" not in str(caught.value)
+    assert not out.exists()
+
+
+def test_max_prompts_are_spread_over_the_file(tmp_path: Path, prompts: Path, tiny_policy_dir: Path) -> None:
+    report = evaluate(prompts, tmp_path / "o", "--max_prompts", "3", policies=[str(tiny_policy_dir)])
+    rows = [json.loads(line)["prompt"] for line in (tmp_path / "o" / "samples.jsonl").read_text().splitlines()]
+    assert rows == [PROMPTS[0], PROMPTS[2], PROMPTS[4]]
+    assert list(report["policies"]) == [tiny_policy_dir.name]
