@@ -1,0 +1,135 @@
+"""Checkpoints are whole or not there: killed at every point of a save, stopped by signals, out of space."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from small_data import SmallData, train
+
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.errors import TrainingDiverged
+from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.sft import SFTModule
+
+HERE = Path(__file__).parent
+BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+
+
+def fit(folder: Path, run: Path, *callbacks: Callback, module: RLHFModule | None = None, **options: object) -> Trainer:
+    module = module or SFTModule(str(folder), learning_rate=0.01)
+    options = {"enable_checkpointing": True, "callbacks": list(callbacks), "default_root_dir": run, **options}
+    train(module, SmallData(folder, BATCHES), **options)
+    return module.trainer
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_saves_by_batches_and_at_the_end_and_keeps_the_newest(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    fit(tiny_policy_dir, tmp_path, RunCheckpoint(every_n_batches=2, keep=2))
+    assert names(tmp_path) == ["batch-00000004.ckpt", "batch-00000005.ckpt"]
+    assert latest(tmp_path / "checkpoints").name == "batch-00000005.ckpt"
+
+
+def test_waits_for_the_optimizer_step(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    fit(tiny_policy_dir, tmp_path, RunCheckpoint(every_n_batches=1, keep=9), accumulate_grad_batches=2)
+    assert names(tmp_path) == [f"batch-0000000{n}.ckpt" for n in (2, 4, 5)]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_killed_anywhere_in_a_save_leaves_a_whole_checkpoint(
+    tiny_policy_dir: Path, tmp_path: Path, strategy: str
+) -> None:
+    command = [sys.executable, str(HERE / "killed_save.py"), str(tiny_policy_dir), str(tmp_path / "runs"), strategy]
+    path = os.pathsep.join([str(HERE.parent / "modules"), str(HERE.parents[1])])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    survivors = []
+    for run in sorted((tmp_path / "runs").iterdir()):
+        found = latest(run / "checkpoints")
+        assert found is not None, f"nothing is left after a kill at point {run.name}"
+        survivors.append(found.name)
+        module = SFTModule(str(tiny_policy_dir), learning_rate=0.01)
+        options = {} if strategy == "auto" else {"strategy": strategy}
+        data = SmallData(tiny_policy_dir, [[0, 1], [2, 3]])
+        try:
+            train(module, data, ckpt_path=str(found), default_root_dir=tmp_path / "resumed", **options)
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        assert module.trainer.global_step == 2
+    # Killed early the first checkpoint is the newest one, then the second; the last run was not killed.
+    assert survivors == sorted(survivors)
+    assert set(survivors) == {f"batch-0000000{n}.ckpt" for n in (1, 2)}
+
+
+def test_torn_checkpoints_are_passed_over(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    fit(tiny_policy_dir, tmp_path, RunCheckpoint(every_n_batches=1, keep=9))
+    folder = tmp_path / "checkpoints"
+    newest = folder / "batch-00000005.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    (folder / "batch-00000009.ckpt").mkdir()
+    assert latest(folder).name == "batch-00000004.ckpt"
+    assert latest(tmp_path / "nowhere") is None
+
+
+def test_a_failed_write_is_an_error_and_leaves_the_last_one(
+    tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tiny_policy_dir, tmp_path, RunCheckpoint(every_n_batches=5))
+    # What Lightning's writer does on a folder without write permission: nothing, without a word.
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda self, path: None)
+    with pytest.raises(OSError, match="could not be written"):
+        fit(tiny_policy_dir, tmp_path, RunCheckpoint(every_n_batches=2))
+    assert names(tmp_path) == ["batch-00000005.ckpt"]
+
+
+class Interrupt(Callback):
+    """Sends this process a signal in the middle of the third batch."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: RLHFModule, optimizer: object) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), self.number)
+
+
+def test_ctrl_c_saves_after_the_batch_and_stops(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            fit(tiny_policy_dir, tmp_path, RunCheckpoint(), Interrupt(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+    assert isinstance(stopped.value.__context__, KeyboardInterrupt)
+    assert names(tmp_path) == ["batch-00000003.ckpt"]
+
+
+def test_sigterm_saves_after_the_batch_and_stops(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        fit(tiny_policy_dir, tmp_path, RunCheckpoint(), Interrupt(signal.SIGTERM))
+    assert names(tmp_path) == ["batch-00000003.ckpt"]
+
+
+def test_after_a_divergence_the_last_checkpoint_is_finite(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    class Diverging(SFTModule):
+        def training_step(self, batch: object, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx) * (float("nan") if batch_idx == 3 else 1.0)
+            self.check(loss)
+            return loss
+
+    with pytest.raises(TrainingDiverged):
+        fit(tiny_policy_dir, tmp_path, RunCheckpoint(every_n_batches=1), module=Diverging(str(tiny_policy_dir)))
+    newest = latest(tmp_path / "checkpoints")
+    assert newest.name == "batch-00000003.ckpt"
+    saved = torch.load(newest, weights_only=True)
+    assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())

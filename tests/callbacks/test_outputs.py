@@ -1,0 +1,142 @@
+"""What a run leaves and shows: metrics.jsonl, samples.jsonl, tables, the exported model, the progress line."""
+
+from __future__ import annotations
+
+import html
+import json
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from small_data import SmallData, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.callbacks.export import ModelExport
+from rlhf_lightning.callbacks.metrics import JsonlLogger
+from rlhf_lightning.callbacks.progress import RunProgress
+from rlhf_lightning.callbacks.samples import SampleTable, escaped, markdown_table, printable
+from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.reward_model import RewardModelModule
+from rlhf_lightning.modules.sft import SFTModule
+
+BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def fit(run: Path, module: RLHFModule, *callbacks: Callback, **options: object) -> Trainer:
+    loggers = [TensorBoardLogger(save_dir=str(run.parent), name=run.name, version=""), JsonlLogger(run)]
+    data = SmallData(module.model, BATCHES, held_out=True)
+    checkpoint = RunCheckpoint(every_n_batches=2, keep=9)
+    options = {"logger": loggers, "enable_checkpointing": True, "val_check_interval": 2, **options}
+    train(module, data, callbacks=[checkpoint, *callbacks], **options)
+    return module.trainer
+
+
+def test_a_run_leaves_metrics_samples_and_a_model(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "first"
+    fit(run, SFTModule(str(tiny_policy_dir), max_new_tokens=4), SampleTable(rows=3), ModelExport())
+    metrics = lines(run / "metrics.jsonl")
+    trained = [row for row in metrics if "train/loss" in row]
+    assert [row["step"] for row in trained] == [0, 1, 2, 3, 4]
+    wanted = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_per_second", "time", "epoch"}
+    assert wanted <= trained[0].keys()
+    assert [row["step"] for row in metrics if "val/perplexity" in row] == [1, 3]
+    samples = lines(run / "samples.jsonl")
+    assert [row["step"] for row in samples] == [1] * 3 + [3] * 3
+    assert {"prompt", "response", "tokens", "truncated", "row", "stage"} <= samples[0].keys()
+    assert max(row["tokens"] for row in samples) <= 4
+    AutoModelForCausalLM.from_pretrained(run / "model")
+    events = EventAccumulator(str(run)).Reload()
+    assert "train/loss" in events.Tags()["scalars"]
+    assert "samples/val/text_summary" in events.Tags()["tensors"]
+
+
+def test_a_reward_models_run_leaves_a_reward_model(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "reward"
+    fit(run, RewardModelModule(str(tiny_policy_dir)), SampleTable(), ModelExport())
+    model = AutoModelForSequenceClassification.from_pretrained(run / "model")
+    assert model.config.num_labels == 1
+    assert model.config.reward_mean != 0.0
+    row = next(row for row in lines(run / "metrics.jsonl") if "val/accuracy" in row)
+    assert {"val/accuracy_length_balanced", "val/calibration_error", "val/margin", "val/longer_wins"} <= row.keys()
+    assert not (run / "samples.jsonl").exists()
+
+
+def test_a_resumed_run_writes_every_line_once(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    class Crash(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: object) -> None:
+            if trainer.global_step == 3:
+                raise RuntimeError
+
+    def numbers(path: Path) -> list[dict]:
+        return [{k: v for k, v in row.items() if k not in ("time", "train/tokens_per_second")} for row in lines(path)]
+
+    def module() -> SFTModule:
+        return SFTModule(str(tiny_policy_dir), learning_rate=0.01, max_new_tokens=4)
+
+    fit(tmp_path / "straight", module(), SampleTable(rows=2))
+    run = tmp_path / "broken"
+    with pytest.raises(RuntimeError):
+        fit(run, module(), SampleTable(rows=2), Crash())
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train/lo')  # killed in the middle of a line
+    assert latest(run / "checkpoints").name == "batch-00000002.ckpt"
+    loggers = [TensorBoardLogger(save_dir=str(tmp_path), name="broken", version=""), JsonlLogger(run)]
+    data = SmallData(tiny_policy_dir, BATCHES, held_out=True)
+    train(
+        module(),
+        data,
+        ckpt_path=str(latest(run / "checkpoints")),
+        callbacks=[RunCheckpoint(every_n_batches=2, keep=9), SampleTable(rows=2)],
+        logger=loggers,
+        enable_checkpointing=True,
+        val_check_interval=2,
+    )
+    assert numbers(run / "metrics.jsonl") == numbers(tmp_path / "straight" / "metrics.jsonl")
+    assert lines(run / "samples.jsonl") == lines(tmp_path / "straight" / "samples.jsonl")
+
+
+def test_metrics_that_json_has_no_number_for_become_null(tmp_path: Path) -> None:
+    logger = JsonlLogger(tmp_path / "run")
+    logger.log_metrics({"a": float("nan"), "b": float("inf"), "c": 1.5}, step=3)
+    (row,) = lines(tmp_path / "run" / "metrics.jsonl")
+    assert (row["a"], row["b"], row["c"], row["step"]) == (None, None, 1.5, 3)
+
+
+def test_progress_off_a_terminal_is_plain_lines(
+    tiny_policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    fit(tmp_path / "run", SFTModule(str(tiny_policy_dir)), RunProgress(every_seconds=1e-6), enable_progress_bar=True)
+    output = capsys.readouterr().out
+    assert "\x1b" not in output and "\r" not in output
+    shown = output.splitlines()
+    last = next(line for line in reversed(shown) if line.startswith("train 5/5"))
+    assert "epoch 1/1" in last and "loss " in last and "tokens/s" in last and "0:00:00 left" in last
+    assert any("validation 1/2" in line for line in shown)
+
+
+def test_progress_shows_phases_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("rlhf_lightning.callbacks.progress.time.monotonic", lambda: now[0])
+    progress = RunProgress()
+    progress.disable()
+    progress._begin("train", 10, 2)
+    now[0], progress._done = 130.0, 5
+    progress.on_phase(None, None, "rollout", 31, 64)
+    # Three batches took 30 seconds; five are left.
+    assert progress.line() == "train 5/10 | rollout 31/64 | 0:00:50 left"
+
+
+def test_model_text_cannot_do_anything() -> None:
+    assert printable("a\x1b[31mb\x07\u202ec\nd") == "a[31mbc\nd"
+    cell = escaped("<img src=x onerror=alert(1)>|**bold**\n# title `code`")
+    assert not set("<>|*#`") & set(cell.replace("&#", "").replace("<br>", ""))
+    assert html.unescape(cell.replace("<br>", "\n")) == "<img src=x onerror=alert(1)>|**bold**\n# title `code`"
+    table = markdown_table([{"prompt": "a|b", "tokens": 3}])
+    assert table.splitlines() == ["| prompt | tokens |", "| --- | --- |", "| a&#124;b | 3 |"]
