@@ -16,6 +16,9 @@ COLORS = 6
 _TOP, _BOTTOM, _LEFT, _RIGHT = 30, 44, 50, 16
 _LETTER = 7.2  # an upper bound on the mean width of a letter at the charts' font size, in viewBox units
 
+_PICTURES: dict[int, str] = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)}
+_PICTURES |= {0x7F: "\u2421"} | dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\ufffd")
+
 
 def clean(text: str) -> str:
     """Text fit for XML and HTML, escaped.
@@ -23,10 +26,7 @@ def clean(text: str) -> str:
     Markup is escaped, quotes too. Control characters, which XML forbids and terminals obey, become their visible
     pictures (U+2400 and up); tab and newline stay; lone surrogates, which no file can hold, become U+FFFD.
     """
-    pictures = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)}
-    pictures |= {0x7F: "\u2421"} | dict.fromkeys((*range(0x80, 0xA0), 0xFFFE, 0xFFFF), "\ufffd")
-    whole = text.encode("utf-8", "replace").decode("utf-8") if any(0xD800 <= ord(c) <= 0xDFFF for c in text) else text
-    return html.escape(whole.replace("\r\n", "\n").translate(pictures), quote=True)
+    return html.escape(text.replace("\r\n", "\n").translate(_PICTURES), quote=True)
 
 
 def element(name: str, inner: str = "", /, **attributes: object) -> str:
@@ -46,10 +46,10 @@ def text(content: str, x: float, y: float, class_: str = "", anchor: str = "star
 
 
 def path(points: Iterable[tuple[float, float]], class_: str) -> str:
-    """A line through the points; a point with NaN lifts the pen."""
+    """A line through the points; a point that is not finite lifts the pen."""
     steps, down = [], False
     for x, y in points:
-        if math.isnan(x) or math.isnan(y):
+        if not (math.isfinite(x) and math.isfinite(y)):
             down = False
             continue
         steps.append(f"{'L' if down else 'M'}{x:.1f} {y:.1f}")
@@ -155,13 +155,13 @@ def picture(title: str, description: str, body: str, height: float = HEIGHT) -> 
 def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
     """Positions near the wanted ones, in the same order, at least ``gap`` apart where the room allows it."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed = [wanted[i] for i in order]
-    for i in range(1, len(placed)):
-        placed[i] = max(placed[i], placed[i - 1] + gap)
-    overflow = max(0.0, placed[-1] - high) if placed else 0.0
-    placed = [p - overflow for p in placed]
-    for i in range(len(placed) - 2, -1, -1):
-        placed[i] = max(low, min(placed[i], placed[i + 1] - gap))
+    placed: list[float] = []
+    for i in order:
+        placed.append(max(wanted[i], placed[-1] + gap if placed else low))
+    limit = high
+    for i in range(len(placed) - 1, -1, -1):
+        placed[i] = min(placed[i], limit)
+        limit = placed[i] - gap
     result = [0.0] * len(wanted)
     for position, i in zip(placed, order, strict=True):
         result[i] = position
