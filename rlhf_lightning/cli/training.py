@@ -88,6 +88,7 @@ class TrainingCLI(LightningCLI):
             trainer_defaults=dict(_TRAINER_DEFAULTS),
             parser_kwargs={**raise_errors, **{name: dict(raise_errors) for name in _SUBCOMMANDS}},
             args=self.arguments,
+            load_from_checkpoint_support=False,  # it would put class paths into checkpoints
         )
 
     # Parsing
@@ -151,6 +152,7 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Fix the run's folder and the checkpoint to start from, before anything is built."""
+        self.parser.add_instantiator(_built_of_plain_numbers, object, subclasses=True)
         subcommand = self.config.subcommand
         if self.options.model is None or _imported(self.options.model.class_path) is RLHFModule:
             stages = ", ".join(name for name in shipped_configs() if "/" not in name)
@@ -260,6 +262,24 @@ def _keys_of(class_path: str) -> list[str]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(_imported(class_path), "it", fail_untyped=False, instantiate=False)
     return [key.removeprefix("it.") for key in parser.get_defaults()]
+
+
+def _built_of_plain_numbers(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """``cls(...)`` with ``PositiveFloat(0.1)`` and its like as plain numbers.
+
+    The parser's restricted types are classes of their own. As an optimizer's option they would get into checkpoints,
+    which then could not be loaded with ``weights_only=True``.
+    """
+    return cls(*(_plain(value) for value in args), **{name: _plain(value) for name, value in kwargs.items()})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    for kind in (int, float):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return value
 
 
 def _nulls_refused(cls: type, given: dict[str, Any]) -> list[str]:

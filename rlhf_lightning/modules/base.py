@@ -103,7 +103,7 @@ class RLHFModule(LightningModule):
         self._sums = torch.zeros(3, dtype=torch.float64)  # of this optimizer step: count, losses not finite, tokens
         self._counted = False
         self._max_grad_norm: float | None = None
-        self._peak_rates: list[float] = []
+        self._configured: list[dict[str, Any]] = []  # the options of the optimizer's groups, lr at its peak
         self._step_began = time.monotonic()
         self.grad_norm = 0.0  # of the last optimizer step, before clipping
 
@@ -176,7 +176,8 @@ class RLHFModule(LightningModule):
         optimizer = AdamW(
             self.parameter_groups(), lr=self.learning_rate, betas=self.adam_betas, eps=self.adam_eps, weight_decay=0.0
         )
-        self._peak_rates = [group["lr"] for group in optimizer.param_groups]
+        options = ("lr", "weight_decay", "betas", "eps")
+        self._configured = [{name: group[name] for name in options} for group in optimizer.param_groups]
         # A lambda and not a bound method: LambdaLR saves the attributes of anything that is not a plain function.
         scheduler = LambdaLR(optimizer, lambda step: self.rate_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -209,15 +210,15 @@ class RLHFModule(LightningModule):
         return min(limits)
 
     def on_train_start(self) -> None:
-        """The configured learning rate wins over the one in a checkpoint; a schedule without an end is refused now."""
+        """The configured optimizer options win over a checkpoint's; a schedule without an end is refused now."""
         if self.schedule != "constant":
             self.total_steps()
         schedulers = self.lr_schedulers()
         if isinstance(schedulers, LambdaLR):
-            schedulers.base_lrs = list(self._peak_rates)
+            schedulers.base_lrs = [configured["lr"] for configured in self._configured]
             factor = self.rate_factor(schedulers.last_epoch)
-            for group, peak in zip(schedulers.optimizer.param_groups, self._peak_rates, strict=True):
-                group["initial_lr"], group["lr"] = peak, peak * factor
+            for group, configured in zip(schedulers.optimizer.param_groups, self._configured, strict=True):
+                group.update(configured, initial_lr=configured["lr"], lr=configured["lr"] * factor)
         self._step_began = time.monotonic()
 
     # The optimizer step
