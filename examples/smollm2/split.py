@@ -1,13 +1,14 @@
 """Cut one preference file into three with no prompt in common: for the policy, for the judge, and held out.
 
-A win rate by the reward model that PPO climbed says how well it was climbed, not whether answers got better. So the rows of
-one part of the prompts train the policy's reward model (and SFT, DPO and PPO), those of a second part train another reward
-model that only judges, and a third part is for measuring. The cut is by a hash of the prompt: every row of a prompt lands in
-the same part, and adding rows to the file moves none of the others.
+A win rate by the reward model that PPO climbed says how well it was climbed, not whether answers got better. So the
+rows of one part of the prompts train the policy's reward model (and SFT, DPO and PPO), those of a second part train
+another reward model that only judges, and a third part is for measuring. The cut is by a hash of the prompt: every row
+of a prompt lands in the same part, and adding rows to the file moves none of the others.
 
     python examples/smollm2/split.py pairs.jsonl.gz --out runs/smollm2/data
 
-writes policy.jsonl, judge.jsonl, heldout.jsonl (rows as they were) and heldout_prompts.jsonl (each held-out prompt once).
+writes policy.jsonl, judge.jsonl, heldout.jsonl (rows as they were) and heldout_prompts.jsonl (each held-out prompt
+once, for `evaluate`; long ones left out on request).
 """
 
 from __future__ import annotations
@@ -42,11 +43,9 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    count = 0
-    with path.open("w", encoding="utf-8") as file:
-        for count, row in enumerate(rows, 1):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return count
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--shares", type=float, nargs=3, default=(0.35, 0.35, 0.3), metavar=PARTS, help="of the prompts"
     )
+    parser.add_argument("--longest", type=int, help="characters of a prompt in heldout_prompts.jsonl, at most")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another cut")
     options = parser.parse_args(arguments)
     rows: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"{len(prompts)} prompts"
         )
     held_out = {json.dumps(row["prompt"]): {"prompt": row["prompt"]} for row in rows["heldout"]}
-    write(options.out / "heldout_prompts.jsonl", held_out.values())
+    short = [row for text, row in held_out.items() if options.longest is None or len(text) <= options.longest]
+    print(f"{options.out / 'heldout_prompts.jsonl'}: {write(options.out / 'heldout_prompts.jsonl', short)} prompts")
     return 0
 
 

@@ -1,0 +1,8 @@
+"""The length of a response as a reward, to take off another one: see length_penalty.yaml."""
+
+from __future__ import annotations
+
+
+def words(prompts: list[str], responses: list[str]) -> list[float]:
+    """Words in each response."""
+    return [float(len(response.split())) for response in responses]
