@@ -204,7 +204,7 @@ def _interval(interval: Interval) -> str:
         return "\u2013"
     low, value, high = (100 * min(max(v, 0.0), 1.0) for v in (interval.low, interval.value, interval.high))
     marks = (
-        element("line", x1=0, x2=100, y1=12, y2=12, class_="grid")
+        element("line", x1=0, x2=100, y1=12, y2=12, class_="track")
         + element("line", x1=50, x2=50, y1=3, y2=21, class_="reference")
         + element("line", x1=low, x2=high, y1=12, y2=12, class_="whisker c1")
         + element("circle", cx=value, cy=12, r=4, class_="fill c1")

@@ -86,6 +86,7 @@ svg .reference { stroke: var(--quiet); stroke-width: 1; stroke-dasharray: 4 3; }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; } svg .line.thin {
   stroke-width: 1.5; }
 svg .line.faint { stroke-width: 1; stroke-opacity: 0.45; }
+svg .track { stroke: var(--line); stroke-width: 2; stroke-linecap: round; }
 svg .area { stroke: none; fill-opacity: 0.16; } svg .whisker { stroke-width: 2.5; stroke-linecap: round; }
 """
     + "".join(
@@ -95,6 +96,8 @@ svg .area { stroke: none; fill-opacity: 0.16; } svg .whisker { stroke-width: 2.5
     )
     + """
 @media (max-width: 40rem) {
+  /* Charts shrink with the screen; their letters must not. */
+  svg .tick, svg .label, svg .name, svg .value { font-size: 14.5px; }
   main { padding: 2rem 1rem 3rem; } h1 { font-size: 1.6rem; }
   .highlights { grid-template-columns: repeat(2, 1fr); } .provenance { grid-template-columns: 1fr; gap: 0; }
   .provenance dd { margin-bottom: 0.6rem; } figure { padding: 0.8rem; }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 460, 280
 COLORS = 6
 _TOP, _BOTTOM, _LEFT, _RIGHT = 30, 44, 50, 16
-_LETTER = 7.2  # an upper bound on the mean width of a letter at the charts' font size, in viewBox units
+_LETTER = 7.8  # an upper bound on the mean width of a letter at the charts' font size, in viewBox units
 
 _PICTURES: dict[int, str] = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)}
 _PICTURES |= {0x7F: "\u2421"} | dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\ufffd")
