@@ -20,8 +20,8 @@ MODE = os.environ.get("RLHF_LIGHTNING_BUILD", "auto")
 if MODE not in ("auto", "required", "none"):
     sys.exit(f"RLHF_LIGHTNING_BUILD must be auto, required or none, got {MODE}")
 
-# No fused multiply-add unless the source says so: GAE and the value loss are then the same bits on every machine, and the
-# policy loss however its elements are split. No -march: the kernels choose their instruction set at run time.
+# No fused multiply-add unless the source says so: GAE and the value loss are then the same bits on every machine, and
+# the policy loss however its elements are split. No -march: the kernels choose their instruction set at run time.
 CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-g0"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # what at::parallel_for is made of; the library is torch's own
 
@@ -42,8 +42,8 @@ class Build(BuildExtension):
                 raise
             print(
                 "\n" + "!" * 100 + "\n"
-                "rlhf_lightning: the native operators could not be built; the slower plain PyTorch references will be used."
-                f"\n{type(error).__name__}: {error}\n"
+                "rlhf_lightning: the native operators could not be built; the slower plain PyTorch references will be "
+                f"used.\n{type(error).__name__}: {error}\n"
                 "A C++ compiler is needed; then install again. See docs/operators.md.\n" + "!" * 100,
                 file=sys.stderr,
             )

@@ -1,0 +1,120 @@
+"""Which path is taken, and what is said about it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ops.support import needs_native
+
+from rlhf_lightning.ops import extension
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+USE = """
+import torch
+from rlhf_lightning.ops import extension, gae
+x = torch.ones(1, 2)
+print(gae(x, x, x.bool(), 1.0, 1.0)[0].tolist(), extension.status()["operators"]["gae"]["cpu"]["path"])
+gae(x, x, x.bool(), 1.0, 1.0)
+"""
+WITHOUT = "import sys\nsys.modules['rlhf_lightning._C'] = None\n"
+
+
+@needs_native
+def test_native_by_default_and_silent():
+    result = python(USE, RLHF_LIGHTNING_OPS="auto")
+    assert result.stdout == "[[1.0, 0.0]] native\n" and "rlhf_lightning" not in result.stderr
+
+
+def test_the_reference_on_request_is_silent():
+    result = python(USE, RLHF_LIGHTNING_OPS="reference")
+    assert result.stdout == "[[1.0, 0.0]] reference\n" and "rlhf_lightning" not in result.stderr
+
+
+def test_without_the_extension_the_reference_is_taken_and_that_is_said_once():
+    result = python(WITHOUT + USE, RLHF_LIGHTNING_OPS="auto")
+    assert result.stdout == "[[1.0, 0.0]] reference\n"
+    assert result.stderr.count("using the slower plain PyTorch operators: the extension is not built") == 1
+
+
+def test_native_makes_absence_an_error():
+    result = python(WITHOUT + USE, RLHF_LIGHTNING_OPS="native")
+    assert result.returncode == 1
+    assert "ImportError: RLHF_LIGHTNING_OPS=native, but the extension is not built" in result.stderr
+
+
+def test_an_unknown_choice_names_the_choices():
+    result = python(USE, RLHF_LIGHTNING_OPS="fast")
+    assert "RLHF_LIGHTNING_OPS must be one of auto, native, reference, got fast" in result.stderr
+
+
+def test_a_build_for_another_torch_is_refused(monkeypatch):
+    other = SimpleNamespace(build_info=lambda: {"torch": "1.2.3"})
+    monkeypatch.setattr(extension.importlib, "import_module", lambda name: other)
+    build, reason = extension._load()
+    assert build is None
+    assert reason == f"the extension was built for torch 1.2.3, this is {torch.__version__}: build it again"
+
+
+def test_a_library_that_cannot_be_loaded_is_told_in_one_line(monkeypatch):
+    def fail(name):
+        raise ImportError("undefined symbol: _ZN2at\nmore")
+
+    monkeypatch.setattr(extension.importlib, "import_module", fail)
+    build, reason = extension._load()
+    assert build is None and "build it again: undefined symbol: _ZN2at" in reason and "\n" not in reason
+
+
+def test_status_covers_every_operator():
+    status = extension.status()
+    assert set(status["operators"]) == set(extension.OPERATORS)
+    for paths in status["operators"].values():
+        assert paths["cpu"]["path"] == ("native" if extension.LOADED else "reference") and paths["cpu"]["why"]
+    assert status["build"] == extension.build_info()
+
+
+@needs_native
+def test_build_info():
+    info = extension.build_info()
+    assert info["torch"] == torch.__version__
+    assert info["cpu_instruction_set_in_use"] in info["cpu_instruction_sets"]
+    assert isinstance(info["cuda"], bool) and isinstance(info["cuda_architectures"], list)
+
+
+@needs_native
+def test_a_device_without_kernels_takes_the_reference():
+    assert not extension.use_native("gae", torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "covered"),
+    [
+        ([], (9, 0), False),
+        (["8.0", "9.0"], (9, 0), True),
+        (["8.0"], (8, 6), True),  # machine code runs on later minor versions
+        (["8.6"], (8, 0), False),
+        (["8.0"], (9, 0), False),
+        (["8.0+PTX"], (9, 0), True),  # the driver compiles the intermediate form
+        (["9.0+PTX"], (8, 0), False),
+        (["10.0"], (9, 0), False),
+    ],
+)
+def test_which_gpus_a_build_covers(architectures, capability, covered):
+    assert extension.covers(architectures, capability) is covered
+
+
+def test_operators_import_neither_lightning_nor_transformers():
+    code = (
+        "import sys, rlhf_lightning.ops; print({'lightning', 'transformers', 'pytorch_lightning'} & set(sys.modules))"
+    )
+    assert python(code).stdout == "set()\n"
