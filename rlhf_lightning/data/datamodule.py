@@ -5,6 +5,7 @@ It is for a Trainer; ``batching`` has functions that serve evaluation and script
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -159,7 +160,10 @@ class PreferenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> Loader | list[Any]:
         """Every held-out row once over the processes; an empty list where nothing is held out."""
-        return Loader(self, training=False) if self.held_out else []
+        if self.held_out:
+            return Loader(self, training=False)
+        warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # it is what was asked for
+        return []
 
     def test_dataloader(self) -> Loader:
         """The held-out rows, as for validation."""

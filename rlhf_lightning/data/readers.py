@@ -111,10 +111,7 @@ def _parse_line(path: str, line: int, piece: bytes, start: int, complete: bool) 
             try:
                 json.dumps([key, value], ensure_ascii=False).encode("utf-8")
             except UnicodeEncodeError:
-                shown = key.encode("utf-8", "backslashreplace").decode()
-                return InputError(
-                    f"{where}: key '{shown}': half of a surrogate pair (\\ud800-\\udfff); repair the text"
-                )
+                return InputError(f"{where}: key '{shown(key)}': holds half of a surrogate pair; repair the text")
             except RecursionError:
                 return InputError(f"{where}: nested too deeply")
     return row
@@ -125,9 +122,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> RawRow:
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        shown = twice.encode("utf-8", "backslashreplace").decode()
-        raise ValueError(f"key '{shown}': stands twice in one object; keep one of them")
+        raise ValueError(f"key '{shown(twice)}': stands twice in one object; keep one of them")
     return row
+
+
+def shown(key: str) -> str:
+    """A key of the user's as it stands in a one-line message."""
+    return key if key.isprintable() else ascii(key)[1:-1]
 
 
 def kind_of(value: Any) -> str:
@@ -168,7 +169,7 @@ def _csv_rows(path: str, reader: Any) -> Iterator[Numbered]:
             header = cells
             for name in header:
                 if header.count(name) > 1:
-                    raise InputError(f"{path}:{line}: key '{name}': two columns have this name; rename one")
+                    raise InputError(f"{path}:{line}: key '{shown(name)}': two columns have this name; rename one")
         elif len(cells) != len(header):
             message = f"{path}:{line}: {len(cells)} cells under {len(header)} column names; check commas and quotes"
             yield line, InputError(message)

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_lightning.data.readers import RawRow, kind_of, read_rows
+from rlhf_lightning.data.readers import RawRow, read_rows, shown
+from rlhf_lightning.data.values import (
+    Message,
+    Prompt,
+    checked_list,
+    checked_messages,
+    checked_number,
+    checked_prompt,
+    checked_response,
+    checked_text,
+    refused,
+)
 from rlhf_lightning.errors import InputError
 
 FORMS = (
@@ -29,24 +39,12 @@ FORMS = (
     "prompt",
 )
 ACCEPTED = "; accepted forms: "  # ends a message about missing keys, before the forms
-ROLES = ("system", "developer", "user", "assistant", "tool")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _FORM_KEYS = frozenset(
     ["prompt", "chosen", "rejected", "completions", "ranks", "ratings", "completion", "messages", "margin", "weight"]
 )
 # Names that other formats have for ours, for a hint when a row is refused; never read silently.
 _RENAMES = {"instruction": "prompt", "question": "prompt", "output": "completion", "response": "completion"}
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a chat."""
-
-    role: str
-    content: str
-
-
-Prompt = str | tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -145,31 +143,31 @@ def parse_row(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
     compared = "chosen" in row or "rejected" in row
     listed = [key for key in ("completions", "ranks", "ratings") if key in row]
     if compared and listed:
-        raise _refused(where, listed[0], "stands beside 'chosen' and 'rejected'; keep one form of comparison")
+        raise refused(where, listed[0], "stands beside 'chosen' and 'rejected'; keep one form of comparison")
     if compared:
         return _pair(row, where, dropped)
     if listed:
         return _listed(row, where, dropped)
     if "messages" in row:
         if "prompt" in row or "completion" in row:
-            raise _refused(where, "messages", "stands beside 'prompt' or 'completion'; keep one of the two forms")
+            raise refused(where, "messages", "stands beside 'prompt' or 'completion'; keep one of the two forms")
         return _chat(row, where, dropped)
     if "prompt" in row and "completion" in row:
         return _demonstration(row, where, dropped)
     if "prompt" in row:
-        return _record(row, where, "prompt", _prompt(row["prompt"], where, "prompt"), (), ())
+        return _record(row, where, "prompt", checked_prompt(row["prompt"], where, "prompt"), (), ())
     raise _missing(row, where, "prompt")
 
 
 def _record(
     row: RawRow, where: str, form: str, prompt: Prompt, responses: Sequence[str], pairs: Sequence[tuple[int, int]]
 ) -> Record:
-    margin = _number(row["margin"], where, "margin") if "margin" in row else 0.0
-    weight = _number(row["weight"], where, "weight") if "weight" in row else 1.0
+    margin = checked_number(row["margin"], where, "margin") if "margin" in row else 0.0
+    weight = checked_number(row["weight"], where, "weight") if "weight" in row else 1.0
     if margin < 0:
-        raise _refused(where, "margin", f"is {margin:g}, but the chosen response cannot be worse; swap the two")
+        raise refused(where, "margin", f"is {margin:g}, but the chosen response cannot be worse; swap the two")
     if weight <= 0:
-        raise _refused(where, "weight", f"is {weight:g}; give a number above 0, or delete the row")
+        raise refused(where, "weight", f"is {weight:g}; give a number above 0, or delete the row")
     columns = {key: value for key, value in row.items() if key not in _FORM_KEYS}
     return Record(prompt, tuple(responses), tuple(pairs), where, form, margin, weight, columns)
 
@@ -183,11 +181,13 @@ def _pair(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
     if isinstance(chosen, list) and isinstance(rejected, list):
         prompt, texts = _chat_pair(row, where)
     elif "prompt" in row:
-        prompt = _prompt(row["prompt"], where, "prompt")
-        texts = (_response(chosen, where, "chosen"), _response(rejected, where, "rejected"))
+        prompt = checked_prompt(row["prompt"], where, "prompt")
+        texts = (checked_response(chosen, where, "chosen"), checked_response(rejected, where, "rejected"))
     else:
         form = "transcript"
-        prompt, texts = _transcripts(_text(chosen, where, "chosen"), _text(rejected, where, "rejected"), where)
+        prompt, texts = _transcripts(
+            checked_text(chosen, where, "chosen"), checked_text(rejected, where, "rejected"), where
+        )
         if not prompt:
             dropped["transcripts that part early"] += 1
             return None
@@ -210,7 +210,7 @@ def _transcripts(chosen: str, rejected: str, where: str) -> tuple[str, tuple[str
     for key, text in (("chosen", chosen), ("rejected", rejected)):
         if ASSISTANT not in text:
             problem = "there is no key 'prompt', and the text has no '\\n\\nAssistant:' turn"
-            raise _refused(where, key, f"{problem}; add the prompt, or write it as a transcript")
+            raise refused(where, key, f"{problem}; add the prompt, or write it as a transcript")
     cut = chosen.rindex(ASSISTANT) + len(ASSISTANT)
     other = rejected.rindex(ASSISTANT) + len(ASSISTANT)
     if chosen[:cut] != rejected[:other]:
@@ -229,17 +229,17 @@ def transcript_messages(transcript: str) -> tuple[Message, ...]:
 
 def _chat_pair(row: RawRow, where: str) -> tuple[Prompt, tuple[str, str]]:
     """Chosen and rejected as messages: the answers alone (with a ``prompt``), or both whole conversations."""
-    chosen = _messages(row["chosen"], where, "chosen")
-    rejected = _messages(row["rejected"], where, "rejected")
+    chosen = checked_messages(row["chosen"], where, "chosen")
+    rejected = checked_messages(row["rejected"], where, "rejected")
     for key, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1].role != "assistant":
-            raise _refused(where, key, f"the last message is from '{messages[-1].role}'; end with the assistant's")
+            raise refused(where, key, f"the last message is from '{messages[-1].role}'; end with the assistant's")
     if len(chosen) == len(rejected) == 1:
         if "prompt" not in row:
-            raise _refused(where, "prompt", "is missing, and chosen and rejected hold the answers alone; add it")
-        prompt = _prompt(row["prompt"], where, "prompt")
+            raise refused(where, "prompt", "is missing, and chosen and rejected hold the answers alone; add it")
+        prompt = checked_prompt(row["prompt"], where, "prompt")
     elif chosen[:-1] != rejected[:-1]:
-        raise _refused(where, "rejected", "the conversations differ before the last answer; make them the same")
+        raise refused(where, "rejected", "the conversations differ before the last answer; make them the same")
     else:
         prompt = chosen[:-1]
     return prompt, (chosen[-1].content, rejected[-1].content)
@@ -249,20 +249,22 @@ def _listed(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
     """Rankings (1 is best) and ratings (more is better): every pair that is no tie, the best response's first."""
     by = [key for key in ("ranks", "ratings") if key in row]
     if len(by) == 2:
-        raise _refused(where, "ratings", "stands beside 'ranks'; keep one of them")
+        raise refused(where, "ratings", "stands beside 'ranks'; keep one of them")
     missing = [key for key in ("prompt", "completions") if key not in row] + ([] if by else ["ranks' or 'ratings"])
     if missing:
         raise _missing(row, where, missing[0])
-    prompt = _prompt(row["prompt"], where, "prompt")
-    completions = _list(row["completions"], where, "completions")
-    texts = [_response(text, where, f"completions[{i}]") for i, text in enumerate(completions)]
-    grades = [_number(grade, where, f"{by[0]}[{i}]") for i, grade in enumerate(_list(row[by[0]], where, by[0]))]
+    prompt = checked_prompt(row["prompt"], where, "prompt")
+    completions = checked_list(row["completions"], where, "completions")
+    texts = [checked_response(text, where, f"completions[{i}]") for i, text in enumerate(completions)]
+    grades = [
+        checked_number(grade, where, f"{by[0]}[{i}]") for i, grade in enumerate(checked_list(row[by[0]], where, by[0]))
+    ]
     if len(texts) < 2:
-        raise _refused(where, "completions", f"holds {len(texts)}; a comparison needs at least 2")
+        raise refused(where, "completions", f"holds {len(texts)}; a comparison needs at least 2")
     if len(grades) != len(texts):
-        raise _refused(where, by[0], f"holds {len(grades)} for {len(texts)} completions; give one for each")
+        raise refused(where, by[0], f"holds {len(grades)} for {len(texts)} completions; give one for each")
     if by == ["ranks"] and any(grade < 1 or grade != int(grade) for grade in grades):
-        raise _refused(where, "ranks", "must be whole numbers from 1 (best); equal numbers are ties")
+        raise refused(where, "ranks", "must be whole numbers from 1 (best); equal numbers are ties")
     sign = 1 if by == ["ranks"] else -1
     order = sorted(range(len(texts)), key=lambda i: sign * grades[i])
     ranked = [(texts[i], grades[i]) for i in order]
@@ -280,8 +282,8 @@ def _listed(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
 
 
 def _demonstration(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
-    prompt = _prompt(row["prompt"], where, "prompt")
-    response = _response(row["completion"], where, "completion")
+    prompt = checked_prompt(row["prompt"], where, "prompt")
+    response = checked_response(row["completion"], where, "completion")
     record = _record(row, where, "demonstration", prompt, (response,), ())
     if response.strip():
         return record
@@ -291,11 +293,11 @@ def _demonstration(row: RawRow, where: str, dropped: Counter[str]) -> Record | N
 
 def _chat(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
     """A conversation: the last assistant message is the response; one that ends in a user message is a prompt alone."""
-    messages = _messages(row["messages"], where, "messages")
+    messages = checked_messages(row["messages"], where, "messages")
     if messages[-1].role != "assistant":
         return _record(row, where, "chat", messages, (), ())
     if len(messages) == 1:
-        raise _refused(where, "messages", "holds an answer without the message it answers; add the user's")
+        raise refused(where, "messages", "holds an answer without the message it answers; add the user's")
     record = _record(row, where, "chat", messages[:-1], (messages[-1].content,), ())
     if messages[-1].content.strip():
         return record
@@ -304,78 +306,7 @@ def _chat(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
 
 
 def _missing(row: RawRow, where: str, key: str) -> InputError:
-    found = ", ".join(sorted(map(str, row))) or "none"
+    found = ", ".join(sorted(map(shown, row))) or "none"
     hints = [f"rename '{name}' to '{ours}'" for name, ours in _RENAMES.items() if name in row and ours not in row]
     problem = "; ".join([f"is missing; keys found: {found}", *hints])
-    return _refused(where, key, f"{problem}{ACCEPTED}{' | '.join(FORMS)}")
-
-
-def _refused(where: str, key: str, problem: str) -> InputError:
-    return InputError(f"{where}: key '{key}': {problem}")
-
-
-def _text(value: Any, where: str, key: str) -> str:
-    if not isinstance(value, str):
-        raise _refused(where, key, f"must be text, got {kind_of(value)}; repair or delete the row")
-    return value
-
-
-def _prompt(value: Any, where: str, key: str) -> Prompt:
-    if isinstance(value, list):
-        messages = _messages(value, where, key)
-        if messages[-1].role == "assistant":
-            raise _refused(where, key, "the last message is the assistant's; end with the one to answer")
-        return messages
-    if isinstance(value, str) and not value.strip():
-        raise _refused(where, key, "is empty; give the text to answer, or delete the row")
-    if not isinstance(value, str):
-        raise _refused(where, key, f"must be text or a list of messages, got {kind_of(value)}; repair the row")
-    return value
-
-
-def _response(value: Any, where: str, key: str) -> str:
-    """A response as text, or as a list of one assistant message."""
-    if not isinstance(value, list):
-        return _text(value, where, key)
-    messages = _messages(value, where, key)
-    if len(messages) != 1 or messages[0].role != "assistant":
-        raise _refused(where, key, "must be text or one assistant message; put earlier turns into the prompt")
-    return messages[0].content
-
-
-def _messages(value: Any, where: str, key: str) -> tuple[Message, ...]:
-    messages = []
-    for i, item in enumerate(_list(value, where, key)):
-        at = f"{key}[{i}]"
-        if not isinstance(item, dict):
-            raise _refused(where, at, f"must be an object with role and content, got {kind_of(item)}")
-        for name in ("role", "content"):
-            if name not in item:
-                raise _refused(where, f"{at}.{name}", "is missing; a message has role and content")
-        extra = next((name for name in item if name not in ("role", "content") and item[name] is not None), None)
-        if extra is not None:
-            raise _refused(where, f"{at}.{extra}", "is not understood; a message has role and content alone")
-        if item["role"] not in ROLES:
-            raise _refused(where, f"{at}.role", f"is {item['role']!r}; use one of {', '.join(ROLES)}")
-        messages.append(Message(item["role"], _text(item["content"], where, f"{at}.content")))
-    if not messages:
-        raise _refused(where, key, "is an empty list; give at least one message")
-    return tuple(messages)
-
-
-def _list(value: Any, where: str, key: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise _refused(where, key, f"must be a list, got {kind_of(value)}; repair or delete the row")
-    return value
-
-
-def _number(value: Any, where: str, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _refused(where, key, f"must be a number, got {kind_of(value)}; repair or delete the row")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise _refused(where, key, "must be a finite number; repair or delete the row")
-    return number
+    return refused(where, key, f"{problem}{ACCEPTED}{' | '.join(FORMS)}")

@@ -1,0 +1,84 @@
+"""``data check``: hand-counted reports, exit codes, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from rlhf_lightning.data.check import check, main
+from rlhf_lightning.errors import InputError
+
+ROWS = [
+    {"prompt": "p", "chosen": "long answer", "rejected": "short", "by": "ann"},
+    {"prompt": "p", "chosen": "short", "rejected": "long answer"},
+    {"prompt": "q", "chosen": "same", "rejected": "size"},
+    {"prompt": "q", "chosen": "same", "rejected": "size"},
+    {"prompt": "r", "chosen": "a", "rejected": ""},
+    {"prompt": "s", "completions": ["abc", "d", "e"], "ranks": [1, 2, 2]},
+]
+
+
+def test_a_report_is_what_one_counts_by_hand(write):
+    report = check([write(ROWS), write([{"prompt": "q", "completion": "x"}, {"prompt": "z"}], "other.jsonl")])
+    first, second = report.files
+    assert (first.rows, first.usable, first.refused, first.pairs, first.prompts) == (6, 5, [], 6, 3)
+    assert (first.duplicates, first.contradictory, first.dropped) == (1, 1, {"empty response": 1, "ties": 1})
+    assert (first.forms, first.columns) == ({"pair": 4, "ranking": 1}, ["by"])
+    assert (first.longer_wins, first.equally_long) == (pytest.approx((3 + 0.5 * 2) / 6), 2)
+    assert (first.prompt_lengths.longest, first.response_lengths.longest) == (1, 11)
+    assert (second.forms, second.longer_wins) == ({"demonstration": 1, "prompt": 1}, None)
+    assert [leak["prompts"] for leak in report.leaks] == [1]
+
+
+def test_good_files_exit_with_0_and_are_printed(write, capsys):
+    assert main([write(ROWS)]) == 0
+    printed = capsys.readouterr().out
+    assert "rows.jsonl" in printed and "66.7%" in printed and "no row is refused" in printed
+
+
+def test_refused_rows_are_listed_counted_and_exit_with_2(write, capsys, tmp_path):
+    path = write([{"prompt": 1}] * 23 + ROWS)
+    target = tmp_path / "report.json"
+    assert main([path, str(tmp_path / "absent.jsonl"), "--json", str(target)]) == 2
+    printed = capsys.readouterr().out
+    assert f"{path}:20: key 'prompt'" in printed and f"{path}:21" not in printed
+    assert "and 4 more" in printed and "24 refused" in printed
+    report = json.loads(target.read_text())
+    assert len(report["files"][0]["refused"]) == 23 and report["files"][0]["usable"] == 5
+    assert "cannot be read" in report["files"][1]["refused"][0]
+
+
+def test_an_empty_file_is_refused(write, capsys):
+    assert main([write("")]) == 2
+    assert "contains no rows" in capsys.readouterr().out
+
+
+def test_text_that_looks_like_markup_is_printed_as_it_is(write, capsys):
+    main([write([{"prompt": "p", "[red]": 1}], "[bold].jsonl")])
+    printed = capsys.readouterr().out
+    assert "[red]" in printed and "[bold].jsonl" in printed
+
+
+def test_lengths_in_tokens(write, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    report = check([write(ROWS)], str(tmp_path / "tokenizer"))
+    assert report.unit == "tokens"
+    assert report.files[0].response_lengths.longest == max(
+        len(tokenizer(text).input_ids) for text in ("long answer", "short", "same", "size", "abc")
+    )
+
+
+def test_a_report_that_cannot_be_written_is_an_input_error(write, tmp_path):
+    with pytest.raises(InputError, match=r"--json: .*cannot be written"):
+        main([write(ROWS), "--json", str(tmp_path / "absent" / "report.json")])
+
+
+def test_nothing_heavy_is_imported(write):
+    code = (
+        "import sys; from rlhf_lightning.data.check import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'lightning', 'transformers'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, write(ROWS)], capture_output=True).returncode == 0

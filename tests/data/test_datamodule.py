@@ -1,0 +1,182 @@
+"""The DataModule under a real Trainer: views, splits, resume, prediction, two processes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from data_runs import Notes, SaveAt, make_data, make_trainer, write_rows
+from jsonargparse import ArgumentParser
+
+from rlhf_lightning.batches import View
+from rlhf_lightning.data.datamodule import PreferenceDataModule
+from rlhf_lightning.errors import InputError
+
+HERE = Path(__file__).parent
+VIEWS = {"pairs": View("pairs"), "prompts": View("prompts"), "steps": View("prompts", steps=7)}
+
+
+def run(path, view=VIEWS["pairs"], checkpoint=None, save=None, **options):
+    module = Notes(view)
+    data_options = {name: options.pop(name) for name in list(options) if name not in ("max_epochs", "max_steps")}
+    callbacks = [SaveAt(*save)] if save else []
+    make_trainer(callbacks=callbacks, **options).fit(
+        module, datamodule=make_data(path, **data_options), ckpt_path=checkpoint
+    )
+    return module
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("place", [(0, 0), (1, 3), (1, None), (0, 6), (2, 6)])
+def test_a_resumed_run_sees_exactly_the_remaining_batches(tmp_path, view, place):
+    path, checkpoint = write_rows(tmp_path / "rows.jsonl"), str(tmp_path / "saved.ckpt")
+    whole = run(path, VIEWS[view], save=(checkpoint, *place)).seen
+    assert len(whole) == 3 * 7
+    epoch, batch = place
+    done = epoch * 7 + (7 if batch is None else batch + 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not resumable.*")
+        assert run(path, VIEWS[view], checkpoint=checkpoint).seen == whole[done:]
+
+
+def test_an_epoch_shows_every_training_row_and_validation_every_other(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl")
+    module = run(path, max_epochs=1, validation_fraction=0.2)
+    trained = [json.dumps(row) for _, _, rows in module.seen for row in rows]
+    validated = [json.dumps(row) for row in module.validated]
+    assert (len(trained), len(validated)) == (22, 5) and len(set(trained) | set(validated)) == 27
+
+
+def test_what_is_seen_does_not_depend_on_the_number_of_processes(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl")
+
+    def batches(world, training):
+        found = []
+        for rank in range(world):
+            data = make_data(path, val_batch_size=2).prepare(VIEWS["pairs"])
+            loader = data.train_dataloader() if training else data.val_dataloader()
+            loader._place = lambda rank=rank: (1, 0, rank, world)  # epoch 1, from its start
+            found.append([Notes(VIEWS["pairs"]).rows(batch) for batch in loader])
+        return [sorted(row for rows in shares for row in rows) for shares in zip(*found, strict=True)]
+
+    for training in (True, False):
+        assert batches(1, training) == batches(2, training) == batches(3, training)
+
+
+def test_stepped_prompts_fill_every_batch_and_go_on_in_the_next_epoch(tmp_path):
+    seen = run(write_rows(tmp_path / "rows.jsonl", 6), VIEWS["steps"], validation_fraction=0.0, max_epochs=2).seen
+    assert [len(rows) for _, _, rows in seen] == [4] * 14
+    counts = Counter(text for _, _, rows in seen[:12] for _, text in rows)
+    assert len(counts) == 6 and set(counts.values()) == {8}
+
+
+def test_predict_answers_every_distinct_prompt_of_the_path(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl")
+    found = make_trainer().predict(Notes(VIEWS["pairs"]), datamodule=make_data(path))
+    rows = [row for batch in found for row in batch]
+    assert sorted(number for number, _ in rows) == list(range(27)) and len({text for _, text in rows}) == 27
+
+
+def test_validation_can_have_its_own_file_and_leaks_are_said(tmp_path):
+    train, held_out = write_rows(tmp_path / "rows.jsonl"), write_rows(tmp_path / "val.jsonl", 3)
+    module = Notes(VIEWS["pairs"])
+    with pytest.warns(UserWarning, match="data.val_path: 3 of its prompts are in data.path too"):
+        make_trainer().validate(module, datamodule=make_data(train, val_path=held_out), verbose=False)
+    assert len(module.validated) == 3
+
+
+def test_nothing_held_out(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl")
+    assert run(path, max_epochs=1, validation_fraction=0.0).validated == []
+    with pytest.raises(InputError, match=r"no rows to test on: set data.val_path, or data.validation_fraction above 0"):
+        make_data(path, validation_fraction=0.0).prepare(VIEWS["pairs"], stage="test").test_dataloader()
+
+
+def test_the_prompts_of_both_sides_differ(tmp_path):
+    rows = [{"prompt": f"p{i % 9}", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]} for i in range(30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = make_data(str(path), validation_fraction=0.3).prepare(VIEWS["pairs"])
+    assert len(data.train) + len(data.held_out) == 90
+    assert not {e.record.key for e in data.train} & {e.record.key for e in data.held_out}
+
+
+def test_what_was_dropped_is_said(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "ba"[i % 2]} for i in range(10)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = make_data(str(path), validation_fraction=0.0).prepare(VIEWS["pairs"])
+    assert data.summary() == "data: 5 pairs to train on, 0 held out; equal responses: 5"
+    path.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(InputError, match=r"no pairs left to train on of 1 rows read \(equal responses: 1\); give more"):
+        make_data(str(path), validation_fraction=0.0).prepare(VIEWS["pairs"])
+
+
+def test_changed_data_or_options_cannot_be_resumed(tmp_path):
+    path, checkpoint = write_rows(tmp_path / "rows.jsonl"), str(tmp_path / "saved.ckpt")
+    run(path, save=(checkpoint, 0, 3))
+    with pytest.raises(InputError, match=r"data.batch_size: the checkpoint was made with 4, now it is 5; set it back"):
+        run(path, checkpoint=checkpoint, batch_size=5)
+    with pytest.raises(InputError, match=r"data.seed: the checkpoint was made with 3, now it is 4"):
+        run(path, checkpoint=checkpoint, seed=4)
+    write_rows(tmp_path / "rows.jsonl", 26)
+    with pytest.raises(InputError, match=r"data.path: the data changed since the checkpoint \(26 pairs then, 25 now\)"):
+        run(path, checkpoint=checkpoint)
+
+
+def test_a_budget_has_no_meaning_for_stepped_prompts(tmp_path):
+    with pytest.raises(InputError, match=r"data.batch_tokens: has no effect on prompts to sample from"):
+        make_data(write_rows(tmp_path / "rows.jsonl"), batch_tokens=100).prepare(VIEWS["steps"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("batch_size", 0), ("batch_tokens", -1), ("validation_fraction", 1.0), ("long_responses", "truncate_left")],
+)
+def test_options_out_of_range_are_refused_when_parsed(option, value):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PreferenceDataModule, "data")
+    parser.parse_args(["--data.path", "a.jsonl", "--data.batch_tokens", "64"])
+    with pytest.raises(Exception, match=option):
+        parser.parse_args(["--data.path", "a.jsonl", f"--data.{option}", str(value)])
+
+
+def test_two_processes_see_what_one_sees_also_when_resumed(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), os.getcwd()])}
+    arguments = [path, str(tmp_path / "notes"), str(tmp_path / "saved.ckpt")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "data_runs.py"), *arguments, rank, port],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    first, second = (json.loads(Path(f"{arguments[1]}.{rank}").read_text()) for rank in range(2))
+
+    def together(name):
+        return [
+            [epoch, batch, sorted(rows + others)]
+            for (epoch, batch, rows), (_, _, others) in zip(first[name], second[name], strict=True)
+        ]
+
+    alone = run(path, max_epochs=2)
+    expected = json.loads(json.dumps(alone.seen))
+    assert together("whole") == expected
+    assert together("resumed") == expected[3:]
+    assert sorted(first["validated"] + second["validated"]) == sorted(json.loads(json.dumps(alone.validated)))

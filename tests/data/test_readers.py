@@ -1,0 +1,204 @@
+"""Files: every fault is refused with its place, and what is harmless is read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rlhf_lightning.data.records import checked_rows, load_records
+from rlhf_lightning.errors import InputError
+
+GOOD = '{"prompt": "p", "chosen": "a", "rejected": "b"}'
+
+
+def refusal(path: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_records(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "p", "chosen" "a"}', r":2: not valid JSON .*column 26"),
+        ('{"prompt": "p", "prompt": "q"}', r":2: key 'prompt': stands twice"),
+        ("[1, 2]", r":2: a row must be a JSON object, not a list"),
+        ("7", r":2: a row must be a JSON object, not a number"),
+        ('{"prompt": "\\ud800"}', r":2: key 'prompt': holds half of a surrogate pair"),
+        ("[" * 100_000, r":2: nested too deeply"),
+        ('{"prompt": "p", "margin": ' + "1" * 5000 + "}", r":2: .*digits"),
+    ],
+)
+def test_a_bad_line_is_named(write, line, message):
+    path = write(f"{GOOD}\n{line}\n{GOOD}\n")
+    assert re.match(re.escape(path) + message, refusal(path))
+
+
+def test_a_line_cut_off_at_the_end_is_named_as_such(write):
+    path = write(f"{GOOD}\n{GOOD[:20]}")
+    assert refusal(path).startswith(f"{path}:2: the last line is cut off or not valid JSON")
+
+
+def test_other_encodings_are_named_with_line_and_byte(write):
+    path = write(GOOD.encode() + b"\n" + '{"prompt": "caf\xe9"}'.encode("latin-1") + b"\n")
+    place = len(GOOD) + 1 + len('{"prompt": "caf')
+    assert refusal(path) == f"{path}:2: not UTF-8: byte 0xe9 at byte {place} of the file; save the file as UTF-8"
+
+
+def test_bom_crlf_and_blank_lines_are_read(write):
+    path = write(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n\r\n   \n" + GOOD.encode() + b"\r\n")
+    rows = load_records(path).rows
+    assert [row.where for row in rows] == [f"{path}:1", f"{path}:4"]
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff"])
+def test_a_file_without_rows_is_refused(write, content):
+    path = write(content)
+    assert refusal(path) == f"{path}: contains no rows; give a file with at least one"
+
+
+def test_gzip_is_read_and_its_damage_is_named(write):
+    whole = gzip.compress((GOOD + "\n").encode() * 50)
+    assert len(load_records(write(whole, "rows.jsonl.gz"))) == 50
+    assert "the gzip data is cut off" in refusal(write(whole[:-12], "cut.jsonl.gz"))
+    assert "not valid gzip data" in refusal(write(GOOD, "plain.jsonl.gz"))
+
+
+def test_paths_that_are_no_data_file(write, tmp_path):
+    assert refusal(str(tmp_path)).endswith("is a folder; name the data files in it")
+    assert "unknown kind of file" in refusal(write("x", "rows.txt"))
+    assert "cannot be read (No such file or directory)" in refusal(str(tmp_path / "absent.jsonl"))
+    assert "no such file" in refusal(str(tmp_path / "absent"))
+
+
+def test_csv_rows(write):
+    path = write('prompt,chosen,rejected,margin,note\n"a\nb",c,d,1.5,n\np,q,r,,m\n', "rows.csv")
+    first, second = load_records(path).rows
+    assert (first.prompt, first.responses, first.margin, first.columns) == ("a\nb", ("c", "d"), 1.5, {"note": "n"})
+    assert (second.margin, second.where) == (0.0, f"{path}:4")
+    ranked = load_records(write('prompt,completions,ranks\np,"[""a"", ""b""]","[2, 1]"\n', "ranks.csv")).rows[0]
+    assert ranked.responses == ("b", "a")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,chosen,rejected\na,b\n", ":2: 2 cells under 3 column names"),
+        ("prompt,prompt\na,b\n", ":1: key 'prompt': two columns have this name"),
+        ("prompt,chosen,rejected,margin\na,b,c,high\n", ":2: key 'margin': the cell must hold a number, got 'high'"),
+        ("prompt,completions,ranks\na,b,c\n", ":2: key 'completions': the cell must hold a JSON list, got 'b'"),
+        ("prompt,chosen,rejected,margin\na,b,c,nan\n", ":2: key 'margin': must be a finite number"),
+        ('prompt\n"a\n', ":2: not valid CSV"),
+        (b"prompt\na\n\xff\n", ":3: not UTF-8: byte 0xff at byte 9 of the file"),
+    ],
+)
+def test_bad_csv_is_named(write, text, message):
+    path = write(text, "rows.csv")
+    assert refusal(path).startswith(path + message)
+
+
+def test_parquet_rows_and_nulls(write, tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    path = str(tmp_path / "rows.parquet")
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2.0}, {"prompt": "q", "chosen": "a"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert refusal(path).startswith(f"{path}:2: key 'rejected': is missing; keys found: chosen, prompt")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), path)
+    assert load_records(path).rows[0].margin == 2.0
+    assert "not a readable Parquet file" in refusal(write("nonsense", "bad.parquet"))
+
+
+def test_optional_packages_are_named(write, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert refusal(write("x", "rows.parquet")).endswith("needs pyarrow; run: pip install pyarrow")
+    assert refusal("some/dataset").endswith("run: pip install 'rlhf-lightning[hub]'")
+
+
+def test_hub_data_sets(monkeypatch):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        if split == "absent":
+            raise RuntimeError("no such split\nmore")
+        return [{"prompt": "p", "completion": "c", "chosen": None}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    (row,) = load_records("owner/name:test").rows
+    assert (row.form, row.where, asked) == ("demonstration", "owner/name:test:1", [("owner/name", "test")])
+    load_records("owner/name")
+    assert asked[-1] == ("owner/name", "train")
+    assert "cannot be loaded (no such split)" in refusal("owner/name:absent")
+
+
+def test_every_fault_of_a_file_can_be_collected(write):
+    path = write(f"{GOOD}\n{{\n{GOOD}\n[]\n")
+    found = [isinstance(row, InputError) for row in checked_rows(path, Counter())]
+    assert found == [False, True, False, True]
+
+
+_TEXTS = st.text(max_size=8) | st.sampled_from(["", " ", "\n\nHuman: a\n\nAssistant: b", "\ud800", "<|im_end|>"])
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | _TEXTS | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner),
+    max_leaves=6,
+)
+_KEYS = [
+    "prompt",
+    "chosen",
+    "rejected",
+    "completions",
+    "ranks",
+    "ratings",
+    "completion",
+    "messages",
+    "margin",
+    "weight",
+]
+_ROWS = st.dictionaries(st.sampled_from(_KEYS) | st.text(max_size=3), _VALUES, max_size=5)
+_QUICK = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def _rows_or_refusals(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    dropped: Counter[str] = Counter()
+    try:
+        for row in checked_rows(str(path), dropped):
+            if isinstance(row, InputError):
+                assert str(row).startswith(f"{path}:") and "\n" not in str(row)
+            elif row is not None:
+                assert all(text.strip() for text in row.responses) and 0 <= row.margin < float("inf") > row.weight > 0
+    except InputError as error:
+        assert str(error).startswith(str(path))
+
+
+@_QUICK
+@given(content=st.binary(max_size=200), name=st.sampled_from(["a.jsonl", "a.csv", "a.jsonl.gz", "a.parquet"]))
+def test_any_bytes_give_rows_or_an_input_error(tmp_path, content, name):
+    _rows_or_refusals(tmp_path / name, gzip.compress(content) if name.endswith(".gz") else content)
+
+
+@_QUICK
+@given(rows=st.lists(_ROWS, max_size=4))
+def test_any_json_gives_rows_or_an_input_error(tmp_path, rows):
+    _rows_or_refusals(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)).encode())
+
+
+@_QUICK
+@given(text=st.lists(st.sampled_from([*_KEYS, ",", "\n", '"', "1", "[", "]", "a", "nan"]), max_size=25).map("".join))
+def test_any_csv_gives_rows_or_an_input_error(tmp_path, text):
+    _rows_or_refusals(tmp_path / "a.csv", text.encode())
