@@ -20,6 +20,13 @@ def decoder_layers(trunk: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, lists[name]
 
 
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The input embeddings ``[V, H]``."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only the layers' inputs for the backward pass, and compute the rest again: less memory, a third more time.
 

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.layers import embedding_weight
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -142,7 +143,7 @@ def check_vocabularies(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
     Raises:
         InputError: on a GPU that would be a device-side assert, long after the start.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_weight(model).shape[0]
     token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if index >= rows:
         raise InputError(

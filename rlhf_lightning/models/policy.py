@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.models.layers import decoder_layers, linear_in_full_precision
+from rlhf_lightning.models.layers import decoder_layers, embedding_weight, linear_in_full_precision
 from rlhf_lightning.models.loading import draw_head
 from rlhf_lightning.models.positions import response_mask
 from rlhf_lightning.ops.linear_token_log_probs import linear_token_log_probs
@@ -72,14 +72,16 @@ class Policy(nn.Module):
             self._branch_layers = _checked_depth(critic, len(decoder_layers(self._trunk)[1]))
             self.branch = _branch(self._trunk, self._branch_layers)
             self._check_branch()
-        embeddings = model.get_input_embeddings().weight
+        embeddings = embedding_weight(model)
         width = model.config.get_text_config().hidden_size
         self.critic_head = nn.Linear(width, 1, device=embeddings.device, dtype=embeddings.dtype)
         draw_head(self.critic_head, seed)
 
     @property
     def _trunk(self) -> PreTrainedModel:
-        return self.model.base_model
+        trunk = self.model.base_model
+        assert isinstance(trunk, PreTrainedModel)
+        return trunk
 
     @property
     def sliding_window(self) -> int | None:
@@ -185,7 +187,8 @@ class Policy(nn.Module):
         below = None if self.branch is None else output.hidden_states[-1 - self._branch_layers]
         return below, output.last_hidden_state
 
-    def _branch_states(self, below: Tensor) -> Tensor:
+    def _branch_states(self, below: Tensor | None) -> Tensor:
+        assert self.branch is not None and below is not None
         return self.branch(inputs_embeds=below, use_cache=False, **self._positions(below)).last_hidden_state
 
     def _positions(self, like: Tensor) -> dict[str, Tensor]:
@@ -205,7 +208,9 @@ class Policy(nn.Module):
 
     def _logits(self, states: Tensor) -> Tensor:
         """``[N, H]`` -> ``[N, V]``."""
-        return self.model.get_output_embeddings()(states) if self.fused else self._own_head(states)
+        if not self.fused:
+            return self._own_head(states)
+        return functional.linear(states, self.model.get_output_embeddings().weight)
 
     def _own_head(self, states: Tensor) -> Tensor:
         """What the model itself makes of final hidden states ``[N, H]``: its forward, with the trunk's output given."""
@@ -283,7 +288,7 @@ def _checked_depth(critic: Any, layers: int) -> int:
 
 
 def _probe(model: PreTrainedModel) -> Tensor:
-    embeddings = model.get_input_embeddings().weight
+    embeddings = embedding_weight(model)
     return torch.arange(min(3, embeddings.shape[0]), device=embeddings.device)[None]
 
 

@@ -40,7 +40,9 @@ class ScalarModel(nn.Module):
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         positions = {"position_ids": places} if self._takes_positions else {}
         states = self.model.base_model(input_ids=tokens, use_cache=False, **positions).last_hidden_state
-        scores = linear_in_full_precision(states, self.model.score)[..., 0]
+        score = self.model.score
+        assert isinstance(score, nn.Linear)
+        scores = linear_in_full_precision(states, score)[..., 0]
         if normalise:
             scores = (scores - self.reward_mean) / self.reward_std
         return scores.masked_fill(places >= lengths[:, None], 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,10 @@ def shard(module: _Model, mesh: DeviceMesh, precision: MixedPrecisionPolicy | No
         mesh: one dimension, or replicas by shards.
         precision: e.g. ``bf16_policy()``; None computes in the weights' dtype.
     """
-    options = {"mesh": mesh, "mp_policy": precision or MixedPrecisionPolicy()}
-    trunks = [module.model.base_model] + ([module.branch] if getattr(module, "branch", None) is not None else [])
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision or MixedPrecisionPolicy()}
+    trunks = [module.model.base_model]
+    if isinstance(module, Policy) and module.branch is not None:
+        trunks.append(module.branch)
     for trunk in trunks:
         for layer in decoder_layers(trunk)[1]:
             fully_shard(layer, reshard_after_forward=True, **options)
