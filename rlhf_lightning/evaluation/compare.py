@@ -155,12 +155,8 @@ def compare(
     # All tokenizers first: a mistyped folder is found before the first policy has answered for an hour.
     tokenizers = {name: load_tokenizer(folder, settings.trust_remote_code) for name, folder in policies.items()}
     comparable = {name: same_vocabulary(own, reference_tokenizer) for name, own in tokenizers.items()}
-    if reference is not None and not all(comparable.values()):
-        name = next(name for name, same in comparable.items() if not same)
-        raise InputError(
-            f"--reference {reference}: its vocabulary is not that of {name} ({policies[name]}), and KL needs models of "
-            "one vocabulary: name the model that the policy was trained from"
-        )
+    if reference is not None:
+        _check_reference(reference, policies, comparable)
     reference_policy = _load(reference_folder, reference_tokenizer, settings)
     texts: list[str] = []
     found = {}
@@ -181,6 +177,15 @@ def compare(
         found[name] = measured
         say(f"{name}: {len(measured.responses)} prompts answered in {measured.seconds:.1f} s")
     return Comparison(texts, found, baseline, tuple(rewards), settings)
+
+
+def _check_reference(reference: str | Path, policies: Mapping[str, str | Path], comparable: Mapping[str, bool]) -> None:
+    for name, same in comparable.items():
+        if not same:
+            raise InputError(
+                f"--reference {reference}: its vocabulary is not that of {name} ({policies[name]}), and KL needs "
+                "models of one vocabulary: name the model that the policy was trained from"
+            )
 
 
 def _load(folder: str | Path, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Policy:

@@ -82,7 +82,7 @@ def reward_histogram(comparison: Comparison, reward: str, labels: Mapping[str, s
     labels = labels or {}
     groups = {labels.get(name, name): a.scores[reward].tolist() for name, a in comparison.answers.items()}
     judge = labels.get(reward, reward)
-    return histogram_chart(f"{judge[:1].upper()}{judge[1:]} reward", groups, f"{judge} reward")
+    return histogram_chart(f"Rewards by {judge}", groups, "reward")
 
 
 def samples(
@@ -111,20 +111,22 @@ def samples(
 
 
 def sections(comparison: Comparison, labels: Mapping[str, str] | None = None) -> list[Section]:
-    """The comparison as sections of a report: the table with win rates, the spread of rewards, the samples."""
-    several = len(comparison.answers) > 1
-    charts = [win_rate_chart(comparison, reward, labels) for reward in comparison.rewards] if several else []
+    """The comparison as sections of a report: table and charts, then samples."""
+    charts = []
+    for reward in comparison.rewards:
+        if len(comparison.answers) > 1:
+            charts.append(win_rate_chart(comparison, reward, labels))
+        charts.append(reward_histogram(comparison, reward, labels))
     settings = comparison.settings
     asked = (
         f"{len(comparison.prompts)} held-out prompts, each answered once by every policy at temperature "
         f"{settings.temperature:g}, at most {settings.max_new_tokens} tokens long, from the same random draws."
     )
-    found = [Section("The comparison", asked, tables=[comparison_table(comparison, labels)], figures=charts)]
-    if comparison.rewards:
-        spread = [reward_histogram(comparison, reward, labels) for reward in comparison.rewards]
-        found.append(Section("How the rewards are spread", figures=spread))
     even = "Prompts evenly spread over the set, not chosen; every policy's answer to each."
-    return [*found, Section("Samples", even, samples=samples(comparison, labels=labels))]
+    return [
+        Section("The comparison", asked, tables=[comparison_table(comparison, labels)], figures=charts),
+        Section("Samples", even, samples=samples(comparison, labels=labels)),
+    ]
 
 
 def terminal_table(table: Table) -> TerminalTable:

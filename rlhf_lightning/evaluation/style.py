@@ -39,16 +39,16 @@ a { color: var(--c1); text-underline-offset: 0.2em; text-decoration-thickness: 1
 .scroll { overflow-x: auto; margin: 1.25rem 0 0; }
 table { border-collapse: collapse; width: 100%; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 650; padding-bottom: 0.4rem; }
-th, td { padding: 0.6rem 0.9rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: 0.6rem 0.65rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th:last-child, td:last-child { padding-right: 0; }
 thead th { color: var(--quiet); font-weight: 500; font-size: 0.84rem; border-bottom: 1px solid var(--ink);
   vertical-align: bottom; }
-thead th { white-space: normal; min-width: 4.5rem; line-height: 1.3; }
+thead th { white-space: normal; min-width: 4rem; line-height: 1.3; }
 tbody th { font-weight: 600; }
-td .interval { display: inline-grid; grid-template-columns: auto auto; align-items: center; gap: 0 0.75rem; }
+td .interval { display: inline-grid; grid-template-columns: auto auto; align-items: center; gap: 0 0.6rem; }
 td .interval small { grid-column: 1; color: var(--quiet); font-size: 0.8rem; line-height: 1.2; }
-td .interval svg { grid-column: 2; grid-row: 1 / span 2; width: 6.5rem; height: 1.5rem; display: block; }
+td .interval svg { grid-column: 2; grid-row: 1 / span 2; width: 5.5rem; height: 1.27rem; display: block; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.25rem;
   margin: 1.25rem 0 0; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 0.6rem;
