@@ -100,7 +100,7 @@ class RunCheckpoint(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint of now, unless there is one; every process calls it."""
         batches = _batches(trainer)
-        if batches == self._saved or trainer.fast_dev_run:
+        if batches == self._saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert self._folder is not None
         destination = self._folder / f"batch-{batches:08d}.ckpt"

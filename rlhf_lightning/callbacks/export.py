@@ -18,7 +18,7 @@ class ModelExport(Callback):
     def __init__(self, name: str = "model") -> None:
         self.name = name
 
-    def on_fit_end(self, trainer: Trainer, pl_module: RLHFModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """Every process takes part: sharded weights are gathered."""
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             pl_module.export(run_folder(trainer) / self.name)

@@ -35,11 +35,11 @@ class SampleTable(Callback):
         self.every_n_batches = every_n_batches
         self._held_out: PromptBatch | None = None
 
-    def setup(self, trainer: Trainer, pl_module: RLHFModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: RLHFModule, stage: str) -> None:  # type: ignore[override]
         """Find the run's folder, while all processes are here."""
         self.path = run_folder(trainer) / "samples.jsonl"
 
-    def on_train_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """After a resume the samples logged later than the checkpoint are written again."""
         if trainer.ckpt_path is not None and trainer.is_global_zero:
             rewind_lines(self.path, logged_step(trainer))
@@ -52,14 +52,14 @@ class SampleTable(Callback):
         if stage == "val" or trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_batches == 0:
             self.write(trainer, rollout, scores, stage)
 
-    def on_validation_batch_end(
+    def on_validation_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: RLHFModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Keep the first prompts."""
         if batch_idx == 0 and pl_module.policy is not None and pl_module.automatic_optimization:
             self._held_out = prompts_of(batch, self.rows, pl_module.tokenizer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: RLHFModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """Answer them; every process takes part, as sharded weights ask for."""
         prompts, self._held_out = self._held_out, None
         if prompts is not None and not trainer.sanity_checking:

@@ -107,7 +107,7 @@ class DPOModule(PolicyModule):
 
     def terms(self, batch: PreferenceBatch) -> PairTerms:
         """Losses, implied rewards and log-probs of the pairs."""
-        assert self.policy is not None
+        assert self.policy is not None and self.reference is not None
         rows = as_rows(batch)
         mask = response_mask(rows.prompt_lengths, rows.lengths)
         log_probs = -negative_log_likelihood(self.policy(*rows).log_probs, mask)  # [2B]
@@ -116,7 +116,8 @@ class DPOModule(PolicyModule):
         ratios = log_probs - reference
         tokens = mask.sum(dim=1).clamp(min=1)
         scaled = ratios / tokens if self.loss == "ipo" else ratios
-        losses = preference_loss(*scaled.chunk(2), self.beta, self.loss, self.label_smoothing)
+        chosen, rejected = scaled.chunk(2)
+        losses = preference_loss(chosen, rejected, self.beta, self.loss, self.label_smoothing)
         if self.sft_coef > 0:
             losses = losses - self.sft_coef * (log_probs / tokens).chunk(2)[0]
         return PairTerms(losses, *(self.beta * ratios).detach().chunk(2), *log_probs.detach().chunk(2))

@@ -44,7 +44,7 @@ class RewardModelModule(RLHFModule):
         label_smoothing: the probability that a label is the wrong way round, below 0.5.
         centring: weight of the squared sum of a pair's scores, which keeps the scores around 0.
         normalise: how the exported model's scores are normalised, over the chosen held-out responses (those of the
-            training set where none are held out): ``mean`` makes their mean 0 and keeps differences log-odds;
+            last epoch of training where none are held out): ``mean`` makes their mean 0 and keeps differences log-odds;
             ``mean_and_std`` also makes their deviation 1; ``none`` leaves the scores as they are.
         seed: of the fresh head.
         kwargs: the optimizer's and the model's options, see `RLHFModule`.
@@ -68,6 +68,7 @@ class RewardModelModule(RLHFModule):
         self.centring = centring
         self.normalise = normalise
         self.seed = seed
+        self._trained_on = Totals()  # the chosen scores of the current epoch
         self.calibration = BinaryCalibrationError(n_bins=10, norm="l1")
 
     def configure_model(self) -> None:
@@ -87,6 +88,7 @@ class RewardModelModule(RLHFModule):
         counted = batch.weights > 0
         self.step_totals.add("train/accuracy", wins(chosen, rejected), counted)
         self.step_totals.add("train/margin", chosen - rejected, counted)
+        _add_moments(self._trained_on, chosen, counted)
         return loss
 
     def scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
@@ -132,23 +134,21 @@ class RewardModelModule(RLHFModule):
         self.calibration.reset()
         return means
 
+    def on_train_epoch_start(self) -> None:
+        """Scores of earlier epochs are those of another model."""
+        self._trained_on = Totals()
+
     def on_train_end(self) -> None:
         """Measure the chosen responses and store their mean (and deviation) with the model."""
         if self.normalise == "none":
             return
         assert self.scalar is not None
-        trainer = self.trainer
-        loader = trainer.val_dataloaders if trainer.val_dataloaders is not None else trainer.train_dataloader
         totals = Totals()
-        with torch.no_grad():
-            for batch in loader:
-                batch = trainer.strategy.batch_to_device(batch)
-                chosen, _ = self.scores(batch)
-                totals.add("mean", chosen, batch.weights > 0)
-                totals.add("square", chosen.double().square(), batch.weights > 0)
-        means = totals.means()
-        if not means:
-            return
+        for batch in self.trainer.val_dataloaders or ():
+            batch = self.trainer.strategy.batch_to_device(batch)
+            with torch.no_grad():
+                _add_moments(totals, self.scores(batch)[0], batch.weights > 0)
+        means = totals.means() or self._trained_on.means()
         deviation = math.sqrt(max(0.0, means["square"] - means["mean"] ** 2))
         # Equal scores have no deviation to divide by.
         spread = deviation if self.normalise == "mean_and_std" and deviation > 0 else 1.0
@@ -158,6 +158,11 @@ class RewardModelModule(RLHFModule):
         """Write an ``AutoModelForSequenceClassification`` folder; every process calls it, the first one writes."""
         assert self.scalar is not None
         export_scalar(self.scalar, self.tokenizer, folder)
+
+
+def _add_moments(totals: Totals, scores: Tensor, counted: Tensor) -> None:
+    totals.add("mean", scores, counted)
+    totals.add("square", scores.double().square(), counted)
 
 
 def wins(first: Tensor, second: Tensor) -> Tensor:

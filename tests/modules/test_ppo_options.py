@@ -16,6 +16,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.modules.actor_critic import ActorCriticModule
 from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.optimisation import OptimisedModule
 from rlhf_lightning.modules.ppo import PPOModule
 
 BASE = {
@@ -107,7 +108,7 @@ def base(tiny_policy_dir):
 
 def test_every_option_is_in_the_table():
     names = set()
-    for owner in (PPOModule, ActorCriticModule, RLHFModule):
+    for owner in (PPOModule, ActorCriticModule, RLHFModule, OptimisedModule):
         names |= set(inspect.signature(owner.__init__).parameters) - {"self", "kwargs"}
     assert names == set(OTHER) | ELSEWHERE
 
