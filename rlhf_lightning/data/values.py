@@ -24,16 +24,19 @@ Prompt = str | tuple[Message, ...]
 
 
 def refused(where: str, key: str, problem: str) -> InputError:
+    """The error that refuses a row: ``where`` is file and line."""
     return InputError(f"{where}: key '{key}': {problem}")
 
 
 def checked_text(value: Any, where: str, key: str) -> str:
+    """A text, empty or not."""
     if not isinstance(value, str):
         raise refused(where, key, f"must be text, got {kind_of(value)}; repair or delete the row")
     return value
 
 
 def checked_prompt(value: Any, where: str, key: str) -> Prompt:
+    """A prompt as text that is not empty, or as messages up to the one to answer."""
     if isinstance(value, list):
         messages = checked_messages(value, where, key)
         if messages[-1].role == "assistant":
@@ -57,6 +60,7 @@ def checked_response(value: Any, where: str, key: str) -> str:
 
 
 def checked_messages(value: Any, where: str, key: str) -> tuple[Message, ...]:
+    """A list of one message or more, each with a known role and a text."""
     messages = []
     for i, item in enumerate(checked_list(value, where, key)):
         at = f"{key}[{i}]"
@@ -77,12 +81,14 @@ def checked_messages(value: Any, where: str, key: str) -> tuple[Message, ...]:
 
 
 def checked_list(value: Any, where: str, key: str) -> list[Any]:
+    """A list."""
     if not isinstance(value, list):
         raise refused(where, key, f"must be a list, got {kind_of(value)}; repair or delete the row")
     return value
 
 
 def checked_number(value: Any, where: str, key: str) -> float:
+    """A finite number; true and false are none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise refused(where, key, f"must be a number, got {kind_of(value)}; repair or delete the row")
     try:
