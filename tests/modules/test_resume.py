@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from lightning.pytorch import Callback
 from small_data import SmallData, train
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
@@ -62,6 +64,44 @@ def test_resume_is_bit_for_bit(kind: str, crash_after: int, tiny_policy_dir: Pat
     moments = [module.trainer.optimizers[0].state_dict()["state"] for module in (straight, resumed)]
     for index, state in moments[0].items():
         assert all(torch.equal(moments[1][index][name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("crash_after", [3, 6])
+def test_resume_with_the_real_data_and_validation(crash_after: int, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    words = [
+        "the",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "red",
+        "green",
+        "blue",
+        "cat",
+        "dog",
+        "bird",
+        "fish",
+        "sees",
+        "likes",
+        "finds",
+    ]
+    rows = [{"prompt": f"{a} {b}", "completion": f"{b} {a} {a}"} for a in words[:6] for b in words[6:10]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def fit_real(run: str, *callbacks: Callback, ckpt_path: str | None = None) -> dict:
+        data = PreferenceDataModule(str(tmp_path / "rows.jsonl"), batch_size=4, validation_fraction=0.2)
+        module = SFTModule(str(tiny_policy_dir), learning_rate=0.01, schedule="cosine")
+        checkpoint = RunCheckpoint(every_n_batches=1)
+        options = {"callbacks": [checkpoint, *callbacks], "enable_checkpointing": True, "max_epochs": 3}
+        return train(module, data, ckpt_path=ckpt_path, default_root_dir=tmp_path / run, **options)
+
+    expected = fit_real("straight")
+    with pytest.raises(Crash):
+        fit_real("broken", CrashAfter(crash_after))
+    got = fit_real("broken", ckpt_path=str(latest(tmp_path / "broken" / "checkpoints")))
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
 def test_resume_under_fsdp2_from_a_folder_of_shards(tiny_policy_dir: Path, tmp_path: Path) -> None:

@@ -121,6 +121,15 @@ def test_exported_scores_of_chosen_responses_are_normalised(
         assert float(chosen.std(unbiased=False)) == pytest.approx(1.0, abs=1e-4)
 
 
+def test_without_held_out_data_the_training_scores_normalise(tiny_policy_dir: Path) -> None:
+    module = RewardModelModule(str(tiny_policy_dir), learning_rate=1e-12)
+    data = SmallData(tiny_policy_dir, [[0, 1], [2, 3]])
+    train(module, data, max_epochs=2)
+    chosen = module.scores(data.collate([0, 1, 2, 3]))[0]
+    assert module.scalar.reward_mean != 0.0
+    assert float(chosen.mean()) == pytest.approx(0.0, abs=1e-5)
+
+
 def test_a_trained_head_where_there_is_none_is_an_error(tiny_policy_dir: Path) -> None:
     with pytest.raises(InputError, match=r"score.weight"):
         train(RewardModelModule(str(tiny_policy_dir), head="trained"), SmallData(tiny_policy_dir, [[0]]))
