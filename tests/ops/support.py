@@ -24,7 +24,7 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
 def randint(high: int, *shape: int, seed: int = 0) -> torch.Tensor:

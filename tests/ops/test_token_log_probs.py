@@ -83,7 +83,7 @@ def test_against_the_definition(function, dtype, vocabulary):
 @needs_native
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [1, 7, 129])
-@pytest.mark.parametrize("vocabulary", SIZES + [5000])
+@pytest.mark.parametrize("vocabulary", [*SIZES, 5000])
 def test_native_is_near_the_reference(dtype, rows, vocabulary):
     logits, tokens = randn(rows, vocabulary, dtype=dtype, scale=4.0), randint(vocabulary, rows)
     got, expected = (gradients(f, logits, tokens, 1.3) for f in (token_log_probs, reference))
