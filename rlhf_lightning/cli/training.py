@@ -157,6 +157,9 @@ class TrainingCLI(LightningCLI):
         if self.options.model is None or _imported(self.options.model.class_path) is RLHFModule:
             stages = ", ".join(name for name in shipped_configs() if "/" not in name)
             raise InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")
+        strategy = self.options.trainer.strategy
+        if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
+            raise InputError(f"trainer.strategy: {strategy} cannot run manual optimisation; use fsdp2 (--config fsdp.yaml)")
         root = self.options.runs or Path(self.options.trainer.default_root_dir or ".") / "runs"
         resuming = self.options.ckpt_path is not None
         if self.options.ckpt_path == "last" and self.options.run is None:
@@ -183,7 +186,7 @@ class TrainingCLI(LightningCLI):
         given = self._get(self.config_init, "trainer").get("logger")
         own = [] if isinstance(given, bool) or given is None else given
         loggers: list[Logger] = list(own) if isinstance(own, Iterable) else [own]
-        if given is not False:
+        if given is not False and self.subcommand != "predict":
             loggers = [
                 EventLogger(save_dir=str(self.folder.parent), name=self.run, version=""),
                 JsonlLogger(self.folder),

@@ -115,7 +115,7 @@ def right_advice(plant: str, topic: str) -> str:
 
 
 def all_questions() -> list[Question]:
-    """Every question there is: plants x (ordered choices of two or three topics) x phrasings, 5,400 in a fixed order."""
+    """Every question there is, in a fixed order: plants x ordered choices of two or three topics x phrasings, 5,400."""
     questions = []
     for plant in CARE:
         for count in (2, 3):

@@ -12,7 +12,8 @@ An answer is cut into sentences and every sentence is read against the grammar o
   out of place; -1 for anything that is not a sentence of the grammar (babble, or a sentence broken off by the token
   limit).
 
-The best value is 4.0; nothing is gained by length, by repeating pleasant sentences, or by advice that ignores the plant.
+The best value is 4.0. Nothing is gained by length, by repeating pleasant sentences, or by advice that ignores the
+plant.
 """
 
 from __future__ import annotations

@@ -1,0 +1,128 @@
+"""``python -m rlhf_lightning demo``: SFT, reward model, PPO and DPO on a built-in world, offline, in minutes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rlhf_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.demo.report import Results
+    from rlhf_lightning.demo.stages import Size
+
+_R = TypeVar("_R")
+_LEFT = ("start", "data", "sft", "reward_model", "ppo", "dpo", "report.json", "report.html")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when the report is written, InputError where the options are at fault."""
+    options = _parser().parse_args(list(sys.argv[1:] if argv is None else argv))
+    root = Path(options.out)
+    if options.seed < 0:
+        raise InputError(f"--seed {options.seed}: expected a number of at least 0")
+    if root.exists() and not root.is_dir():
+        raise InputError(f"--out {root}: a file, where a folder is expected")
+    if taken := next((root / name for name in _LEFT if (root / name).exists()), None):
+        raise InputError(f"--out {root}: holds {taken.name} of another run; choose another folder, or remove this one")
+
+    # Imported here, so that --help and wrong options answer at once.
+    from rich.console import Console
+
+    from rlhf_lightning.demo.report import terminal_table
+    from rlhf_lightning.demo.stages import FULL, QUICK
+
+    results = run(root, QUICK if options.quick else FULL, options.seed)
+    Console(width=None if sys.stdout.isatty() else 120).print(terminal_table(results))
+    reward_model = results.numbers()["reward_model"]
+    print(
+        f"reward model: {reward_model['accuracy']:.3f} of noisy labels right, at most "
+        f"{reward_model['label_ceiling']:.3f} possible; total {results.seconds['total']:.0f} s"
+    )
+    print(f"report: {root / 'report.html'}")
+    print(f"go on:  tensorboard --logdir {root}")
+    return 0
+
+
+def run(root: Path, size: Size, seed: int) -> Results:
+    """All stages in order, each with its heading and its time; leaves runs, models and the report under ``root``."""
+    from rlhf_lightning.data.records import load_records
+    from rlhf_lightning.demo import stages
+    from rlhf_lightning.demo.report import Results, read_all_curves, write
+    from rlhf_lightning.evaluation.compare import Settings, compare
+    from rlhf_lightning.rewards.function import FunctionReward
+    from rlhf_lightning.rewards.model import ModelReward
+
+    began = time.monotonic()
+    folder = stages.Folder(root)
+    seconds: dict[str, float] = {}
+
+    def stage(name: str, heading: str, work: Callable[[], _R]) -> _R:
+        start = time.monotonic()
+        print(f"\n=== {heading}", flush=True)
+        result = work()
+        seconds[name] = time.monotonic() - start
+        print(f"=== {name}: {seconds[name]:.1f} s", flush=True)
+        return result
+
+    print(stage("data", "1/7 data, tokenizer and an untrained model", lambda: stages.prepare(folder, size, seed)))
+    stage("sft", "2/7 SFT: imitate the demonstrations", lambda: stages.train("sft", folder, size, seed))
+    held_out = stage(
+        "rankings", "3/7 candidates, ranked by a simulated annotator", lambda: stages.rank(folder, size, seed)
+    )
+    stage(
+        "reward_model", "4/7 reward model, from the rankings", lambda: stages.train("reward_model", folder, size, seed)
+    )
+    stage("ppo", "5/7 PPO against the reward model", lambda: stages.train("ppo", folder, size, seed))
+    stage("dpo", "6/7 DPO, from the rankings", lambda: stages.train("dpo", folder, size, seed))
+    questions = load_records(str(folder.data("demonstrations_held_out"))).rows
+    comparison = stage(
+        "comparison",
+        "7/7 comparison on held-out questions",
+        lambda: compare(
+            {name: folder.model(name) for name in ("sft", "ppo", "dpo")},
+            questions,
+            {
+                "gold": FunctionReward("rlhf_lightning.demo.gold:gold_reward"),
+                "proxy": ModelReward(str(folder.model("reward_model"))),
+            },
+            Settings(stages.MAX_NEW_TOKENS, stages.TEMPERATURE, seed, batch_size=128),
+            text=questions,
+            say=lambda line: print(line, flush=True),
+        ),
+    )
+    seconds["total"] = time.monotonic() - began
+    results = Results(
+        seed=seed,
+        seconds=seconds,
+        comparison=comparison,
+        curves=read_all_curves(root),
+        label_ceiling=stages.annotator(seed).label_ceiling([pair for ranking in held_out for pair in ranking.pairs()]),
+        notes={
+            "command": f"python -m rlhf_lightning demo --seed {seed} --out {root}"
+            + (" --quick" if size is stages.QUICK else ""),
+            "wall time": "\n".join(f"{name}: {spent:.1f} s" for name, spent in seconds.items()),
+            "annotator": f"Plackett-Luce at temperature {stages.ANNOTATOR_TEMPERATURE} of gold reward, "
+            f"{stages.ANNOTATOR_LAPSE:.0%} of rankings at random",
+        },
+    )
+    write(results, root)
+    return results
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rlhf_lightning demo",
+        description="Train SFT, a reward model, PPO and DPO on a small built-in world, offline, and compare them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="runs/demo", metavar="DIR", help="folder of the runs and the report (default: %(default)s)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a reduced size, as a check that everything works")
+    return parser

@@ -1,0 +1,195 @@
+"""What the demo ends with: report.json, report.html and a table in the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table as TerminalTable
+
+from rlhf_lightning import __version__
+from rlhf_lightning.demo.gold import BEST
+from rlhf_lightning.evaluation.charts import Figure, Series, line_chart, trajectory_chart
+from rlhf_lightning.evaluation.compare import Comparison
+from rlhf_lightning.evaluation.curves import Curves, path_over, read_curves, series
+from rlhf_lightning.evaluation.present import sections
+from rlhf_lightning.evaluation.report import Highlight, Report, Section, write_report
+
+LABELS = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO", "gold": "gold", "proxy": "reward model"}
+_COLOR = {"sft": 0, "ppo": 1, "dpo": 2}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that was measured."""
+
+    seed: int
+    seconds: dict[str, float]  # by stage
+    comparison: Comparison  # of the policies, by the rewards "gold" and "proxy"
+    curves: dict[str, Curves]  # by training stage
+    label_ceiling: float
+    notes: dict[str, str]  # what was run, for the end of the page
+
+    def numbers(self) -> dict[str, Any]:
+        """The content of report.json; all on held-out prompts."""
+        answers = self.comparison.answers
+        reward_model = self.curves["reward_model"]
+        found: dict[str, Any] = {
+            "seed": self.seed,
+            "versions": versions(),
+            "wall_seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
+            "sft": {"perplexity": answers["sft"].perplexity, "gold_reward": _mean(self.comparison, "sft", "gold")},
+            "reward_model": {
+                "accuracy": reward_model["val/accuracy"][1][-1],
+                "label_ceiling": self.label_ceiling,
+                "calibration_error": reward_model["val/calibration_error"][1][-1],
+            },
+        }
+        for policy in ("ppo", "dpo"):
+            rate, kl = self.comparison.win_rate(policy, "gold"), answers[policy].k1
+            assert kl is not None  # the demo's policies all have one vocabulary
+            found[policy] = {
+                "gold_reward": _mean(self.comparison, policy, "gold"),
+                "proxy_reward": _mean(self.comparison, policy, "proxy"),
+                "kl": float(kl.mean()),
+                "win_rate_vs_sft": rate.value,
+                "win_rate_ci": [rate.low, rate.high],
+            }
+        return found
+
+
+def read_all_curves(root: Path) -> dict[str, Curves]:
+    """The metrics of the four training runs, by stage."""
+    return {stage: read_curves(root / stage / "metrics.jsonl") for stage in ("sft", "reward_model", "ppo", "dpo")}
+
+
+def write(results: Results, folder: Path) -> None:
+    """Write ``report.json`` and ``report.html``."""
+    text = json.dumps(results.numbers(), indent=2, allow_nan=False) + "\n"
+    (folder / "report.json").write_text(text, encoding="utf-8")
+    write_report(page(results), folder / "report.html")
+
+
+def page(results: Results) -> Report:
+    """The page as data."""
+    numbers = results.numbers()
+    ppo, dpo, reward_model = numbers["ppo"], numbers["dpo"], numbers["reward_model"]
+    ceiling = reward_model["label_ceiling"]
+    count = len(results.comparison.prompts)
+    return Report(
+        title="From demonstrations to an aligned model",
+        summary=(
+            "A tiny Llama learned to answer questions about pot plants from gardeners of mixed skill (SFT). Its "
+            "answers were ranked by a simulated annotator, a reward model learned from the rankings, and PPO and DPO improved "
+            "the SFT model. The gold reward, known here and never trained on, prefers PPO's answer to SFT's on "
+            f"{ppo['win_rate_vs_sft']:.0%} of {count} held-out questions, and DPO's on {dpo['win_rate_vs_sft']:.0%}."
+        ),
+        highlights=[
+            _win_rate("PPO over SFT", ppo),
+            _win_rate("DPO over SFT", dpo),
+            Highlight("PPO's distance from SFT", f"{ppo['kl']:.1f} nats", "mean KL of an answer"),
+            Highlight(
+                "Reward model",
+                f"{reward_model['accuracy']:.1%}",
+                f"right on noisy labels; {ceiling:.1%} is the most possible",
+            ),
+        ],
+        sections=[*sections(results.comparison, LABELS), _over_optimisation(results), _learning(results.curves)],
+        provenance={**results.notes, "versions": ", ".join(f"{k} {v}" for k, v in versions().items())},
+    )
+
+
+def _win_rate(label: str, numbers: dict[str, Any]) -> Highlight:
+    low, high = numbers["win_rate_ci"]
+    return Highlight(label, f"{numbers['win_rate_vs_sft']:.1%}", f"win rate, 95% interval {low:.1%} to {high:.1%}")
+
+
+def _over_optimisation(results: Results) -> Section:
+    curves = results.curves["ppo"]
+    chart = trajectory_chart(
+        "Proxy and gold reward over KL, along PPO",
+        [
+            path_over(curves, "objective/kl", "objective/scores", "reward model", color=1),
+            path_over(curves, "objective/kl", "gold/train", "gold", color=3),
+        ],
+        "KL to SFT, nats",
+        "reward",
+        caption="One dot an iteration: mean over its responses. The reward model's scores have mean 0 and deviation 1 "
+        "on the SFT model's preferred answers.",
+        counting="iteration",
+    )
+    return Section(
+        "Does the reward model stay right?",
+        "A policy can learn to please the reward model (the proxy) without getting better. As long as both rise with "
+        f"the distance from the SFT model, optimising the proxy pays. The best possible gold reward is {BEST:g}.",
+        figures=[chart],
+    )
+
+
+def _learning(curves: dict[str, Curves]) -> Section:
+    sft, reward_model, ppo, dpo = (curves[stage] for stage in ("sft", "reward_model", "ppo", "dpo"))
+    figures = [
+        _curves(
+            "SFT: loss", [series(sft, "train/loss", "training"), series(sft, "val/loss", "held out")], "nats/token"
+        ),
+        _curves("Reward model: accuracy", [_smooth(series(reward_model, "train/accuracy"))], "share of pairs"),
+        _curves("PPO: score of the reward model", [series(ppo, "objective/scores", color=1)], "score"),
+        _curves("PPO: gold reward", [series(ppo, "gold/train", color=3)], "points"),
+        _curves("PPO: KL to SFT", [series(ppo, "objective/kl", color=1)], "nats a response"),
+        _curves("PPO: length", [series(ppo, "rollout/length", color=1)], "tokens a response"),
+        _curves("PPO: explained variance of the critic", [series(ppo, "val/explained_variance", color=1)], "share"),
+        _curves("DPO: accuracy", [_smooth(series(dpo, "train/accuracy", color=2))], "share of pairs"),
+    ]
+    return Section("Learning curves", "Everything the runs logged is in their metrics.jsonl.", figures=figures)
+
+
+def _curves(title: str, lines: list[Series], y_label: str) -> Figure:
+    return line_chart(title, lines, "optimizer step" if not title.startswith("PPO") else "iteration", y_label)
+
+
+def _smooth(line: Series, over: int = 9) -> Series:
+    """A running mean, for a metric of single small batches."""
+    values = list(line.y)
+    windows = [values[max(0, i - over // 2) : i + over // 2 + 1] for i in range(len(values))]
+    means = [sum(window) / len(window) for window in windows]
+    return Series(f"{line.name} (mean of {over})", line.x, means, color=line.color)
+
+
+def terminal_table(results: Results) -> TerminalTable:
+    """The main numbers for the terminal."""
+    numbers = results.numbers()
+    table = TerminalTable(title=f"{len(results.comparison.prompts)} held-out questions, seed {results.seed}")
+    for column in ("", "gold reward", "reward model", "KL, nats", "win rate over SFT", "tokens"):
+        table.add_column(column, justify="right" if column else "left")
+    for policy, answers in results.comparison.answers.items():
+        trained = policy != "sft"
+        rate = "\u2013"
+        if trained:
+            low, high = numbers[policy]["win_rate_ci"]
+            rate = f"{numbers[policy]['win_rate_vs_sft']:.3f} [{low:.3f}, {high:.3f}]"
+        table.add_row(
+            LABELS[policy],
+            f"{_mean(results.comparison, policy, 'gold'):.2f}",
+            f"{_mean(results.comparison, policy, 'proxy'):.2f}",
+            f"{numbers[policy]['kl']:.1f}" if trained else "\u2013",
+            rate,
+            f"{float(answers.lengths.double().mean()):.1f}",
+        )
+    return table
+
+
+def versions() -> dict[str, str]:
+    """What ran."""
+    found = {"rlhf_lightning": __version__, "python": platform.python_version()}
+    return found | {name: metadata.version(name) for name in ("torch", "lightning", "transformers", "tokenizers")}
+
+
+def _mean(comparison: Comparison, policy: str, reward: str) -> float:
+    value = float(comparison.answers[policy].scores[reward].double().mean())
+    assert math.isfinite(value)  # rewards are checked where they are made
+    return value

@@ -1,0 +1,155 @@
+"""The demo's stages before the comparison: the data, four training runs by the command line, and the annotation.
+
+The training runs are the ones anybody can start: ``python -m rlhf_lightning fit --config demo/ppo.yaml ...``, and each
+prints its command.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_lightning.cli import training
+from rlhf_lightning.data.batching import prompt_batches
+from rlhf_lightning.data.records import load_records
+from rlhf_lightning.demo.corpus import Question, build_corpus
+from rlhf_lightning.demo.gold import gold_reward
+from rlhf_lightning.demo.start import save_start, train_tokenizer
+from rlhf_lightning.models.loading import eos_ids, load_causal_lm, load_tokenizer
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.preferences.annotator import SimulatedAnnotator
+from rlhf_lightning.preferences.candidates import Ranking, annotate, sample_candidates, write_rankings, write_rows
+
+MAX_NEW_TOKENS = 64  # the default of every module; the longest demonstration has 52
+TEMPERATURE = 1.0  # likewise
+VOCABULARY = 768
+
+# An annotator who notices one point of gold reward with log-odds of 2, and looks away once in twenty times.
+ANNOTATOR_TEMPERATURE = 0.5
+ANNOTATOR_LAPSE = 0.05
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; the sizes of the training runs are in configs/demo/."""
+
+    train: int  # questions with a demonstration
+    held_out: int  # questions that everything is measured on
+    ranked: int  # training questions whose candidates are ranked
+    candidates: int  # answers a ranked question gets
+    hidden: int  # width of the model
+    layers: int
+    options: dict[str, tuple[str, ...]]  # stage -> options that its config is changed by
+
+
+FULL = Size(train=4096, held_out=512, ranked=1024, candidates=4, hidden=192, layers=2, options={})
+QUICK = Size(
+    train=2048,
+    held_out=256,
+    ranked=384,
+    candidates=4,
+    hidden=128,
+    layers=2,
+    options={
+        "sft": ("--trainer.max_steps", "250"),
+        "reward_model": (),
+        "ppo": ("--model.iterations", "12", "--data.batch_size", "64"),
+        "dpo": (),
+    },
+)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where the demo's files are."""
+
+    root: Path
+
+    @property
+    def start(self) -> Path:
+        """The untrained model."""
+        return self.root / "start"
+
+    def data(self, name: str) -> Path:
+        """A data file."""
+        return self.root / "data" / f"{name}.jsonl"
+
+    def model(self, stage: str) -> Path:
+        """The model that a stage exports."""
+        return self.root / stage / "model"
+
+
+def prepare(folder: Folder, size: Size, seed: int) -> str:
+    """Write the demonstrations, the tokenizer and the untrained model; returns a line on them."""
+    corpus = build_corpus(seed, size.train, size.held_out)
+    _write_demonstrations(folder.data("demonstrations"), corpus.train, corpus.train_answers)
+    _write_demonstrations(folder.data("demonstrations_held_out"), corpus.held_out, corpus.held_out_answers)
+    texts = [question.prompt + answer for question, answer in zip(corpus.train, corpus.train_answers, strict=True)]
+    tokenizer = train_tokenizer(texts, VOCABULARY)
+    parameters = save_start(folder.start, tokenizer, size.hidden, size.layers, seed)
+    return (
+        f"{size.train:,} demonstrations, {size.held_out:,} questions held out; BPE tokenizer of {len(tokenizer)} "
+        f"tokens; Llama with {parameters:,} random weights"
+    )
+
+
+def _write_demonstrations(path: Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
+    rows = zip(questions, answers, strict=True)
+    write_rows(path, ({"prompt": question.prompt, "completion": answer} for question, answer in rows))
+
+
+def train(stage: str, folder: Folder, size: Size, seed: int) -> None:
+    """Run a stage's training: what its printed command does."""
+    data = "rankings" if stage in ("reward_model", "dpo") else "demonstrations"
+    start = folder.start if stage == "sft" else folder.model("sft")
+    options = [
+        *("--config", f"demo/{stage}.yaml", "--runs", str(folder.root), "--seed_everything", str(seed)),
+        *("--model.model", str(start), "--model.seed", str(seed), "--data.seed", str(seed)),
+        *("--data.path", str(folder.data(data)), "--data.val_path", str(folder.data(f"{data}_held_out"))),
+        *(("--model.reward.path", str(folder.model("reward_model"))) if stage == "ppo" else ()),
+        *size.options.get(stage, ()),
+    ]
+    print(f"$ python -m rlhf_lightning fit {shlex.join(options)}", flush=True)
+    training.main(["fit", *options])
+
+
+def rank(folder: Folder, size: Size, seed: int) -> list[Ranking]:
+    """Sample candidates from the SFT model, have them ranked, write both files; returns the held-out rankings."""
+    tokenizer = load_tokenizer(folder.model("sft"))
+    policy = Policy(load_causal_lm(folder.model("sft"))).eval()
+    rankings: list[Ranking] = []
+    for name, source, count, own_seed in (
+        ("rankings", "demonstrations", size.ranked, 2 * seed),
+        ("rankings_held_out", "demonstrations_held_out", size.held_out, 2 * seed + 1),
+    ):
+        # Draws go by row number, and both files count from 0: hence the two seeds.
+        records = load_records(str(folder.data(source)))
+        records.rows = records.rows[:count]
+        candidates = sample_candidates(
+            policy,
+            prompt_batches(records, tokenizer, batch_size=256),
+            tokenizer,
+            count=size.candidates,
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=TEMPERATURE,
+            eos_ids=eos_ids(policy.model, tokenizer),
+            seed=own_seed,
+            progress=_say,
+        )
+        rankings = annotate(candidates, annotator(own_seed), gold_reward)
+        write_rankings(rankings, folder.data(name))
+        print(f"{name}: {len(rankings):,} questions, {size.candidates} answers each, ranked", flush=True)
+    return rankings
+
+
+def annotator(seed: int) -> SimulatedAnnotator:
+    """The demo's annotator."""
+    return SimulatedAnnotator(ANNOTATOR_TEMPERATURE, ANNOTATOR_LAPSE, seed)
+
+
+def _say(done: int, total: int) -> None:
+    if sys.stdout.isatty():
+        print(f"\rcandidates: batch {done}/{total}", end="\n" if done == total else "", flush=True)

@@ -1,0 +1,1 @@
+"""The human side, here simulated: candidates to compare, and who compares them."""

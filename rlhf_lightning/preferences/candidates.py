@@ -1,0 +1,124 @@
+"""Candidates for annotation: several sampled answers to each prompt, and their rankings as rows of a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.preferences.annotator import SimulatedAnnotator
+from rlhf_lightning.randomness import CANDIDATES, uniform
+from rlhf_lightning.rollout.sampler import sample
+
+Quality = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, responses) -> one number a response
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """One prompt with its sampled answers."""
+
+    row: int  # the prompt's number in its file
+    prompt: str
+    completions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One prompt with its answers, their ranks and, known to the simulation alone, their true quality."""
+
+    candidates: Candidates
+    ranks: tuple[int, ...]  # 1 for the best
+    quality: tuple[float, ...]
+
+    def pairs(self) -> list[tuple[float, float]]:
+        """The true qualities of every two answers that make a pair to learn from: not empty, and not the same."""
+        texts = [text.strip() for text in self.candidates.completions]
+        return [
+            (self.quality[i], self.quality[j])
+            for i, j in combinations(range(len(texts)), 2)
+            if texts[i] and texts[j] and texts[i] != texts[j]
+        ]
+
+
+def sample_candidates(
+    policy: Policy,
+    prompts: Sequence[PromptBatch],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int,
+    max_new_tokens: int,
+    temperature: float,
+    eos_ids: list[int],
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Candidates]:
+    """``count`` answers to every prompt, in the order of the prompts' row numbers.
+
+    Args:
+        policy: who answers.
+        prompts: batches of prompts.
+        count: answers a prompt.
+        max_new_tokens, temperature, eos_ids: of the sampling, see `rollout.sampler.sample`.
+        seed: of the sampling; the draws differ from those of a training run with the same seed.
+        progress: called with (batches answered, batches to answer).
+    """
+    own_seed = int(uniform(seed, CANDIDATES) * 2**52)
+    answers: dict[int, list[str]] = {}
+    texts: dict[int, str] = {}
+    for number in range(count):
+        for place, batch in enumerate(prompts):
+            rollout = sample(
+                policy,
+                batch,
+                tokenizer,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                eos_ids=eos_ids,
+                seed=own_seed,
+                iteration=number,
+            )
+            for row, prompt, response in zip(batch.rows.tolist(), batch.prompts, rollout.responses, strict=True):
+                texts[row] = prompt
+                answers.setdefault(row, []).append(response)
+            if progress is not None:
+                progress(number * len(prompts) + place + 1, count * len(prompts))
+    return [Candidates(row, texts[row], tuple(answers[row])) for row in sorted(answers)]
+
+
+def annotate(candidates: Sequence[Candidates], annotator: SimulatedAnnotator, quality: Quality) -> list[Ranking]:
+    """Let the annotator rank every prompt's answers; all prompts have the same number of answers."""
+    count = len(candidates[0].completions)
+    prompts = [item.prompt for item in candidates for _ in range(count)]
+    responses = [text for item in candidates for text in item.completions]
+    values = torch.tensor(quality(prompts, responses), dtype=torch.float64).reshape(len(candidates), count)
+    ranks = annotator.rank(values, torch.tensor([item.row for item in candidates]))
+    return [
+        Ranking(item, tuple(order), tuple(row))
+        for item, order, row in zip(candidates, ranks.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def write_rankings(rankings: Iterable[Ranking], path: Path) -> None:
+    """Write rows ``{"prompt", "completions", "ranks"}``, a form that every module's data option reads."""
+    write_rows(
+        path,
+        (
+            {"prompt": r.candidates.prompt, "completions": list(r.candidates.completions), "ranks": list(r.ranks)}
+            for r in rankings
+        ),
+    )
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a JSONL file, one row a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
