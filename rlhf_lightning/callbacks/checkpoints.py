@@ -49,7 +49,7 @@ class RunCheckpoint(Checkpoint):
         self._folder: Path | None = None
         self._saved = 0  # batches done at the last save
         self._between_batches = False
-        self._stop = False
+        self._stop = self._stop_now = False
         self._old_handler: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -67,7 +67,9 @@ class RunCheckpoint(Checkpoint):
             self._take_over_interrupts()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """From here to the batch's end the state is not one to resume from."""
+        """Stop where that was asked for. From here to the batch's end the state is not one to resume from."""
+        if self._stop_now:
+            raise KeyboardInterrupt
         self._between_batches = False
 
     def on_train_batch_end(
@@ -79,8 +81,8 @@ class RunCheckpoint(Checkpoint):
         self._between_batches = True
         if self._stop or _batches(trainer) - self._saved >= self.every_n_batches:
             self.save(trainer)
-        if self._stop:
-            raise KeyboardInterrupt
+        # Not yet: the batch's metrics are logged after this hook.
+        self._stop_now = self._stop
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end."""

@@ -68,7 +68,7 @@ def test_resume_is_bit_for_bit(kind: str, crash_after: int, tiny_policy_dir: Pat
 
 @pytest.mark.parametrize("crash_after", [3, 6])
 def test_resume_with_the_real_data_and_validation(crash_after: int, tiny_policy_dir: Path, tmp_path: Path) -> None:
-    words = [
+    words = ["one", "two", "three", "red", "green", "blue", "cat", "dog", "bird", "fish"]
         "the",
         "one",
         "two",
