@@ -61,7 +61,9 @@ class RunProgress(ProgressBar):
         """One batch more."""
         self._stage, self._phase = "train", ""
         self._done = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        self._epoch = f"epoch {trainer.current_epoch + 1}" + (f"/{trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else "")
+        self._epoch = f"epoch {trainer.current_epoch + 1}" + (
+            f"/{trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
+        )
         self._take_metrics(trainer)
         self._show(last=self._total > 0 and self._done >= self._total)
 

@@ -85,8 +85,8 @@ def page(results: Results) -> Report:
         title="From demonstrations to an aligned model",
         summary=(
             "A tiny Llama learned to answer questions about pot plants from gardeners of mixed skill (SFT). Its "
-            "answers were ranked by a simulated annotator, a reward model learned from the rankings, and PPO and DPO improved "
-            "the SFT model. The gold reward, known here and never trained on, prefers PPO's answer to SFT's on "
+            "answers were ranked by a simulated annotator, a reward model learned from the rankings, and PPO and DPO "
+            "improved the SFT model. The gold reward, known here and never trained on, prefers PPO's answer to SFT's on "
             f"{ppo['win_rate_vs_sft']:.0%} of {count} held-out questions, and DPO's on {dpo['win_rate_vs_sft']:.0%}."
         ),
         highlights=[
