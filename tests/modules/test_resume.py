@@ -69,24 +69,6 @@ def test_resume_is_bit_for_bit(kind: str, crash_after: int, tiny_policy_dir: Pat
 @pytest.mark.parametrize("crash_after", [3, 6])
 def test_resume_with_the_real_data_and_validation(crash_after: int, tiny_policy_dir: Path, tmp_path: Path) -> None:
     words = ["one", "two", "three", "red", "green", "blue", "cat", "dog", "bird", "fish"]
-        "the",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "red",
-        "green",
-        "blue",
-        "cat",
-        "dog",
-        "bird",
-        "fish",
-        "sees",
-        "likes",
-        "finds",
-    ]
     rows = [{"prompt": f"{a} {b}", "completion": f"{b} {a} {a}"} for a in words[:6] for b in words[6:10]]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
