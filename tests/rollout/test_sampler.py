@@ -8,6 +8,7 @@ from ppo_harness import prompts
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.errors import TrainingDiverged
+from rlhf_lightning.models.layers import checkpoint_activations
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rollout.sampler import draw, filtered_logits, sample
@@ -138,7 +139,7 @@ def test_a_finished_process_keeps_step_with_the_others(sampled):
 
 def test_gradient_checkpointing_does_not_break_decoding(sampled, policy):
     expected = sampled(prompts(4)).responses
-    policy.model.gradient_checkpointing_enable()
+    checkpoint_activations(policy.model)
     policy.train()
     assert sampled(prompts(4)).responses == expected
     assert policy.training
