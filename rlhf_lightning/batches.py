@@ -4,8 +4,8 @@ Shapes: ``B`` rows, ``S`` prompt + response tokens, ``P`` prompt tokens, ``T`` r
 right-padded and carry their lengths; masks are made from lengths, never from ``tokens != pad``, so a pad token that
 equals EOS is right by construction. Masks are bool and True counts.
 
-Batches are plain dataclasses with their own ``.to`` and are never mutated (Lightning rebuilds dataclass batches field by
-field, which refuses frozen ones).
+Batches are plain dataclasses with their own ``.to`` and are never mutated (Lightning rebuilds dataclass batches field
+by field, which refuses frozen ones).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def micro_batches(lengths: Tensor, budget: int) -> list[Tensor]:
         lengths: ``[B]`` int64, tokens in each row.
         budget: padded tokens in a group at most; a single row longer than it is a group of its own.
 
-    Returns: int64 tensors that together hold every row number once, rows of similar length together, longest first (what
-    does not fit into memory then fails at once).
+    Returns: int64 tensors that together hold every row number once, rows of similar length together, longest first
+    (what does not fit into memory then fails at once).
     """
     order = torch.argsort(lengths, descending=True, stable=True)
     groups, start = [], 0

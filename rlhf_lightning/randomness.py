@@ -1,7 +1,7 @@
 """Counter-based random numbers: a draw is a pure function of where it is used, not of how many draws came before.
 
-There is no generator state. So the process count, the batching, the order of rows and a resumed run cannot change a draw,
-and a checkpoint has no random state to restore.
+There is no generator state. So the process count, the batching, the order of rows and a resumed run cannot change a
+draw, and a checkpoint has no random state to restore.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class TrainingCLI(LightningCLI):
             return [cls.__name__ for cls in _CLASSES]
         if class_path is not None:
             return _keys_of(class_path)
-        keys = list(self._subcommand_parsers[self.arguments[0]].get_defaults())
+        keys = list(self._subcommand_parsers[self.arguments[0]].get_defaults().keys())
         for prefix, base in (("model", RLHFModule), ("data", PreferenceDataModule)):
             for cls in (base, *(cls for cls in _CLASSES if issubclass(cls, base))):
                 keys += [f"{prefix}.{key}" for key in _keys_of(_class_path(cls))]
@@ -264,7 +264,8 @@ def _keys_of(class_path: str) -> list[str]:
     """The constructor's keywords, base classes included, as the parser finds them."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(_imported(class_path), "it", fail_untyped=False, instantiate=False)
-    return [key.removeprefix("it.") for key in parser.get_defaults()]
+    keys = parser.get_defaults().keys()  # a Namespace: iterating over it alone does not work
+    return [key.removeprefix("it.") for key in keys]
 
 
 def _built_of_plain_numbers(cls: type, *args: Any, **kwargs: Any) -> Any:
