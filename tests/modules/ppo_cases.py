@@ -18,7 +18,8 @@ from rlhf_lightning.distributed import all_gather_objects, rank
 from rlhf_lightning.models.sharding import full_state_dict
 from rlhf_lightning.rewards import ModelReward
 
-WORDS = ["the", "one", "two", "three", "cat", "dog", "bird", "fish", "sees", "likes", "big", "small", "old", "new", "red"]
+WORDS = ["the", "one", "two", "three", "cat", "dog", "bird", "fish", "sees", "likes", "big", "small", "old", "new"]
+WORDS += ["red", "green", "blue"]
 
 
 def write_prompts(path: Path, rows: int = 10) -> None:
