@@ -56,12 +56,8 @@ CARE: dict[str, tuple[str, str, str, str, str, str]] = {
     "orchid": ("half", "weekly", "bark", "often", "warm", "none"),
     "basil": ("sun", "daily", "rich", "often", "warm", "light"),
     "lavender": ("sun", "rare", "sand", "never", "out", "hard"),
-    "ivy": ("shade", "weekly", "rich", "spring", "out", "hard"),
     "lemon tree": ("sun", "weekly", "sand", "often", "cool", "light"),
-    "aloe": ("half", "rare", "sand", "spring", "warm", "none"),
     "rose": ("sun", "weekly", "rich", "often", "out", "hard"),
-    "begonia": ("half", "weekly", "rich", "often", "warm", "light"),
-    "camellia": ("half", "daily", "bark", "spring", "cool", "none"),
     "mint": ("shade", "daily", "rich", "never", "out", "hard"),
 }
 """What is right for each plant, one entry a topic."""
@@ -87,6 +83,7 @@ QUESTIONS: tuple[str, ...] = (
     "How do I look after my {plant}? Please tell me about {topics}.\n",
     "My aunt gave me {article} {plant}. What should I know about {topics}?\n",
     "I want to keep {article} {plant} at home. I have questions on {topics}.\n",
+    "There is {article} {plant} in my new flat. Can you help me with {topics}?\n",
 )
 
 
@@ -115,7 +112,7 @@ def right_advice(plant: str, topic: str) -> str:
 
 
 def all_questions() -> list[Question]:
-    """Every question there is, in a fixed order: plants x ordered choices of two or three topics x phrasings, 5,400."""
+    """Every question there is, in a fixed order: plants x ordered choices of two or three topics x phrasings, 4,800."""
     questions = []
     for plant in CARE:
         for count in (2, 3):
@@ -139,9 +136,9 @@ def build_corpus(seed: int, train: int, held_out: int) -> Corpus:
 
 def write_answer(question: Question, random: Random) -> str:
     """One gardener's answer. Skill and manners differ from gardener to gardener, independently of one another."""
-    skill = random.uniform(0.25, 0.75)
+    skill = random.uniform(0.4, 0.9)
     moods = random.choice((("kind", "plain"), ("plain", "grumpy"), ("kind", "plain", "grumpy")))
-    topics = [topic for topic in question.topics if random.random() < 0.5 + 0.5 * skill]
+    topics = [topic for topic in question.topics if random.random() < 0.4 + 0.6 * skill]
     if random.random() < 0.25:  # a digression, or the same topic twice
         topics.insert(random.randint(0, len(topics)), random.choice(list(TOPICS)))
     sentences = [random.choice(OPENINGS[random.choice(moods)])]

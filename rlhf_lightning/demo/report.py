@@ -86,8 +86,8 @@ def page(results: Results) -> Report:
         summary=(
             "A tiny Llama learned to answer questions about pot plants from gardeners of mixed skill (SFT). Its "
             "answers were ranked by a simulated annotator, a reward model learned from the rankings, and PPO and DPO "
-            "improved the SFT model. The gold reward, known here and never trained on, prefers PPO's answer to SFT's on "
-            f"{ppo['win_rate_vs_sft']:.0%} of {count} held-out questions, and DPO's on {dpo['win_rate_vs_sft']:.0%}."
+            "improved the SFT model. The gold reward, known here and never trained on, prefers PPO's answer to SFT's "
+            f"on {ppo['win_rate_vs_sft']:.0%} of {count} held-out questions, and DPO's on {dpo['win_rate_vs_sft']:.0%}."
         ),
         highlights=[
             _win_rate("PPO over SFT", ppo),

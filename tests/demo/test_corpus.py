@@ -24,7 +24,7 @@ def test_no_held_out_question_is_in_training() -> None:
 
 def test_all_questions_are_different() -> None:
     prompts = [question.prompt for question in all_questions()]
-    assert len(prompts) == len(set(prompts)) == 12 * (6 * 5 + 6 * 5 * 4) * 3
+    assert len(prompts) == len(set(prompts)) == 8 * (6 * 5 + 6 * 5 * 4) * 4
 
 
 def test_every_plant_has_one_right_advice_on_every_topic() -> None:
@@ -34,7 +34,7 @@ def test_every_plant_has_one_right_advice_on_every_topic() -> None:
     assert right_advice("cactus", "water") == "rare"
 
 
-def test_gardeners_are_right_about_half_the_time() -> None:
+def test_gardeners_are_right_more_often_than_not() -> None:
     corpus = build_corpus(1, 2000, 1)
     right = wrong = 0
     for question, answer in zip(corpus.train, corpus.train_answers, strict=True):
@@ -43,7 +43,7 @@ def test_gardeners_are_right_about_half_the_time() -> None:
                 given = any(sentence in answer for sentence in sentences)
                 right += given and kind == right_advice(question.plant, topic)
                 wrong += given and kind != right_advice(question.plant, topic)
-    assert 0.5 < right / (right + wrong) < 0.7
+    assert 0.6 < right / (right + wrong) < 0.8
 
 
 @pytest.mark.parametrize("text", ["Water it about once a month.", "Zürich \U0001f335 <eos> \x00\n"])
