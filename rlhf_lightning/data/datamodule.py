@@ -246,6 +246,11 @@ class PreferenceDataModule(LightningDataModule):
                 f"{len(self.train)} now); restore the files to resume, or start a new run from the exported model"
             )
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence: prompt and response, or the prompt alone where there is no response."""
+        return max((width for example in self.train + self.held_out for width in example.widths), default=0)
+
     def summary(self) -> str:
         """One line: how much there is, and what was dropped."""
         assert self.view is not None

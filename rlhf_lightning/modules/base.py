@@ -15,7 +15,14 @@ from rlhf_lightning.distributed import FSDP2Strategy, any_true
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layers import checkpoint_activations
-from rlhf_lightning.models.loading import check_vocabularies, eos_ids, load_causal_lm, load_scalar_model, load_tokenizer
+from rlhf_lightning.models.loading import (
+    check_length,
+    check_vocabularies,
+    eos_ids,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+)
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import shard
@@ -89,13 +96,21 @@ class RLHFModule(OptimisedModule):
         """
         model = load_causal_lm(folder, trust_remote_code=self.trust_remote_code)
         check_vocabularies(self.tokenizer, model, folder)
+        check_length(model, self.longest_sequence(), folder)
         return self._prepare(Policy(model, critic), frozen)
 
     def build_scalar(self, folder: str, *, fresh_head: bool, seed: int = 0, frozen: bool = False) -> ScalarModel:
         """The same for a model with one scalar per token: a reward model, or a critic."""
         model = load_scalar_model(folder, fresh_head=fresh_head, seed=seed, trust_remote_code=self.trust_remote_code)
         check_vocabularies(self.tokenizer, model, folder)
+        check_length(model, self.longest_sequence(), folder)
         return self._prepare(ScalarModel(model), frozen)
+
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence in the data or to be sampled; 0 where the data cannot tell."""
+        data = getattr(self.trainer, "datamodule", None)
+        sampled = self.max_new_tokens if self.data_view.kind == "prompts" else 0
+        return getattr(data, "longest_sequence", 0) + sampled
 
     def _prepare(self, built: Any, frozen: bool) -> Any:
         if frozen:

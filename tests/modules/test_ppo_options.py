@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers.modeling_utils
 from conftest import make_config
+from lightning import Trainer
 from ppo_harness import TokenReward, fit, make_module, prompts
 from transformers import LlamaForCausalLM
 
+from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.modules.actor_critic import ActorCriticModule
@@ -188,3 +190,11 @@ def test_a_reference_of_another_vocabulary_is_refused(tiny_policy_dir, tmp_path,
 def test_narrow_sampling_is_warned_about(tiny_policy_dir):
     with pytest.warns(UserWarning, match="rollout/logprob_gap"):
         fit(make_module(tiny_policy_dir, top_k=2))
+
+
+def test_sequences_longer_than_the_model_has_positions_are_refused_before_training(tiny_policy_dir, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "' + "cat " * 100 + '"}\n')
+    data = PreferenceDataModule(str(tmp_path / "rows.jsonl"), batch_size=1, validation_fraction=0.0)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
+    with pytest.raises(InputError, match="may take 129 tokens and the model has positions for 128"):
+        trainer.fit(make_module(tiny_policy_dir, max_new_tokens=29), datamodule=data)
