@@ -137,9 +137,10 @@ def _place(key: str, arguments: Sequence[str], paths: Sequence[Path]) -> str:
     """``--key`` where it was given on the command line, else ``file:line: key``, else the key alone."""
     plain = key.replace(".init_args", "")
     options = [argument.partition("=")[0].rstrip("+").replace(".init_args", "") for argument in arguments]
-    for option in options:
-        if option == f"--{plain}" or option.startswith(f"--{plain}."):
-            return option
+    if f"--{plain}" in options:
+        return f"--{plain}"
+    if f"--{plain}.class_path" in options:
+        return f"--{plain}.class_path"
     for path in reversed(paths):
         for name, line in keys_with_lines(path):
             if name == plain:

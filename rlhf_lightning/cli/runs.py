@@ -39,3 +39,14 @@ def check_unused(folder: Path) -> None:
             f"{folder} holds a run already ({left}); continue it with --ckpt_path last, choose another name with "
             "--run, or remove the folder"
         )
+
+
+def remove_if_only_events(folder: Path) -> None:
+    """Remove the folder of a run that ended before it began: Lightning opens the event file before it reads data."""
+    files = list(folder.iterdir()) if folder.is_dir() else []
+    if files and all(file.name.startswith("events.out.tfevents.") for file in files):
+        for file in files:
+            file.unlink()
+        folder.rmdir()
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()

@@ -30,7 +30,7 @@ from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
 from rlhf_lightning.cli.notices import Preflight, farewell
 from rlhf_lightning.cli.parse_errors import explain
 from rlhf_lightning.cli.predictions import PredictionWriter
-from rlhf_lightning.cli.runs import check_unused, run_name
+from rlhf_lightning.cli.runs import check_unused, remove_if_only_events, run_name
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
@@ -158,8 +158,8 @@ class TrainingCLI(LightningCLI):
             stages = ", ".join(name for name in shipped_configs() if "/" not in name)
             raise InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")
         strategy = self.options.trainer.strategy
-        if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
-            raise InputError(f"trainer.strategy: {strategy} cannot run manual optimisation; use fsdp2 (--config fsdp.yaml)")
+        if strategy in ("fsdp", "fsdp_cpu_offload"):
+            raise InputError(f"trainer.strategy: {strategy} is FSDP1, which cannot run PPO; use fsdp2 (fsdp.yaml)")
         root = self.options.runs or Path(self.options.trainer.default_root_dir or ".") / "runs"
         resuming = self.options.ckpt_path is not None
         if self.options.ckpt_path == "last" and self.options.run is None:
@@ -205,6 +205,15 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter(self.options.output or self.folder / "predictions.jsonl"))
         return callbacks
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        existed = self.folder.exists()
+        try:
+            super()._run_subcommand(subcommand)
+        except InputError:
+            if not existed and rank_zero_only.rank == 0:
+                remove_if_only_events(self.folder)
+            raise
 
     def after_fit(self) -> None:
         """Say where everything is and what the next command may be."""
