@@ -1,0 +1,84 @@
+"""The examples run, each for one PPO iteration of a tiny model; so does the reward that the README shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rlhf_lightning.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+Fit = Callable[..., list[dict[str, float]]]
+
+
+@pytest.fixture
+def fit(tmp_path: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """One PPO iteration in an empty folder that has ``examples/`` beside it; returns the metrics' lines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    colours = ["red", "green", "blue", "good", "bad", "big", "small", "old"]
+    rows = [{"prompt": f"the {colour} cat", "keyword": colour} for colour in colours]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    Path("function.yaml").write_text(
+        "model:\n  reward:\n    class_path: rlhf_lightning.rewards.FunctionReward\n    init_args:\n"
+        "      function: examples/custom_reward_function.py:brevity\n",
+        encoding="utf-8",
+    )
+
+    def run(*options: str) -> list[dict[str, float]]:
+        small = ["--model.iterations", "1", "--model.max_new_tokens", "6", "--data.batch_size", "4"]
+        small += ["--model.epochs", "1", "--model.minibatches", "1", "--data.validation_fraction", "0.2"]
+        small += ["--model.model", str(tiny_policy_dir), "--trainer.accelerator", "cpu"]
+        assert main(["fit", "--config", "ppo.yaml", *options, "--data.path", "prompts.jsonl", *small]) == 0
+        lines = Path("runs/ppo/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [line for line in map(json.loads, lines) if "objective/scores" in line]
+
+    return run
+
+
+def responses() -> list[str]:
+    lines = Path("runs/ppo/samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row["response"] for row in map(json.loads, lines) if row["stage"] == "train"]
+
+
+def test_a_reward_function_named_in_a_config(fit: Fit) -> None:
+    (line,) = fit("--config", "function.yaml")
+    expected = [1.0 - 0.1 * len(response.split()) for response in responses()]
+    assert line["objective/scores"] == pytest.approx(sum(expected) / len(expected), abs=1e-5)
+
+
+def test_a_reward_function_that_reads_a_column(fit: Fit) -> None:
+    name = "examples/custom_reward_function.py:mentions_keyword"
+    (line,) = fit("--config", "function.yaml", "--model.reward.function", name)
+    assert 0.0 <= line["objective/scores"] <= 1.0
+
+
+def test_a_reward_by_subclassing(fit: Fit) -> None:
+    patient = ["--model", "examples.custom_reward_module.PatientPPO", "--model.patience", "100"]
+    (line,) = fit("--config", "function.yaml", *patient)
+    # The function alone gives at most 1; 100 a token is paid only to responses that end by themselves.
+    truncated = line["rollout/truncated"]
+    assert (line["objective/scores"] > 1.0) == (truncated < 1.0)
+
+
+def test_a_weighted_sum_of_a_model_and_a_function(fit: Fit, tiny_reward_dir: Path) -> None:
+    text = (ROOT / "examples" / "weighted_rewards.yaml").read_text(encoding="utf-8")
+    Path("weighted.yaml").write_text(text.replace("runs/reward_model/model", str(tiny_reward_dir)), encoding="utf-8")
+    (line,) = fit("--config", "weighted.yaml")
+    assert abs(line["objective/scores"]) < 100
+
+
+def test_the_reward_in_the_readme(fit: Fit) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (function,) = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    (config,) = re.findall(r"```yaml\n(.*?)```", readme, flags=re.S)
+    assert len([line for line in (function + config).splitlines() if line.strip()]) <= 10
+    Path("my_rewards.py").write_text(function, encoding="utf-8")
+    Path("brevity.yaml").write_text(config, encoding="utf-8")
+    (line,) = fit("--config", "brevity.yaml")
+    assert line["objective/scores"] <= 1.0
