@@ -20,10 +20,12 @@ def float_tensor(operator: str, name: str, value: object) -> None:
 
 
 def bool_tensor(operator: str, name: str, value: object) -> None:
+    """``value`` must be a bool tensor."""
     _dtype(operator, name, value, (torch.bool,), "bool")
 
 
 def int64_tensor(operator: str, name: str, value: object) -> None:
+    """``value`` must be an int64 tensor."""
     _dtype(operator, name, value, (torch.int64,), "int64")
 
 
@@ -49,11 +51,13 @@ def same_shape(operator: str, name: str, value: Tensor, shape: torch.Size, whose
 
 
 def same_device(operator: str, name: str, value: Tensor, device: torch.device, whose: str) -> None:
+    """``value`` must be on ``device``, which is that of ``whose``."""
     if value.device != device:
         raise ValueError(f"{operator}: {name} must be on the device of {whose}, {device}, got {value.device}")
 
 
 def same_dtype(operator: str, name: str, value: Tensor, dtype: torch.dtype, whose: str) -> None:
+    """``value`` must have ``dtype``, which is that of ``whose``."""
     if value.dtype != dtype:
         raise TypeError(f"{operator}: {name} must have the dtype of {whose}, {_name(dtype)}, got {_name(value.dtype)}")
 
