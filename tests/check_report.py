@@ -56,6 +56,10 @@ def _number(name: str, value: Any, low: float, high: float) -> list[str]:
 
 def main(folder: Path) -> int:
     """Check ``folder/report.json`` and that ``folder/report.html`` is self-contained."""
+    for name in ("report.json", "report.html"):
+        if not (folder / name).is_file():
+            print(f"report: {folder / name} is missing", file=sys.stderr)
+            return 1
     found = problems(json.loads((folder / "report.json").read_text(encoding="utf-8")))
     html = (folder / "report.html").read_text(encoding="utf-8")
     found += [f"report.html loads something from outside: {mark}" for mark in ('src="http', "<link") if mark in html]

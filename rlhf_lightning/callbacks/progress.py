@@ -103,6 +103,8 @@ class RunProgress(ProgressBar):
 
     def on_phase(self, trainer: Trainer, module: LightningModule, phase: str, done: int, total: int) -> None:
         """A module tells how far a part of its step is."""
+        if trainer.sanity_checking:
+            return
         self._phase = f"{phase} {done}/{total}"
         self._show()
 
