@@ -103,7 +103,7 @@ class RunProgress(ProgressBar):
 
     def on_phase(self, trainer: Trainer, module: LightningModule, phase: str, done: int, total: int) -> None:
         """A module tells how far a part of its step is."""
-        if trainer.sanity_checking:
+        if getattr(trainer, "sanity_checking", False):
             return
         self._phase = f"{phase} {done}/{total}"
         self._show()

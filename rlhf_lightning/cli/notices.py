@@ -28,7 +28,7 @@ class Preflight(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_fit_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """Print, on the first process."""
         if trainer.is_global_zero:
             width = 10
@@ -50,12 +50,12 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
     )
     yield "data", data.summary().removeprefix("data: ")
     example = data.train[0]
-    prompt = printable(tokenizer.decode(example.prompt.tolist()))[-_PROMPT_SHOWN:]
+    prompt = printable(str(tokenizer.decode(example.prompt.tolist())))[-_PROMPT_SHOWN:]
     if not example.responses:
         yield "example", f"{prompt!r} | (the policy answers)"
     sides = ("chosen", "rejected") if len(example.responses) == 2 else ("example",)
     for side, response in zip(sides, example.responses, strict=False):
-        text = printable(tokenizer.decode(response.tolist()))
+        text = printable(str(tokenizer.decode(response.tolist())))
         shown = text if len(text) <= _RESPONSE_SHOWN else text[:_RESPONSE_SHOWN] + "..."
         yield side, f"{prompt!r} | {shown!r} ({len(response)} tokens right of the bar carry the loss)"
     yield "hardware", f"{_hardware(trainer)}; operators: {_operators(trainer)}"

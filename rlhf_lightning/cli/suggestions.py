@@ -18,6 +18,7 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
         by_last.setdefault(candidate.rsplit(".", 1)[-1], candidate)
     head, _, rest = name.partition(".")
     heads = {candidate.partition(".")[0] for candidate in known if "." in candidate}
+    near: str | None
     last = name.rsplit(".", 1)[-1]
     if rest and head not in heads and (near_head := _nearest(head, heads)):
         near = f"{near_head}.{rest}" if f"{near_head}.{rest}" in known else near_head

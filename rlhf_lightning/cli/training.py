@@ -166,7 +166,7 @@ class TrainingCLI(LightningCLI):
             raise InputError(f"--ckpt_path last: of which run? Add --run NAME{_known_runs(root)}")
         self.run = run_name(self.options.run, self.options.model.class_path.rsplit(".", 1)[-1])
         self.folder = root / self.run
-        if subcommand == "fit" and not resuming and rank_zero_only.rank == 0:
+        if subcommand == "fit" and not resuming and _first_process():
             check_unused(self.folder)
         if resuming:
             self.options.ckpt_path = str(self._checkpoint(self.options.ckpt_path))
@@ -211,13 +211,13 @@ class TrainingCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except InputError:
-            if not existed and rank_zero_only.rank == 0:
+            if not existed and _first_process():
                 remove_if_only_events(self.folder)
             raise
 
     def after_fit(self) -> None:
         """Say where everything is and what the next command may be."""
-        if rank_zero_only.rank == 0 and not self.trainer.fast_dev_run:
+        if _first_process() and not self.options.trainer.fast_dev_run:
             print(farewell(self.folder, self.model), flush=True)
 
 
@@ -305,6 +305,10 @@ def _nulls_refused(cls: type, given: dict[str, Any]) -> list[str]:
         own = inspect.signature(base.__init__).parameters
         given = {name: value for name, value in given.items() if name not in own}
     return refused
+
+
+def _first_process() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _known_runs(root: Path) -> str:
