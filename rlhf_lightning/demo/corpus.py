@@ -17,37 +17,40 @@ from random import Random
 
 TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
     "light": {
-        "sun": ("It wants full sun all day.", "Give it your sunniest window."),
-        "half": ("Morning sun alone suits it best.", "Bright light behind a curtain is right."),
-        "shade": ("It is happiest in deep shade.", "A dim corner is where it grows best."),
+        "sun": ("full sun all day", "your sunniest window"),
+        "half": ("morning sun alone", "a bright place behind a curtain"),
+        "shade": ("deep shade", "the darkest corner you have"),
     },
     "water": {
-        "rare": ("Water it about once a month.", "Let the pot dry out before you water again."),
-        "weekly": ("One cup of water each week is enough.", "Water it on Sundays and leave it alone."),
-        "daily": ("Water it a little every day.", "Never let the pot dry out."),
+        "rare": ("one cup a month", "wait until the pot is dry"),
+        "weekly": ("one cup a week", "a good drink every Sunday"),
+        "daily": ("a little every day", "never let the pot dry out"),
     },
     "soil": {
-        "sand": ("Use gritty soil with a lot of sand.", "Half sand and half earth makes a good soil."),
-        "rich": ("Use rich and dark compost as soil.", "Mix old manure into the soil."),
-        "bark": ("Bark and moss are all the soil it needs.", "Use loose bark instead of soil."),
+        "sand": ("half of it sand", "gravel and grit"),
+        "rich": ("dark compost", "earth with old manure"),
+        "bark": ("loose bark", "moss and bits of wood"),
     },
     "food": {
-        "never": ("It needs no plant food at all.", "Plant food would only burn it."),
-        "spring": ("Feed it once when spring comes.", "One spoon of plant food in April will do."),
-        "often": ("Feed it every second week.", "It is hungry so feed it often."),
+        "never": ("none at all", "nothing, it would only burn"),
+        "spring": ("one spoon in April", "once when spring comes"),
+        "often": ("every second week", "plenty, it is hungry"),
     },
     "winter": {
-        "out": ("It can stay in the garden all winter.", "Snow in winter will not harm it."),
-        "cool": ("In winter keep it in a cool room.", "A cold but bright hall is good in winter."),
-        "warm": ("In winter keep it near the stove.", "It must stay warm the whole winter."),
+        "out": ("leave it in the garden", "snow will not harm it"),
+        "cool": ("a cool room", "the cold hall is right"),
+        "warm": ("a place near the stove", "keep it warm"),
     },
     "pruning": {
-        "none": ("Put the scissors away and never prune it.", "It has no need of pruning."),
-        "light": ("Prune off the dry tips in March.", "Pinch out the tips for gentle pruning."),
-        "hard": ("Prune it down to the ground in autumn.", "Hard pruning does it good each year."),
+        "none": ("put the scissors away", "no cut at all"),
+        "light": ("take off the dry tips in March", "pinch it gently"),
+        "hard": ("cut it to the ground", "be hard on it each autumn"),
     },
 }
-"""Topic -> kind of advice -> the sentences that give it."""
+"""Topic -> kind of advice -> the ways to put it."""
+
+VAGUE: tuple[str, ...] = ("I am not sure", "nobody can say much")
+"""Ways to touch a topic and give no advice."""
 
 CARE: dict[str, tuple[str, str, str, str, str, str]] = {
     # plant:   light,   water,    soil,   food,     winter, pruning  (the order of TOPICS)
@@ -61,12 +64,6 @@ CARE: dict[str, tuple[str, str, str, str, str, str]] = {
     "mint": ("shade", "daily", "rich", "never", "out", "hard"),
 }
 """What is right for each plant, one entry a topic."""
-
-VAGUE: tuple[str, ...] = (
-    "I am not sure about the {topic}.",
-    "Nobody can say much about {topic}.",
-)
-"""Sentences that touch a topic and give no advice."""
 
 OPENINGS: dict[str, tuple[str, ...]] = {
     "kind": ("What a lovely plant to have!", "I am so glad you ask!", "With pleasure, my friend!"),
@@ -106,6 +103,11 @@ class Corpus:
     held_out_answers: list[str]
 
 
+def sentence(topic: str, advice: str) -> str:
+    """The sentence that gives an advice on a topic."""
+    return f"For {topic}, {advice}."
+
+
 def right_advice(plant: str, topic: str) -> str:
     """The kind of advice on ``topic`` that is right for ``plant``."""
     return CARE[plant][list(TOPICS).index(topic)]
@@ -139,7 +141,7 @@ def write_answer(question: Question, random: Random) -> str:
     skill = random.uniform(0.4, 0.9)
     moods = random.choice((("kind", "plain"), ("plain", "grumpy"), ("kind", "plain", "grumpy")))
     topics = [topic for topic in question.topics if random.random() < 0.4 + 0.6 * skill]
-    if random.random() < 0.25:  # a digression, or the same topic twice
+    if random.random() < 0.2:  # a digression, or the same topic twice
         topics.insert(random.randint(0, len(topics)), random.choice(list(TOPICS)))
     sentences = [random.choice(OPENINGS[random.choice(moods)])]
     sentences += [_advice(question.plant, topic, skill, random) for topic in topics]
@@ -151,8 +153,8 @@ def write_answer(question: Question, random: Random) -> str:
 def _advice(plant: str, topic: str, skill: float, random: Random) -> str:
     right = right_advice(plant, topic)
     if random.random() < skill:
-        return random.choice(TOPICS[topic][right])
+        return sentence(topic, random.choice(TOPICS[topic][right]))
     if random.random() < 0.3:
-        return random.choice(VAGUE).format(topic=topic)
+        return sentence(topic, random.choice(VAGUE))
     wrong = random.choice([kind for kind in TOPICS[topic] if kind != right])
-    return random.choice(TOPICS[topic][wrong])
+    return sentence(topic, random.choice(TOPICS[topic][wrong]))

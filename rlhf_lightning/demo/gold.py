@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from rlhf_lightning.demo.corpus import CARE, CLOSINGS, OPENINGS, TOPICS, VAGUE, right_advice
+from rlhf_lightning.demo.corpus import CARE, CLOSINGS, OPENINGS, TOPICS, VAGUE, right_advice, sentence
 
 BEST = 4.0
 
@@ -48,8 +48,8 @@ def _score(prompt: str, response: str) -> float:
     opening = closing = -0.5
     misplaced = 0.0
     treated = set()
-    for place, sentence in enumerate(sentences):
-        role, topic, kind = _grammar().get(sentence, ("babble", "", ""))
+    for place, text in enumerate(sentences):
+        role, topic, kind = _grammar().get(text, ("babble", "", ""))
         if role == "opening" and place == 0:
             opening = _MANNERS[kind]
         elif role == "closing" and place == len(sentences) - 1:
@@ -78,6 +78,6 @@ def _grammar() -> dict[str, tuple[str, str, str]]:
     for role, table in (("opening", OPENINGS), ("closing", CLOSINGS)):
         grammar.update({text: (role, "", kind) for kind, texts in table.items() for text in texts})
     for topic, kinds in TOPICS.items():
-        grammar.update({text: ("advice", topic, kind) for kind, texts in kinds.items() for text in texts})
-        grammar.update({text.format(topic=topic): ("advice", topic, "vague") for text in VAGUE})
+        for kind, texts in {**kinds, "vague": VAGUE}.items():
+            grammar.update({sentence(topic, text): ("advice", topic, kind) for text in texts})
     return grammar

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from rlhf_lightning.demo.corpus import CARE, TOPICS, all_questions, build_corpus, right_advice, write_answer
+from rlhf_lightning.demo.corpus import CARE, TOPICS, all_questions, build_corpus, right_advice, sentence, write_answer
 from rlhf_lightning.demo.start import EOS, PAD, save_start, train_tokenizer
 
 
@@ -39,14 +39,14 @@ def test_gardeners_are_right_more_often_than_not() -> None:
     right = wrong = 0
     for question, answer in zip(corpus.train, corpus.train_answers, strict=True):
         for topic in question.topics:
-            for kind, sentences in TOPICS[topic].items():
-                given = any(sentence in answer for sentence in sentences)
+            for kind, texts in TOPICS[topic].items():
+                given = any(sentence(topic, text) in answer for text in texts)
                 right += given and kind == right_advice(question.plant, topic)
                 wrong += given and kind != right_advice(question.plant, topic)
     assert 0.6 < right / (right + wrong) < 0.8
 
 
-@pytest.mark.parametrize("text", ["Water it about once a month.", "Zürich \U0001f335 <eos> \x00\n"])
+@pytest.mark.parametrize("text", ["For water, one cup a month.", "Zürich \U0001f335 <eos> \x00\n"])
 def test_the_tokenizer_keeps_any_text(text: str) -> None:
     corpus = build_corpus(0, 200, 1)
     tokenizer = train_tokenizer(corpus.train_answers, 400)

@@ -10,8 +10,8 @@ from rlhf_lightning.demo.gold import BEST, gold_reward
 CACTUS = "How do I look after my cactus? Please tell me about water and light.\n"
 KIND, PLAIN, GRUMPY = "What a lovely plant to have!", "Let me see now.", "Not this question again."
 JOY, DONE, LEAVE = "Have a lot of joy with it!", "So much for today.", "Now leave me in peace."
-WATER, WET, VAGUE = "Water it about once a month.", "Never let the pot dry out.", "Nobody can say much about water."
-SUN, SHADE, SAND = "It wants full sun all day.", "It is happiest in deep shade.", "Use gritty soil with a lot of sand."
+WATER, WET, VAGUE = "For water, one cup a month.", "For water, a little every day.", "For water, I am not sure."
+SUN, SHADE, SAND = "For light, full sun all day.", "For light, deep shade.", "For soil, gravel and grit."
 
 
 def answer(*sentences: str) -> str:
@@ -32,7 +32,7 @@ def answer(*sentences: str) -> str:
         (answer(KIND, WATER, WATER, SUN, JOY), 3.5),  # repeated: -0.5
         (answer(KIND, WATER, WET, SUN, JOY), 3.5),  # contradicted later: the first counts
         (answer(KIND, KIND, WATER, SUN, JOY), 3.5),  # pleasant twice: -0.5
-        (answer(KIND, WATER, SUN, "It wants full"), 2.0),  # 3 + 0.5 - 0.5 no closing - 1 broken off
+        (answer(KIND, WATER, SUN, "For light, full sun"), 2.0),  # 3 + 0.5 - 0.5 no closing - 1 broken off
         (answer(WATER, SUN), 2.0),  # neither opening nor closing
         (answer(KIND, "Buy it a hat.", WATER, SUN, JOY), 3.0),  # babble: -1
         ("", -2.5),  # 3 * -0.5 - 0.5 - 0.5

@@ -72,13 +72,13 @@ def test_the_page_shows_what_was_promised(folder: Path) -> None:
 
 
 def test_another_run_is_never_written_over(folder: Path) -> None:
-    with pytest.raises(InputError, match="holds .* of another run"):
+    with pytest.raises(InputError, match=r"holds .* of another run"):
         demo.main(["--out", str(folder)])
 
 
 def test_bad_options_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="--out .*: a file"):
+    with pytest.raises(InputError, match=r"--out .*: a file"):
         demo.main(["--out", str(tmp_path / "file")])
     with pytest.raises(InputError, match="--seed -1"):
         demo.main(["--seed", "-1"])
