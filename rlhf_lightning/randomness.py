@@ -13,9 +13,8 @@ from torch import Tensor
 SAMPLING = 1
 MINIBATCHES = 2
 DATA_ORDER = 3
-SPLIT = 4
-CANDIDATES = 5
-ANNOTATION = 6
+CANDIDATES = 4
+ANNOTATION = 5
 
 
 def uniform(seed: int, stream: int, *counters: int | Tensor) -> Tensor:

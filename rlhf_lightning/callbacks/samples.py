@@ -20,7 +20,7 @@ _ENTITIES = {ord(character): f"&#{ord(character)};" for character in "&<>\\`*_{}
 
 
 class SampleTable(Callback):
-    """Writes prompts, responses and scores.
+    """Writes prompts, responses and scores, and histograms of the scores and lengths.
 
     A module that samples in training (PPO) hands over its rollouts; every so many batches the first rows are written.
     Other modules with a policy answer the first held-out prompts after each validation.
@@ -81,9 +81,14 @@ class SampleTable(Callback):
             }
             append_line(self.path, {"step": step, "stage": stage, "row": int(rollout.prompts.rows[index]), **sample})
             samples.append(sample)
+        present = rollout.prompts.weights > 0
+        distributions = {"length": rollout.response_lengths[present].float()}
+        distributions |= {name: values[present] for name, values in scores.items()}
         for logger in trainer.loggers:
             if samples and isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text(f"samples/{stage}", markdown_table(samples), step)
+                for name, values in distributions.items():
+                    logger.experiment.add_histogram(f"samples/{stage}_{name}", values, step)
 
 
 def prompts_of(batch: Any, rows: int, tokenizer: Any) -> PromptBatch | None:

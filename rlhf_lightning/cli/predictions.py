@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rlhf_lightning.distributed import all_gather_objects
 
 
 class PredictionWriter(Callback):
@@ -30,11 +31,7 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the rows to the first process, and write them in the order of the whole prompt set."""
-        rows = self._rows
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, rows)
-            rows = [row for part in parts for row in part]
+        rows = [row for part in all_gather_objects(self._rows) for row in part]
         if not trainer.is_global_zero:
             return
         rows.sort(key=lambda row: row["row"])

@@ -172,6 +172,21 @@ class TrainingCLI(LightningCLI):
             self.options.ckpt_path = str(self._checkpoint(self.options.ckpt_path))
         self.save_config_kwargs = {"overwrite": True}
 
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; an InputError of a constructor comes through as it is.
+
+        The parser takes it for one of its own complaints (it is a ValueError) and wraps it in a report of many lines.
+        """
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            link: BaseException | None = error
+            while link is not None and not isinstance(link, InputError):
+                link = link.__cause__ or link.__context__
+            if link is None:
+                raise
+            raise link from None
+
     def _checkpoint(self, given: str) -> Path:
         folder = self.folder / "checkpoints"
         path = latest(folder) if given == "last" else Path(given)

@@ -162,7 +162,7 @@ def check_length(model: PreTrainedModel, tokens: int, where: str | Path = "model
     if limit is not None and tokens > limit:
         raise InputError(
             f"{where}: prompt and response may take {tokens} tokens and the model has positions for {limit}: lower "
-            "max_prompt_tokens or max_new_tokens"
+            "data.max_prompt_tokens, data.max_response_tokens or model.max_new_tokens, and drop what is longer"
         )
 
 

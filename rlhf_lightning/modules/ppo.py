@@ -130,6 +130,24 @@ class PPOModule(ActorCriticModule):
         self.iteration = 0
         self.kl_coefficient = kl_coef
 
+    def setup(self, stage: str) -> None:
+        """Checks that need the data; see `ActorCriticModule.setup`.
+
+        Raises: InputError when the minibatches outnumber an iteration's responses.
+        """
+        super().setup(stage)
+        rows = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if rows is not None:
+            self.check_minibatches(rows)
+
+    def check_minibatches(self, rows: int) -> None:
+        """InputError where ``rows`` responses do not make ``minibatches`` minibatches."""
+        if rows < self.minibatches:
+            raise InputError(
+                f"model.minibatches: {self.minibatches} minibatches cannot be made of {rows} responses; raise "
+                "data.batch_size or lower model.minibatches"
+            )
+
     def total_steps(self) -> int:
         """Optimizer steps of the whole training, over which the learning-rate schedule runs."""
         return self.iterations * self.epochs * self.minibatches
@@ -205,11 +223,7 @@ class PPOModule(ActorCriticModule):
         Returns: the steps made, fewer than epochs x minibatches only where ``kl_stop`` ended them.
         """
         rows = int(all_reduce_sum((experience.weights > 0).sum()))
-        if rows < self.minibatches:
-            raise InputError(
-                f"model.minibatches: {self.minibatches} minibatches cannot be made of {rows} responses; raise "
-                "data.batch_size or lower model.minibatches"
-            )
+        self.check_minibatches(rows)
         steps = 0
         for epoch in range(self.epochs):
             order = permutation(rows, self.seed, MINIBATCHES, self.iteration, epoch)
@@ -317,7 +331,8 @@ class PPOModule(ActorCriticModule):
         names = {"objective/scores": "eval/scores", "objective/kl": "eval/kl", "objective/kl_k3": "eval/kl_k3"}
         names |= {"rollout/length": "eval/length", "rollout/truncated": "eval/truncated"}
         means = self._held_out.means()
-        self.log_dict({new: means[old] for old, new in names.items()})
+        # The same numbers everywhere already; syncing tells Lightning so.
+        self.log_dict({new: means[old] for old, new in names.items()}, sync_dist=True)
 
     # `test` and `validate` measure the same things, on the split that each names.
     test_step = validation_step

@@ -74,7 +74,11 @@ class RewardModelModule(RLHFModule):
     def configure_model(self) -> None:
         """Load (and shard) the model; called again for every stage, so only the first time counts."""
         if self.scalar is None:
-            self.scalar = self.build_scalar(self.model, fresh_head=self.head == "fresh", seed=self.seed)
+            # A fresh head is for training, or for a checkpoint's weights to fill; measured, it would be noise.
+            to_be_filled = self.trainer.training or self.trainer.ckpt_path is not None
+            self.scalar = self.build_scalar(
+                self.model, fresh_head=self.head == "fresh" and to_be_filled, seed=self.seed
+            )
             if self.trainer.training:
                 self.scalar.set_normalisation(0.0, 1.0)
 

@@ -196,6 +196,7 @@ def test_15_the_first_ratio_is_one_and_the_gap_to_the_rollout_is_logged(tiny_pol
     assert logged["val/ratio"] == pytest.approx(1.0, abs=1e-6)
     assert logged["policy/approxkl"] == pytest.approx(0.0, abs=1e-10)
     assert logged["policy/clipfrac"] == 0.0
+    assert logged["objective/kl"] == logged["objective/kl_k3"] == 0.0  # the reference is the policy
     assert 0 <= logged["rollout/logprob_gap"] < 1e-5
     narrow = one_iteration(tiny_policy_dir, top_k=2).logged[0]
     assert narrow["rollout/logprob_gap"] > 0.1  # the truncated distribution's log-probs are not the model's
