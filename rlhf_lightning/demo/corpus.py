@@ -1,7 +1,7 @@
 """The demo's world: questions about pot plants, and answers by gardeners of mixed skill and mixed manners.
 
 A question names a plant and two or three topics ("light", "water", ...). An answer has an opening, a sentence or two
-of advice on topics, and a closing. What is right depends on the plant (``CARE``), so a good answer cannot be had by
+of advice on topics, and a closing. What is right depends on the plant, so a good answer cannot be had by
 repeating pleasant words: it must read the question. The demonstrations are written by gardeners who are right about
 half the time, forget topics, digress, and are kind, plain or grumpy; a model that imitates them does all of that too,
 and that is what preference training then has to put right. ``demo/gold.py`` says how good an answer is.
@@ -15,55 +15,49 @@ from dataclasses import dataclass
 from itertools import permutations
 from random import Random
 
+PLANTS: dict[str, tuple[str, ...]] = {
+    "desert": ("cactus", "aloe", "agave", "yucca"),
+    "forest": ("fern", "orchid", "begonia", "ivy"),
+    "garden": ("rose", "mint", "peony", "sage"),
+}
+"""Where a plant comes from decides what is right for it."""
+
 TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
     "light": {
-        "sun": ("full sun all day", "your sunniest window"),
-        "half": ("morning sun alone", "a bright place behind a curtain"),
-        "shade": ("deep shade", "the darkest corner you have"),
+        "desert": ("full sun all day", "your sunniest window"),
+        "forest": ("deep shade", "the darkest corner you have"),
+        "garden": ("morning sun alone", "a bright place behind a curtain"),
     },
     "water": {
-        "rare": ("one cup a month", "wait until the pot is dry"),
-        "weekly": ("one cup a week", "a good drink every Sunday"),
-        "daily": ("a little every day", "never let the pot dry out"),
+        "desert": ("one cup a month", "wait until the pot is dry"),
+        "forest": ("a little every day", "never let the pot dry out"),
+        "garden": ("one cup a week", "a good drink every Sunday"),
     },
     "soil": {
-        "sand": ("half of it sand", "gravel and grit"),
-        "rich": ("dark compost", "earth with old manure"),
-        "bark": ("loose bark", "moss and bits of wood"),
+        "desert": ("half of it sand", "gravel and grit"),
+        "forest": ("loose bark", "moss and bits of wood"),
+        "garden": ("dark compost", "earth with old manure"),
     },
     "food": {
-        "never": ("none at all", "nothing, it would only burn"),
-        "spring": ("one spoon in April", "once when spring comes"),
-        "often": ("every second week", "plenty, it is hungry"),
+        "desert": ("none at all", "nothing, it would only burn"),
+        "forest": ("one spoon in April", "once when spring comes"),
+        "garden": ("every second week", "plenty, it is hungry"),
     },
     "winter": {
-        "out": ("leave it in the garden", "snow will not harm it"),
-        "cool": ("a cool room", "the cold hall is right"),
-        "warm": ("a place near the stove", "keep it warm"),
+        "desert": ("a cool room", "the cold hall is right"),
+        "forest": ("a place near the stove", "keep it warm"),
+        "garden": ("leave it in the garden", "snow will not harm it"),
     },
     "pruning": {
-        "none": ("put the scissors away", "no cut at all"),
-        "light": ("take off the dry tips in March", "pinch it gently"),
-        "hard": ("cut it to the ground", "be hard on it each autumn"),
+        "desert": ("put the scissors away", "no cut at all"),
+        "forest": ("take off the dry tips in March", "pinch it gently"),
+        "garden": ("cut it to the ground", "be hard on it each autumn"),
     },
 }
-"""Topic -> kind of advice -> the ways to put it."""
+"""Topic -> the plants that the advice is right for -> the ways to put it."""
 
 VAGUE: tuple[str, ...] = ("I am not sure", "nobody can say much")
 """Ways to touch a topic and give no advice."""
-
-CARE: dict[str, tuple[str, str, str, str, str, str]] = {
-    # plant:   light,   water,    soil,   food,     winter, pruning  (the order of TOPICS)
-    "cactus": ("sun", "rare", "sand", "never", "cool", "none"),
-    "fern": ("shade", "daily", "rich", "spring", "cool", "light"),
-    "orchid": ("half", "weekly", "bark", "often", "warm", "none"),
-    "basil": ("sun", "daily", "rich", "often", "warm", "light"),
-    "lavender": ("sun", "rare", "sand", "never", "out", "hard"),
-    "lemon tree": ("sun", "weekly", "sand", "often", "cool", "light"),
-    "rose": ("sun", "weekly", "rich", "often", "out", "hard"),
-    "mint": ("shade", "daily", "rich", "never", "out", "hard"),
-}
-"""What is right for each plant, one entry a topic."""
 
 OPENINGS: dict[str, tuple[str, ...]] = {
     "kind": ("What a lovely plant to have!", "I am so glad you ask!", "With pleasure, my friend!"),
@@ -108,15 +102,15 @@ def sentence(topic: str, advice: str) -> str:
     return f"For {topic}, {advice}."
 
 
-def right_advice(plant: str, topic: str) -> str:
-    """The kind of advice on ``topic`` that is right for ``plant``."""
-    return CARE[plant][list(TOPICS).index(topic)]
+def origin(plant: str) -> str:
+    """Where ``plant`` comes from, and so which advice is right for it."""
+    return next(place for place, plants in PLANTS.items() if plant in plants)
 
 
 def all_questions() -> list[Question]:
-    """Every question there is, in a fixed order: plants x ordered choices of two or three topics x phrasings, 4,800."""
+    """Every question there is, in a fixed order: plants x ordered choices of two or three topics x phrasings, 7,200."""
     questions = []
-    for plant in CARE:
+    for plant in (plant for plants in PLANTS.values() for plant in plants):
         for count in (2, 3):
             for topics in permutations(TOPICS, count):
                 words = {
@@ -151,10 +145,10 @@ def write_answer(question: Question, random: Random) -> str:
 
 
 def _advice(plant: str, topic: str, skill: float, random: Random) -> str:
-    right = right_advice(plant, topic)
+    right = origin(plant)
     if random.random() < skill:
         return sentence(topic, random.choice(TOPICS[topic][right]))
     if random.random() < 0.3:
         return sentence(topic, random.choice(VAGUE))
-    wrong = random.choice([kind for kind in TOPICS[topic] if kind != right])
+    wrong = random.choice([place for place in PLANTS if place != right])
     return sentence(topic, random.choice(TOPICS[topic][wrong]))

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from rlhf_lightning.demo.corpus import CARE, CLOSINGS, OPENINGS, TOPICS, VAGUE, right_advice, sentence
+from rlhf_lightning.demo.corpus import CLOSINGS, OPENINGS, PLANTS, TOPICS, VAGUE, origin, sentence
 
 BEST = 4.0
 
@@ -56,7 +56,7 @@ def _score(prompt: str, response: str) -> float:
             closing = _MANNERS[kind]
         elif role == "advice" and topic in asked and topic not in treated:
             treated.add(topic)
-            advice[topic] = 0.0 if kind == "vague" else 1.0 if kind == right_advice(plant, topic) else -1.0
+            advice[topic] = 0.0 if kind == "vague" else 1.0 if kind == origin(plant) else -1.0
         else:
             misplaced += 1.0 if role == "babble" else 0.5
     return 3.0 * sum(advice.values()) / len(asked) + opening + closing - misplaced
@@ -64,7 +64,7 @@ def _score(prompt: str, response: str) -> float:
 
 def _read_question(prompt: str) -> tuple[str, list[str]]:
     words = _WORDS.findall(prompt.lower())
-    plants = [plant for plant in CARE if plant.split()[0] in words]
+    plants = [plant for plants in PLANTS.values() for plant in plants if plant in words]
     asked = [word for word in words if word in TOPICS]
     if len(plants) != 1 or not asked:
         raise ValueError(f"not a question of the demo: {prompt!r}")

@@ -123,7 +123,7 @@ def rank(folder: Folder, size: Size, seed: int) -> list[Ranking]:
     rankings: list[Ranking] = []
     for name, source, count, own_seed in (
         ("rankings", "demonstrations", size.ranked, 2 * seed),
-        ("rankings_held_out", "demonstrations_held_out", size.held_out, 2 * seed + 1),
+        ("rankings_held_out", "demonstrations_held_out", size.held_out // 2, 2 * seed + 1),
     ):
         # Draws go by row number, and both files count from 0: hence the two seeds.
         records = load_records(str(folder.data(source)))

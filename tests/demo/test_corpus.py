@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from rlhf_lightning.demo.corpus import CARE, TOPICS, all_questions, build_corpus, right_advice, sentence, write_answer
+from rlhf_lightning.demo.corpus import PLANTS, TOPICS, all_questions, build_corpus, origin, sentence, write_answer
 from rlhf_lightning.demo.start import EOS, PAD, save_start, train_tokenizer
 
 
@@ -24,14 +24,16 @@ def test_no_held_out_question_is_in_training() -> None:
 
 def test_all_questions_are_different() -> None:
     prompts = [question.prompt for question in all_questions()]
-    assert len(prompts) == len(set(prompts)) == 8 * (6 * 5 + 6 * 5 * 4) * 4
+    assert len(prompts) == len(set(prompts)) == 12 * (6 * 5 + 6 * 5 * 4) * 4
 
 
-def test_every_plant_has_one_right_advice_on_every_topic() -> None:
-    for plant in CARE:
-        assert len(CARE[plant]) == len(TOPICS)
-        assert all(right_advice(plant, topic) in TOPICS[topic] for topic in TOPICS)
-    assert right_advice("cactus", "water") == "rare"
+def test_every_plant_has_one_right_kind_of_advice_on_every_topic() -> None:
+    for plants in PLANTS.values():
+        for plant in plants:
+            assert all(origin(plant) in TOPICS[topic] for topic in TOPICS)
+    assert sentence("water", TOPICS["water"][origin("cactus")][0]) == "For water, one cup a month."
+    kinds = [advice for kinds in TOPICS.values() for texts in kinds.values() for advice in texts]
+    assert len(kinds) == len(set(kinds))
 
 
 def test_gardeners_are_right_more_often_than_not() -> None:
@@ -41,8 +43,8 @@ def test_gardeners_are_right_more_often_than_not() -> None:
         for topic in question.topics:
             for kind, texts in TOPICS[topic].items():
                 given = any(sentence(topic, text) in answer for text in texts)
-                right += given and kind == right_advice(question.plant, topic)
-                wrong += given and kind != right_advice(question.plant, topic)
+                right += given and kind == origin(question.plant)
+                wrong += given and kind != origin(question.plant)
     assert 0.6 < right / (right + wrong) < 0.8
 
 
