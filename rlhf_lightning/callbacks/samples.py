@@ -34,6 +34,11 @@ class SampleTable(Callback):
         self.rows = rows
         self.every_n_batches = every_n_batches
         self._held_out: PromptBatch | None = None
+        self._validated = False  # whether this validation's table is written
+
+    def on_validation_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
+        """A validation has one table, of its first batch."""
+        self._validated = False
 
     def setup(self, trainer: Trainer, pl_module: RLHFModule, stage: str) -> None:  # type: ignore[override]
         """Find the run's folder, while all processes are here."""
@@ -48,9 +53,11 @@ class SampleTable(Callback):
         """A module hands over a rollout, with scores ``[B]`` by name."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        stage = "train" if trainer.training else "val"
-        if stage == "val" or trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_batches == 0:
-            self.write(trainer, rollout, scores, stage)
+        if trainer.training and trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_batches == 0:
+            self.write(trainer, rollout, scores, "train")
+        elif not trainer.training and not self._validated:
+            self._validated = True
+            self.write(trainer, rollout, scores, "val")
 
     def on_validation_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: RLHFModule, outputs: Any, batch: Any, batch_idx: int, *args: Any

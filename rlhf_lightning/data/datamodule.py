@@ -247,6 +247,11 @@ class PreferenceDataModule(LightningDataModule):
             )
 
     @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        return max((len(example.prompt) for example in self.train + self.held_out), default=0)
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence: prompt and response, or the prompt alone where there is no response."""
         return max((width for example in self.train + self.held_out for width in example.widths), default=0)

@@ -121,7 +121,9 @@ def load_scalar_model(
 def draw_head(head: nn.Linear, seed: int) -> None:
     """Fill ``head`` from N(0, 1 / (in_features + 1)), its bias with 0; the same on every machine for a seed."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
+    # Where and how is said in full: Lightning builds models under the device and dtype that they will train with.
+    drawn = torch.randn(head.weight.shape, generator=generator, device="cpu", dtype=torch.float32)
+    drawn /= math.sqrt(head.in_features + 1)
     with torch.no_grad():
         head.weight.copy_(drawn)
         if head.bias is not None:
@@ -204,7 +206,8 @@ def _load_model(
     folder = _find(path)
     if Path(folder).is_dir():
         _check_weight_files(Path(folder))
-    with _loading(path, "model"):
+    # On the CPU, also where Lightning has set another default device: from_pretrained there wants accelerate.
+    with _loading(path, "model"), torch.device("cpu"):
         model, info = auto.from_pretrained(
             folder,
             config=config,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
@@ -19,6 +19,7 @@ from rlhf_lightning.batches import Rollout, micro_batches
 from rlhf_lightning.distributed import all_reduce_max
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, same_vocabulary
+from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.positions import response_states
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.modules.base import RLHFModule
@@ -60,6 +61,8 @@ class ActorCriticModule(RLHFModule):
     """
 
     automatic = False
+    reward: Reward | None  # both frozen, and kept out of the module tree
+    reference: Policy
 
     def __init__(
         self,
@@ -101,10 +104,10 @@ class ActorCriticModule(RLHFModule):
         """Load, shard and ready policy, critic, reference and reward; called again for every stage, does it once."""
         if self.policy is not None:
             return
-        own_critic = self.critic_kind == "model"
-        self.policy = self.build_policy(self.model, critic=None if own_critic else self.critic_kind)
+        shared = None if self.critic_kind == "model" else cast("Literal['head'] | int", self.critic_kind)
+        self.policy = self.build_policy(self.model, critic=shared)
         folder = self.critic_from or self.reward_folder()
-        if own_critic:
+        if shared is None:
             self.critic = self.build_scalar(folder or self.model, fresh_head=folder is None, seed=self.seed)
         elif folder is not None:
             self.start_head_from(folder)
@@ -123,8 +126,7 @@ class ActorCriticModule(RLHFModule):
         if self.reward is None and type(self).score is ActorCriticModule.score:
             raise InputError(
                 "model.reward: none is given; name one (class_path: rlhf_lightning.rewards.ModelReward, ...) or "
-                "override "
-                "score() in a subclass"
+                "override score() in a subclass"
             )
         if self.top_k > 0 or self.top_p < 1.0:
             rank_zero_warn(
@@ -152,13 +154,12 @@ class ActorCriticModule(RLHFModule):
         return None
 
     def start_head_from(self, folder: str) -> None:
-        """Give the shared-trunk critic the reward model's head, where their widths agree."""
-        assert self.policy is not None
+        """Give the shared-trunk critic the reward model's head; fresh where widths differ and nobody asked for it."""
+        assert self.policy is not None and self.policy.critic_head is not None
         model = load_scalar_model(folder, fresh_head=False, trust_remote_code=self.trust_remote_code)
-        start = ScalarModel(model)
-        self.policy.load_critic_head(
-            model.score.weight.detach() / start.reward_std, -start.reward_mean / start.reward_std
-        )
+        start, head = ScalarModel(model), cast(torch.nn.Linear, model.score).weight.detach()
+        if self.critic_from is not None or head.shape == self.policy.critic_head.weight.shape:
+            self.policy.load_critic_head(head / start.reward_std, -start.reward_mean / start.reward_std)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The critic's own parameters with their own learning rate."""
@@ -185,8 +186,12 @@ class ActorCriticModule(RLHFModule):
     # ------------------------------------------------------------------ passes over responses
 
     @torch.no_grad()
-    def evaluate(self, rollout: Rollout) -> ResponseScores:
-        """Log-probs of policy and reference, and the critic's values, in micro-batches; fp32, no gradient."""
+    def evaluate(self, rollout: Rollout, temperature: float | None = None) -> ResponseScores:
+        """Log-probs of policy and reference, and the critic's values, in micro-batches; fp32, no gradient.
+
+        ``temperature``: of the log-probs; None is the training temperature.
+        """
+        temperature = self.temperature if temperature is None else temperature
         rows, width = len(rollout), rollout.log_probs.shape[1]
         scores = ResponseScores(*(rollout.log_probs.new_zeros(rows, width + extra) for extra in (0, 0, 1)))
         for part, counted, _ in self.rounds(
@@ -194,8 +199,8 @@ class ActorCriticModule(RLHFModule):
         ):
             longest = int(rollout.lengths[part].max())
             inputs = rollout.tokens[part, :longest], rollout.lengths[part], rollout.prompt_lengths[part]
-            log_probs, _, values = self.actor_and_critic(*inputs)
-            reference_log_probs = self.reference(*inputs, self.temperature).log_probs
+            log_probs, _, values = self.actor_and_critic(*inputs, temperature)
+            reference_log_probs = self.reference(*inputs, temperature).log_probs
             if counted:
                 steps = log_probs.shape[1]
                 scores.log_probs[part, :steps] = log_probs
@@ -204,10 +209,11 @@ class ActorCriticModule(RLHFModule):
         return scores
 
     def actor_and_critic(
-        self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor
+        self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``(log_probs [B, T], entropy [B, T], values [B, T + 1])`` of right-padded rows ``[B, S]``."""
-        log_probs, entropy, values = self.policy(tokens, lengths, prompt_lengths, self.temperature)
+        assert self.policy is not None
+        log_probs, entropy, values = self.policy(tokens, lengths, prompt_lengths, temperature)
         if self.critic is not None:
             # One state more than there are response tokens: the one after the last, which a bootstrap needs.
             values = response_states(self.critic(tokens, lengths), prompt_lengths, lengths + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse.typing import restricted_number_type
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
@@ -96,21 +97,23 @@ class RLHFModule(OptimisedModule):
         """
         model = load_causal_lm(folder, trust_remote_code=self.trust_remote_code)
         check_vocabularies(self.tokenizer, model, folder)
-        check_length(model, self.longest_sequence(), folder)
-        return self._prepare(Policy(model, critic), frozen)
+        check_length(model, self.longest_sequence(sampled=True), folder)
+        with torch.device("cpu"):  # its checks run the model where it is; Lightning's default device is another
+            policy = Policy(model, critic)
+        return self._prepare(policy, frozen)
 
     def build_scalar(self, folder: str, *, fresh_head: bool, seed: int = 0, frozen: bool = False) -> ScalarModel:
         """The same for a model with one scalar per token: a reward model, or a critic."""
         model = load_scalar_model(folder, fresh_head=fresh_head, seed=seed, trust_remote_code=self.trust_remote_code)
         check_vocabularies(self.tokenizer, model, folder)
-        check_length(model, self.longest_sequence(), folder)
+        check_length(model, self.longest_sequence(sampled=self.data_view.kind == "prompts"), folder)
         return self._prepare(ScalarModel(model), frozen)
 
-    def longest_sequence(self) -> int:
-        """Tokens of the longest sequence in the data or to be sampled; 0 where the data cannot tell."""
+    def longest_sequence(self, sampled: bool) -> int:
+        """Tokens of the longest sequence in the data, or to be sampled; 0 where the data cannot tell."""
         data = getattr(self.trainer, "datamodule", None)
-        sampled = self.max_new_tokens if self.data_view.kind == "prompts" else 0
-        return getattr(data, "longest_sequence", 0) + sampled
+        answered = getattr(data, "longest_prompt", 0) + self.max_new_tokens if sampled else 0
+        return max(getattr(data, "longest_sequence", 0), answered)
 
     def _prepare(self, built: Any, frozen: bool) -> Any:
         if frozen:

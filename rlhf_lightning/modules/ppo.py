@@ -11,7 +11,10 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, OpenUnitInterval, PositiveFloat, PositiveInt
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf_lightning.algorithms.advantages import ScorePosition, token_rewards
 from rlhf_lightning.algorithms.kl import Estimator, adapt_kl_coefficient, kl_estimate
@@ -112,6 +115,10 @@ class PPOModule(ActorCriticModule):
         super().__init__(model, reward, learning_rate=learning_rate, adam_eps=adam_eps, **kwargs)
         if dual_clip is not None and dual_clip <= 1.0:
             raise InputError(f"model.dual_clip: expected a number above 1, got {dual_clip}; null turns it off")
+        if kl_target is not None and kl_coef == 0:
+            raise InputError(
+                "model.kl_target: adapts kl_coef by factors, which leave 0 at 0; set a kl_coef to start from"
+            )
         self.iterations, self.epochs, self.minibatches = iterations, epochs, minibatches
         self.gamma, self.lam = gamma, lam
         self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
@@ -129,6 +136,7 @@ class PPOModule(ActorCriticModule):
         # What a checkpoint holds beside weights and optimizer; all else is a function of the iteration.
         self.iteration = 0
         self.kl_coefficient = kl_coef
+        self.grad_norms: dict[str, float] = {}  # of the last optimizer step, by network, before clipping
 
     def setup(self, stage: str) -> None:
         """Checks that need the data; see `ActorCriticModule.setup`.
@@ -238,7 +246,8 @@ class PPOModule(ActorCriticModule):
 
     def step(self, experience: Experience, rows: Tensor, totals: Totals) -> bool:
         """One optimizer step on a minibatch; False, and no step, where its approximate KL passes ``kl_stop``."""
-        optimizer = self.optimizers()
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        assert isinstance(optimizer, LightningOptimizer) and isinstance(scheduler, LRScheduler)
         optimizer.zero_grad()
         part = experience.mask[rows].sum(), experience.value_mask[rows].sum()
         tokens, states = all_reduce_sum(torch.stack(part)).clamp(min=1).unbind()
@@ -258,14 +267,15 @@ class PPOModule(ActorCriticModule):
         if self.kl_stop is not None and moved.means()["approxkl"] > self.kl_stop:
             optimizer.zero_grad()
             return False
-        self.clip(totals)
         optimizer.step()
-        self.lr_schedulers().step()
+        scheduler.step()
+        for name, norm in self.grad_norms.items():
+            totals.add(f"{name}/grad_norm", torch.tensor(norm))
         return True
 
     def losses(self, e: Experience, totals: Totals, moved: Totals) -> tuple[Tensor, Tensor]:
         """Sums over a micro-batch: of the policy's loss over its tokens, and of the critic's over its states."""
-        log_probs, entropy, values = self.actor_and_critic(e.tokens, e.lengths, e.prompt_lengths)
+        log_probs, entropy, values = self.actor_and_critic(e.tokens, e.lengths, e.prompt_lengths, self.temperature)
         mask = e.mask
         policy_loss, clipped = clipped_policy_loss(
             log_probs, e.log_probs, e.advantages, self.clip_low, self.clip_high, self.dual_clip
@@ -288,14 +298,17 @@ class PPOModule(ActorCriticModule):
 
     # ------------------------------------------------------------------ around it
 
-    def clip(self, totals: Totals) -> None:
-        """Clip the gradient norms of the policy and of a critic of its own, each by itself, and note them."""
-        networks = {"policy": self.policy, "critic": self.critic}
-        for name, network in networks.items():
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Check (see `OptimisedModule`), then clip the gradients of the policy and of a critic of its own, each alone.
+
+        Here and not before the step, because a scaler of fp16 gradients has taken its scale off by now.
+        """
+        super().on_before_optimizer_step(optimizer)
+        self.grad_norms = {}
+        for name, network in (("policy", self.policy), ("critic", self.critic)):
             if network is None:
                 continue
-            norm = grad_norm(network.parameters())
-            totals.add(f"{name}/grad_norm", torch.tensor(norm))
+            norm = self.grad_norms[name] = grad_norm(network.parameters())
             if self.max_grad_norm is not None and norm > self.max_grad_norm:
                 scale_grads(network.parameters(), self.max_grad_norm / norm)
 
@@ -304,7 +317,9 @@ class PPOModule(ActorCriticModule):
         metrics = iteration_metrics(totals, rollout, scores, experience)
         metrics["policy/steps"] = float(steps)
         metrics["objective/kl_coef"] = self.kl_coefficient
-        metrics["lr"] = self.optimizers().param_groups[0]["lr"]
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        metrics["lr"] = optimizer.param_groups[0]["lr"]
         metrics |= {f"time/{phase}": seconds for phase, seconds in self.phase_seconds.items()}
         metrics["rollout/tokens_per_second"] = metrics.pop("rollout/tokens") / self.phase_seconds["rollout"]
         self.log_dict(metrics)
@@ -321,20 +336,20 @@ class PPOModule(ActorCriticModule):
         temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
         rollout = self.generate(batch, iteration=_VALIDATION, temperature=temperature)
         scores = check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score")
-        count_rollout(self._held_out, rollout, scores, self.kl_coefficient, self.evaluate(rollout))
+        # Greedy samples have no KL: they are of no distribution that log-probs could be taken under.
+        now = self.evaluate(rollout, temperature or self.temperature)
+        count_rollout(self.held_out_totals, rollout, scores, self.kl_coefficient, now)
         self.report_samples(rollout, {"score": scores})
 
-    def on_validation_epoch_start(self) -> None:
-        self._held_out = Totals()
-
-    def on_validation_epoch_end(self) -> None:
-        names = {"objective/scores": "eval/scores", "objective/kl": "eval/kl", "objective/kl_k3": "eval/kl_k3"}
-        names |= {"rollout/length": "eval/length", "rollout/truncated": "eval/truncated"}
-        means = self._held_out.means()
+    def _log_held_out(self, stage: str) -> None:
+        names = {"objective/scores": "scores", "rollout/length": "length", "rollout/truncated": "truncated"}
+        if self.eval_temperature != 0:
+            names |= {"objective/kl": "kl", "objective/kl_k3": "kl_k3"}
+        means = self.held_out_totals.means()
+        self.held_out_totals = Totals()
+        prefix = "eval" if stage == "val" else stage
         # The same numbers everywhere already; syncing tells Lightning so.
-        self.log_dict({new: means[old] for old, new in names.items()}, sync_dist=True)
+        self.log_dict({f"{prefix}/{new}": means[old] for old, new in names.items()}, sync_dist=True)
 
     # `test` and `validate` measure the same things, on the split that each names.
     test_step = validation_step
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_epoch_end = on_validation_epoch_end

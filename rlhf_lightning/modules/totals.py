@@ -29,5 +29,7 @@ class Totals:
         if not self._sums:
             return {}
         names = sorted(self._sums)
-        reduced = all_reduce_sum(torch.stack([self._sums[name] for name in names])).cpu()
+        # Some sums were made on the CPU (a gradient norm), the others where the model is.
+        device = next((sums.device for sums in self._sums.values() if sums.device.type != "cpu"), torch.device("cpu"))
+        reduced = all_reduce_sum(torch.stack([self._sums[name].to(device) for name in names])).cpu()
         return {name: (total / count).item() for name, (total, count) in zip(names, reduced, strict=True)}

@@ -42,7 +42,8 @@ def check_scores(scores: Any, rollout: Rollout, source: str) -> Tensor:
     """
     rows = len(rollout)
     try:
-        values = torch.as_tensor(scores).detach().to(device=rollout.tokens.device, dtype=torch.float32)
+        # The dtype first: a default of bf16 would round the numbers of a list.
+        values = torch.as_tensor(scores, dtype=torch.float32).detach().to(rollout.tokens.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"reward {source}: expected {rows} numbers, got {type(scores).__name__} ({error}); return one float "

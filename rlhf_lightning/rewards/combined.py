@@ -22,6 +22,7 @@ class _Combined(Reward):
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, mesh: Any | None = None) -> None:
         for reward in self.rewards:
+            assert isinstance(reward, Reward)
             reward.prepare(tokenizer, device, mesh)
 
     def scores(self, rollout: Rollout) -> Tensor:

@@ -174,6 +174,9 @@ def _cast_once(device: torch.device) -> Iterator[None]:
 
 def _still_going(ended: Tensor, at_least_one: bool) -> Tensor:
     keep = (~ended).nonzero()[:, 0]
+    # Dropping rows copies the whole cache, so it waits until an eighth of them have ended.
+    if 0 < len(ended) - len(keep) < len(ended) / 8 and len(keep) > 0:
+        return torch.arange(len(ended), device=ended.device)
     # A process that has finished keeps one row going, so that it can take part in the others' collectives.
     return keep if len(keep) or not at_least_one else keep.new_zeros(1)
 

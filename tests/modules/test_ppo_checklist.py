@@ -391,29 +391,28 @@ def test_28_and_29_policy_and_value_loss_by_hand(tiny_policy_dir, monkeypatch, s
 
 
 def test_30_the_total_is_policy_plus_a_tenth_of_value_and_the_gradient_is_clipped(tiny_policy_dir, monkeypatch):
-    seen = []
+    losses, clipped = [], []
     module = make_module(tiny_policy_dir, micro_batch_tokens=10_000)
-    backward = module.manual_backward
-    monkeypatch.setattr(module, "manual_backward", lambda loss: (seen.append(loss.item()), backward(loss))[1])
-    norms = []
-    step = module.optimizers
+    backward, before_step = module.manual_backward, module.on_before_optimizer_step
 
-    def spying_optimizers():
-        optimizer = step()
-        norms.append(
-            [
-                torch.nn.utils.get_total_norm([p.grad for p in part.parameters() if p.grad is not None]).item()
-                for part in (module.policy, module.critic)
-            ]
-        ) if any(p.grad is not None for p in module.policy.parameters()) else None
-        return optimizer
+    def recording_backward(loss):
+        losses.append(loss.item())
+        backward(loss)
 
-    monkeypatch.setattr(module, "clip", lambda totals, clip=module.clip: (clip(totals), spying_optimizers())[0])
+    def recording_step(optimizer):
+        before_step(optimizer)
+        for part in (module.policy, module.critic):
+            gradients = [p.grad for p in part.parameters() if p.grad is not None]
+            clipped.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    monkeypatch.setattr(module, "manual_backward", recording_backward)
+    monkeypatch.setattr(module, "on_before_optimizer_step", recording_step)
     fit(module)
     logged = module.logged[0]
-    assert seen[0] == pytest.approx(logged["loss/policy"] + 0.1 * logged["loss/value"], abs=1e-5)
-    assert logged["policy/grad_norm"] > 1.0
-    assert norms[0][0] == pytest.approx(1.0, rel=1e-4)
+    assert losses == [pytest.approx(logged["loss/policy"] + 0.1 * logged["loss/value"], abs=1e-5)]
+    norms = [logged["policy/grad_norm"], logged["critic/grad_norm"]]
+    assert norms[0] > 1.0
+    assert clipped == [pytest.approx(min(norm, 1.0), rel=1e-4) for norm in norms]  # each by itself
 
 
 def test_31_adamw_has_eps_1e_5_and_the_schedule_runs_over_optimizer_steps(tiny_policy_dir):

@@ -11,15 +11,18 @@ import transformers.modeling_utils
 from conftest import make_config
 from lightning import Trainer
 from ppo_harness import TokenReward, fit, make_module, prompts
-from transformers import LlamaForCausalLM
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.models.loading import load_scalar_model
+from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.modules.actor_critic import ActorCriticModule
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.optimisation import OptimisedModule
 from rlhf_lightning.modules.ppo import PPOModule
+from rlhf_lightning.modules.totals import Totals
+from rlhf_lightning.rewards import ModelReward
 
 BASE = {
     "iterations": 2,
@@ -165,6 +168,7 @@ def test_the_critic_starts_from_the_named_reward_model(tiny_policy_dir, tiny_rew
     [
         ({"dual_clip": 0.9}, "model.dual_clip: expected a number above 1, got 0.9"),
         ({"top_p": 1.5}, "model.top_p"),
+        ({"kl_target": 1.0, "kl_coef": 0.0}, "model.kl_target: adapts kl_coef by factors"),
         ({"minibatches": 9}, "model.minibatches: 9 minibatches cannot be made of 8 responses"),
     ],
 )
@@ -198,3 +202,31 @@ def test_sequences_longer_than_the_model_has_positions_are_refused_before_traini
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
     with pytest.raises(InputError, match="may take 129 tokens and the model has positions for 128"):
         trainer.fit(make_module(tiny_policy_dir, max_new_tokens=29), datamodule=data)
+
+
+def test_a_head_starts_fresh_beside_a_reward_model_of_another_width(tiny_policy_dir, tiny_tokenizer, tmp_path):
+    wide = make_config(num_labels=1, hidden_size=64, num_attention_heads=4)
+    LlamaForSequenceClassification(wide).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    fit(make_module(tiny_policy_dir, ModelReward(str(tmp_path)), critic="head"))
+    with pytest.raises(InputError, match="head"):
+        fit(make_module(tiny_policy_dir, critic="head", critic_from=str(tmp_path)))
+
+
+def test_the_models_are_built_on_the_cpu_whatever_the_default_device(tiny_policy_dir):
+    """Lightning builds under the training device; ``meta`` stands in for it: what is built there has no numbers."""
+    with torch.device("meta"):
+        policy = load_causal_lm(tiny_policy_dir)
+        scalar = load_scalar_model(tiny_policy_dir, fresh_head=True)
+    assert {p.device.type for model in (policy, scalar) for p in model.parameters()} == {"cpu"}
+
+
+def test_sums_made_on_several_devices_come_together():
+    with FakeTensorMode():
+        totals = Totals()
+        totals.add("a", torch.ones(3, device="cuda"))
+        totals.add("b", torch.tensor(1.0))
+        stacked = [sums.device.type for sums in totals._sums.values()]
+        assert stacked == ["cuda", "cpu"]
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            totals.means()  # it comes as far as reading the numbers, which a fake tensor has none of

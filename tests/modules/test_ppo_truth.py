@@ -115,6 +115,15 @@ def test_ppo_finds_the_optimum_and_its_value_of_a_small_known_problem(tmp_path, 
         tokens, lengths = torch.tensor([[*PROMPT, 6]]), torch.tensor([3])
         values = response_states(module.critic(tokens, lengths), torch.tensor([2]), lengths)
     assert values[0, 0].item() == pytest.approx(optimum, abs=0.15)
+    # And of the state after a 6 first: the score comes at the end, so both its parts are still to be paid there.
+    second = [i for i, response in enumerate(bandit.responses) if response[0] == 6]
+    conditional = (reference[second]).log_softmax(0)
+    after_six = BETA * torch.logsumexp(conditional + bandit.rewards[second] / BETA, 0).item()
+    with torch.no_grad():
+        values = response_states(
+            module.critic(torch.tensor([[*PROMPT, 6, EOS]]), torch.tensor([4])), torch.tensor([2]), torch.tensor([4])
+        )
+    assert values[0, 1].item() == pytest.approx(after_six, abs=0.2)
 
 
 def small_tokenizer():
