@@ -15,7 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rlhf_lightning.callbacks.folders import logged_step, run_folder, sync_to_disk
+from rlhf_lightning.callbacks.folders import run_folder, sync_to_disk
+from rlhf_lightning.callbacks.metrics import rewind_loggers
 from rlhf_lightning.distributed import barrier
 
 _STAGING = ".staging-"
@@ -34,6 +35,9 @@ class RunCheckpoint(Checkpoint):
 
     N counts batches over the whole run; one batch is one PPO iteration. With gradient accumulation a save waits for the
     optimizer step. A save never touches an earlier checkpoint: what is killed in the middle leaves them as they were.
+
+    A run that goes on from an older checkpoint leaves the later ones of its first attempt alone until it has a whole one of
+    its own; then they are removed, so that the newest is always of the run as it went on.
 
     The first Ctrl-C saves after the current batch and stops; the second stops at once. SIGTERM saves likewise. (In runs
     of several processes neither saves: the processes may have been stopped at different batches.)
@@ -60,9 +64,7 @@ class RunCheckpoint(Checkpoint):
         """After a resume, logs continue from the checkpoint: what was logged later is written again."""
         if trainer.ckpt_path is not None:
             self._saved = _batches(trainer)
-            for logger in trainer.loggers:
-                if hasattr(logger, "rewind"):
-                    logger.rewind(logged_step(trainer))
+            rewind_loggers(trainer)
         if trainer.world_size == 1:
             self._take_over_interrupts()
 
@@ -110,7 +112,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
             for left in self._folder.glob(f"{_STAGING}*"):  # of a run that was killed
-                _remove(left)
+                _delete(left)
         barrier()
         trainer.save_checkpoint(staging)
         if trainer.is_global_zero:
@@ -118,12 +120,15 @@ class RunCheckpoint(Checkpoint):
                 # Lightning's atomic writer swallows some errors (permissions, for one) and reports success.
                 raise OSError(f"{staging}: the checkpoint could not be written; is the disk full or read-only?")
             sync_to_disk(staging)
-            if destination.is_dir():  # a folder cannot be replaced in one go, a file can
-                _remove(destination)
+            # What is numbered above the last save is of another attempt. Set aside before the new one has its name: a
+            # kill in between leaves the checkpoint that this run came from as the newest.
+            aside = [_set_aside(path) for path in self._folder.glob("batch-*.ckpt") if _number(path) > self._saved]
             os.replace(staging, destination)
             _sync_entry(self._folder)
+            for old in aside:
+                _delete(old)
             for old in sorted(self._folder.glob("batch-*.ckpt"))[: -self.keep]:
-                _remove(old)
+                _delete(_set_aside(old))
         barrier()
         self._saved = batches
 
@@ -159,11 +164,22 @@ def _is_whole(path: Path) -> bool:
     return path.is_file() and zipfile.is_zipfile(path)
 
 
-def _remove(path: Path) -> None:
+def _number(path: Path) -> int:
+    digits = path.stem.removeprefix("batch-")
+    return int(digits) if digits.isdecimal() else 0
+
+
+def _set_aside(path: Path) -> Path:
+    """Renamed, so that a folder that is half deleted cannot pass for a checkpoint; the next save deletes what is left."""
+    doomed = path.with_name(f"{_STAGING}doomed-{path.name}")
+    if doomed.exists():
+        _delete(doomed)
+    os.replace(path, doomed)
+    return doomed
+
+
+def _delete(path: Path) -> None:
     if path.is_dir():
-        # Renamed first: a folder that is half deleted must not pass for a checkpoint.
-        doomed = path.with_name(f"{_STAGING}doomed-{path.name.removeprefix(_STAGING)}")
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(path)
     else:
         path.unlink()

@@ -7,10 +7,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from rlhf_lightning.callbacks.folders import append_line, rewind_lines
+from rlhf_lightning.callbacks.folders import append_line, logged_step, rewind_lines
 
 
 class JsonlLogger(Logger):
@@ -56,3 +58,16 @@ class JsonlLogger(Logger):
     def rewind(self, last_step: int) -> None:
         """Drop the lines after ``last_step``; called when a run is resumed from there."""
         rewind_lines(self.path, last_step)
+
+
+def rewind_loggers(trainer: Trainer) -> None:
+    """On a resume, have metrics.jsonl and TensorBoard forget what was logged after the checkpoint: it is logged again."""
+    step = logged_step(trainer)
+    for logger in trainer.loggers:
+        if isinstance(logger, JsonlLogger):
+            logger.rewind(step)
+        elif isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            # What SummaryWriter's purge_step writes. That must be given when the file is opened, before the checkpoint,
+            # which alone knows the step, is read.
+            restart = Event(session_log=SessionLog(status=SessionLog.START))
+            logger.experiment._get_file_writer().add_event(restart, step + 1)

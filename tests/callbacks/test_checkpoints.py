@@ -81,6 +81,59 @@ def test_torn_checkpoints_are_passed_over(tiny_policy_dir: Path, tmp_path: Path)
     assert latest(tmp_path / "nowhere") is None
 
 
+def test_going_on_from_an_older_checkpoint_follows_the_new_attempt(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    fit(tiny_policy_dir, tmp_path, RunCheckpoint(every_n_batches=1, keep=9))
+    older = tmp_path / "checkpoints" / "batch-00000002.ckpt"
+
+    class Seen(Callback):
+        """What lies in the folder when the first batch is done and nothing is saved yet."""
+
+        def on_train_batch_start(self, trainer: Trainer, *args: object) -> None:
+            if trainer.global_step == 3:
+                self.names = names(tmp_path)
+
+    seen = Seen()
+    module = SFTModule(str(tiny_policy_dir), learning_rate=0.02)
+    train(
+        module,
+        SmallData(tiny_policy_dir, BATCHES[:4]),
+        ckpt_path=str(older),
+        enable_checkpointing=True,
+        callbacks=[RunCheckpoint(every_n_batches=2, keep=2), seen],
+        default_root_dir=tmp_path,
+    )
+    assert seen.names[-1] == "batch-00000005.ckpt"
+    assert names(tmp_path) == ["batch-00000002.ckpt", "batch-00000004.ckpt"]
+    newest = torch.load(latest(tmp_path / "checkpoints"), weights_only=True)
+    assert newest["global_step"] == 4
+    assert newest["optimizer_states"][0]["param_groups"][0]["lr"] == 0.02
+
+
+def test_killed_between_two_attempts_leaves_the_one_gone_on_from(
+    tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tiny_policy_dir, tmp_path, RunCheckpoint(every_n_batches=1, keep=9))
+    older = tmp_path / "checkpoints" / "batch-00000002.ckpt"
+    replace = os.replace
+
+    def killed(source: Path, destination: Path) -> None:
+        if "doomed" not in Path(destination).name:
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", killed)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            module = SFTModule(str(tiny_policy_dir), learning_rate=0.01)
+            options = {"callbacks": [RunCheckpoint(every_n_batches=1)], "default_root_dir": tmp_path}
+            data = SmallData(tiny_policy_dir, BATCHES)
+            train(module, data, ckpt_path=str(older), enable_checkpointing=True, **options)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert latest(tmp_path / "checkpoints") == older
+
+
 def test_a_failed_write_is_an_error_and_leaves_the_last_one(
     tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
 from rlhf_lightning.callbacks.export import ModelExport
+from rlhf_lightning.callbacks.folders import append_line, rewind_lines
 from rlhf_lightning.callbacks.metrics import JsonlLogger
 from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable, escaped, markdown_table, printable
@@ -100,6 +101,18 @@ def test_a_resumed_run_writes_every_line_once(tiny_policy_dir: Path, tmp_path: P
     )
     assert numbers(run / "metrics.jsonl") == numbers(tmp_path / "straight" / "metrics.jsonl")
     assert lines(run / "samples.jsonl") == lines(tmp_path / "straight" / "samples.jsonl")
+    events = EventAccumulator(str(run)).Reload()
+    assert len(list(run.glob("events.out.tfevents.*"))) == 2
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("val/perplexity")] == [1, 3]
+
+
+def test_rewinding_keeps_lines_with_unusual_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    for step in range(3):
+        append_line(path, {"step": step, "response": "one\u2028two\u0085three"})
+    rewind_lines(path, 1)
+    assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == [0, 1]
 
 
 def test_metrics_that_json_has_no_number_for_become_null(tmp_path: Path) -> None:
