@@ -1,5 +1,11 @@
 """The two ways a run can end badly, told apart so that the command line can answer with the right exit code."""
 
+from __future__ import annotations
+
+import argparse
+import difflib
+from typing import Any, NoReturn
+
 
 class InputError(ValueError):
     """The user's input is at fault: a file, a row, a key, a value, an option.
@@ -14,3 +20,21 @@ class TrainingDiverged(RuntimeError):
 
     The command line prints it without a traceback and exits with code 1.
     """
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ``ArgumentParser`` that raises `InputError` in one line where the plain one prints its usage and exits.
+
+    Options are written in full: a shortened one that works today means another one tomorrow.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise; an unknown option comes with the nearest known one."""
+        _, found, given = message.partition("unrecognized arguments: ")
+        name = given.split()[0].partition("=")[0] if found else ""
+        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"{message}; {hint}{self.prog} --help lists the options")

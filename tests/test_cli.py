@@ -144,3 +144,18 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
     write(tmp_path / "metrics.jsonl", "")
     with pytest.raises(InputError, match=r"holds a run already.*--ckpt_path last"):
         check_unused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["evaluate"], "the following arguments are required: --policies, --prompts"),
+        (["evaluate", "--policies", "a", "--prompts", "b", "--rewrd", "c"], "did you mean --reward?"),
+        (["info", "--jsn"], "did you mean --json?"),
+        (["data", "check", "--jso", "x", "f"], "did you mean --json?"),
+        (["demo", "--seeds", "1"], "did you mean --seed?"),
+    ],
+)
+def test_the_plain_commands_say_what_is_wrong_in_one_line(arguments, said, capsys):
+    assert main(arguments) == 2
+    assert said in error_of(capsys)

@@ -6,7 +6,6 @@ package metadata.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from rlhf_lightning import __version__
+from rlhf_lightning.errors import CommandParser
 from rlhf_lightning.ops import extension
 
 _PACKAGES = ("lightning", "transformers", "jsonargparse", "safetensors", "torchmetrics", "tensorboard")
@@ -23,7 +23,7 @@ _PACKAGES = ("lightning", "transformers", "jsonargparse", "safetensors", "torchm
 
 def main(arguments: Sequence[str]) -> int:
     """Print what is installed here; ``--json`` for machines."""
-    parser = argparse.ArgumentParser(prog="python -m rlhf_lightning info", description=__doc__)
+    parser = CommandParser(prog="python -m rlhf_lightning info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     gathered = gather()

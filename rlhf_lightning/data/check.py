@@ -5,7 +5,6 @@ Light by intent: neither torch nor lightning is imported, and transformers with 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.data.records import ACCEPTED, FORMS, Record, checked_rows
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import CommandParser, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +69,7 @@ class Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks the files, prints what they hold, and returns 0, or 2 where a row was refused."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m rlhf_lightning data check",
         description="What is in preference files, and what is wrong with them. Exit code 2 where a row is refused.",
     )

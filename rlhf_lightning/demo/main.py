@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import CommandParser, InputError
 
 if TYPE_CHECKING:
     from rlhf_lightning.demo.report import Results
@@ -115,7 +115,7 @@ def run(root: Path, size: Size, seed: int) -> Results:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m rlhf_lightning demo",
         description="Train SFT, a reward model, PPO and DPO on a small built-in world, offline, and compare them.",
         allow_abbrev=False,

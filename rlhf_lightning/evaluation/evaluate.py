@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning import __version__
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import CommandParser, InputError
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.records import Record
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m rlhf_lightning evaluate",
         description="Compare policies on held-out prompts: reward, KL to a reference, win rates with intervals.",
         epilog=_EXAMPLE,

@@ -231,7 +231,7 @@ class Policy(nn.Module):
         states = output.last_hidden_state[0]
         own = self._own_head(states)
         if not bool(torch.isfinite(own).all()):
-            raise InputError(f"{self.model.name_or_path}: the weights hold NaN or infinite numbers; take an earlier model")
+            raise InputError(f"{self.model.name_or_path}: its weights are NaN or infinite; take an earlier model")
         if not _close(own, self.model(input_ids=tokens, use_cache=False).logits[0]):
             raise InputError(f"{type(self.model).__name__}: logits do not follow from the last hidden state alone")
         head = self.model.get_output_embeddings()

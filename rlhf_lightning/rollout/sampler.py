@@ -159,8 +159,8 @@ def _evaluating(policy: Policy) -> Iterator[None]:
 def _cast_once(device: torch.device) -> Iterator[None]:
     """Under autocast, cast each weight once for the whole loop.
 
-    Lightning's autocast keeps no casts, so every token would cast the whole model anew, which costs about as much as the
-    step itself where few rows are decoded.
+    Lightning's autocast keeps no casts, so every token would cast the whole model anew, which costs about as much as
+    the step itself where few rows are decoded.
     """
     if not torch.is_autocast_enabled(device.type):
         yield
