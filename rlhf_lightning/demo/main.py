@@ -118,7 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="python -m rlhf_lightning demo",
         description="Train SFT, a reward model, PPO and DPO on a small built-in world, offline, and compare them.",
-        allow_abbrev=False,
     )
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
     parser.add_argument(

@@ -94,7 +94,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare policies on held-out prompts: reward, KL to a reference, win rates with intervals.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--policies", nargs="+", required=True, metavar="NAME=DIR", help="model folders; the name may be left out")
