@@ -28,7 +28,7 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep only the layers' inputs for the backward pass, and compute the rest again: less memory, a third more time.
+    """Keep only the layers' inputs for the backward pass, and compute the rest again: less memory, more time.
 
     It takes effect in train mode alone.
     """

@@ -47,11 +47,6 @@ def response_states(x: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tenso
     return _gather(x, prompt_lengths - 1, response_mask(prompt_lengths, lengths))
 
 
-def response_tokens(tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tensor:
-    """The response tokens alone: ``[B, S]`` -> ``[B, T]``, 0 past the end."""
-    return _gather(tokens, prompt_lengths, response_mask(prompt_lengths, lengths))
-
-
 def _gather(x: Tensor, starts: Tensor, mask: Tensor) -> Tensor:
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     columns = starts[:, None] + torch.arange(mask.shape[1], device=x.device)[None, :]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from rlhf_lightning.models.layers import decoder_layers
@@ -19,12 +19,7 @@ from rlhf_lightning.models.scalar import ScalarModel
 _Model = TypeVar("_Model", Policy, ScalarModel)
 
 
-def bf16_policy() -> MixedPrecisionPolicy:
-    """Compute in bf16 from fp32 master weights, reduce gradients in fp32; inputs and rotary tables stay as they are."""
-    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-
-
-def shard(module: _Model, mesh: DeviceMesh, precision: MixedPrecisionPolicy | None = None) -> _Model:
+def shard(module: _Model, mesh: DeviceMesh) -> _Model:
     """Shard ``module``'s parameters over ``mesh``, in place: every process holds 1 / world of each.
 
     Layers are gathered when they run and freed after; what is left (embeddings, LM head, final norm, critic head) stays
@@ -33,16 +28,14 @@ def shard(module: _Model, mesh: DeviceMesh, precision: MixedPrecisionPolicy | No
     Args:
         module: holds the same weights on every process, on the mesh's kind of device or on the CPU.
         mesh: one dimension, or replicas by shards.
-        precision: e.g. ``bf16_policy()``; None computes in the weights' dtype.
     """
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision or MixedPrecisionPolicy()}
     trunks = [module.model.base_model]
     if isinstance(module, Policy) and module.branch is not None:
         trunks.append(module.branch)
     for trunk in trunks:
         for layer in decoder_layers(trunk)[1]:
-            fully_shard(layer, reshard_after_forward=True, **options)
-    fully_shard(module, reshard_after_forward=False, **options)
+            fully_shard(layer, reshard_after_forward=True, mesh=mesh)
+    fully_shard(module, reshard_after_forward=False, mesh=mesh)
     if isinstance(module, Policy):
         register_fsdp_forward_method(module, "decode")
     return module

@@ -40,7 +40,7 @@ class RLHFModule(OptimisedModule):
 
     Args:
         model: folder (or hub id) of the model to train.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         trust_remote_code: let transformers run Python code that comes with the model.
         kwargs: the optimizer's options, see `OptimisedModule`.
     """

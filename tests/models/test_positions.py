@@ -2,16 +2,11 @@ import pytest
 import torch
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.models.positions import at_last_token, response_mask, response_states, response_tokens
+from rlhf_lightning.models.positions import at_last_token, response_mask, response_states
 
 TOKENS = torch.tensor([[11, 12, 13, 14, 15], [21, 22, 23, 99, 99], [31, 32, 99, 99, 99]])
 PROMPTS = torch.tensor([2, 1, 2])
 LENGTHS = torch.tensor([5, 3, 2])
-
-
-def test_response_tokens_by_hand() -> None:
-    expected = torch.tensor([[13, 14, 15], [22, 23, 0], [0, 0, 0]])
-    assert torch.equal(response_tokens(TOKENS, PROMPTS, LENGTHS), expected)
 
 
 def test_response_mask_by_hand() -> None:
@@ -41,7 +36,7 @@ def test_at_last_token() -> None:
 
 def test_no_rows_and_empty_responses() -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    assert response_tokens(TOKENS[:0], none, none).shape == (0, 0)
+    assert response_states(TOKENS[:0], none, none).shape == (0, 0)
     assert response_states(TOKENS, PROMPTS, PROMPTS).shape == (3, 0)
 
 
