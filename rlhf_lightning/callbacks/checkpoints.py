@@ -36,8 +36,8 @@ class RunCheckpoint(Checkpoint):
     N counts batches over the whole run; one batch is one PPO iteration. With gradient accumulation a save waits for the
     optimizer step. A save never touches an earlier checkpoint: what is killed in the middle leaves them as they were.
 
-    A run that goes on from an older checkpoint leaves the later ones of its first attempt alone until it has a whole one of
-    its own; then they are removed, so that the newest is always of the run as it went on.
+    A run that goes on from an older checkpoint leaves the later ones of its first attempt alone until it has a whole
+    one of its own; then they are removed, so that the newest is always of the run as it went on.
 
     The first Ctrl-C saves after the current batch and stops; the second stops at once. SIGTERM saves likewise. (In runs
     of several processes neither saves: the processes may have been stopped at different batches.)
@@ -170,7 +170,7 @@ def _number(path: Path) -> int:
 
 
 def _set_aside(path: Path) -> Path:
-    """Renamed, so that a folder that is half deleted cannot pass for a checkpoint; the next save deletes what is left."""
+    """Renamed, so that a folder half deleted cannot pass for a checkpoint; the next save deletes what is left."""
     doomed = path.with_name(f"{_STAGING}doomed-{path.name}")
     if doomed.exists():
         _delete(doomed)

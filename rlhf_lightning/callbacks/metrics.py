@@ -61,7 +61,7 @@ class JsonlLogger(Logger):
 
 
 def rewind_loggers(trainer: Trainer) -> None:
-    """On a resume, have metrics.jsonl and TensorBoard forget what was logged after the checkpoint: it is logged again."""
+    """On a resume, have metrics.jsonl and TensorBoard forget what came after the checkpoint: it is logged again."""
     step = logged_step(trainer)
     for logger in trainer.loggers:
         if isinstance(logger, JsonlLogger):

@@ -16,6 +16,7 @@ from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_lightning.algorithms.losses import bradley_terry_loss
 from rlhf_lightning.batches import PreferenceBatch, View
+from rlhf_lightning.distributed import all_reduce_sum, rank
 from rlhf_lightning.models.export import export_scalar
 from rlhf_lightning.models.positions import at_last_token
 from rlhf_lightning.modules.base import LabelSmoothing, RLHFModule
@@ -68,7 +69,9 @@ class RewardModelModule(RLHFModule):
         self.centring = centring
         self.normalise = normalise
         self.seed = seed
-        self._trained_on = Totals()  # the chosen scores of the current epoch
+        # Of the chosen scores of the current epoch: how many, their sum and the sum of their squares.
+        self._trained_on = torch.zeros(3, dtype=torch.float64)
+        self._to_normalise = False
         self.calibration = BinaryCalibrationError(n_bins=10, norm="l1")
 
     def configure_model(self) -> None:
@@ -81,6 +84,7 @@ class RewardModelModule(RLHFModule):
             )
             if self.trainer.training:
                 self.scalar.set_normalisation(0.0, 1.0)
+                self._to_normalise = self.normalise != "none"
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the pairs' losses."""
@@ -92,7 +96,10 @@ class RewardModelModule(RLHFModule):
         counted = batch.weights > 0
         self.step_totals.add("train/accuracy", wins(chosen, rejected), counted)
         self.step_totals.add("train/margin", chosen - rejected, counted)
-        _add_moments(self._trained_on, chosen, counted)
+        # Scores of earlier epochs are those of another model. (Resumed at an epoch's end, Lightning enters the next one
+        # without `on_train_epoch_start`.)
+        before = self._trained_on.to(chosen.device) if batch_idx > 0 else 0.0
+        self._trained_on = before + _moments(chosen, counted)
         return loss
 
     def scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
@@ -138,35 +145,51 @@ class RewardModelModule(RLHFModule):
         self.calibration.reset()
         return means
 
-    def on_train_epoch_start(self) -> None:
-        """Scores of earlier epochs are those of another model."""
-        self._trained_on = Totals()
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The sums behind the normalisation, those of all processes added up; every process calls it."""
+        sums = all_reduce_sum(self._trained_on.to(self.trainer.strategy.root_device))
+        checkpoint["reward_model"] = {"trained_on": sums.tolist()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The first process goes on from all sums; the others from none."""
+        sums = torch.tensor(checkpoint["reward_model"]["trained_on"], dtype=torch.float64)
+        self._trained_on = sums if rank() == 0 else torch.zeros_like(sums)
 
     def on_train_end(self) -> None:
         """Measure the chosen responses and store their mean (and deviation) with the model."""
-        if self.normalise == "none":
+        self._set_normalisation()
+
+    def _set_normalisation(self) -> None:
+        if not self._to_normalise:
             return
+        self._to_normalise = False
         assert self.scalar is not None
-        totals = Totals()
+        device = self.trainer.strategy.root_device
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # a run resumed after its end has none yet
         for batch in self.trainer.val_dataloaders or ():
             batch = self.trainer.strategy.batch_to_device(batch)
             with torch.no_grad():
-                _add_moments(totals, self.scores(batch)[0], batch.weights > 0)
-        means = totals.means() or self._trained_on.means()
-        deviation = math.sqrt(max(0.0, means["square"] - means["mean"] ** 2))
+                sums += _moments(self.scores(batch)[0], batch.weights > 0)
+        held_out = all_reduce_sum(sums)
+        number, total, squares = (held_out if held_out[0] > 0 else all_reduce_sum(self._trained_on.to(device))).tolist()
+        mean = total / number if number else math.nan
+        deviation = math.sqrt(max(0.0, squares / number - mean**2)) if number else math.nan
         # Equal scores have no deviation to divide by.
         spread = deviation if self.normalise == "mean_and_std" and deviation > 0 else 1.0
-        self.scalar.set_normalisation(means["mean"], spread)
+        self.scalar.set_normalisation(mean, spread)
 
     def export(self, folder: str | Path) -> None:
         """Write an ``AutoModelForSequenceClassification`` folder; every process calls it, the first one writes."""
         assert self.scalar is not None
+        self._set_normalisation()  # of a run resumed after its end, where `on_train_end` is not called
         export_scalar(self.scalar, self.tokenizer, folder)
 
 
-def _add_moments(totals: Totals, scores: Tensor, counted: Tensor) -> None:
-    totals.add("mean", scores, counted)
-    totals.add("square", scores.double().square(), counted)
+def _moments(scores: Tensor, counted: Tensor) -> Tensor:
+    """``[3]`` float64: how many scores count, their sum, and the sum of their squares."""
+    scores = torch.where(counted, scores.detach().double(), 0.0)
+    return torch.stack([counted.sum().double(), scores.sum(), scores.square().sum()])
 
 
 def wins(first: Tensor, second: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from small_data import SmallData, train
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.callbacks.export import ModelExport
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.dpo import DPOModule
@@ -38,10 +39,10 @@ class CrashAfter(Callback):
 def fit(kind: str, folder: Path, run: Path, *callbacks: Callback, **options: object) -> tuple[dict, RLHFModule]:
     module = MODULES[kind](str(folder), learning_rate=0.01, schedule="linear", warmup_steps=2)
     resume = options.pop("ckpt_path", None)
-    data = SmallData(folder, BATCHES)
+    data = SmallData(folder, BATCHES, held_out=bool(options.pop("held_out", False)))
     settings = {
         "default_root_dir": run,
-        "callbacks": [RunCheckpoint(every_n_batches=2, keep=5), *callbacks],
+        "callbacks": [RunCheckpoint(every_n_batches=2, keep=5), ModelExport(), *callbacks],
         "enable_checkpointing": True,
         "max_epochs": 2,
         **options,
@@ -64,6 +65,25 @@ def test_resume_is_bit_for_bit(kind: str, crash_after: int, tiny_policy_dir: Pat
     moments = [module.trainer.optimizers[0].state_dict()["state"] for module in (straight, resumed)]
     for index, state in moments[0].items():
         assert all(torch.equal(moments[1][index][name], value) for name, value in state.items())
+    # It has the normalisation of a reward model.
+    configs = [(tmp_path / run / "model" / "config.json").read_text() for run in ("straight", "broken")]
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_finished_reward_model_is_exported_again_as_it_was(
+    held_out: bool, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    fit("reward_model", tiny_policy_dir, tmp_path, held_out=held_out)
+    config = tmp_path / "model" / "config.json"
+    first = config.read_text()
+    assert json.loads(first)["reward_mean"] != 0.0
+    config.unlink()
+    for file in config.parent.iterdir():
+        file.unlink()
+    newest = str(latest(tmp_path / "checkpoints"))
+    fit("reward_model", tiny_policy_dir, tmp_path, held_out=held_out, ckpt_path=newest)
+    assert config.read_text() == first
 
 
 @pytest.mark.parametrize("crash_after", [3, 6])
