@@ -44,12 +44,9 @@ def response_states(x: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tenso
     Slot ``t`` of row ``b`` is ``x[b, prompt_lengths[b] - 1 + t]``: the state that predicts response token ``t``,
     and whose value the critic estimates.
     """
-    return _gather(x, prompt_lengths - 1, response_mask(prompt_lengths, lengths))
-
-
-def _gather(x: Tensor, starts: Tensor, mask: Tensor) -> Tensor:
+    mask = response_mask(prompt_lengths, lengths)
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
-    columns = starts[:, None] + torch.arange(mask.shape[1], device=x.device)[None, :]
+    columns = prompt_lengths[:, None] - 1 + torch.arange(mask.shape[1], device=x.device)[None, :]
     picked = x[rows, torch.where(mask, columns, 0)]
     # masked_fill, not a product: what stands past the end may be NaN.
     return picked.masked_fill(~mask.reshape(mask.shape + (1,) * (x.dim() - 2)), 0)
