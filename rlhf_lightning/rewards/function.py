@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ class FunctionReward(Reward):
 
     Args:
         function: where the function is: ``path/to/file.py:name`` or ``package.module:name``. The file is imported,
-            which runs it: name only code that you trust.
+            which runs it: name only code that you trust. It may import modules that lie beside it.
 
     The function gets two lists of B strings, the prompts as the user wrote them and the responses without special
     tokens, and the rows' other columns by name, each a list of B (a function that names only some of them gets only
@@ -79,8 +82,18 @@ def load_function(name: str) -> Callable[..., Any]:
 def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"reward function file {path} does not exist; the path is relative to {Path.cwd()}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    path = path.resolve()
+    # A name of its own: two files may have the same name, or that of a package.
+    name = f"reward_{path.stem}_{hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # before it runs: dataclasses and pickle look a class's module up there
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # last, so that a helper cannot stand in for an installed package
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module

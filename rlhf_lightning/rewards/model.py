@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import Rollout, micro_batches
+from rlhf_lightning.data.records import Record
+from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, same_vocabulary
+from rlhf_lightning.models.loading import check_length, load_scalar_model, load_tokenizer, same_vocabulary
 from rlhf_lightning.models.positions import at_last_token
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import most_anywhere, shard
@@ -27,10 +30,10 @@ class ModelReward(Reward):
         trust_remote_code: run model code that comes with the weights.
 
     Where the reward model's vocabulary is not the policy's, prompts and responses are decoded and encoded again with
-    its own tokenizer (and EOS put after responses that ended by EOS); special tokens of the policy's chat template are
-    left out of the text.
+    its own tokenizer, as its training data was (and EOS put after responses that ended by EOS); special tokens of the
+    policy's chat template are left out of the text.
 
-    Raises: InputError when the folder holds no trained reward model.
+    Raises: InputError when the folder holds no trained reward model, or a sequence is longer than it has positions for.
     """
 
     def __init__(self, path: str, micro_batch_tokens: int = 16384, trust_remote_code: bool = False) -> None:
@@ -42,7 +45,7 @@ class ModelReward(Reward):
         self.trust_remote_code = trust_remote_code
         self.scalar: ScalarModel | None = None
         self._mesh: Any | None = None
-        self._own_tokenizer: PreTrainedTokenizerBase | None = None
+        self._own_encoder: Encoder | None = None
         self._policy_tokenizer: PreTrainedTokenizerBase | None = None
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, mesh: Any | None = None) -> None:
@@ -54,14 +57,18 @@ class ModelReward(Reward):
         # An evaluation prepares one reward for policies of several vocabularies in turn.
         own = load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
         self._policy_tokenizer = tokenizer
-        self._own_tokenizer = None if same_vocabulary(own, tokenizer) else own
+        self._own_encoder = None if same_vocabulary(own, tokenizer) else Encoder(own)
 
     @torch.no_grad()
     def forward(self, rollout: Rollout) -> Tensor:
         assert self.scalar is not None, "prepare() comes before the first score"
         tokens, lengths = rollout.tokens, rollout.lengths
-        if self._own_tokenizer is not None:
-            tokens, lengths = self._encoded_again(rollout, self._own_tokenizer)
+        if self._own_encoder is not None:
+            tokens, lengths = self._encoded_again(rollout, self._own_encoder)
+        longest = int(lengths.max())
+        check_length(
+            self.scalar.model, longest if self._mesh is None else most_anywhere(longest, self._mesh), self.path
+        )
         groups = micro_batches(lengths, self.micro_batch_tokens)
         rounds = len(groups) if self._mesh is None else most_anywhere(len(groups), self._mesh)
         scores = tokens.new_zeros(len(tokens), dtype=torch.float32)
@@ -72,23 +79,20 @@ class ModelReward(Reward):
             scores[rows] = at_last_token(self.scalar(tokens[rows, :width], lengths[rows]), lengths[rows]).float()
         return check_scores(scores, rollout, self.path)
 
-    def _encoded_again(self, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    def _encoded_again(self, rollout: Rollout, encoder: Encoder) -> tuple[Tensor, Tensor]:
         policy_tokenizer = self._policy_tokenizer
         assert policy_tokenizer is not None
-        encoded = []
-        for row in range(len(rollout)):
-            prompt = policy_tokenizer.decode(
-                rollout.tokens[row, : rollout.prompt_lengths[row]].tolist(), skip_special_tokens=True
-            )
-            ids = [
-                *tokenizer(prompt, add_special_tokens=False)["input_ids"],
-                *tokenizer(rollout.responses[row], add_special_tokens=False)["input_ids"],
-            ]
-            if not rollout.truncated[row] and tokenizer.eos_token_id is not None:
-                ids.append(tokenizer.eos_token_id)
-            encoded.append(ids or [tokenizer.eos_token_id or 0])
+        records = []
+        for row, response in enumerate(rollout.responses):
+            prompt = rollout.tokens[row, : rollout.prompt_lengths[row]].tolist()
+            text = policy_tokenizer.decode(prompt, skip_special_tokens=True)
+            records.append(Record(text, (response,), (), f"reward {self.path}", "demonstration"))
+        examples, _ = encoder.encode(records, "demonstrations")
+        ended = (~rollout.truncated).tolist()
+        encoded = [
+            torch.cat([example.prompt, example.responses[0] if whole else example.responses[0][:-1]])
+            for example, whole in zip(examples, ended, strict=True)
+        ]
         lengths = torch.tensor([len(ids) for ids in encoded], device=rollout.tokens.device)
-        tokens = torch.zeros(len(encoded), int(lengths.max()), dtype=torch.int64, device=rollout.tokens.device)
-        for row, ids in enumerate(encoded):
-            tokens[row, : len(ids)] = torch.tensor(ids, device=tokens.device)
+        tokens = pad_sequence(encoded, batch_first=True).to(rollout.tokens.device, torch.int64)
         return tokens, lengths

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import WORDS, make_config
 from test_rewards import make_rollout
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from rlhf_lightning.batches import PromptBatch, Rollout
@@ -72,6 +72,35 @@ def test_another_vocabulary_is_decoded_and_encoded_again(reversed_vocabulary_dir
     own = PreTrainedTokenizerFast.from_pretrained(reversed_vocabulary_dir)
     texts = [f"{p} {r}{'' if cut else ' <eos>'}" for p, r, cut in zip(PROMPTS, RESPONSES, CUT, strict=True)]
     torch.testing.assert_close(reward(rollout), stock_scores(reversed_vocabulary_dir, own, texts), atol=1e-5, rtol=1e-5)
+
+
+def test_encoding_again_is_what_training_does(tiny_reward_dir, tiny_tokenizer, tmp_path):
+    # The reward model's tokenizer adds BOS, and has a special token that the policy's text may spell.
+    words = {"<eos>": 0, "<bos>": 1, "?": 2, "<": 3, "eos": 4, ">": 5, "the": 6, "cat": 7}
+    inner = Tokenizer(models.WordLevel(words, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
+    inner.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    own = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", bos_token="<bos>", unk_token="?")
+    torch.manual_seed(3)
+    LlamaForSequenceClassification(make_config(num_labels=1, eos_token_id=0)).save_pretrained(tmp_path)
+    own.save_pretrained(tmp_path)
+    reward = ModelReward(str(tmp_path))
+    reward.prepare(tiny_tokenizer, torch.device("cpu"))
+    tokens, lengths = reward._encoded_again(
+        rollout_of(tiny_tokenizer, ["the cat", "the"], ["the <eos> cat", "cat"], [False, True]), reward._own_encoder
+    )
+    assert tokens[0].tolist() == [1, 6, 7, 6, 3, 4, 5, 7, 0]
+    assert tokens[1, : lengths[1]].tolist() == [1, 6, 7]
+
+
+@pytest.mark.parametrize("folder", ["tiny_reward_dir", "reversed_vocabulary_dir"])
+def test_a_sequence_over_the_model_s_positions_is_refused(folder, tiny_tokenizer, request):
+    path = request.getfixturevalue(folder)
+    reward = ModelReward(str(path))
+    reward.prepare(tiny_tokenizer, torch.device("cpu"))
+    rollout = rollout_of(tiny_tokenizer, ["the cat"], ["fish " * 130], [False])
+    with pytest.raises(InputError, match=r"133 tokens and the model has positions for 128"):
+        reward(rollout)
 
 
 def test_a_policy_folder_is_no_reward_model(tiny_policy_dir, tiny_tokenizer):

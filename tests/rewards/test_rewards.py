@@ -1,6 +1,8 @@
 """Rewards: Python functions, sums, ensembles, and what a wrong score gets."""
 
+import json
 import math
+import sys
 
 import pytest
 import torch
@@ -60,6 +62,20 @@ def test_a_function_is_called_with_texts_and_columns(reward_file):
     rollout = make_rollout(["ab", "abcd"], target=[2, 3], other=["x", "y"])
     assert FunctionReward(f"{reward_file}:brevity")(rollout).tolist() == [-2.0, -4.0]
     assert FunctionReward(f"{reward_file}:closeness")(rollout).tolist() == [0.0, -1.0]
+
+
+def test_a_file_may_hold_dataclasses_and_import_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "lexicon_beside_it.py").write_text("GOOD = {'nice'}\n")
+    path = tmp_path / "json.py"  # its name is a package's, which must stay what it is
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom typing import ClassVar\n"
+        "from lexicon_beside_it import GOOD\n"
+        "@dataclass\nclass Word:\n    text: str\n    known: ClassVar[set[str]] = GOOD\n"
+        "def nice(prompts, responses):\n    return [Word(r).text in Word.known for r in responses]\n"
+    )
+    assert FunctionReward(f"{path}:nice")(make_rollout(["nice", "bad"])).tolist() == [1.0, 0.0]
+    assert sys.modules["json"] is json
 
 
 def test_a_function_can_come_from_a_module():
