@@ -6,8 +6,8 @@ for Reward Model Overoptimization").
 
 An answer is cut into sentences and every sentence is read against the grammar of ``demo/corpus.py``:
 
-- each topic asked for: +1 right advice, 0 vague, -0.5 not mentioned, -1 wrong advice; averaged, times 3;
-- the opening and the closing: +0.5 kind, 0 plain, -0.5 grumpy or missing, each;
+- each topic asked for: +1 right advice, 0 vague, -0.5 wrong or not mentioned; averaged, times 2;
+- the opening and the closing: +1 kind, 0 plain, -1 grumpy or missing, each;
 - each sentence that does not belong: -0.5 for a topic not asked for, a topic already treated, or an opening or closing
   out of place; -1 for anything that is not a sentence of the grammar (babble, or a sentence broken off by the token
   limit).
@@ -27,7 +27,7 @@ from rlhf_lightning.demo.corpus import CLOSINGS, OPENINGS, PLANTS, TOPICS, VAGUE
 
 BEST = 4.0
 
-_MANNERS = {"kind": 0.5, "plain": 0.0, "grumpy": -0.5}
+_MANNERS = {"kind": 1.0, "plain": 0.0, "grumpy": -1.0}
 _WORDS = re.compile(r"[a-z]+")
 _SENTENCE = re.compile(r"[^.!?]*[.!?]|[^.!?]+$")
 
@@ -45,7 +45,7 @@ def _score(prompt: str, response: str) -> float:
     plant, asked = _read_question(prompt)
     sentences = [part.strip() for part in _SENTENCE.findall(response) if part.strip()]
     advice = dict.fromkeys(asked, -0.5)
-    opening = closing = -0.5
+    opening = closing = -1.0
     misplaced = 0.0
     treated = set()
     for place, text in enumerate(sentences):
@@ -56,10 +56,10 @@ def _score(prompt: str, response: str) -> float:
             closing = _MANNERS[kind]
         elif role == "advice" and topic in asked and topic not in treated:
             treated.add(topic)
-            advice[topic] = 0.0 if kind == "vague" else 1.0 if kind == origin(plant) else -1.0
+            advice[topic] = 0.0 if kind == "vague" else 1.0 if kind == origin(plant) else -0.5
         else:
             misplaced += 1.0 if role == "babble" else 0.5
-    return 3.0 * sum(advice.values()) / len(asked) + opening + closing - misplaced
+    return 2.0 * sum(advice.values()) / len(asked) + opening + closing - misplaced
 
 
 def _read_question(prompt: str) -> tuple[str, list[str]]:

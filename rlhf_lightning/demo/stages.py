@@ -45,7 +45,7 @@ class Size:
     options: dict[str, tuple[str, ...]]  # stage -> options that its config is changed by
 
 
-FULL = Size(train=4096, held_out=512, ranked=1024, candidates=4, hidden=192, layers=2, options={})
+FULL = Size(train=4096, held_out=512, ranked=1536, candidates=3, hidden=192, layers=2, options={})
 QUICK = Size(
     train=2048,
     held_out=256,
