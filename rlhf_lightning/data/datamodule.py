@@ -5,6 +5,7 @@ It is for a Trainer; ``batching`` has functions that serve evaluation and script
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -91,7 +92,7 @@ class PreferenceDataModule(LightningDataModule):
         self.train: list[Example] = []
         self.held_out: list[Example] = []
         self.dropped: Counter[str] = Counter()  # rows or pairs left out, by reason
-        self._fingerprint = ""
+        self._fingerprint = self._encoding = ""
         self._resumed: dict[str, Any] | None = None
 
     # -- what Lightning calls ------------------------------------------------------------------------------------------
@@ -150,6 +151,7 @@ class PreferenceDataModule(LightningDataModule):
         self.held_out = self._encode(encoder, held_out, "validate on") if wanted else []
         if stage == "fit":
             self._fingerprint = records.fingerprint()
+            self._encoding = _encoding(self.train)
             self._check_resumed()
         rank_zero_info(self.summary())
         return self
@@ -175,7 +177,12 @@ class PreferenceDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to know of the data: not where it was, which the Trainer counts, but which it was."""
-        return {"fingerprint": self._fingerprint, "rows": len(self.train), "options": self._options()}
+        return {
+            "fingerprint": self._fingerprint,
+            "encoding": self._encoding,
+            "rows": len(self.train),
+            "options": self._options(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Checks that the data and the options that make the batches are still those of the checkpoint.
@@ -245,6 +252,11 @@ class PreferenceDataModule(LightningDataModule):
                 f"data.path: the data changed since the checkpoint ({self._resumed['rows']} {now['view']} then, "
                 f"{len(self.train)} now); restore the files to resume, or start a new run from the exported model"
             )
+        if self._resumed["encoding"] != self._encoding:
+            raise InputError(
+                "data.tokenizer: the rows give other tokens than when the checkpoint was made; restore the tokenizer "
+                "or the chat template to resume, or start a new run from the exported model"
+            )
 
     @property
     def longest_prompt(self) -> int:
@@ -264,6 +276,15 @@ class PreferenceDataModule(LightningDataModule):
 
     def _dropped_text(self) -> str:
         return ", ".join(f"{reason}: {count:,}" for reason, count in sorted(self.dropped.items())) or "nothing dropped"
+
+
+def _encoding(examples: list[Example]) -> str:
+    """Changes when any token of any example changes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        for ids in (example.prompt, *example.responses):
+            digest.update(len(ids).to_bytes(4, "little") + ids.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Loader:

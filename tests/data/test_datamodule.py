@@ -131,6 +131,17 @@ def test_changed_data_or_options_cannot_be_resumed(tmp_path):
         run(path, checkpoint=checkpoint)
 
 
+def test_a_changed_tokenizer_or_template_cannot_be_resumed(tmp_path):
+    path, checkpoint = write_rows(tmp_path / "rows.jsonl"), str(tmp_path / "saved.ckpt")
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}user {{ m['content'] }}{% endfor %}")
+    options = {"chat": True, "chat_template": str(template)}
+    run(path, save=(checkpoint, 0, 3), **options)
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    with pytest.raises(InputError, match=r"data.tokenizer: the rows give other tokens than when the checkpoint was"):
+        run(path, checkpoint=checkpoint, **options)
+
+
 def test_a_budget_has_no_meaning_for_stepped_prompts(tmp_path):
     with pytest.raises(InputError, match=r"data.batch_tokens: has no effect on prompts to sample from"):
         make_data(write_rows(tmp_path / "rows.jsonl"), batch_tokens=100).prepare(VIEWS["steps"])
