@@ -43,6 +43,14 @@ def test_an_unknown_command_is_an_input_error_with_a_suggestion(capsys: pytest.C
     assert "unknown command 'fti' (did you mean fit?)" in error_of(capsys)
 
 
+def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit\x1b[2J\u202e"]) == 2
+    assert main(["fit", "--config", "a\x1b]0;title\x07.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "--config a]0;title.yaml: no such file" in said
+    assert "\x1b" not in said and "\x07" not in said and "\u202e" not in said
+
+
 # Config files before parsing
 
 

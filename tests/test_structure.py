@@ -19,7 +19,7 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in SOURCES]
 
 # Imports point down: a unit may import what stands on an earlier line, or beside it.
 LAYERS = (
-    ("errors", "batches", "randomness", "ops"),
+    ("errors", "text", "batches", "randomness", "ops"),
     ("algorithms",),
     ("models", "data"),
     ("rewards", "rollout"),

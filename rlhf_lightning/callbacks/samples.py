@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch, Rollout, length_mask
 from rlhf_lightning.callbacks.folders import append_line, logged_step, rewind_lines, run_folder
 from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.text import printable
 
 # Everything that HTML or Markdown could take for markup, as entities; one pass, so that no entity is escaped again.
 _ENTITIES = {ord(character): f"&#{ord(character)};" for character in "&<>\\`*_{}[]()#+-!|~"}
@@ -129,10 +129,3 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
 def escaped(text: str) -> str:
     """Model text for a Markdown table: no control characters, no HTML, no markup."""
     return printable(text).translate(_ENTITIES).replace("\n", "<br>")
-
-
-def printable(text: str) -> str:
-    """Text without control characters (a model may emit terminal escapes), line breaks and tabs kept."""
-    return "".join(
-        character for character in text if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf")
-    )

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from rlhf_lightning import __version__
 from rlhf_lightning.cli.suggestions import did_you_mean
 from rlhf_lightning.errors import InputError, TrainingDiverged
+from rlhf_lightning.text import printable
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
@@ -84,7 +85,8 @@ From demonstrations to an aligned model: SFT, reward model, PPO, DPO, on PyTorch
 def _say_error(error: Exception) -> None:
     rank = os.environ.get("LOCAL_RANK", "0")
     prefix = "" if rank == "0" else f"[process {rank}] "
-    print(f"{prefix}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    # A message may quote a file or a model: nothing in it may steer the terminal.
+    print(f"{prefix}error: {' '.join(printable(str(error)).split())}", file=sys.stderr, flush=True)
 
 
 def _exit_code(stop: SystemExit) -> int:

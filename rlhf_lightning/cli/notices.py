@@ -9,11 +9,11 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
-from rlhf_lightning.callbacks.samples import printable
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.ops import extension
+from rlhf_lightning.text import printable
 
 _PROMPT_SHOWN, _RESPONSE_SHOWN = 160, 160  # characters: the end of the prompt, the beginning of the response
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.data.records import ACCEPTED, FORMS, Record, checked_rows
 from rlhf_lightning.errors import CommandParser, InputError
+from rlhf_lightning.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -197,7 +198,6 @@ def _write(path: Path, text: str) -> None:
 def render(report: Report, console: Console | None = None) -> None:
     """Prints the report: a table with a column a file, then leaks and refused rows."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     console = console or Console(highlight=False)
@@ -206,31 +206,36 @@ def render(report: Report, console: Console | None = None) -> None:
         table = Table(header_style="bold", box=None, padding=(0, 3, 0, 0))
         table.add_column("", no_wrap=True)
         for file in files:
-            table.add_column(escape(Path(file.path).name), justify="right", overflow="fold")
+            table.add_column(_plain(Path(file.path).name), justify="right", overflow="fold")
         for label, cells in _table_rows(files, report.unit):
-            table.add_row(label, *map(escape, cells))
+            table.add_row(_plain(label), *map(_plain, cells))
         console.print()
         console.print(table)
     console.print()
     for leak in report.leaks:
         first, second = leak["files"]
         text = f"prompt leak: {leak['prompts']:,} prompts stand in both {first} and {second}"
-        console.print(f"[yellow]{escape(text)}[/yellow]", soft_wrap=True)
+        console.print(f"[yellow]{_plain(text)}[/yellow]", soft_wrap=True)
     _render_refused(report, console)
 
 
-def _render_refused(report: Report, console: Console) -> None:
+def _plain(text: str) -> str:
+    """Text of files as it stands: no markup to rich, and nothing that steers a terminal."""
     from rich.markup import escape
 
+    return escape(printable(text))
+
+
+def _render_refused(report: Report, console: Console) -> None:
     refused = [message for file in report.files for message in file.refused]
     for message in refused[:_SHOWN]:
-        console.print(f"[red]refused[/red] {escape(message.partition(ACCEPTED)[0])}", soft_wrap=True)
+        console.print(f"[red]refused[/red] {_plain(message.partition(ACCEPTED)[0])}", soft_wrap=True)
     if len(refused) > _SHOWN:
         console.print(f"[red]refused[/red] and {len(refused) - _SHOWN:,} more; --json FILE lists them all")
     if any(ACCEPTED in message for message in refused):
         console.print("accepted forms of a row:")
         for form in FORMS:
-            console.print(f"  {escape(form)}", soft_wrap=True)
+            console.print(f"  {_plain(form)}", soft_wrap=True)
     if refused:
         console.print(f"[red]{len(refused):,} refused[/red]: training would stop at the first")
     else:

@@ -18,10 +18,11 @@ from rlhf_lightning.callbacks.export import ModelExport
 from rlhf_lightning.callbacks.folders import append_line, rewind_lines
 from rlhf_lightning.callbacks.metrics import JsonlLogger
 from rlhf_lightning.callbacks.progress import RunProgress
-from rlhf_lightning.callbacks.samples import SampleTable, escaped, markdown_table, printable
+from rlhf_lightning.callbacks.samples import SampleTable, escaped, markdown_table
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.text import printable
 
 BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import unicodedata
 
 import pytest
 
@@ -60,6 +61,16 @@ def test_text_that_looks_like_markup_is_printed_as_it_is(write, capsys):
     main([write([{"prompt": "p", "[red]": 1}], "[bold].jsonl")])
     printed = capsys.readouterr().out
     assert "[red]" in printed and "[bold].jsonl" in printed
+
+
+def test_text_of_files_cannot_steer_the_terminal(write, capsys):
+    escape = "\x1b]0;title\x07"
+    rows = [{"prompt": "p", f"name{escape}": 1}, {"prompt": "p", "messages": f"{escape}", f"other{escape}": 2}]
+    rows.append({"messages": [{"role": f"user{escape}", "content": "a"}]})
+    main([write(rows, "rows\x1b[31m.jsonl")])
+    printed = capsys.readouterr().out
+    assert "name" in printed and "rows[31m.jsonl" in printed
+    assert not {c for c in printed if unicodedata.category(c) in ("Cc", "Cf")} - {"\n"}
 
 
 def test_lengths_in_tokens(write, tokenizer, tmp_path):
