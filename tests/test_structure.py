@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import time
@@ -169,6 +170,13 @@ def test_remote_code_is_off_unless_asked_for() -> None:
             for argument, default in pairs:
                 if argument.arg == "trust_remote_code":
                     assert ast.unparse(default) == "False", f"{path}:{node.lineno}"
+
+
+def test_extras_that_messages_name_exist() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    named = {name for path in SOURCES for name in re.findall(r"rlhf-lightning\[(\w+)\]", path.read_text("utf-8"))}
+    assert named >= {"hub", "parquet"}
+    assert {name for name in named if not re.search(rf"^{name} = \[", project, re.MULTILINE)} == set()
 
 
 # Start-up

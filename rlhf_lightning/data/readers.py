@@ -204,7 +204,7 @@ def _read_parquet(path: str) -> Iterator[Numbered]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError(f"{path}: reading Parquet needs pyarrow; run: pip install pyarrow") from None
+        raise InputError(f"{path}: reading Parquet needs pyarrow; run: pip install 'rlhf-lightning[parquet]'") from None
     data = _bytes(path)
     try:
         batches = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).iter_batches()

@@ -90,9 +90,15 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         yield staged
         for path in [*staged.rglob("*"), staged]:
             _flush(path)
-        if folder.exists():
+        stood = folder.exists()
+        if stood:
             folder.rename(replaced)
-        staged.rename(folder)
+        try:
+            staged.rename(folder)
+        except BaseException:
+            if stood:
+                replaced.rename(folder)
+            raise
         _flush(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:

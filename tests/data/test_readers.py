@@ -124,7 +124,7 @@ def test_parquet_rows_and_nulls(write, tmp_path):
 def test_optional_packages_are_named(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert refusal(write("x", "rows.parquet")).endswith("needs pyarrow; run: pip install pyarrow")
+    assert refusal(write("x", "rows.parquet")).endswith("needs pyarrow; run: pip install 'rlhf-lightning[parquet]'")
     assert refusal("some/dataset").endswith("run: pip install 'rlhf-lightning[hub]'")
 
 

@@ -144,6 +144,24 @@ def test_a_failed_write_leaves_the_older_model(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
+def test_a_failed_rename_leaves_the_older_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    with replacing(folder) as staged:
+        (staged / "config.json").write_text("{}")
+    rename = Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if ".new-" in self.name:
+            raise OSError("no space left")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="no space left"), replacing(folder) as staged:
+        (staged / "config.json").write_text('{"version": 2}')
+    assert (folder / "config.json").read_text() == "{}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
 def test_other_peoples_files_are_not_replaced(
     tiny_policy_dir: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
