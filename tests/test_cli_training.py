@@ -42,6 +42,13 @@ def sft(folder: Path, tiny_policy_dir: Path) -> list[str]:
     return [*options, "--model.warmup_steps", "0", "--model.max_new_tokens", "4"]
 
 
+@pytest.fixture
+def ppo(sft: list[str], tiny_reward_dir: Path) -> list[str]:
+    """Options of a small PPO run on the prompts of the same file: 3 iterations of 4 responses."""
+    options = ["--config", "ppo.yaml", "--model.reward.path", str(tiny_reward_dir), "--model.iterations", "3"]
+    return [*options, *sft[2:], "--trainer.val_check_interval", "1.0"]
+
+
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
@@ -150,6 +157,9 @@ def test_a_changed_batch_size_is_refused_on_resume(sft: list[str], capsys: pytes
         (["stray"], "stray: this argument belongs to no option"),
         (["--data.path", "none.jsonl"], "none.jsonl: cannot be read"),
         (["--model.model", "nowhere/at/all"], "nowhere/at/all"),
+        (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true keeps the weights in 16 bits"),
+        (["--trainer.precision", "16-true"], "use bf16-mixed"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches: expected a number from 1, got 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -159,6 +169,76 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert main(["fit", *sft, *options]) == 2
     assert said in error_of(capsys)
     assert not Path("runs").exists()
+
+
+FUNCTION = ["--model.reward", "FunctionReward", "--model.reward.function"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.top_p", "2"], "top_p"),
+        (["--data.batch_size", "2", "--model.minibatches", "4"], "4 minibatches cannot be made of 2 responses"),
+        ([*FUNCTION, "no.py:f"], "function file no.py does not exist"),
+        ([*FUNCTION, "mine.py:short"], "expected one score for each of 4 responses"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_bad_input_of_ppo_is_one_line_and_leaves_nothing(
+    ppo: list[str], options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The last one is found at the first rollout, when there are a config and an event file.
+    Path("mine.py").write_text("def short(prompts, responses):\n    return [1.0]\n", encoding="utf-8")
+    assert main(["fit", *ppo, *options]) == 2
+    assert said in error_of(capsys)
+    assert not Path("runs").exists()
+
+
+def test_a_policy_is_not_validated_as_a_reward_model(
+    folder: Path, tiny_policy_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--config", "reward_model.yaml", "--model.model", str(tiny_policy_dir), "--data.path", "pairs.jsonl"]
+    assert main(["validate", *options, "--trainer.accelerator", "cpu"]) == 2
+    assert "score.weight is missing" in error_of(capsys)
+    assert not Path("runs").exists()
+
+
+def test_without_loggers_everything_still_lies_in_the_run_folder(sft: list[str]) -> None:
+    assert main(["fit", *sft, "--trainer.logger", "false"]) == 0
+    assert {path.name for path in Path().iterdir()} == {"pairs.jsonl", "runs"}
+    assert {path.name for path in Path("runs/sft").iterdir()} == {
+        "config.yaml",
+        "samples.jsonl",
+        "checkpoints",
+        "model",
+    }
+
+
+def test_another_runs_checkpoint_does_not_open_a_run_to_overwriting(
+    sft: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *sft, "--run", "other"]) == 0
+    assert main(["fit", *sft]) == 0
+    before = Path("runs/sft/metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    (checkpoint,) = Path("runs/other/checkpoints").glob("*.ckpt")
+    longer = ["--ckpt_path", str(checkpoint), "--trainer.max_epochs", "2"]
+    assert main(["fit", *sft, *longer]) == 2
+    assert "runs/sft holds a run already" in error_of(capsys)
+    assert Path("runs/sft/metrics.jsonl").read_bytes() == before
+    assert main(["fit", *sft, *longer, "--run", "third"]) == 0
+    assert main(["fit", *sft, *longer, "--run", "other"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "said"), [("pairs.jsonl/a.jsonl", "pairs.jsonl is a file, not a folder"), (".", "this is a folder")]
+)
+def test_predictions_that_cannot_be_written_are_refused_at_once(
+    sft: list[str], output: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf_lightning.cli.training.TrainingCLI.instantiate_classes", lambda self: pytest.fail("late"))
+    assert main(["predict", *sft, "--output", output]) == 2
+    assert said in error_of(capsys)
 
 
 def test_faults_in_a_config_are_placed(sft: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,24 @@ def test_shipped_configs_parse(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert options.model.init_args.model == "MODEL"
 
 
+EXAMPLES = sorted((PACKAGE.parent / "examples" / "smollm2").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("overlay", EXAMPLES, ids=lambda path: path.name)
+def test_example_overlays_parse(overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PACKAGE.parent)
+    options = parse(
+        "fit", "--config", "smollm2/ppo.yaml", "--config", str(overlay), "--data.path", "FILE", "--runs", str(tmp_path)
+    )
+    given = yaml.safe_load(overlay.read_text(encoding="utf-8"))["model"]["init_args"]["reward"]
+    reward = options.model.init_args.reward
+    assert reward.class_path.rsplit(".", 1)[-1] == given["class_path"].rsplit(".", 1)[-1]
+    assert list(reward.init_args.weights) == given["init_args"]["weights"]
+    for part in reward.init_args.rewards:
+        if "function" in part.init_args:
+            FunctionReward(part.init_args.function)
+
+
 def leaves(node: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
     if isinstance(node, dict) and "class_path" not in node:
         return [leaf for key, value in node.items() for leaf in leaves(value, (*path, key))]

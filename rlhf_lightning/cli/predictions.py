@@ -10,6 +10,20 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.distributed import all_gather_objects
+from rlhf_lightning.errors import InputError
+
+
+def check_writable(path: Path) -> None:
+    """InputError where the file cannot be written; asked before the work that its content takes."""
+    if path.is_dir():
+        raise InputError(f"--output {path}: this is a folder; name a file in it")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"--output {path}: {parent} is a file, not a folder; choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--output {path}: no permission to write to {parent}; choose another place")
 
 
 class PredictionWriter(Callback):

@@ -41,10 +41,10 @@ def check_unused(folder: Path) -> None:
         )
 
 
-def remove_if_only_events(folder: Path) -> None:
-    """Remove the folder of a run that ended before it began: Lightning opens the event file before it reads data."""
+def remove_if_nothing_logged(folder: Path) -> None:
+    """Remove the folder of a run that ended before its first step was logged: it holds its config and no event."""
     files = list(folder.iterdir()) if folder.is_dir() else []
-    if files and all(file.name.startswith("events.out.tfevents.") for file in files):
+    if files and all(file.name == "config.yaml" or file.name.startswith("events.out.tfevents.") for file in files):
         for file in files:
             file.unlink()
         folder.rmdir()

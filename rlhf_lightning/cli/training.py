@@ -29,8 +29,8 @@ from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
 from rlhf_lightning.cli.notices import Preflight, farewell
 from rlhf_lightning.cli.parse_errors import explain
-from rlhf_lightning.cli.predictions import PredictionWriter
-from rlhf_lightning.cli.runs import check_unused, remove_if_only_events, run_name
+from rlhf_lightning.cli.predictions import PredictionWriter, check_writable
+from rlhf_lightning.cli.runs import check_unused, remove_if_nothing_logged, run_name
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
@@ -157,19 +157,21 @@ class TrainingCLI(LightningCLI):
         if self.options.model is None or _imported(self.options.model.class_path) is RLHFModule:
             stages = ", ".join(name for name in shipped_configs() if "/" not in name)
             raise InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")
-        strategy = self.options.trainer.strategy
-        if strategy in ("fsdp", "fsdp_cpu_offload"):
-            raise InputError(f"trainer.strategy: {strategy} is FSDP1, which cannot run PPO; use fsdp2 (fsdp.yaml)")
+        _check_trainer(self.options.trainer, subcommand)
         root = self.options.runs or Path(self.options.trainer.default_root_dir or ".") / "runs"
-        resuming = self.options.ckpt_path is not None
         if self.options.ckpt_path == "last" and self.options.run is None:
             raise InputError(f"--ckpt_path last: of which run? Add --run NAME{_known_runs(root)}")
         self.run = run_name(self.options.run, self.options.model.class_path.rsplit(".", 1)[-1])
         self.folder = root / self.run
-        if subcommand == "fit" and not resuming and _first_process():
+        checkpoint = None if self.options.ckpt_path is None else self._checkpoint(self.options.ckpt_path)
+        if checkpoint is not None:
+            self.options.ckpt_path = str(checkpoint)
+        # From its own checkpoint a run goes on; from another run's this is a new one.
+        goes_on = checkpoint is not None and checkpoint.resolve().is_relative_to(self.folder.resolve())
+        if subcommand == "fit" and not goes_on and _first_process():
             check_unused(self.folder)
-        if resuming:
-            self.options.ckpt_path = str(self._checkpoint(self.options.ckpt_path))
+        if subcommand == "predict":
+            check_writable(self._predictions)
         self.save_config_kwargs = {"overwrite": True}
 
     def instantiate_classes(self) -> None:
@@ -209,7 +211,9 @@ class TrainingCLI(LightningCLI):
             ]
         self.trainer_defaults["callbacks"] = self._run_callbacks()
         try:
-            return super().instantiate_trainer(logger=loggers or False, **kwargs)
+            # Callbacks write to the first logger's folder, and without loggers to this root.
+            options = {"logger": loggers or False, "default_root_dir": str(self.folder), **kwargs}
+            return super().instantiate_trainer(**options)
         except (ValueError, TypeError) as error:  # how Trainer refuses an option's value
             raise InputError(f"trainer: {error}") from error
 
@@ -218,16 +222,20 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             callbacks += [Preflight(self.folder), ModelExport()]
         if self.subcommand == "predict":
-            callbacks.append(PredictionWriter(self.options.output or self.folder / "predictions.jsonl"))
+            callbacks.append(PredictionWriter(self._predictions))
         return callbacks
+
+    @property
+    def _predictions(self) -> Path:
+        return self.options.output or self.folder / "predictions.jsonl"
 
     def _run_subcommand(self, subcommand: str) -> None:
         existed = self.folder.exists()
         try:
             super()._run_subcommand(subcommand)
-        except InputError:
+        except BaseException:
             if not existed and _first_process():
-                remove_if_only_events(self.folder)
+                remove_if_nothing_logged(self.folder)
             raise
 
     def after_fit(self) -> None:
@@ -313,13 +321,28 @@ def _plain(value: Any) -> Any:
 def _nulls_refused(cls: type, given: dict[str, Any]) -> list[str]:
     """Keys given as null whose type has no None: the parser lets them pass."""
     refused = []
-    for base in cls.__mro__:
-        for name, kind in typing.get_type_hints(base.__init__).items() if "__init__" in vars(base) else ():
+    for init in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
+        for name, kind in typing.get_type_hints(init).items():
             if name in given and given[name] is None and type(None) not in typing.get_args(kind) and kind is not Any:
                 refused.append(name)
-        own = inspect.signature(base.__init__).parameters
+        own = inspect.signature(init).parameters
         given = {name: value for name, value in given.items() if name not in own}
     return refused
+
+
+def _check_trainer(options: Namespace, subcommand: str) -> None:
+    """InputError for what Trainer accepts, and what would go wrong later, or wrong and unseen."""
+    if options.strategy in ("fsdp", "fsdp_cpu_offload"):
+        raise InputError(f"trainer.strategy: {options.strategy} is FSDP1, which cannot run PPO; use fsdp2 (fsdp.yaml)")
+    if subcommand == "fit" and options.precision in ("bf16-true", "16-true"):
+        raise InputError(
+            f"trainer.precision: {options.precision} keeps the weights in 16 bits, where most updates round to "
+            "nothing; use bf16-mixed"
+        )
+    if options.accumulate_grad_batches < 1:
+        raise InputError(
+            f"trainer.accumulate_grad_batches: expected a number from 1, got {options.accumulate_grad_batches}"
+        )
 
 
 def _first_process() -> bool:

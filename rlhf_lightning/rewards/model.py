@@ -85,7 +85,7 @@ class ModelReward(Reward):
         records = []
         for row, response in enumerate(rollout.responses):
             prompt = rollout.tokens[row, : rollout.prompt_lengths[row]].tolist()
-            text = policy_tokenizer.decode(prompt, skip_special_tokens=True)
+            text = str(policy_tokenizer.decode(prompt, skip_special_tokens=True))
             records.append(Record(text, (response,), (), f"reward {self.path}", "demonstration"))
         examples, _ = encoder.encode(records, "demonstrations")
         ended = (~rollout.truncated).tolist()
