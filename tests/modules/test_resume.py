@@ -42,7 +42,11 @@ def fit(kind: str, folder: Path, run: Path, *callbacks: Callback, **options: obj
     data = SmallData(folder, BATCHES, held_out=bool(options.pop("held_out", False)))
     settings = {
         "default_root_dir": run,
-        "callbacks": [RunCheckpoint(every_n_batches=2, keep=5), ModelExport(), *callbacks],
+        "callbacks": [
+            RunCheckpoint(every_n_batches=options.pop("every_n_batches", 2), keep=5),
+            ModelExport(),
+            *callbacks,
+        ],
         "enable_checkpointing": True,
         "max_epochs": 2,
         **options,
@@ -70,19 +74,21 @@ def test_resume_is_bit_for_bit(kind: str, crash_after: int, tiny_policy_dir: Pat
     assert configs[0] == configs[1]
 
 
+# The last checkpoint is made after the last of 12 batches, or once the last epoch is over.
+@pytest.mark.parametrize("every_n_batches", [2, 5])
 @pytest.mark.parametrize("held_out", [False, True])
 def test_a_finished_reward_model_is_exported_again_as_it_was(
-    held_out: bool, tiny_policy_dir: Path, tmp_path: Path
+    held_out: bool, every_n_batches: int, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
-    fit("reward_model", tiny_policy_dir, tmp_path, held_out=held_out)
+    options = {"held_out": held_out, "every_n_batches": every_n_batches}
+    fit("reward_model", tiny_policy_dir, tmp_path, **options)
     config = tmp_path / "model" / "config.json"
     first = config.read_text()
     assert json.loads(first)["reward_mean"] != 0.0
-    config.unlink()
     for file in config.parent.iterdir():
         file.unlink()
     newest = str(latest(tmp_path / "checkpoints"))
-    fit("reward_model", tiny_policy_dir, tmp_path, held_out=held_out, ckpt_path=newest)
+    fit("reward_model", tiny_policy_dir, tmp_path, ckpt_path=newest, **options)
     assert config.read_text() == first
 
 
