@@ -54,6 +54,11 @@ def fit(kind: str, folder: Path, run: Path, *callbacks: Callback, **options: obj
     return train(module, data, ckpt_path=resume, **settings), module
 
 
+def exported_config(run: Path) -> str:
+    """The exported model's config, which has the normalisation of a reward model."""
+    return (run / "model" / "config.json").read_text()
+
+
 @pytest.mark.parametrize("kind", MODULES)
 # In the middle of an epoch; right at its end; in the second one.
 @pytest.mark.parametrize("crash_after", [3, 6, 9])
@@ -69,9 +74,7 @@ def test_resume_is_bit_for_bit(kind: str, crash_after: int, tiny_policy_dir: Pat
     moments = [module.trainer.optimizers[0].state_dict()["state"] for module in (straight, resumed)]
     for index, state in moments[0].items():
         assert all(torch.equal(moments[1][index][name], value) for name, value in state.items())
-    # It has the normalisation of a reward model.
-    configs = [(tmp_path / run / "model" / "config.json").read_text() for run in ("straight", "broken")]
-    assert configs[0] == configs[1]
+    assert exported_config(tmp_path / "broken") == exported_config(tmp_path / "straight")
 
 
 # The last checkpoint is made after the last of 12 batches, or once the last epoch is over.
@@ -112,17 +115,19 @@ def test_resume_with_the_real_data_and_validation(crash_after: int, tiny_policy_
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
-def test_resume_under_fsdp2_from_a_folder_of_shards(tiny_policy_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["reward_model", "dpo"])
+def test_resume_under_fsdp2_from_a_folder_of_shards(kind: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
     try:
-        expected, _ = fit("dpo", tiny_policy_dir, tmp_path / "straight", strategy="fsdp2")
+        expected, _ = fit(kind, tiny_policy_dir, tmp_path / "straight", strategy="fsdp2")
         with pytest.raises(Crash):
-            fit("dpo", tiny_policy_dir, tmp_path / "broken", CrashAfter(5), strategy="fsdp2")
+            fit(kind, tiny_policy_dir, tmp_path / "broken", CrashAfter(9), strategy="fsdp2")
         checkpoint = latest(tmp_path / "broken" / "checkpoints")
         assert checkpoint.is_dir()
-        got, _ = fit("dpo", tiny_policy_dir, tmp_path / "broken", strategy="fsdp2", ckpt_path=str(checkpoint))
+        got, _ = fit(kind, tiny_policy_dir, tmp_path / "broken", strategy="fsdp2", ckpt_path=str(checkpoint))
     finally:
         torch.distributed.destroy_process_group()
     assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert exported_config(tmp_path / "broken") == exported_config(tmp_path / "straight")
 
 
 def test_the_configured_learning_rate_wins_over_the_checkpoints(tiny_policy_dir: Path, tmp_path: Path) -> None:

@@ -130,6 +130,16 @@ def test_without_held_out_data_the_training_scores_normalise(tiny_policy_dir: Pa
     assert float(chosen.detach().mean()) == pytest.approx(0.0, abs=1e-5)
 
 
+def test_only_the_first_process_goes_on_from_the_sums_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for number in (0, 1):
+        monkeypatch.setattr("rlhf_lightning.modules.reward_model.rank", lambda number=number: number)
+        module = RewardModelModule("unused")
+        module.on_load_checkpoint({"reward_model": {"trained_on": [3.0, 6.0, 14.0]}})
+        found.append(module._trained_on.tolist())
+    assert found == [[3.0, 6.0, 14.0], [0.0, 0.0, 0.0]]
+
+
 def test_a_trained_head_where_there_is_none_is_an_error(tiny_policy_dir: Path) -> None:
     with pytest.raises(InputError, match=r"score.weight"):
         train(RewardModelModule(str(tiny_policy_dir), head="trained"), SmallData(tiny_policy_dir, [[0]]))
