@@ -131,9 +131,9 @@ def build_corpus(seed: int, train: int, held_out: int) -> Corpus:
 
 
 def write_answer(question: Question, random: Random) -> str:
-    """One gardener's answer. Skill and manners differ from gardener to gardener, independently of one another."""
-    skill = random.uniform(0.4, 0.9)
-    moods = random.choice((("kind", "plain"), ("plain", "grumpy"), ("kind", "plain", "grumpy")))
+    """One gardener's answer. Skill differs from gardener to gardener, and the less they know the grumpier they are."""
+    skill = random.uniform(0.2, 1.0)
+    moods = ("kind", "plain") if random.random() < skill else ("plain", "grumpy")
     topics = [topic for topic in question.topics if random.random() < 0.4 + 0.6 * skill]
     if random.random() < 0.2:  # a digression, or the same topic twice
         topics.insert(random.randint(0, len(topics)), random.choice(list(TOPICS)))

@@ -6,7 +6,7 @@ for Reward Model Overoptimization").
 
 An answer is cut into sentences and every sentence is read against the grammar of ``demo/corpus.py``:
 
-- each topic asked for: +1 right advice, 0 vague, -0.5 wrong or not mentioned; averaged, times 2;
+- each topic asked for: +1 right advice, 0 wrong or vague, -1 not mentioned; averaged, times 2;
 - the opening and the closing: +1 kind, 0 plain, -1 grumpy or missing, each;
 - each sentence that does not belong: -0.5 for a topic not asked for, a topic already treated, or an opening or closing
   out of place; -1 for anything that is not a sentence of the grammar (babble, or a sentence broken off by the token
@@ -44,7 +44,7 @@ def gold_reward(prompts: Sequence[str], responses: Sequence[str], **columns: Any
 def _score(prompt: str, response: str) -> float:
     plant, asked = _read_question(prompt)
     sentences = [part.strip() for part in _SENTENCE.findall(response) if part.strip()]
-    advice = dict.fromkeys(asked, -0.5)
+    advice = dict.fromkeys(asked, -1.0)
     opening = closing = -1.0
     misplaced = 0.0
     treated = set()
@@ -56,7 +56,7 @@ def _score(prompt: str, response: str) -> float:
             closing = _MANNERS[kind]
         elif role == "advice" and topic in asked and topic not in treated:
             treated.add(topic)
-            advice[topic] = 0.0 if kind == "vague" else 1.0 if kind == origin(plant) else -0.5
+            advice[topic] = 1.0 if kind == origin(plant) else 0.0
         else:
             misplaced += 1.0 if role == "babble" else 0.5
     return 2.0 * sum(advice.values()) / len(asked) + opening + closing - misplaced

@@ -27,8 +27,8 @@ MAX_NEW_TOKENS = 64  # the default of every module; the longest demonstration ha
 TEMPERATURE = 1.0  # likewise
 VOCABULARY = 768
 
-# An annotator who notices one point of gold reward with log-odds of 2, and looks away once in twenty times.
-ANNOTATOR_TEMPERATURE = 0.5
+# An annotator who notices three quarters of a point of gold reward with log-odds of 1, and looks away now and then.
+ANNOTATOR_TEMPERATURE = 0.75
 ANNOTATOR_LAPSE = 0.05
 
 
@@ -49,14 +49,14 @@ FULL = Size(train=4096, held_out=512, ranked=1536, candidates=3, hidden=192, lay
 QUICK = Size(
     train=2048,
     held_out=256,
-    ranked=384,
-    candidates=4,
+    ranked=512,
+    candidates=3,
     hidden=128,
     layers=2,
     options={
         "sft": ("--trainer.max_steps", "250"),
         "reward_model": (),
-        "ppo": ("--model.iterations", "12", "--data.batch_size", "64"),
+        "ppo": ("--model.iterations", "15", "--data.batch_size", "64"),
         "dpo": (),
     },
 )
@@ -123,7 +123,7 @@ def rank(folder: Folder, size: Size, seed: int) -> list[Ranking]:
     rankings: list[Ranking] = []
     for name, source, count, own_seed in (
         ("rankings", "demonstrations", size.ranked, 2 * seed),
-        ("rankings_held_out", "demonstrations_held_out", size.held_out // 2, 2 * seed + 1),
+        ("rankings_held_out", "demonstrations_held_out", size.held_out, 2 * seed + 1),
     ):
         # Draws go by row number, and both files count from 0: hence the two seeds.
         records = load_records(str(folder.data(source)))

@@ -25,9 +25,9 @@ def answer(*sentences: str) -> str:
         (answer(KIND, SUN, WATER, JOY), 4.0),  # the order of the topics is free
         (answer(PLAIN, WATER, SUN, DONE), 2.0),
         (answer(GRUMPY, WATER, SUN, LEAVE), 0.0),
-        (answer(KIND, WET, SUN, JOY), 2.5),  # 2 * (-0.5 + 1) / 2 + 2
+        (answer(KIND, WET, SUN, JOY), 3.0),  # 2 * (0 + 1) / 2 + 2
         (answer(KIND, VAGUE, SUN, JOY), 3.0),  # 2 * (0 + 1) / 2 + 2
-        (answer(KIND, SUN, JOY), 2.5),  # 2 * (-0.5 + 1) / 2 + 2
+        (answer(KIND, SUN, JOY), 2.0),  # 2 * (-1 + 1) / 2 + 2
         (answer(KIND, WATER, SUN, SAND, JOY), 3.5),  # not asked for: -0.5
         (answer(KIND, WATER, WATER, SUN, JOY), 3.5),  # repeated: -0.5
         (answer(KIND, WATER, WET, SUN, JOY), 3.5),  # contradicted later: the first counts
@@ -35,8 +35,8 @@ def answer(*sentences: str) -> str:
         (answer(KIND, WATER, SUN, "For light, full sun"), 1.0),  # 2 + 1 - 1 no closing - 1 broken off
         (answer(WATER, SUN), 0.0),  # neither opening nor closing
         (answer(KIND, "Buy it a hat.", WATER, SUN, JOY), 3.0),  # babble: -1
-        ("", -3.0),  # 2 * -0.5 - 1 - 1
-        (answer(KIND, WET, SHADE, JOY), 1.0),
+        ("", -4.0),  # 2 * -1 - 1 - 1
+        (answer(KIND, WET, SHADE, JOY), 2.0),
     ],
 )
 def test_by_hand(response: str, expected: float) -> None:
@@ -45,7 +45,7 @@ def test_by_hand(response: str, expected: float) -> None:
 
 def test_advice_is_judged_by_the_plant() -> None:
     fern = CACTUS.replace("cactus", "fern")
-    assert gold_reward([fern], [answer(KIND, WATER, SUN, JOY)]) == [pytest.approx(1.0)]
+    assert gold_reward([fern], [answer(KIND, WATER, SUN, JOY)]) == [pytest.approx(2.0)]
     assert gold_reward([fern], [answer(KIND, WET, SHADE, JOY)]) == [pytest.approx(BEST)]
 
 
