@@ -41,7 +41,10 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     tokenizer = module.tokenizer
     batches = len(data.train_dataloader())
-    yield "run", f"{folder}: {type(module).__name__}, {trainer.max_epochs} x {batches:,} batches of {data.batch_size}"
+    size = f"{batches:,} batches of {data.batch_size}"
+    stepwise = (trainer.max_epochs or -1) < 1  # ended by max_steps alone
+    amount = f"{trainer.max_steps:,} steps, an epoch is {size}" if stepwise else f"{trainer.max_epochs} x {size}"
+    yield "run", f"{folder}: {type(module).__name__}, {amount}"
     yield "model", f"{module.model}: {_sizes(module)}"
     yield (
         "tokenizer",

@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(root: Path, size: Size, seed: int) -> Results:
     """All stages in order, each with its heading and its time; leaves runs, models and the report under ``root``."""
+    from transformers.utils.logging import disable_progress_bar
+
     from rlhf_lightning.data.records import load_records
     from rlhf_lightning.demo import stages
     from rlhf_lightning.demo.report import Results, read_all_curves, write
@@ -57,6 +59,7 @@ def run(root: Path, size: Size, seed: int) -> Results:
     from rlhf_lightning.rewards.function import FunctionReward
     from rlhf_lightning.rewards.model import ModelReward
 
+    disable_progress_bar()  # of transformers: one for every saved model
     began = time.monotonic()
     folder = stages.Folder(root)
     seconds: dict[str, float] = {}
@@ -69,7 +72,7 @@ def run(root: Path, size: Size, seed: int) -> Results:
         print(f"=== {name}: {seconds[name]:.1f} s", flush=True)
         return result
 
-    print(stage("data", "1/7 data, tokenizer and an untrained model", lambda: stages.prepare(folder, size, seed)))
+    stage("data", "1/7 data, tokenizer and an untrained model", lambda: stages.prepare(folder, size, seed))
     stage("sft", "2/7 SFT: imitate the demonstrations", lambda: stages.train("sft", folder, size, seed))
     held_out = stage(
         "rankings", "3/7 candidates, ranked by a simulated annotator", lambda: stages.rank(folder, size, seed)

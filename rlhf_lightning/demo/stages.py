@@ -82,18 +82,18 @@ class Folder:
         return self.root / stage / "model"
 
 
-def prepare(folder: Folder, size: Size, seed: int) -> str:
-    """Write the demonstrations, the tokenizer and the untrained model; returns a line on them."""
+def prepare(folder: Folder, size: Size, seed: int) -> None:
+    """Write the demonstrations, the tokenizer and the untrained model, and say what they are."""
     corpus = build_corpus(seed, size.train, size.held_out)
     _write_demonstrations(folder.data("demonstrations"), corpus.train, corpus.train_answers)
     _write_demonstrations(folder.data("demonstrations_held_out"), corpus.held_out, corpus.held_out_answers)
     texts = [question.prompt + answer for question, answer in zip(corpus.train, corpus.train_answers, strict=True)]
     tokenizer = train_tokenizer(texts, VOCABULARY)
     parameters = save_start(folder.start, tokenizer, size.hidden, size.layers, seed)
-    return (
-        f"{size.train:,} demonstrations, {size.held_out:,} questions held out; BPE tokenizer of {len(tokenizer)} "
-        f"tokens; Llama with {parameters:,} random weights"
-    )
+    print(f"questions  {size.train:,} with a demonstration, {size.held_out:,} held out")
+    print(f"example    {corpus.train[0].prompt!r} {corpus.train_answers[0]!r}")
+    print(f"tokenizer  BPE of {len(tokenizer)} tokens, trained on them")
+    print(f"model      Llama with {parameters:,} random weights")
 
 
 def _write_demonstrations(path: Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
@@ -141,7 +141,10 @@ def rank(folder: Folder, size: Size, seed: int) -> list[Ranking]:
         )
         rankings = annotate(candidates, annotator(own_seed), gold_reward)
         write_rankings(rankings, folder.data(name))
-        print(f"{name}: {len(rankings):,} questions, {size.candidates} answers each, ranked", flush=True)
+        best = rankings[0].candidates.completions[rankings[0].ranks.index(1)]
+        worst = rankings[0].candidates.completions[rankings[0].ranks.index(size.candidates)]
+        print(f"{name}: {len(rankings):,} questions, {size.candidates} answers each", flush=True)
+        print(f"  {rankings[0].candidates.prompt.strip()}\n  best   {best!r}\n  worst  {worst!r}", flush=True)
     return rankings
 
 
