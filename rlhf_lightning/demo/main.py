@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.demo.stages import Size
 
 _R = TypeVar("_R")
+_MARK = ".demo"  # in a folder that a demo made
 _LEFT = ("start", "data", "sft", "reward_model", "ppo", "dpo", "report.json", "report.html")
 
 
@@ -27,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--seed {options.seed}: expected a number of at least 0")
     if root.exists() and not root.is_dir():
         raise InputError(f"--out {root}: a file, where a folder is expected")
-    if taken := next((root / name for name in _LEFT if (root / name).exists()), None):
-        raise InputError(f"--out {root}: holds {taken.name} of another run; choose another folder, or remove this one")
+    _clear(root)
 
     # Imported here, so that --help and wrong options answer at once.
     from rich.console import Console
@@ -46,6 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"report: {root / 'report.html'}")
     print(f"go on:  tensorboard --logdir {root}")
     return 0
+
+
+def _clear(root: Path) -> None:
+    """Make way for this demo: an earlier demo's folder is replaced, and nobody else's files are touched."""
+    mark = root / _MARK
+    taken = [root / name for name in _LEFT if (root / name).exists()]
+    if taken and not mark.exists():
+        raise InputError(f"--out {root}: holds {taken[0].name} and is no demo's folder; choose another one")
+    for path in taken:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    root.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 def run(root: Path, size: Size, seed: int) -> Results:

@@ -71,9 +71,19 @@ def test_the_page_shows_what_was_promised(folder: Path) -> None:
     assert "http://" not in html.replace("http://www.w3.org", "") and "<script" not in html
 
 
-def test_another_run_is_never_written_over(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"holds .* of another run"):
-        demo.main(["--out", str(folder)])
+def test_a_demo_makes_way_for_the_next_and_nothing_else_does(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "precious").write_text("a user's run")
+    with pytest.raises(InputError, match=r"holds sft and is no demo's folder"):
+        demo.main(["--out", str(tmp_path)])
+    assert (tmp_path / "sft" / "precious").exists()
+    fresh = tmp_path / "demo"
+    demo._clear(fresh)  # what the first demo does before it writes
+    (fresh / "sft").mkdir()
+    (fresh / "report.json").write_text("{}")
+    (fresh / "notes.txt").write_text("the user's")
+    demo._clear(fresh)
+    assert sorted(path.name for path in fresh.iterdir()) == [".demo", "notes.txt"]
 
 
 def test_bad_options_are_one_line(tmp_path: Path) -> None:
