@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config
+from tiny_models import make_config
 from transformers import (
     GenerationConfig,
     GPT2Config,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from architectures import build
-from conftest import make_config, make_tokenizer
+from tiny_models import make_config, make_tokenizer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config
 from ppo_harness import Recorder, TokenReward, fit, make_module, prompts
+from tiny_models import make_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 

@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 import transformers.modeling_utils
-from conftest import make_config
 from lightning import Trainer
 from ppo_harness import TokenReward, fit, make_module, prompts
+from tiny_models import make_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 

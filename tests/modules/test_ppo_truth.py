@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import make_config, make_tokenizer
 from ppo_harness import fit, make_module, prompts
+from tiny_models import make_config, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
