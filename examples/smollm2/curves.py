@@ -54,12 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw the learning curves of several PPO runs.")
     parser.add_argument("runs", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures and curves.json")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="which to draw")
     parser.add_argument("--window", type=int, default=5, help="iterations in a mean")
     options = parser.parse_args(arguments)
     runs = dict(run.split("=", 1) for run in options.runs)
     curves = {name: read_curves(Path(folder) / "metrics.jsonl") for name, folder in runs.items()}
     options.out.mkdir(parents=True, exist_ok=True)
-    for short, (metric, label) in METRICS.items():
+    for short in options.metrics:
+        metric, label = METRICS[short]
         lines = [
             Series(name, curve[metric][0], smoothed(curve[metric][1], options.window), color=place + 1)
             for place, (name, curve) in enumerate(curves.items())
