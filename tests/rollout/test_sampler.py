@@ -143,3 +143,24 @@ def test_gradient_checkpointing_does_not_break_decoding(sampled, policy):
     policy.train()
     assert sampled(prompts(4)).responses == expected
     assert policy.training
+
+
+def test_casts_kept_for_a_rollout_are_dropped_before_the_weights_change(tiny_policy_dir, tiny_tokenizer):
+    options = {"max_new_tokens": 6, "eos_ids": [EOS], "seed": 0, "iteration": 0}
+
+    def rollout(policy):
+        return sample(policy, prompts(4), tiny_tokenizer, **options)
+
+    policy = Policy(load_causal_lm(tiny_policy_dir))
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):  # as Lightning's bf16-mixed
+        before = rollout(policy)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.mul_(1.5)
+        after = rollout(policy)
+        fresh = Policy(load_causal_lm(tiny_policy_dir))
+        fresh.load_state_dict(policy.state_dict())
+        expected = rollout(fresh)
+    assert not torch.equal(before.tokens, after.tokens) or not torch.equal(before.log_probs, after.log_probs)
+    torch.testing.assert_close(after.tokens, expected.tokens)
+    torch.testing.assert_close(after.log_probs, expected.log_probs)
