@@ -41,5 +41,5 @@ lint: setup
 	$(BIN)/mypy rlhf_lightning
 
 smollm2: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf accelerate
 	$(BIN)/python examples/smollm2/fetch.py
