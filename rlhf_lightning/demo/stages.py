@@ -27,8 +27,8 @@ MAX_NEW_TOKENS = 64  # the default of every module; the longest demonstration ha
 TEMPERATURE = 1.0  # likewise
 VOCABULARY = 768
 
-# An annotator who notices three quarters of a point of gold reward with log-odds of 1, and looks away now and then.
-ANNOTATOR_TEMPERATURE = 0.75
+# An annotator who is right about a difference of 1.25 points of gold reward with log-odds of 1, and looks away at times.
+ANNOTATOR_TEMPERATURE = 1.25
 ANNOTATOR_LAPSE = 0.05
 
 
