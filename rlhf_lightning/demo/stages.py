@@ -27,7 +27,7 @@ MAX_NEW_TOKENS = 64  # the default of every module; the longest demonstration ha
 TEMPERATURE = 1.0  # likewise
 VOCABULARY = 768
 
-# An annotator who is right about a difference of 1.25 points of gold reward with log-odds of 1, and looks away at times.
+# An annotator who sees a difference of 1.25 points of gold reward with log-odds of 1, and looks away at times.
 ANNOTATOR_TEMPERATURE = 1.25
 ANNOTATOR_LAPSE = 0.05
 
