@@ -1,0 +1,128 @@
+// Softmax statistics and gradients of a row, written once over Vec. Included by kernels_impl.h alone.
+
+constexpr int64_t kBlock = 2048;  // elements: a block is read twice, the second time from the first-level cache
+
+// Log-probabilities below this are as good as -inf (exp gives 0) but can be multiplied by 0.
+template <typename A>
+constexpr A kLowest = sizeof(A) == 8 ? A(-800) : A(-200);
+
+template <typename T>
+using VecOf = Vec<typename Accumulate<T>::type>;
+
+template <typename V, typename A>
+inline A sum_lanes(V v) {
+  A lanes[V::lanes];
+  v.store(lanes);
+  A sum = 0;
+  for (int64_t i = 0; i < V::lanes; ++i) sum += lanes[i];
+  return sum;
+}
+
+template <typename T>
+inline T negative_infinity() {
+  return T(-__builtin_inf());
+}
+template <>
+inline Bfloat16 negative_infinity() {
+  return {0xff80};
+}
+template <>
+inline Float16 negative_infinity() {
+  return {0xfc00};
+}
+
+// The largest of x[0..n); NaN may be passed over, the sum will see it.
+template <typename T>
+inline typename Accumulate<T>::type block_maximum(const T* x, int64_t n) {
+  using A = typename Accumulate<T>::type;
+  using V = VecOf<T>;
+  V best[4] = {V::all(A(-__builtin_inf())), V::all(A(-__builtin_inf())), V::all(A(-__builtin_inf())),
+               V::all(A(-__builtin_inf()))};
+  int64_t i = 0;
+  for (; i + 4 * V::lanes <= n; i += 4 * V::lanes) {
+    for (int k = 0; k < 4; ++k) best[k] = maximum(V::load(x + i + k * V::lanes), best[k]);
+  }
+  for (; i < n; i += V::lanes) {
+    best[0] = maximum(load_partial<V>(x + i, n - i < V::lanes ? n - i : V::lanes, negative_infinity<T>()), best[0]);
+  }
+  A lanes[V::lanes];
+  maximum(maximum(best[0], best[1]), maximum(best[2], best[3])).store(lanes);
+  A max = lanes[0];
+  for (int64_t k = 1; k < V::lanes; ++k) max = lanes[k] > max ? lanes[k] : max;
+  return max;
+}
+
+template <typename T>
+void softmax_statistics(const T* x, int64_t size, double inverse_temperature, SoftmaxState& state) {
+  using A = typename Accumulate<T>::type;
+  using V = VecOf<T>;
+  const V inverse = V::all(A(inverse_temperature));
+  const V lowest = V::all(kLowest<A>);
+  for (; size > 0; x += kBlock, size -= kBlock) {
+    const int64_t n = size < kBlock ? size : kBlock;
+    const double max = block_maximum(x, n);
+    if (max > state.max) {
+      if (state.sum > 0) {
+        double shift = (state.max - max) * inverse_temperature;
+        shift = shift < -1e4 ? -1e4 : shift;
+        const double factor = __builtin_exp(shift);
+        state.weighted = factor * (state.weighted + shift * state.sum);
+        state.sum *= factor;
+      }
+      state.max = max;
+    }
+    // While all is -inf, 0 stands in for the maximum: the terms are then 0 and not NaN.
+    const V center = V::all(A(state.max == -__builtin_inf() ? 0 : state.max));
+    V sum[2] = {V::all(0), V::all(0)};
+    V weighted[2] = {V::all(0), V::all(0)};
+    const auto add = [&](V value, int k) {
+      const V d = maximum(lowest, (value - center) * inverse);  // a NaN stays
+      const V e = exponential(d);
+      sum[k] = sum[k] + e;
+      weighted[k] = multiply_add(e, d, weighted[k]);
+    };
+    int64_t i = 0;
+    for (; i + 2 * V::lanes <= n; i += 2 * V::lanes) {
+      add(V::load(x + i), 0);
+      add(V::load(x + i + V::lanes), 1);
+    }
+    for (; i < n; i += V::lanes) {
+      add(load_partial<V>(x + i, n - i < V::lanes ? n - i : V::lanes, negative_infinity<T>()), 0);
+    }
+    state.sum += sum_lanes<V, A>(sum[0] + sum[1]);
+    state.weighted += sum_lanes<V, A>(weighted[0] + weighted[1]);
+  }
+}
+
+// out = (grad_log_prob * ([token] - p) - grad_entropy * p * (log p + entropy)) / temperature
+template <typename T>
+void softmax_gradient(const T* x, int64_t n, const RowGradient& row, T* out) {
+  using A = typename Accumulate<T>::type;
+  using V = VecOf<T>;
+  const V inverse = V::all(A(row.inverse_temperature));
+  const V shift = V::all(A(row.shift));
+  const V log_sum = V::all(A(row.log_sum));
+  const V lowest = V::all(kLowest<A>);
+  const V slope = V::all(A(-row.grad_entropy * row.inverse_temperature));
+  const V offset = V::all(A(-(row.grad_log_prob + row.grad_entropy * row.entropy) * row.inverse_temperature));
+  const auto gradient = [&](V value) {
+    const V log_p = maximum(lowest, (value - shift) * inverse - log_sum);
+    return exponential(log_p) * multiply_add(slope, log_p, offset);
+  };
+  const bool has_token = row.token >= 0 && row.token < n;
+  // Before the row is overwritten, and with 1 - p taken where it keeps its digits.
+  A at_token = 0;
+  if (has_token) {
+    A value[V::lanes];
+    load_partial<V>(x + row.token, 1, negative_infinity<T>()).store(value);
+    double log_p = (double(value[0]) - row.shift) * row.inverse_temperature - row.log_sum;
+    log_p = log_p < kLowest<A> ? kLowest<A> : log_p;
+    at_token = A((-row.grad_log_prob * __builtin_expm1(log_p) -
+                  row.grad_entropy * __builtin_exp(log_p) * (log_p + row.entropy)) *
+                 row.inverse_temperature);
+  }
+  int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) gradient(V::load(x + i)).store(out + i);
+  if (i < n) store_partial(out + i, n - i, gradient(load_partial<V>(x + i, n - i, negative_infinity<T>())));
+  if (has_token) store_partial(out + row.token, 1, V::all(at_token));
+}
