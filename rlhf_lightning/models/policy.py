@@ -49,9 +49,9 @@ class Policy(nn.Module):
         seed: of the critic head's draw.
 
     Attributes:
-        fused: the head is a plain matrix product (checked at construction), so the fused operator computes the
-            log-probs without holding ``[N, V]`` logits. Otherwise (bias, capped or scaled logits) the model's own head
-            runs.
+        logit_scale: c, where the model's logits are ``c * states @ weight.T`` with one c > 0 (checked at construction;
+            1 for most, not so for Cohere, Granite and others). The fused operator then computes the log-probs without
+            holding ``[N, V]`` logits. None where the head is another (bias, capped logits): the model's own head runs.
 
     Raises:
         InputError: the branch does not reproduce the trunk (it adds positions to its inputs, say), or the
@@ -62,7 +62,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self._trunk_takes_positions = _accepts(self._trunk, "position_ids")
-        self.fused = self._head_is_plain()
+        self.logit_scale = self._find_logit_scale()
         self._branch_layers = 0
         self.branch: nn.Module | None = None
         self.critic_head: nn.Linear | None = None
@@ -198,19 +198,20 @@ class Policy(nn.Module):
 
     def _score(self, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """``[N, H]``, ``[N]`` -> log-probs and entropies ``[N]``."""
-        if not self.fused:
+        if self.logit_scale is None:
             return token_log_probs(self._own_head(states), tokens, temperature)
         weight = self.model.get_output_embeddings().weight
         device = states.device.type
         if torch.is_autocast_enabled(device):
             states, weight = (x.to(torch.get_autocast_dtype(device)) for x in (states, weight))
-        return linear_token_log_probs(states.to(weight.dtype), weight, tokens, temperature)
+        return linear_token_log_probs(states.to(weight.dtype), weight, tokens, temperature / self.logit_scale)
 
     def _logits(self, states: Tensor) -> Tensor:
         """``[N, H]`` -> ``[N, V]``."""
-        if not self.fused:
+        if self.logit_scale is None:
             return self._own_head(states)
-        return functional.linear(states, self.model.get_output_embeddings().weight)
+        logits = functional.linear(states, self.model.get_output_embeddings().weight)
+        return logits if self.logit_scale == 1.0 else logits * self.logit_scale
 
     def _own_head(self, states: Tensor) -> Tensor:
         """What the model itself makes of final hidden states ``[N, H]``: its forward, with the trunk's output given."""
@@ -223,8 +224,8 @@ class Policy(nn.Module):
             self.model._modules[name] = trunk
 
     @torch.no_grad()
-    def _head_is_plain(self) -> bool:
-        """Whether logits are ``states @ weight.T`` and nothing else; also checks that ``_own_head`` is right."""
+    def _find_logit_scale(self) -> float | None:
+        """``logit_scale``, by trying the head on a few states; also checks that ``_own_head`` is right."""
         tokens = _probe(self.model)
         output = self._trunk(input_ids=tokens, use_cache=False)
         self._output_type = type(output)
@@ -237,16 +238,18 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         reason = "its head is not one plain linear layer"
         if type(head) is nn.Linear and head.bias is None:
-            # Soft-capping only shows on large logits, so the states are scaled until the largest is 100.
-            scale = 100.0 / functional.linear(states, head.weight).abs().max().clamp(min=1e-3)
-            if all(_close(self._own_head(x), functional.linear(x, head.weight)) for x in (states, states * scale)):
-                return True
-            reason = "its logits are capped or scaled"
+            scale = _ratio(own, functional.linear(states, head.weight))
+            # Soft-capping only shows on large logits, so the states are magnified until the largest is 100.
+            larger = states * (100.0 / own.abs().max().clamp(min=1e-3))
+            products = ((x, functional.linear(x, head.weight)) for x in (states, larger))
+            if scale > 0.0 and all(_close(self._own_head(x), scale * product) for x, product in products):
+                return scale
+            reason = "its logits are capped, or are no multiple of the states' products with its weight"
         warnings.warn(
             f"{type(self.model).__name__}: {reason}, so log-probs take the slower way, which holds all logits",
             stacklevel=3,
         )
-        return False
+        return None
 
     @torch.no_grad()
     def _check_branch(self) -> None:
@@ -296,6 +299,14 @@ def _probe(model: PreTrainedModel) -> Tensor:
 
 def _close(ours: Tensor, theirs: Tensor) -> bool:
     return bool((ours - theirs).abs().max() <= _ROUNDING[theirs.dtype] * theirs.abs().max())
+
+
+def _ratio(ours: Tensor, theirs: Tensor) -> float:
+    """The c of the least squares fit ``ours = c * theirs``, its rounding averaged out; 1 where they are the same."""
+    if _close(ours, theirs):
+        return 1.0
+    ours, theirs = ours.double(), theirs.double()
+    return float((ours * theirs).sum() / theirs.square().sum())
 
 
 def _accepts(module: nn.Module, argument: str) -> bool:

@@ -1,4 +1,7 @@
-"""One number at every position of a sequence: a reward model, or a critic of its own."""
+"""One number at every position of a sequence: a reward model, or a critic of its own.
+
+There is no LM head here, and so nothing for the fused one to take over: the head is one row wide.
+"""
 
 from __future__ import annotations
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -34,7 +38,7 @@ _COMMON = {
 _GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
 _GPT2 |= {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
 
-NAMES = ["llama", "llama-tied", "qwen2", "gemma2", "gemma3", "gpt2"]
+NAMES = ["llama", "llama-tied", "qwen2", "gemma2", "gemma3", "gpt2", "cohere", "granite"]
 
 
 def build(name: str, sliding_window: int = 64) -> PreTrainedModel:
@@ -52,6 +56,10 @@ def build(name: str, sliding_window: int = 64) -> PreTrainedModel:
         kinds = ["sliding_attention", "full_attention", "sliding_attention"]
         config = Gemma3TextConfig(**_COMMON, sliding_window=sliding_window, layer_types=kinds, query_pre_attn_scalar=4)
         model = Gemma3ForCausalLM(config)
+    elif name == "cohere":
+        model = CohereForCausalLM(CohereConfig(**_COMMON, logit_scale=0.0625))  # logits times it
+    elif name == "granite":
+        model = GraniteForCausalLM(GraniteConfig(**_COMMON, logits_scaling=3.0))  # logits divided by it
     else:
         model = LlamaForCausalLM(LlamaConfig(**_COMMON, tie_word_embeddings=name == "llama-tied"))
     return model.double()

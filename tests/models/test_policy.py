@@ -94,10 +94,43 @@ def test_a_short_sliding_window_needs_left_padding(name: str) -> None:
 
 
 def test_which_heads_are_fused() -> None:
-    fused = {name: quiet_policy(name).fused for name in NAMES}
-    assert fused == {name: name != "gemma2" for name in NAMES}  # Gemma 2 caps its logits
+    scales = {name: quiet_policy(name).logit_scale for name in NAMES}
+    expected = dict.fromkeys(NAMES, 1.0) | {"cohere": 0.0625, "granite": pytest.approx(1 / 3, rel=1e-15)}
+    assert scales == expected | {"gemma2": None}  # Gemma 2 caps its logits
     with pytest.warns(UserWarning, match="capped"):
         Policy(build("gemma2"))
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-7), (torch.bfloat16, 1e-3)])
+def test_the_logit_scale_is_found_in_any_precision(dtype: torch.dtype, rounding: float) -> None:
+    assert Policy(build("cohere").to(dtype)).logit_scale == 0.0625  # a power of two: nothing is rounded
+    assert Policy(build("granite").to(dtype)).logit_scale == pytest.approx(1 / 3, rel=rounding)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_logit_scale_that_is_no_temperature_is_not_folded(scale: float) -> None:
+    model = build("cohere")
+    model.logit_scale = scale
+    with pytest.warns(UserWarning, match="multiple"):
+        policy = Policy(model)
+    tokens = some_tokens()
+    assert policy.logit_scale is None
+    torch.testing.assert_close(policy(tokens, LENGTHS, PROMPTS).log_probs, one_row_at_a_time(policy, tokens, 1.0)[0])
+
+
+def test_a_cap_is_seen_where_the_scale_hides_it() -> None:
+    model = build("cohere")
+    model.logit_scale = 1e-3
+    stock = model.forward
+
+    def capped(**inputs: Tensor) -> object:
+        output = stock(**inputs)
+        output.logits = 30.0 * (output.logits / 30.0).tanh()
+        return output
+
+    model.forward = capped
+    with pytest.warns(UserWarning, match="capped"):
+        assert Policy(model).logit_scale is None
 
 
 def test_a_head_with_bias_is_not_fused_and_right() -> None:

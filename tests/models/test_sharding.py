@@ -67,7 +67,14 @@ def compare_training(rank: int, module: nn.Module, oracle: nn.Module) -> None:
 
 
 def train_policies(rank: int, folder: Path) -> None:
-    for name, critic in (("llama", None), ("llama", "head"), ("llama", 1), ("llama-tied", "head"), ("gemma2", None)):
+    for name, critic in (
+        ("llama", None),
+        ("llama", "head"),
+        ("llama", 1),
+        ("llama-tied", "head"),
+        ("gemma2", None),
+        ("cohere", None),
+    ):
         compare_training(rank, make_policy(name, critic), make_policy(name, critic))
     checkpointed = make_policy("llama", 2).train()
     checkpoint_activations(checkpointed.model)
