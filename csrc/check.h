@@ -4,6 +4,8 @@
 
 #include <ATen/ATen.h>
 
+#include <cmath>
+
 namespace rlhf_lightning {
 
 inline std::string dtype_name(at::ScalarType type) {
@@ -48,6 +50,30 @@ inline void check_device(
   TORCH_CHECK_VALUE(
       x.device() == other.device(), op, ": ", name, " must be on the device of ", whose, ", ", other.device(), ", got ",
       x.device());
+}
+
+inline void check_temperature(const char* op, double temperature) {
+  TORCH_CHECK_VALUE(
+      std::isfinite(temperature) && temperature > 0, op, ": temperature must be a positive number, got ", temperature);
+}
+
+inline void check_language_model_head(
+    const char* op, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, double temperature) {
+  check_float(op, "hidden", hidden);
+  check_float(op, "weight", weight);
+  check_dtype(op, "tokens", tokens, at::kLong);
+  check_dimensions(op, "hidden", hidden, "[N, H]", 2);
+  check_dimensions(op, "weight", weight, "[V, H]", 2);
+  TORCH_CHECK_VALUE(
+      weight.size(0) > 0 && weight.size(1) == hidden.size(1), op, ": weight must have shape [V, ", hidden.size(1),
+      "] with V > 0, got shape ", weight.sizes());
+  check_shape(op, "tokens", tokens, hidden.sizes().slice(0, 1), "hidden without its last dimension");
+  check_device(op, "weight", weight, hidden, "hidden");
+  check_device(op, "tokens", tokens, hidden, "hidden");
+  TORCH_CHECK_TYPE(
+      weight.scalar_type() == hidden.scalar_type(), op, ": weight must have the dtype of hidden, ",
+      dtype_name(hidden.scalar_type()), ", got ", dtype_name(weight.scalar_type()));
+  check_temperature(op, temperature);
 }
 
 // float64 if any operand is, else float32.

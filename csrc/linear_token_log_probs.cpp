@@ -20,24 +20,6 @@ int64_t chunk_width(int64_t rows, int64_t vocabulary) {
   return std::min(vocabulary, std::max(kNarrowest, kLogitsHeld / std::max<int64_t>(rows, 1)));
 }
 
-void check(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, double temperature) {
-  check_float(kName, "hidden", hidden);
-  check_float(kName, "weight", weight);
-  check_dtype(kName, "tokens", tokens, at::kLong);
-  check_dimensions(kName, "hidden", hidden, "[N, H]", 2);
-  check_dimensions(kName, "weight", weight, "[V, H]", 2);
-  TORCH_CHECK_VALUE(
-      weight.size(0) > 0 && weight.size(1) == hidden.size(1), kName, ": weight must have shape [V, ", hidden.size(1),
-      "] with V > 0, got shape ", weight.sizes());
-  check_shape(kName, "tokens", tokens, hidden.sizes().slice(0, 1), "hidden without its last dimension");
-  check_device(kName, "weight", weight, hidden, "hidden");
-  check_device(kName, "tokens", tokens, hidden, "hidden");
-  TORCH_CHECK_TYPE(
-      weight.scalar_type() == hidden.scalar_type(), kName, ": weight must have the dtype of hidden, ",
-      dtype_name(hidden.scalar_type()), ", got ", dtype_name(weight.scalar_type()));
-  check_temperature(kName, temperature);
-}
-
 // The first `width` columns' worth of the buffer as a dense [rows, width].
 at::Tensor chunk_of(const at::Tensor& buffer, int64_t rows, int64_t width) {
   return buffer.narrow(0, 0, rows * width).view({rows, width});
@@ -46,7 +28,7 @@ at::Tensor chunk_of(const at::Tensor& buffer, int64_t rows, int64_t width) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_token_log_probs(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, double temperature) {
-  check(hidden, weight, tokens, temperature);
+  check_language_model_head(kName, hidden, weight, tokens, temperature);
   const auto t = tokens.contiguous();
   const int64_t rows = hidden.size(0), vocabulary = weight.size(0), width = chunk_width(rows, vocabulary);
   check_token_range(kName, t, vocabulary);
@@ -83,7 +65,7 @@ std::tuple<at::Tensor, at::Tensor> linear_token_log_probs_backward(
     const at::Tensor& grad_log_probs, const at::Tensor& grad_entropy, const at::Tensor& hidden,
     const at::Tensor& weight, const at::Tensor& tokens, const at::Tensor& entropy, const at::Tensor& shift,
     const at::Tensor& log_sum, double temperature, bool hidden_needed, bool weight_needed) {
-  check(hidden, weight, tokens, temperature);
+  check_language_model_head(kName, hidden, weight, tokens, temperature);
   const auto type = compute_type({hidden});
   for (const auto& x : {grad_log_probs, grad_entropy, entropy, shift, log_sum}) {
     check_shape(kName, "a gradient or saved result", x, tokens.sizes(), "tokens");

@@ -7,6 +7,7 @@
 #include "clipped_policy_loss.h"
 #include "clipped_value_loss.h"
 #include "gae.h"
+#include "linear_cross_entropy.h"
 #include "linear_token_log_probs.h"
 #include "token_log_probs.h"
 
@@ -38,6 +39,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_token_log_prob
       temperature);
 }
 
+template <c10::DispatchKey key, c10::DeviceType device>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_cross_entropy_autocast(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, const at::Tensor& token_weights,
+    double temperature, bool hidden_needed, bool weight_needed) {
+  static const auto op = operation<decltype(linear_cross_entropy)>("rlhf_lightning::linear_cross_entropy");
+  const c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const auto type = at::autocast::get_autocast_dtype(device);
+  return op.call(
+      at::autocast::cached_cast(type, hidden, device), at::autocast::cached_cast(type, weight, device), tokens,
+      token_weights, temperature, hidden_needed, weight_needed);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(rlhf_lightning, m) {
@@ -56,6 +69,9 @@ TORCH_LIBRARY(rlhf_lightning, m) {
       "Tensor tokens, Tensor entropy, Tensor shift, Tensor log_sum, float temperature, bool hidden_needed, "
       "bool weight_needed) -> (Tensor, Tensor)", tags);
   m.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor tokens, Tensor token_weights, float temperature, "
+      "bool hidden_needed, bool weight_needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags);
+  m.def(
       "clipped_policy_loss(Tensor log_probs, Tensor old_log_probs, Tensor advantages, float clip_low, float clip_high, "
       "float? dual_clip) -> (Tensor, Tensor, Tensor)", tags);
   m.def(
@@ -69,6 +85,7 @@ TORCH_LIBRARY_IMPL(rlhf_lightning, CPU, m) {
   m.impl("token_log_probs_backward", &token_log_probs_backward);
   m.impl("linear_token_log_probs", &linear_token_log_probs);
   m.impl("linear_token_log_probs_backward", &linear_token_log_probs_backward);
+  m.impl("linear_cross_entropy", &linear_cross_entropy);
   m.impl("clipped_policy_loss", &clipped_policy_loss);
   m.impl("clipped_value_loss", &clipped_value_loss);
 }
@@ -77,10 +94,12 @@ TORCH_LIBRARY_IMPL(rlhf_lightning, Autograd, m) { m.impl("gae", &gae_without_gra
 
 TORCH_LIBRARY_IMPL(rlhf_lightning, AutocastCPU, m) {
   m.impl("linear_token_log_probs", &linear_token_log_probs_autocast<c10::DispatchKey::AutocastCPU, c10::kCPU>);
+  m.impl("linear_cross_entropy", &linear_cross_entropy_autocast<c10::DispatchKey::AutocastCPU, c10::kCPU>);
 }
 
 TORCH_LIBRARY_IMPL(rlhf_lightning, AutocastCUDA, m) {
   m.impl("linear_token_log_probs", &linear_token_log_probs_autocast<c10::DispatchKey::Autocast, c10::kCUDA>);
+  m.impl("linear_cross_entropy", &linear_cross_entropy_autocast<c10::DispatchKey::Autocast, c10::kCUDA>);
 }
 
 }  // namespace rlhf_lightning

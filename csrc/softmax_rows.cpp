@@ -67,11 +67,6 @@ RowGradient RowGradients::row(int64_t index, int64_t token) const {
           token};
 }
 
-void check_temperature(const char* op, double temperature) {
-  TORCH_CHECK_VALUE(
-      std::isfinite(temperature) && temperature > 0, op, ": temperature must be a positive number, got ", temperature);
-}
-
 void check_token_range(const char* op, const at::Tensor& tokens, int64_t vocabulary) {
   const int64_t* t = tokens.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < tokens.numel(); ++i) {

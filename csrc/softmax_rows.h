@@ -48,7 +48,6 @@ struct RowGradients {
   RowGradient row(int64_t index, int64_t token) const;
 };
 
-void check_temperature(const char* op, double temperature);
 void check_token_range(const char* op, const at::Tensor& tokens, int64_t vocabulary);
 
 }  // namespace rlhf_lightning

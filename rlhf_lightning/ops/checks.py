@@ -70,6 +70,25 @@ def number(operator: str, name: str, value: object, words: str, low: float, high
         raise ValueError(f"{operator}: {name} must be {words}, got {value}")
 
 
+def language_model_head(operator: str, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> None:
+    """The operands of a fused head: ``hidden`` ``[N, H]``, ``weight`` ``[V, H]``, ``tokens`` ``[N]``, a temperature."""
+    float_tensor(operator, "hidden", hidden)
+    float_tensor(operator, "weight", weight)
+    int64_tensor(operator, "tokens", tokens)
+    dimensions(operator, "hidden", hidden, "[N, H]", 2)
+    dimensions(operator, "weight", weight, "[V, H]", 2)
+    if weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"{operator}: weight must have shape [V, {hidden.shape[1]}] with V > 0, got shape {list(weight.shape)}"
+        )
+    same_shape(operator, "tokens", tokens, hidden.shape[:1], "hidden without its last dimension")
+    for name, tensor in (("weight", weight), ("tokens", tokens)):
+        same_device(operator, name, tensor, hidden.device, "hidden")
+    if not torch.is_autocast_enabled(hidden.device.type):  # autocast makes them the same
+        same_dtype(operator, "weight", weight, hidden.dtype, "hidden")
+    number(operator, "temperature", temperature, "a positive number", 0.0, float("inf"), open_low=True)
+
+
 def token_range(operator: str, tokens: Tensor, vocabulary: int) -> None:
     """Every token must be in ``[0, vocabulary)``. The native operators ask before they read; the reference here.
 

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-OPERATORS = ("gae", "token_log_probs", "linear_token_log_probs", "clipped_policy_loss", "clipped_value_loss")
+OPERATORS = (
+    "gae",
+    "token_log_probs",
+    "linear_token_log_probs",
+    "linear_cross_entropy",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+)
 VARIABLE = "RLHF_LIGHTNING_OPS"
 _CHOICES = ("auto", "native", "reference")
 _log = logging.getLogger("rlhf_lightning")

@@ -38,7 +38,7 @@ def linear_token_log_probs(
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value, a token outside the vocabulary (on
         the CPU; elsewhere that is a device-side assertion).
     """
-    _check(hidden, weight, tokens, temperature)
+    checks.language_model_head(_NAME, hidden, weight, tokens, temperature)
     if extension.use_native(_NAME, hidden.device):
         return torch.ops.rlhf_lightning.linear_token_log_probs(hidden, weight, tokens, temperature)[:2]
     return reference(hidden, weight, tokens, temperature)
@@ -58,24 +58,6 @@ def reference(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float
 def _logits_to_log_probs(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     checks.token_range(_NAME, tokens, weight.shape[0])
     return _token_log_probs(hidden @ weight.T, tokens, temperature)
-
-
-def _check(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> None:
-    checks.float_tensor(_NAME, "hidden", hidden)
-    checks.float_tensor(_NAME, "weight", weight)
-    checks.int64_tensor(_NAME, "tokens", tokens)
-    checks.dimensions(_NAME, "hidden", hidden, "[N, H]", 2)
-    checks.dimensions(_NAME, "weight", weight, "[V, H]", 2)
-    if weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"{_NAME}: weight must have shape [V, {hidden.shape[1]}] with V > 0, got shape {list(weight.shape)}"
-        )
-    checks.same_shape(_NAME, "tokens", tokens, hidden.shape[:1], "hidden without its last dimension")
-    for name, tensor in (("weight", weight), ("tokens", tokens)):
-        checks.same_device(_NAME, name, tensor, hidden.device, "hidden")
-    if not torch.is_autocast_enabled(hidden.device.type):  # autocast makes them the same
-        checks.same_dtype(_NAME, "weight", weight, hidden.dtype, "hidden")
-    checks.number(_NAME, "temperature", temperature, "a positive number", 0.0, float("inf"), open_low=True)
 
 
 def _fake(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
