@@ -45,7 +45,7 @@ def launch(script: Path, argument: Path, processes: int = 2) -> None:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])]),
     }
     running = [
         subprocess.Popen(
