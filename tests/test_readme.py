@@ -44,7 +44,7 @@ def test_the_readme_has_no_badges_and_shows_the_report() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_shown_commands_exist(document: str) -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
     for line in commands((ROOT / document).read_text(encoding="utf-8")):
         words = shlex.split(line.replace("[", "").replace("]", ""), comments=True)
         if words[0] == "make":

@@ -1,0 +1,56 @@
+"""Every csrc/*.cu compiles for each architecture that is supported, and no kernel of it needs local memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "benchmarks" / "cuda_resources.py")
+assert spec is not None and spec.loader is not None
+cuda_resources = importlib.util.module_from_spec(spec)
+sys.modules["cuda_resources"] = cuda_resources  # its dataclasses look themselves up there
+spec.loader.exec_module(cuda_resources)
+
+NVCC = cuda_resources.find_tool("nvcc")
+SPILLING = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1fPf' for 'sm_80'
+ptxas info    : Function properties for _Z1fPf
+    40 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 1024 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1gPf' for 'sm_90a'
+ptxas info    : Function properties for _Z1gPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 18 registers, used 0 barriers
+"""
+
+
+def test_what_ptxas_says_is_read():
+    f, g = cuda_resources.parse_ptxas("x.cu", SPILLING)
+    assert (f.name, f.architecture, f.registers, f.shared) == ("_Z1fPf", "80", 255, 1024)
+    assert (f.stack, f.spill_stores, f.spill_loads) == (40, 8, 12)
+    assert (g.architecture, g.registers, g.shared, g.stack) == ("90a", 18, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """All files' kernels, compiled once."""
+    if NVCC is None:
+        message = "no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
+        if os.environ.get("CI"):
+            pytest.fail(f"{message}: the CUDA sources went unchecked")
+        pytest.skip(message)
+    return cuda_resources.compile_all(NVCC, cuda_resources.ARCHITECTURES, tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.mark.parametrize("source", cuda_resources.SOURCES, ids=lambda path: path.name)
+def test_compiles_for_every_architecture_without_local_memory(kernels, source):
+    found = kernels[source.name]
+    assert {kernel.architecture for kernel in found} == set(cuda_resources.ARCHITECTURES)
+    local = [kernel for kernel in found if kernel.stack or kernel.spill_stores or kernel.spill_loads]
+    assert not local, cuda_resources.table(local)
