@@ -4,16 +4,19 @@ RLHF_LIGHTNING_BUILD=auto      the default: build, and where that fails install 
 RLHF_LIGHTNING_BUILD=required  a build that fails is an error
 RLHF_LIGHTNING_BUILD=none      do not build: the operators' plain PyTorch references are used
 
-CUDA sources are compiled too where torch is a CUDA build and nvcc is found, for the architectures that
-TORCH_CUDA_ARCH_LIST names. No GPU and no network is needed.
+The CUDA kernels are compiled too where torch is a CUDA build and nvcc is found, for the architectures that
+TORCH_CUDA_ARCH_LIST names, for example "8.0;9.0+PTX"; where it is not set, for the GPUs of this machine, and on a
+machine without any for DEFAULT_ARCHITECTURES. No GPU and no network is needed.
 """
 
 import os
+import re
 import sys
 from glob import glob
 
 import torch
 from setuptools import find_packages, setup
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 MODE = os.environ.get("RLHF_LIGHTNING_BUILD", "auto")
@@ -23,6 +26,9 @@ if MODE not in ("auto", "required", "none"):
 # No fused multiply-add unless the source says so: GAE and the value loss are then the same bits on every machine, and
 # the policy loss however its elements are split. No -march: the kernels choose their instruction set at run time.
 CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-g0"]
+# nvcc may fuse multiply-adds: where a rounding is promised, the kernels leave it nothing to fuse.
+NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"  # +PTX: what a driver can compile for any later GPU
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # what at::parallel_for is made of; the library is torch's own
 
 
@@ -60,19 +66,38 @@ def extensions() -> list:
     """The one extension, of the C++ sources, and of the CUDA sources where they can be compiled."""
     if MODE == "none":
         return []
-    cuda_sources = sorted(glob("csrc/*.cu"))
-    with_cuda = bool(cuda_sources) and torch.version.cuda is not None and CUDA_HOME is not None
+    with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
+    sources = {*glob("csrc/*.cpp"), *glob("csrc/*.cu")}
+    macros = []
+    if with_cuda:
+        macros.append(("RLHF_LIGHTNING_CUDA_ARCHITECTURES", ",".join(cuda_architectures())))
+    else:
+        sources -= {*glob("csrc/*.cu"), *glob("csrc/*_cuda.cpp")}
     kind = CUDAExtension if with_cuda else CppExtension
     return [
         kind(
             "rlhf_lightning._C",
-            sources=sorted(glob("csrc/*.cpp")) + (cuda_sources if with_cuda else []),
-            depends=sorted(glob("csrc/*.h")),
-            define_macros=[("RLHF_LIGHTNING_CUDA", "1")] if with_cuda else [],
-            extra_compile_args={"cxx": CXX_FLAGS + OPENMP, "nvcc": ["-O3"]},
+            sources=sorted(sources),
+            depends=sorted([*glob("csrc/*.h"), *glob("csrc/*.cuh")]),
+            define_macros=macros,
+            extra_compile_args={"cxx": CXX_FLAGS + OPENMP, "nvcc": NVCC_FLAGS},
             extra_link_args=OPENMP,
         )
     ]
+
+
+def cuda_architectures() -> list[str]:
+    """What torch is about to compile for, as TORCH_CUDA_ARCH_LIST has it, e.g. ``["8.0", "9.0a", "10.0+PTX"]``.
+
+    Read off the very flags that torch hands to nvcc, since the variable may also say "Hopper" or "native".
+    """
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and torch.cuda.device_count() == 0:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_ARCHITECTURES
+    flags = " ".join(cpp_extension._get_cuda_arch_flags())
+    with_ptx = {f"{major}.{minor}" for major, minor in re.findall(r"code=compute_(\d+)(\d\w?)\b", flags)}
+    found = [f"{major}.{minor}" for major, minor in re.findall(r"code=sm_(\d+)(\d\w?)\b", flags)]
+    found.sort(key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
+    return [name + ("+PTX" if name in with_ptx else "") for name in found]
 
 
 setup(

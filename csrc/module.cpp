@@ -31,8 +31,9 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
-#ifdef RLHF_LIGHTNING_CUDA
+#ifdef RLHF_LIGHTNING_CUDA_ARCHITECTURES
   info["cuda"] = true;
+  architectures = py::str(TEXT(RLHF_LIGHTNING_CUDA_ARCHITECTURES)).attr("split")(",");
 #else
   info["cuda"] = false;
 #endif

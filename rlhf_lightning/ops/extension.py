@@ -122,11 +122,15 @@ def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
     """Whether code for ``architectures``, as in ``TORCH_CUDA_ARCH_LIST``, runs on a GPU of this compute capability.
 
     Machine code runs on its own major version from its minor version up; ``+PTX`` adds an intermediate form that the
-    driver compiles for any later GPU.
+    driver compiles for any later GPU. Code for the features of one GPU, e.g. ``9.0a``, runs on that one alone.
     """
     for architecture in architectures:
         number, _, form = architecture.partition("+")
         major, _, minor = number.partition(".")
+        if not minor.isdecimal():
+            if (int(major), int(minor[:-1])) == capability:
+                return True
+            continue
         built = (int(major), int(minor))
         if (built[0] == capability[0] and built <= capability) or (form == "PTX" and built <= capability):
             return True

@@ -108,6 +108,9 @@ def test_a_device_without_kernels_takes_the_reference():
         (["8.0+PTX"], (9, 0), True),  # the driver compiles the intermediate form
         (["9.0+PTX"], (8, 0), False),
         (["10.0"], (9, 0), False),
+        (["9.0a"], (9, 0), True),
+        (["9.0a"], (9, 2), False),
+        (["8.0", "10.0a+PTX"], (12, 0), False),
     ],
 )
 def test_which_gpus_a_build_covers(architectures, capability, covered):

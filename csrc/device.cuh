@@ -1,0 +1,172 @@
+// What the CUDA kernels share: 16-bit floats, vector loads and stores, warp and block reductions in a fixed order, a launch.
+//
+// Kernels include CUDA's own headers only, use no atomics, and reach shared and global memory through plain C++ or the
+// functions here, so that tests/ops/cuda_emulator/ can compile the same files with a C++ compiler and run them on a CPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace rlhf_lightning {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// The type of the arithmetic on elements of type T.
+template <typename T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <typename T>
+using Compute = typename ComputeOf<T>::type;
+
+__device__ __forceinline__ float to_compute(float x) { return x; }
+__device__ __forceinline__ double to_compute(double x) { return x; }
+__device__ __forceinline__ float to_compute(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_compute(__half x) { return __half2float(x); }
+
+// Rounds to nearest even.
+template <typename T>
+__device__ __forceinline__ T from_compute(Compute<T> x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_compute<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_compute<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+// n neighbouring elements, moved by one instruction where they take 1, 2, 4, 8 or 16 bytes.
+template <typename T, int n>
+struct alignas(sizeof(T) * n) Pack {
+  T at[n];
+};
+template <typename T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements in 16 bytes
+
+template <int bytes>
+struct WordOf;
+template <>
+struct WordOf<1> {
+  using type = unsigned char;
+};
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned int;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+template <typename T, int n>
+using Word = typename WordOf<static_cast<int>(sizeof(T)) * n>::type;
+
+// Loads and stores of n elements at an address that is a multiple of their size in bytes. load is for memory that no
+// thread of the kernel writes; the streaming ones are for what is not used again soon, to leave the cache to the rest.
+template <int n, typename T>
+__device__ __forceinline__ Pack<T, n> load(const T* x) {
+  const auto word = __ldg(reinterpret_cast<const Word<T, n>*>(x));
+  Pack<T, n> pack;
+  __builtin_memcpy(&pack, &word, sizeof(pack));
+  return pack;
+}
+template <int n, typename T>
+__device__ __forceinline__ Pack<T, n> load_streaming(const T* x) {
+  const auto word = __ldcs(reinterpret_cast<const Word<T, n>*>(x));
+  Pack<T, n> pack;
+  __builtin_memcpy(&pack, &word, sizeof(pack));
+  return pack;
+}
+template <int n, typename T>
+__device__ __forceinline__ void store(T* x, const Pack<T, n>& pack) {
+  Word<T, n> word;
+  __builtin_memcpy(&word, &pack, sizeof(pack));
+  __stwb(reinterpret_cast<Word<T, n>*>(x), word);
+}
+template <int n, typename T>
+__device__ __forceinline__ void store_streaming(T* x, const Pack<T, n>& pack) {
+  Word<T, n> word;
+  __builtin_memcpy(&word, &pack, sizeof(pack));
+  __stcs(reinterpret_cast<Word<T, n>*>(x), word);
+}
+
+// Whether 16-byte accesses may start at x.
+inline bool aligned(const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; }
+
+// The dynamic shared memory of the block, as many bytes as the launch asks for; 16-byte aligned.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char dynamic_shared_bytes[];
+  return dynamic_shared_bytes;
+}
+
+// x of the lane whose index differs in the bits of `mask`; x may be any struct of 4-byte words.
+template <typename T>
+__device__ __forceinline__ T shuffle_xor(const T& x, int mask) {
+  static_assert(sizeof(T) % 4 == 0, "shuffles move 4-byte words");
+  constexpr int words = static_cast<int>(sizeof(T)) / 4;
+  unsigned int word[words];
+  __builtin_memcpy(word, &x, sizeof(T));
+#pragma unroll
+  for (int i = 0; i < words; ++i) word[i] = __shfl_xor_sync(kAllLanes, word[i], mask);
+  T other;
+  __builtin_memcpy(&other, word, sizeof(T));
+  return other;
+}
+
+// combine(a, b) over the 32 lanes of a full warp, as a tree. Every lane gets the same bits if combine(a, b) is combine(b, a).
+template <typename T, typename F>
+__device__ __forceinline__ T warp_reduce(T x, const F& combine) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = combine(x, shuffle_xor(x, mask));
+  return x;
+}
+
+// combine over a block of kThreads threads, a multiple of 32: all of them must call it, and all get the result. `shared`
+// holds kThreads / 32 elements. The order is fixed; shared may be used again at once.
+template <int kThreads, typename T, typename F>
+__device__ __forceinline__ T block_reduce(T x, T* shared, const F& combine) {
+  static_assert(kThreads % kWarp == 0, "whole warps only");
+  x = warp_reduce(x, combine);
+  if constexpr (kThreads > kWarp) {
+    if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    x = shared[0];
+#pragma unroll
+    for (int i = 1; i < kThreads / kWarp; ++i) x = combine(x, shared[i]);
+    __syncthreads();
+  }
+  return x;
+}
+
+// kernel<<<grid, block, shared bytes, stream>>>(arguments...) in plain C++.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(
+    void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+    const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+}  // namespace rlhf_lightning

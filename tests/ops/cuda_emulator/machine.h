@@ -1,0 +1,414 @@
+// The machine under the stand-in headers: it runs the blocks of a kernel on this thread, every CUDA thread a fiber.
+//
+// A fiber runs until it waits at a barrier, takes part in a shuffle or ends; which one runs next is drawn at random (see
+// emulator_seed), so threads are as far apart as the barriers allow and a missing barrier shows as a wrong result. Waiting
+// fibers go on when all those whom they wait for have come to the same call. If none can go on, or a thread has ended that
+// is waited for, the launch fails. So it does at a memory fault, at an index beyond a C array, and at a wrong access through
+// __ldg and its like: the file is compiled with traps for the former (ops/cuda_emulation.py).
+#pragma once
+
+#include <link.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <random>
+#include <vector>
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+constexpr int kMaxDynamicShared = 232448;  // bytes a block of compute capability 9.0 may have
+namespace rlhf_lightning {
+alignas(128) inline thread_local unsigned char dynamic_shared_bytes[kMaxDynamicShared];  // declared in device.cuh
+}
+
+namespace emulator {
+
+enum Wait { kReady, kWarp, kBlock, kCluster, kDone };
+enum Lane { kIndex, kUp, kDown, kXor };
+constexpr size_t kStack = 256 * 1024;      // of a fiber; its lowest page is a trap
+
+struct Launch {
+  dim3 grid, block;
+  unsigned cluster;
+  size_t shared, shared_limit;
+  std::function<void()> body;
+};
+
+struct Fiber {
+  Wait wait = kReady;
+  int line = 0;
+  unsigned mask = 0;
+  uint64_t given = 0;  // what this lane brings to a shuffle
+  bool started = false;
+  unsigned thread = 0;
+  jmp_buf state;
+};
+
+struct Block {
+  uint3 index;
+  std::vector<Fiber> fibers;
+  std::vector<uint64_t> lanes;  // what the lanes brought to the last shuffle that all of them reached
+  std::vector<unsigned char> shared;
+};
+
+// What the caller sets, and reads after a failure.
+inline int multiprocessors = 132, capability_major = 9;
+inline std::mt19937 random_numbers;
+inline std::vector<std::pair<uintptr_t, size_t>> arrays;  // where global memory may be reached; empty: anywhere
+inline char message[512];
+inline bool refused;  // the launch was impossible, rather than wrong
+inline std::map<const void*, int> allowed_shared;
+
+inline const Launch* current;
+inline std::vector<Block> blocks;  // of the cluster that runs
+inline unsigned rank;              // the block among them
+inline Fiber* fiber;
+inline jmp_buf scheduler;
+
+[[noreturn]] inline void back_to_scheduler() { _longjmp(scheduler, 1); }
+
+inline void describe(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  const int used = std::vsnprintf(message, sizeof(message), format, arguments);
+  va_end(arguments);
+  std::snprintf(
+      message + used, sizeof(message) - used, " (block %u, %u, %u; thread %u)", blockIdx.x, blockIdx.y, blockIdx.z,
+      fiber == nullptr ? 0 : fiber->thread);
+}
+
+template <typename... Arguments>
+[[noreturn]] void fail(const char* format, Arguments... arguments) {
+  describe(format, arguments...);
+  back_to_scheduler();
+}
+
+inline void check(const void* x, size_t bytes, size_t alignment, const char* name) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(x);
+  if (address % alignment != 0) fail("%s: %zu bytes at an address that is no multiple of %zu", name, bytes, alignment);
+  if (arrays.empty()) return;
+  for (const auto& [begin, size] : arrays) {
+    if (address >= begin && address + bytes <= begin + size) return;
+  }
+  fail("%s: %zu bytes out of bounds", name, bytes);
+}
+
+// Fibers
+
+__attribute__((noinline)) inline void wait(Wait what, unsigned mask, int line) {
+  fiber->wait = what;
+  fiber->mask = mask;
+  fiber->line = line;
+  if (_setjmp(fiber->state) == 0) back_to_scheduler();
+}
+
+inline void fiber_main() {
+  current->body();
+  fiber->wait = kDone;
+  back_to_scheduler();
+}
+
+inline unsigned char* stack_of(size_t number) {
+  static std::vector<unsigned char*> stacks;
+  while (stacks.size() <= number) {
+    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    mprotect(memory, 4096, PROT_NONE);
+    stacks.push_back(static_cast<unsigned char*>(memory));
+  }
+  return stacks[number];
+}
+
+// Runs a fiber until it waits or ends.
+__attribute__((noinline)) inline void resume(Fiber& next, size_t stack) {
+  fiber = &next;
+  const unsigned t = next.thread;
+  threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
+  next.wait = kReady;
+  if (_setjmp(scheduler) != 0) return;
+  if (next.started) _longjmp(next.state, 1);
+  next.started = true;
+  static ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack_of(stack);
+  context.uc_stack.ss_size = kStack;
+  makecontext(&context, fiber_main, 0);
+  setcontext(&context);
+}
+
+// Lanes
+
+inline void warp_wait(unsigned mask, int line, uint64_t given) {
+  const unsigned lane = fiber->thread % warpSize;
+  if ((mask >> lane & 1u) == 0) fail("line %d: lane %u is not in its own mask %#x", line, lane, mask);
+  fiber->given = given;
+  wait(kWarp, mask, line);
+}
+inline void sync_warp(int line, unsigned mask = 0xffffffffu) { warp_wait(mask, line, 0); }
+
+template <typename T>
+T shuffle(Lane how, int line, unsigned mask, T x, int operand, int width = warpSize) {
+  static_assert(std::is_arithmetic_v<T> && sizeof(T) >= 4, "a shuffle moves a number of 4 or 8 bytes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof(T));
+  warp_wait(mask, line, bits);
+  const int lane = fiber->thread % warpSize, first = lane / width * width;
+  int source = how == kIndex ? first + (operand & (width - 1))
+               : how == kUp   ? lane - operand
+               : how == kDown ? lane + operand
+                              : lane ^ operand;
+  if (source < first || source >= first + width) source = lane;
+  if ((mask >> source & 1u) == 0) fail("line %d: a shuffle reads lane %d, which is not in the mask %#x", line, source, mask);
+  std::memcpy(&x, &blocks[rank].lanes[fiber->thread - lane + source], sizeof(T));
+  return x;
+}
+
+inline unsigned ballot(int line, unsigned mask, bool predicate) {
+  warp_wait(mask, line, predicate);
+  unsigned votes = 0;
+  const unsigned first = fiber->thread / warpSize * warpSize;
+  for (unsigned lane = 0; lane < warpSize; ++lane) {
+    if (mask >> lane & 1u && blocks[rank].lanes[first + lane] != 0) votes |= 1u << lane;
+  }
+  return votes;
+}
+
+// Shared memory is this shared object's thread-local segment. Where a cluster's blocks take turns, each has a copy of its own,
+// which is put in place while it runs.
+
+struct Segment {
+  unsigned char* begin = nullptr;
+  size_t size = 0;
+};
+
+inline Segment shared_segment() {
+  Segment found;
+  rlhf_lightning::dynamic_shared_bytes[0] = 0;  // the segment exists from the first access on
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* data) {
+        bool ours = false;
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          const auto& part = info->dlpi_phdr[i];
+          const uintptr_t begin = info->dlpi_addr + part.p_vaddr, here = reinterpret_cast<uintptr_t>(&message);
+          ours = ours || (part.p_type == PT_LOAD && here >= begin && here < begin + part.p_memsz);
+        }
+        for (int i = 0; ours && i < info->dlpi_phnum; ++i) {
+          if (info->dlpi_phdr[i].p_type != PT_TLS || info->dlpi_tls_data == nullptr) continue;
+          *static_cast<Segment*>(data) = {
+              static_cast<unsigned char*>(info->dlpi_tls_data), info->dlpi_phdr[i].p_memsz};
+        }
+        return ours ? 1 : 0;
+      },
+      &found);
+  return found;
+}
+inline Segment segment;
+
+inline unsigned cluster_size() { return static_cast<unsigned>(blocks.size()); }
+inline unsigned cluster_rank() { return rank; }
+inline void* shared_of(unsigned other, void* x) {
+  if (other >= blocks.size()) fail("block %u of a cluster of %zu", other, blocks.size());
+  const size_t offset = static_cast<unsigned char*>(x) - segment.begin;
+  if (offset >= segment.size) fail("map_shared_rank of what is not shared memory");
+  return other == rank ? x : blocks[other].shared.data() + offset;
+}
+
+// Scheduling
+
+// Lets fibers go on that have what they wait for. False if a thread that is waited for will never come.
+inline bool release_warps(Block& block) {
+  for (size_t first = 0; first < block.fibers.size(); first += warpSize) {
+    for (size_t i = first; i < std::min(first + warpSize, block.fibers.size()); ++i) {
+      const Fiber& waiting = block.fibers[i];
+      if (waiting.wait != kWarp) continue;
+      bool all = true;
+      for (unsigned lane = 0; lane < warpSize; ++lane) {
+        if ((waiting.mask >> lane & 1u) == 0) continue;
+        const bool exists = first + lane < block.fibers.size();
+        const Fiber& other = block.fibers[exists ? first + lane : i];
+        if (!exists || other.wait == kDone) {
+          fiber = &block.fibers[i];
+          describe("line %d: lane %u of the mask %#x has ended or does not exist", waiting.line, lane, waiting.mask);
+          return false;
+        }
+        all = all && other.wait == kWarp && other.mask == waiting.mask && other.line == waiting.line;
+      }
+      if (!all) continue;
+      const unsigned mask = waiting.mask;
+      for (unsigned lane = 0; lane < warpSize; ++lane) {
+        if ((mask >> lane & 1u) == 0) continue;
+        block.lanes[first + lane] = block.fibers[first + lane].given;
+        block.fibers[first + lane].wait = kReady;
+      }
+    }
+  }
+  return true;
+}
+
+// The same for barriers of whole blocks: all of the fibers must wait for `what`, at one line.
+inline bool release_all(std::vector<Fiber*>& fibers, Wait what) {
+  for (const Fiber* one : fibers) {
+    if (one->wait != what || one->line != fibers[0]->line) return false;
+  }
+  for (Fiber* one : fibers) one->wait = kReady;
+  return true;
+}
+
+// Runs a block until its fibers have ended or wait for the cluster.
+inline bool run_block(Block& block) {
+  std::vector<Fiber*> all;
+  for (Fiber& one : block.fibers) all.push_back(&one);
+  blockIdx = block.index;
+  std::vector<size_t> ready;
+  while (true) {
+    if (!release_warps(block)) return false;
+    release_all(all, kBlock);
+    ready.clear();
+    for (size_t i = 0; i < all.size(); ++i) {
+      if (all[i]->wait == kReady) ready.push_back(i);
+    }
+    if (ready.empty()) break;
+    std::shuffle(ready.begin(), ready.end(), random_numbers);
+    const unsigned resting = random_numbers();  // warps with their bit set let the others go ahead, unless all are
+    const size_t last = ready.back();
+    for (const size_t i : ready) {
+      if (resting >> (i / warpSize) & 1u && i != last) continue;
+      resume(*all[i], rank * all.size() + i);
+      if (message[0] != 0) return false;
+    }
+  }
+  for (Fiber* one : all) {
+    fiber = one;
+    if (one->wait == kWarp || one->wait == kBlock) {
+      describe("line %d: a barrier that the other threads do not reach", one->line);
+      return false;
+    }
+  }
+  return true;
+}
+
+// Runs the blocks of a cluster, which is one block unless the launch says otherwise.
+inline bool run_cluster(const Launch& launch, size_t first) {
+  const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
+  blocks.assign(launch.cluster, {});
+  std::vector<Fiber*> all;
+  for (unsigned i = 0; i < launch.cluster; ++i) {
+    const size_t number = first + i;
+    Block& block = blocks[i];
+    block.index = {
+        static_cast<unsigned>(number % launch.grid.x), static_cast<unsigned>(number / launch.grid.x % launch.grid.y),
+        static_cast<unsigned>(number / launch.grid.x / launch.grid.y)};
+    block.fibers.resize(threads);
+    block.lanes.assign((threads + warpSize - 1) / warpSize * warpSize, 0);
+    block.shared.assign(segment.size, 0xff);
+    for (unsigned t = 0; t < threads; ++t) {
+      block.fibers[t].thread = t;
+      all.push_back(&block.fibers[t]);
+    }
+  }
+  std::vector<unsigned> order(launch.cluster);
+  for (unsigned i = 0; i < launch.cluster; ++i) order[i] = i;
+  do {
+    std::shuffle(order.begin(), order.end(), random_numbers);
+    for (const unsigned i : order) {
+      rank = i;
+      std::memcpy(segment.begin, blocks[i].shared.data(), segment.size);
+      if (!run_block(blocks[i])) return false;
+      std::memcpy(blocks[i].shared.data(), segment.begin, segment.size);
+    }
+  } while (release_all(all, kCluster));
+  for (Fiber* one : all) {
+    fiber = one;
+    if (one->wait == kCluster) {
+      describe("line %d: a cluster barrier that the other threads do not reach", one->line);
+      return false;
+    }
+  }
+  for (const Block& block : blocks) {
+    const unsigned char* dynamic = block.shared.data() + (rlhf_lightning::dynamic_shared_bytes - segment.begin);
+    for (size_t i = launch.shared; i < kMaxDynamicShared; ++i) {
+      if (dynamic[i] == 0xff) continue;
+      describe("a write %zu bytes into %zu bytes of dynamic shared memory", i, launch.shared);
+      return false;
+    }
+  }
+  return true;
+}
+
+// A fault on a fiber ends the launch, not the process.
+inline void on_fault(int number, siginfo_t* info, void*) {
+  describe("%s at %p", number == SIGILL || number == SIGTRAP ? "an index or operand out of its range" : "a memory fault",
+           info->si_addr);
+  back_to_scheduler();
+}
+
+constexpr int kFaults[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE};
+
+inline bool refuse(const char* why) {
+  refused = true;
+  std::snprintf(message, sizeof(message), "%s", why);
+  return false;
+}
+
+inline bool run(const Launch& launch) {
+  message[0] = 0;
+  refused = false;
+  const size_t threads = size_t{launch.block.x} * launch.block.y * launch.block.z;
+  const size_t count = size_t{launch.grid.x} * launch.grid.y * launch.grid.z;
+  if (threads == 0 || threads > 1024) return refuse("a block has 1 to 1024 threads");
+  if (count == 0 || launch.grid.x > 2147483647u || launch.grid.y > 65535 || launch.grid.z > 65535) {
+    return refuse("a grid has 1 to 2147483647, 65535, 65535 blocks");
+  }
+  if (launch.cluster == 0 || launch.cluster > 8 || launch.grid.x % launch.cluster != 0) {
+    return refuse("a cluster has 1 to 8 blocks and divides the grid");
+  }
+  if (launch.cluster > 1 && capability_major < 9) return refuse("clusters need compute capability 9.0");
+  if (launch.shared > launch.shared_limit) return refuse("more shared memory than the kernel was allowed");
+
+  current = &launch;
+  segment = shared_segment();
+  gridDim = launch.grid;
+  blockDim = launch.block;
+  struct sigaction before[std::size(kFaults)], ours{};
+  ours.sa_sigaction = on_fault;
+  ours.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+  static unsigned char fault_stack[64 * 1024];
+  stack_t stack_before, stack{};
+  stack.ss_sp = fault_stack;
+  stack.ss_size = sizeof(fault_stack);
+  sigaltstack(&stack, &stack_before);
+  for (size_t i = 0; i < std::size(kFaults); ++i) sigaction(kFaults[i], &ours, &before[i]);
+
+  std::vector<size_t> order(count / launch.cluster);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i * launch.cluster;
+  std::shuffle(order.begin(), order.end(), random_numbers);
+  bool good = true;
+  for (size_t i = 0; good && i < order.size(); ++i) good = run_cluster(launch, order[i]);
+
+  for (size_t i = 0; i < std::size(kFaults); ++i) sigaction(kFaults[i], &before[i], nullptr);
+  sigaltstack(&stack_before, nullptr);
+  return good;
+}
+
+}  // namespace emulator
+
+extern "C" {
+const char* emulator_message() { return emulator::message; }
+void emulator_seed(unsigned seed) { emulator::random_numbers.seed(seed); }
+void emulator_device(int multiprocessors, int capability_major) {
+  emulator::multiprocessors = multiprocessors;
+  emulator::capability_major = capability_major;
+}
+void emulator_forget_arrays() { emulator::arrays.clear(); }
+void emulator_allow_array(const void* begin, size_t bytes) {
+  emulator::arrays.emplace_back(reinterpret_cast<uintptr_t>(begin), bytes);
+}
+}
