@@ -83,11 +83,54 @@ struct ValueLoss {
   T clip;    // infinity: none
 };
 
+// How rows are sampled; the contract is in rlhf_lightning/ops/sample_tokens.py.
+struct SampleOptions {
+  double inverse_temperature;
+  int64_t top_k;  // 0: all
+  double top_p;   // 1: all
+  bool greedy;
+};
+
+struct SampledToken {
+  int64_t token;
+  double log_prob;
+  double entropy;
+};
+
+// Unsigned integers in the order of the numbers they stand for.
+template <typename A>
+struct OrderedKey {
+  using type = uint32_t;
+};
+template <>
+struct OrderedKey<double> {
+  using type = uint64_t;
+};
+
+// A row is summed in parts of this many elements, so that the part in which a draw falls can be found again.
+constexpr int64_t kSamplePart = 2048;
+
+// Memory to sample one row of n logits in.
+template <typename A>
+struct SampleScratch {
+  SoftmaxState* parts;  // [n / kSamplePart, rounded up]
+  A* values;            // [n], as all that follows; needed only where tokens are filtered out
+  A* masses;
+  typename OrderedKey<A>::type* keys;
+  int32_t* index;
+};
+
 // The kernels of one input type of logits, and of one type of arithmetic.
 template <typename T>
 struct SoftmaxKernels {
   void (*statistics)(const T* x, int64_t n, double inverse_temperature, SoftmaxState& state);
   void (*gradient)(const T* x, int64_t n, const RowGradient& row, T* out);  // out may be x
+};
+template <typename T>
+struct SampleKernels {
+  SampledToken (*row)(
+      const T* x, int64_t n, const SampleOptions& options, double draw,
+      const SampleScratch<typename Accumulate<T>::type>& scratch);
 };
 template <typename T>
 struct LossKernels {
@@ -102,6 +145,10 @@ struct Kernels {
   SoftmaxKernels<Bfloat16> softmax_bfloat16;
   SoftmaxKernels<Float16> softmax_float16;
   SoftmaxKernels<double> softmax_double;
+  SampleKernels<float> sample_float;
+  SampleKernels<Bfloat16> sample_bfloat16;
+  SampleKernels<Float16> sample_float16;
+  SampleKernels<double> sample_double;
   LossKernels<float> loss_float;
   LossKernels<double> loss_double;
 };

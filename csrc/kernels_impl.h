@@ -2,12 +2,18 @@
 #include "kernels_losses.h"
 #include "kernels_softmax.h"
 
+#include "kernels_sampling.h"  // after kernels_softmax.h, on which it builds
+
 Kernels table(const char* name) {
   return {name,
           {softmax_statistics<float>, softmax_gradient<float>},
           {softmax_statistics<Bfloat16>, softmax_gradient<Bfloat16>},
           {softmax_statistics<Float16>, softmax_gradient<Float16>},
           {softmax_statistics<double>, softmax_gradient<double>},
+          {sample_row<float>},
+          {sample_row<Bfloat16>},
+          {sample_row<Float16>},
+          {sample_row<double>},
           {gae_rows<float>, policy_loss<float>, value_loss<float>},
           {gae_rows<double>, policy_loss<double>, value_loss<double>}};
 }

@@ -9,6 +9,7 @@
 #include "gae.h"
 #include "linear_cross_entropy.h"
 #include "linear_token_log_probs.h"
+#include "sample_tokens.h"
 #include "token_log_probs.h"
 
 namespace rlhf_lightning {
@@ -72,6 +73,9 @@ TORCH_LIBRARY(rlhf_lightning, m) {
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor tokens, Tensor token_weights, float temperature, "
       "bool hidden_needed, bool weight_needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags);
   m.def(
+      "sample_tokens(Tensor logits, Tensor draws, float temperature, int top_k, float top_p) "
+      "-> (Tensor, Tensor, Tensor)", tags);
+  m.def(
       "clipped_policy_loss(Tensor log_probs, Tensor old_log_probs, Tensor advantages, float clip_low, float clip_high, "
       "float? dual_clip) -> (Tensor, Tensor, Tensor)", tags);
   m.def(
@@ -86,6 +90,7 @@ TORCH_LIBRARY_IMPL(rlhf_lightning, CPU, m) {
   m.impl("linear_token_log_probs", &linear_token_log_probs);
   m.impl("linear_token_log_probs_backward", &linear_token_log_probs_backward);
   m.impl("linear_cross_entropy", &linear_cross_entropy);
+  m.impl("sample_tokens", &sample_tokens);
   m.impl("clipped_policy_loss", &clipped_policy_loss);
   m.impl("clipped_value_loss", &clipped_value_loss);
 }

@@ -24,6 +24,11 @@ def bool_tensor(operator: str, name: str, value: object) -> None:
     _dtype(operator, name, value, (torch.bool,), "bool")
 
 
+def float64_tensor(operator: str, name: str, value: object) -> None:
+    """``value`` must be a float64 tensor."""
+    _dtype(operator, name, value, (torch.float64,), "float64")
+
+
 def int64_tensor(operator: str, name: str, value: object) -> None:
     """``value`` must be an int64 tensor."""
     _dtype(operator, name, value, (torch.int64,), "int64")

@@ -18,6 +18,7 @@ OPERATORS = (
     "token_log_probs",
     "linear_token_log_probs",
     "linear_cross_entropy",
+    "sample_tokens",
     "clipped_policy_loss",
     "clipped_value_loss",
 )

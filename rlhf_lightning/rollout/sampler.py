@@ -1,6 +1,6 @@
-"""Sampling responses: the decode loop, its cache, and one inverse-CDF draw a token.
+"""Sampling responses: the decode loop, its cache, and one inverse-CDF draw a token (`ops.sample_tokens`).
 
-Shapes: ``B`` rows, ``P`` prompt tokens, ``S`` prompt + response, ``T`` response tokens, ``V`` vocabulary.
+Shapes: ``B`` rows, ``P`` prompt tokens, ``S`` prompt + response, ``T`` response tokens.
 
 A draw depends on (seed, iteration, the row's global number, the token's position) alone, so neither the process count,
 nor batching, nor a resumed run changes what is sampled. Rows that have ended leave the batch.
@@ -19,6 +19,7 @@ from rlhf_lightning.batches import PromptBatch, Rollout, length_mask
 from rlhf_lightning.errors import TrainingDiverged
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.sharding import unsharded
+from rlhf_lightning.ops.sample_tokens import sample_tokens
 from rlhf_lightning.randomness import SAMPLING, uniform
 
 
@@ -70,21 +71,15 @@ def sample(
     inputs = prompts.tokens
     positions = torch.arange(width, device=device).expand(rows, width)
     last = prompts.lengths - 1
+    # All at once: it takes some hundred small operations, which each step would pay anew.
+    draws = uniform(seed, SAMPLING, iteration, prompts.rows[:, None], torch.arange(max_new_tokens, device=device))
+    going = rows > 0
     with unsharded(policy), _evaluating(policy), _cast_once(device):
         for step in range(max_new_tokens):
-            going = not bool(ended.all())
             if not (any_unfinished(going) if any_unfinished is not None else going):
                 break
             logits = policy.decode(inputs, positions, seen, cache, last)
-            tempered = filtered_logits(logits, temperature, top_k, top_p)
-            draws = uniform(seed, SAMPLING, iteration, prompts.rows[active], step)
-            chosen, chosen_log_probs = draw(tempered, draws, greedy=temperature == 0)
-            if not bool(torch.isfinite(chosen_log_probs).all()):
-                row = int(prompts.rows[active[~torch.isfinite(chosen_log_probs)][0]])
-                raise TrainingDiverged(
-                    f"the policy's logits were NaN or infinite while sampling token {step} of prompt row {row} "
-                    f"in iteration {iteration}"
-                )
+            chosen, chosen_log_probs, _ = sample_tokens(logits, draws[active, step], temperature, top_k, top_p)
             live = ~ended[active]
             tokens[active, step] = torch.where(live, chosen, 0)
             log_probs[active, step] = torch.where(live, chosen_log_probs.float(), 0.0)
@@ -92,7 +87,9 @@ def sample(
             ended[active] |= torch.isin(chosen, ends)
             if progress is not None:
                 progress(step + 1, max_new_tokens)
-            keep = _still_going(ended[active], at_least_one=any_unfinished is not None)
+            unfinished = (~ended[active]).nonzero()[:, 0]  # the loop waits for the device here alone
+            going = len(unfinished) > 0
+            keep = _kept(unfinished, active, at_least_one=any_unfinished is not None)
             if len(keep) < len(active):
                 cache.batch_select_indices(keep)
             active, chosen = active[keep], chosen[keep]
@@ -100,48 +97,8 @@ def sample(
             inputs = chosen[:, None]
             positions = (prompts.lengths[active] + step)[:, None]
             last = torch.zeros_like(chosen)
+    _check_finite(log_probs, prompts.rows, iteration)
     return _assemble(prompts, tokens, log_probs, lengths, truncated=~ended, tokenizer=tokenizer)
-
-
-def filtered_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Logits ``[B, V]`` divided by the temperature, -inf at tokens that top-k or top-p leave out; float64.
-
-    Top-k comes first, top-p is taken of what is left (Holtzman et al. 2020, arXiv 1904.09751). The most probable token
-    always stays. Ties at the k-th place all stay.
-    """
-    # Every row is computed by itself and in float64: a row's draw must not depend on its neighbours in the batch.
-    logits = logits.double() if temperature == 0 else logits.double() / temperature
-    if 0 < top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        probabilities = ordered.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        out = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(out, -torch.inf)
-    return logits
-
-
-def draw(logits: Tensor, draws: Tensor, greedy: bool = False) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF draws: the first token whose cumulative probability exceeds the uniform draw.
-
-    Args:
-        logits: ``[B, V]`` float64.
-        draws: ``[B]`` float64 in (0, 1).
-        greedy: take the most probable token instead; its log-prob is then the one under ``softmax(logits)``.
-
-    Returns: ``(tokens [B] int64, log_probs [B])``. NaN or +inf logits give a NaN log-prob.
-    """
-    log_probs = logits.log_softmax(dim=-1)
-    if greedy:
-        tokens = log_probs.argmax(dim=-1)
-    else:
-        cumulative = log_probs.exp().cumsum(dim=-1)
-        # Scaled by the total, which rounding leaves a little off 1; right=True passes over tokens of probability 0.
-        points = (draws * cumulative[:, -1])[:, None]
-        tokens = torch.searchsorted(cumulative, points, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]
 
 
 @contextmanager
@@ -172,13 +129,24 @@ def _cast_once(device: torch.device) -> Iterator[None]:
         torch.clear_autocast_cache()  # the next update changes the weights
 
 
-def _still_going(ended: Tensor, at_least_one: bool) -> Tensor:
-    keep = (~ended).nonzero()[:, 0]
+def _kept(unfinished: Tensor, active: Tensor, at_least_one: bool) -> Tensor:
     # Dropping rows copies the whole cache, so it waits until an eighth of them have ended.
-    if 0 < len(ended) - len(keep) < len(ended) / 8 and len(keep) > 0:
-        return torch.arange(len(ended), device=ended.device)
+    if 0 < len(active) - len(unfinished) < len(active) / 8 and len(unfinished) > 0:
+        return torch.arange(len(active), device=active.device)
     # A process that has finished keeps one row going, so that it can take part in the others' collectives.
-    return keep if len(keep) or not at_least_one else keep.new_zeros(1)
+    return unfinished if len(unfinished) or not at_least_one else unfinished.new_zeros(1)
+
+
+def _check_finite(log_probs: Tensor, numbers: Tensor, iteration: int) -> None:
+    bad = ~torch.isfinite(log_probs)
+    if not bool(bad.any()):
+        return
+    step = int(bad.any(dim=0).nonzero()[0])
+    row = int(numbers[bad[:, step]][0])
+    raise TrainingDiverged(
+        f"the policy's logits were NaN or infinite while sampling token {step} of prompt row {row} "
+        f"in iteration {iteration}"
+    )
 
 
 def _assemble(
