@@ -70,7 +70,8 @@ def extensions() -> list:
     sources = {*glob("csrc/*.cpp"), *glob("csrc/*.cu")}
     macros = []
     if with_cuda:
-        macros.append(("RLHF_LIGHTNING_CUDA_ARCHITECTURES", ",".join(cuda_architectures())))
+        # Colons, since nvcc takes what follows a comma for another macro.
+        macros.append(("RLHF_LIGHTNING_CUDA_ARCHITECTURES", ":".join(cuda_architectures())))
     else:
         sources -= {*glob("csrc/*.cu"), *glob("csrc/*_cuda.cpp")}
     kind = CUDAExtension if with_cuda else CppExtension

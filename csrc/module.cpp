@@ -33,7 +33,7 @@ py::dict build_info() {
 #endif
 #ifdef RLHF_LIGHTNING_CUDA_ARCHITECTURES
   info["cuda"] = true;
-  architectures = py::str(TEXT(RLHF_LIGHTNING_CUDA_ARCHITECTURES)).attr("split")(",");
+  architectures = py::str(TEXT(RLHF_LIGHTNING_CUDA_ARCHITECTURES)).attr("split")(":");
 #else
   info["cuda"] = false;
 #endif

@@ -83,6 +83,11 @@ def make_value_loss(*shape: int, dtype: torch.dtype = torch.float32, clip: float
     return Call("clipped_value_loss", make_policy_loss(*shape, dtype=dtype).tensors, (clip,), 1)
 
 
+def make_sampling(rows: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> Call:
+    draws = torch.linspace(0.02, 0.98, rows, dtype=torch.float64)
+    return Call("sample_tokens", (randn(rows, vocabulary, dtype=dtype, seed=6), draws), (0.8, 50, 0.9), 0)
+
+
 def result(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the outputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -97,8 +102,15 @@ def small(dtype: torch.dtype = torch.float32) -> list[Call]:
         make_cross_entropy(7, 16, 131, dtype),
         make_policy_loss(3, 67, dtype=dtype),
         make_value_loss(3, 67, dtype=dtype),
+        make_sampling(7, 131, dtype),
     ]
 
 
 SMALL = {call.operator: call for call in small()}
 EVERY = sorted(SMALL)
+ON_CPU_ALONE = {"sample_tokens"}  # native there; on a GPU the plain PyTorch reference runs
+
+
+def is_native(operator: str, device: torch.device) -> bool:
+    """Whether a build for the device has a kernel of the operator."""
+    return device.type == "cpu" or operator not in ON_CPU_ALONE

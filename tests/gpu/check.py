@@ -147,7 +147,6 @@ def plan(facts: dict[str, Any]) -> list[Stage]:
     """The stages, in order."""
     python = sys.executable
     architectures = sorted({f"{major}.{minor}" for major, minor in facts["capabilities"]})
-    native = {"RLHF_LIGHTNING_OPS": "native"}  # where the build failed, the rest says so instead of testing PyTorch
     build = {
         "RLHF_LIGHTNING_BUILD": "required",
         "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", ";".join(architectures)),
@@ -159,8 +158,8 @@ def plan(facts: dict[str, Any]) -> list[Stage]:
     tests = [python, "-m", "pytest", "tests/gpu", "-q", "-rs", "--durations=5", "-W", "default"]
     stages = [
         Stage("build", builder, 300, build),
-        Stage("info", [python, "-c", "import rlhf_lightning.cli.info as i; raise SystemExit(i.main([]))"], 60, native),
-        Stage("tests", tests, 240, native),
+        Stage("info", [python, "-c", "import rlhf_lightning.cli.info as i; raise SystemExit(i.main([]))"], 60),
+        Stage("tests", tests, 240),
     ]
     sanitizer = find_sanitizer(facts["cuda_home"])
     for tool in ("memcheck", "racecheck"):
@@ -169,11 +168,11 @@ def plan(facts: dict[str, Any]) -> list[Stage]:
             continue
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=rlhf_lightning"]
         # Every tensor in an allocation of its own, or a step beyond one would fall into another and not be seen.
-        alone = {**native, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         stages.append(Stage(f"sanitizer-{tool}", [*command, python, "tests/gpu/small_kernels.py"], 90, alone))
     numbers = str(FOLDER / "benchmark.json")
     bench = [python, "benchmarks/bench_operators.py", "--device", "cuda", "--json", numbers]
-    stages.append(Stage("benchmark", bench, 300, native))
+    stages.append(Stage("benchmark", bench, 300))
     return stages
 
 
