@@ -2,26 +2,127 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "check.h"
 #include "kernels.h"
+#include "softmax_rows.h"
 
 namespace rlhf_lightning {
 
 namespace {
 constexpr const char* kName = "gae";
+constexpr int64_t kGrain = 16384;  // elements worth a thread
+constexpr int64_t kRows = 16;      // the most that a kernel takes side by side
+constexpr int64_t kLongest = 4096, kPiece = 512;  // steps
+
+template <typename T>
+GaeRows<T> part(GaeRows<T> all, int64_t offset, int64_t rows, int64_t steps, int64_t stride) {
+  all.rewards += offset;
+  all.values += offset;
+  all.mask += offset;
+  if (all.advantages != nullptr) {
+    all.advantages += offset;
+    all.returns += offset;
+  }
+  all.rows = rows;
+  all.steps = steps;
+  all.stride = stride;
+  return all;
+}
+
+template <typename T>
+T power(T base, int64_t exponent) {
+  T result = 1;
+  for (; exponent > 0; exponent /= 2, base *= base) {
+    if (exponent % 2 == 1) result *= base;
+  }
+  return result;
+}
+
+// A long row is cut into pieces that run side by side as rows do, first to learn what each hands on of itself, then with
+// what it is handed. By linearity the advantage before a piece is the piece's own plus (gamma lambda)^count times the one
+// after it. Where a row is cut depends on its length alone, and so do its bits.
+template <typename T>
+class LongRows {
+ public:
+  LongRows(const LossKernels<T>& kernel, const GaeRows<T>& all)
+      : kernel_(kernel), all_(all), pieces_((all.steps + kPiece - 1) / kPiece), next_value_(all.rows * pieces_),
+        next_advantage_(all.rows * pieces_), count_(all.rows * pieces_) {}
+
+  void run() {
+    const int64_t pieces = all_.rows * pieces_;
+    at::parallel_for(0, pieces, kGrain / kPiece, [&](int64_t from, int64_t to) {
+      for (; from < to; ++from) look_at(from);
+    });
+    std::vector<T> value_after(pieces), advantage_after(pieces);
+    for (int64_t i = pieces - 2; i >= 0; --i) {  // no more than zeros follow a row's last piece
+      if ((i + 1) % pieces_ != 0) value_after[i] = count_[i + 1] > 0 ? next_value_[i + 1] : value_after[i + 1];
+    }
+    next_value_ = value_after;
+    auto carries_only = all_;
+    carries_only.advantages = carries_only.returns = nullptr;
+    run_pieces(carries_only);
+    for (int64_t i = pieces - 2; i >= 0; --i) {
+      if ((i + 1) % pieces_ == 0) continue;
+      advantage_after[i] = next_advantage_[i + 1] + power(all_.gamma_lambda, count_[i + 1]) * advantage_after[i + 1];
+    }
+    next_value_ = value_after;
+    next_advantage_ = advantage_after;
+    run_pieces(all_);
+  }
+
+ private:
+  // The first piece takes what is left over of the row.
+  int64_t begin(int64_t piece) const { return std::max<int64_t>(0, all_.steps - (pieces_ - piece) * kPiece); }
+
+  // Counts a piece's True steps and notes the value at the first of them.
+  void look_at(int64_t index) {
+    const int64_t piece = index % pieces_, start = index / pieces_ * all_.steps;
+    const bool *first = all_.mask + start + begin(piece), *last = all_.mask + start + begin(piece + 1);
+    int count = 0;
+    for (const bool* x = first; x < last; ++x) count += *x;
+    count_[index] = count;
+    if (count > 0) next_value_[index] = all_.values[std::find(first, last, true) - all_.mask];
+  }
+
+  void run_pieces(const GaeRows<T>& rows) {
+    const int64_t groups = 1 + (pieces_ - 1 + kRows - 1) / kRows;  // a row's first piece, and the others by sixteen
+    at::parallel_for(0, rows.rows * groups, kGrain / (kRows * kPiece), [&](int64_t from, int64_t to) {
+      for (; from < to; ++from) {
+        const int64_t row = from / groups, group = from % groups;
+        const int64_t piece = group == 0 ? 0 : 1 + (group - 1) * kRows;
+        const int64_t count = group == 0 ? 1 : std::min(kRows, pieces_ - piece);
+        auto these = part(rows, row * rows.steps + begin(piece), count, begin(piece + 1) - begin(piece), kPiece);
+        these.next_value = next_value_.data() + row * pieces_ + piece;
+        these.next_advantage = next_advantage_.data() + row * pieces_ + piece;
+        kernel_.gae(these);
+      }
+    });
+  }
+
+  const LossKernels<T>& kernel_;
+  const GaeRows<T> all_;
+  const int64_t pieces_;
+  std::vector<T> next_value_, next_advantage_;  // of each piece: what it is handed, then what it hands on
+  std::vector<int64_t> count_;                  // of True steps
+};
 
 template <typename T>
 void run(
     const LossKernels<T>& kernel, const at::Tensor& rewards, const at::Tensor& values, const at::Tensor& mask,
     double gamma, double lam, at::Tensor& advantages, at::Tensor& returns) {
   const int64_t steps = rewards.size(1);
-  const int64_t blocks = (rewards.size(0) + 15) / 16;  // the kernel takes sixteen rows side by side
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * 16, last = std::min(end * 16, rewards.size(0)), offset = first * steps;
-    kernel.gae({rewards.const_data_ptr<T>() + offset, values.const_data_ptr<T>() + offset,
-                mask.const_data_ptr<bool>() + offset, advantages.mutable_data_ptr<T>() + offset,
-                returns.mutable_data_ptr<T>() + offset, last - first, steps, static_cast<T>(gamma),
-                static_cast<T>(gamma * lam)});
+  const GaeRows<T> all{
+      rewards.const_data_ptr<T>(), values.const_data_ptr<T>(), mask.const_data_ptr<bool>(),
+      advantages.mutable_data_ptr<T>(), returns.mutable_data_ptr<T>(), rewards.size(0), steps, steps,
+      static_cast<T>(gamma), static_cast<T>(gamma * lam), nullptr, nullptr};
+  if (steps > kLongest) return LongRows<T>(kernel, all).run();
+  const int64_t groups = (all.rows + kRows - 1) / kRows;
+  at::parallel_for(0, groups, std::max<int64_t>(1, kGrain / (kRows * steps)), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kRows, last = std::min(end * kRows, all.rows);
+    kernel.gae(part(all, first * steps, last - first, steps, steps));
   });
 }
 }  // namespace
@@ -39,7 +140,7 @@ std::tuple<at::Tensor, at::Tensor> gae(
 
   const auto type = compute_type({rewards, values});
   const auto r = rewards.to(type).contiguous(), v = values.to(type).contiguous(), m = mask.contiguous();
-  auto advantages = at::empty(r.sizes(), r.options()), returns = at::empty(r.sizes(), r.options());
+  auto advantages = empty_large(r.sizes(), r.options()), returns = empty_large(r.sizes(), r.options());
   if (r.numel() == 0) return {advantages, returns};
   if (type == at::kDouble) {
     run<double>(kernels().loss_double, r, v, m, gamma, lam, advantages, returns);

@@ -46,17 +46,22 @@ struct RowGradient {
   int64_t token;  // index in the part of the row at hand; outside [0, n) if the token is elsewhere
 };
 
+// Rows `stride` apart, or pieces of one long row.
 template <typename T>
 struct GaeRows {
   const T* rewards;
   const T* values;
   const bool* mask;
-  T* advantages;
+  T* advantages;  // null: only the carries are wanted
   T* returns;
   int64_t rows;
   int64_t steps;
+  int64_t stride;
   T gamma;
   T gamma_lambda;
+  // Of each row, in: what follows its last step; out: what its first step hands on. Null: nothing follows.
+  T* next_value;
+  T* next_advantage;
 };
 
 template <typename T>

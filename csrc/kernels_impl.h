@@ -1,4 +1,6 @@
 // The kernels of kernels.h. Included by the kernels_*.cpp files, each in its own namespace.
+#include "masks.h"
+
 #include "kernels_losses.h"
 #include "kernels_softmax.h"
 

@@ -1,42 +1,96 @@
 // Advantages and clipped losses, written once over Vec. Included by kernels_impl.h alone.
 
-// The recursion runs along a row, so sixteen rows run side by side, on a transposed tile of 32 steps.
+constexpr int64_t kSteps = 16;  // of a tile of GAE: a whole cache line of float32 in every row
+
+// One tile of GAE: up to as many rows as there are lanes, and `n` steps from `begin` on. It is read row by row, turned
+// over in registers, run through last step first, turned back and written. What a masked slot holds goes through the
+// arithmetic and is then not chosen.
+template <bool kWhole, typename T>
+inline __attribute__((always_inline)) void gae_tile(
+    const GaeRows<T>& g, int64_t first, int64_t begin, int64_t n, Vec<T>& next_value, Vec<T>& next_advantage) {
+  using V = Vec<T>;
+  constexpr int64_t kParts = kSteps / V::lanes;  // square parts of the tile
+  const V gamma = V::all(g.gamma), gamma_lambda = V::all(g.gamma_lambda);
+  const int64_t rows = g.rows - first < V::lanes ? g.rows - first : V::lanes;
+  V rewards[kSteps], values[kSteps], kept[kSteps];
+  uint32_t bits[V::lanes];
+  const auto load = [&](const T* x, int64_t from) {
+    if (kWhole || n - from >= V::lanes) return V::load(x + from);
+    return load_partial<V>(x + from, n - from, T(0));
+  };
+  const auto store = [&](T* x, int64_t from, V v) {
+    if (kWhole || n - from >= V::lanes) return v.store(x + from);
+    store_partial(x + from, n - from, v);
+  };
+  for (int64_t lane = 0; lane < V::lanes; ++lane) {
+    const int64_t i = (first + (lane < rows ? lane : 0)) * g.stride + begin;
+    bits[lane] = kWhole ? true_bits(g.mask + i) : true_bits(g.mask + i, n);
+    for (int64_t from = 0; from < kSteps; from += V::lanes) {
+      rewards[from + lane] = load(g.rewards + i, from);
+      kept[from + lane] = values[from + lane] = load(g.values + i, from);
+    }
+  }
+  for (int64_t part = 0; part < kParts; ++part) transpose(rewards + part * V::lanes);
+  for (int64_t part = 0; part < kParts; ++part) transpose(values + part * V::lanes);
+  const auto counted = LaneBits<T>::load(bits);
+#pragma GCC unroll 16
+  for (int64_t step = kSteps - 1; step >= 0; --step) {  // steps past the end are not counted
+    const auto real = counted.at(step);
+    const V delta = (rewards[step] + gamma * next_value) - values[step];
+    const V advantage = delta + gamma_lambda * next_advantage;
+    next_value = choose(real, values[step], next_value);
+    next_advantage = choose(real, advantage, next_advantage);
+    rewards[step] = next_advantage;  // the tile's inputs are spent: it takes the outputs
+  }
+  if (g.advantages == nullptr) return;
+  for (int64_t part = 0; part < kParts; ++part) transpose(rewards + part * V::lanes);
+  for (int64_t lane = 0; lane < rows; ++lane) {
+    const int64_t i = (first + lane) * g.stride + begin;
+    for (int64_t from = 0; from < kSteps; from += V::lanes) {
+      const auto real = Mask<T>::low_bits(bits[lane] >> from);
+      const V advantage = rewards[from + lane];
+      store(g.advantages + i, from, choose(real, advantage, V::all(0)));
+      store(g.returns + i, from, choose(real, advantage + kept[from + lane], V::all(0)));
+    }
+  }
+}
+
+// So many rows, read a line at a time, are too many streams for the processor to foresee: with each tile, one row's part
+// of the next stretch of tiles is asked for.
+template <typename T>
+inline void fetch_ahead(const GaeRows<T>& g, int64_t first, int64_t begin) {
+  constexpr int64_t kLanes = Vec<T>::lanes, kStretch = kLanes * kSteps;
+  const int64_t row = first + begin / kSteps % kLanes;
+  if (begin < kStretch || row >= g.rows) return;
+  const int64_t from = row * g.stride + (begin / kStretch - 1) * kStretch;
+  for (int64_t i = from; i < from + kStretch; i += 64 / int64_t(sizeof(T))) {
+    __builtin_prefetch(g.rewards + i, 0, 2);
+    __builtin_prefetch(g.values + i, 0, 2);
+  }
+  for (int64_t i = from; i < from + kStretch; i += 64) __builtin_prefetch(g.mask + i, 0, 2);
+}
+
+// The recursion runs along a row, so as many rows as there are lanes run side by side.
 template <typename T>
 void gae_rows(const GaeRows<T>& g) {
-  constexpr int64_t kRows = 16, kSteps = 32;
-  T rewards[kSteps][kRows], values[kSteps][kRows], counted[kSteps][kRows];
-  for (int64_t first = 0; first < g.rows; first += kRows) {
-    const int64_t rows = g.rows - first < kRows ? g.rows - first : kRows;
-    T next_value[kRows] = {}, next_advantage[kRows] = {};
-    for (int64_t end = g.steps; end > 0; end -= kSteps) {
-      const int64_t begin = end > kSteps ? end - kSteps : 0;
-      for (int64_t t = begin; t < end; ++t) {
-        for (int64_t lane = 0; lane < kRows; ++lane) {
-          const int64_t i = (first + lane) * g.steps + t;
-          const bool real = lane < rows && g.mask[i];
-          rewards[t - begin][lane] = real ? g.rewards[i] : T(0);
-          values[t - begin][lane] = real ? g.values[i] : T(0);
-          counted[t - begin][lane] = real ? T(1) : T(0);
-        }
-      }
-      for (int64_t s = end - begin - 1; s >= 0; --s) {
-        for (int64_t lane = 0; lane < kRows; ++lane) {
-          const bool real = counted[s][lane] != T(0);
-          const T value = values[s][lane];
-          const T delta = (rewards[s][lane] + g.gamma * next_value[lane]) - value;
-          const T advantage = delta + g.gamma_lambda * next_advantage[lane];
-          next_value[lane] = real ? value : next_value[lane];
-          next_advantage[lane] = real ? advantage : next_advantage[lane];
-          rewards[s][lane] = real ? advantage : T(0);  // the tile's inputs are spent: it takes the outputs
-          values[s][lane] = real ? advantage + value : T(0);
-        }
-      }
-      for (int64_t lane = 0; lane < rows; ++lane) {
-        for (int64_t t = begin; t < end; ++t) {
-          g.advantages[(first + lane) * g.steps + t] = rewards[t - begin][lane];
-          g.returns[(first + lane) * g.steps + t] = values[t - begin][lane];
-        }
-      }
+  using V = Vec<T>;
+  for (int64_t first = 0; first < g.rows; first += V::lanes) {
+    const int64_t rows = g.rows - first < V::lanes ? g.rows - first : V::lanes;
+    V next_value = V::all(0), next_advantage = V::all(0);
+    if (g.next_value != nullptr) {
+      next_value = load_partial<V>(g.next_value + first, rows, T(0));
+      next_advantage = load_partial<V>(g.next_advantage + first, rows, T(0));
+    }
+    int64_t begin = g.steps / kSteps * kSteps;
+    if (begin < g.steps) gae_tile<false>(g, first, begin, g.steps - begin, next_value, next_advantage);
+    while (begin > 0) {
+      begin -= kSteps;
+      fetch_ahead(g, first, begin);
+      gae_tile<true>(g, first, begin, kSteps, next_value, next_advantage);
+    }
+    if (g.next_value != nullptr) {
+      store_partial(g.next_value + first, rows, next_value);
+      store_partial(g.next_advantage + first, rows, next_advantage);
     }
   }
 }

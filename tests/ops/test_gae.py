@@ -80,6 +80,47 @@ def test_native_is_the_reference_bit_for_bit(dtype, size):
         assert torch.equal(native, plain)
 
 
+def recursion(rewards, values, mask, gamma, lam):
+    """The definition step by step in Python floats, for rows too long for the double sum."""
+    results = torch.zeros(2, *rewards.shape, dtype=torch.float64)
+    for b, row in enumerate(zip(rewards.tolist(), values.tolist(), mask.tolist(), strict=True)):
+        next_value = next_advantage = 0.0
+        for t, (reward, value, counted) in reversed(list(enumerate(zip(*row, strict=True)))):
+            if counted:
+                next_advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+                next_value = value
+                results[0, b, t], results[1, b, t] = next_advantage, next_advantage + value
+    return results
+
+
+def long_case(rows, steps, dtype=torch.float32):
+    rewards, values, mask = case(rows, steps, dtype)
+    mask[0, steps // 3 : 2 * steps // 3] = False  # longer than any piece that a row is cut into
+    mask[-1, -700:] = False
+    return rewards, values, mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "steps"), [(1, 4096), (1, 4097), (3, 5000), (2, 9728), (18, 4609)])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.999, 0.99), (1.0, 0.0)])
+def test_long_rows_against_the_definition(dtype, rows, steps, gamma, lam):
+    inputs = long_case(rows, steps, dtype)
+    for actual, truth in zip(gae(*inputs, gamma, lam), recursion(*inputs, gamma, lam), strict=True):
+        assert_near(actual, truth, dtype, times=40)  # sums of thousands of terms
+        assert (actual[~inputs[2]] == 0).all()
+
+
+def test_long_rows_are_bitwise_the_same_for_any_split_and_thread_count():
+    rewards, values, mask = inputs = long_case(5, 9000)
+    whole = gae(*inputs, 0.999, 0.99)
+    assert all(map(torch.equal, whole, with_threads(2, lambda: gae(*inputs, 0.999, 0.99))))
+    for row in range(5):
+        alone = gae(*(x[row : row + 1] for x in inputs), 0.999, 0.99)
+        assert all(torch.equal(w[row : row + 1], a) for w, a in zip(whole, alone, strict=True))
+    bad = [torch.where(mask, x, torch.nan) for x in (rewards, values)]
+    assert all(map(torch.equal, whole, gae(*bad, mask, 0.999, 0.99)))
+
+
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)
 def test_one_step_and_whole_sum_limits(function):
     rewards, values, _ = case(2, 9, torch.float64)
