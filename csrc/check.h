@@ -57,6 +57,17 @@ inline void check_temperature(const char* op, double temperature) {
       std::isfinite(temperature) && temperature > 0, op, ": temperature must be a positive number, got ", temperature);
 }
 
+inline void check_logits(const char* op, const at::Tensor& logits, const at::Tensor& tokens, double temperature) {
+  check_float(op, "logits", logits);
+  check_dtype(op, "tokens", tokens, at::kLong);
+  TORCH_CHECK_VALUE(
+      logits.dim() > 0 && logits.size(-1) > 0, op, ": logits must have shape [..., V] with V > 0, got shape ",
+      logits.sizes());
+  check_shape(op, "tokens", tokens, logits.sizes().slice(0, logits.dim() - 1), "logits without its last dimension");
+  check_device(op, "tokens", tokens, logits, "logits");
+  check_temperature(op, temperature);
+}
+
 inline void check_language_model_head(
     const char* op, const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, double temperature) {
   check_float(op, "hidden", hidden);

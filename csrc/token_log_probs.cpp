@@ -24,17 +24,6 @@ struct RowOffsets {
   std::vector<int64_t> sizes, strides;
 };
 
-void check(const at::Tensor& logits, const at::Tensor& tokens, double temperature) {
-  check_float(kName, "logits", logits);
-  check_dtype(kName, "tokens", tokens, at::kLong);
-  TORCH_CHECK_VALUE(
-      logits.dim() > 0 && logits.size(-1) > 0, kName, ": logits must have shape [..., V] with V > 0, got shape ",
-      logits.sizes());
-  check_shape(kName, "tokens", tokens, logits.sizes().slice(0, logits.dim() - 1), "logits without its last dimension");
-  check_device(kName, "tokens", tokens, logits, "logits");
-  check_temperature(kName, temperature);
-}
-
 at::Tensor with_dense_rows(const at::Tensor& logits) {
   return logits.stride(-1) == 1 ? logits : logits.contiguous();
 }
@@ -42,7 +31,7 @@ at::Tensor with_dense_rows(const at::Tensor& logits) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_log_probs(
     const at::Tensor& logits, const at::Tensor& tokens, double temperature) {
-  check(logits, tokens, temperature);
+  check_logits(kName, logits, tokens, temperature);
   const auto x = with_dense_rows(logits), t = tokens.contiguous();
   const int64_t rows = t.numel(), vocabulary = x.size(-1);
   check_token_range(kName, t, vocabulary);
@@ -72,7 +61,7 @@ at::Tensor token_log_probs_backward(
     const at::Tensor& grad_log_probs, const at::Tensor& grad_entropy, const at::Tensor& logits,
     const at::Tensor& tokens, const at::Tensor& entropy, const at::Tensor& shift, const at::Tensor& log_sum,
     double temperature) {
-  check(logits, tokens, temperature);
+  check_logits(kName, logits, tokens, temperature);
   const auto type = compute_type({logits});
   for (const auto& x : {grad_log_probs, grad_entropy, entropy, shift, log_sum}) {
     check_shape(kName, "a gradient or saved result", x, tokens.sizes(), "tokens");

@@ -1,0 +1,8 @@
+// The element types that the CUDA launchers take: which of them an untyped pointer points to.
+#pragma once
+
+namespace rlhf_lightning {
+
+enum class Element { kFloat, kBfloat16, kHalf, kDouble };
+
+}  // namespace rlhf_lightning
