@@ -37,7 +37,8 @@ def shard(module: _Model, mesh: DeviceMesh) -> _Model:
             fully_shard(layer, reshard_after_forward=True, mesh=mesh)
     fully_shard(module, reshard_after_forward=False, mesh=mesh)
     if isinstance(module, Policy):
-        register_fsdp_forward_method(module, "decode")
+        for name in ("decode", "cross_entropy"):
+            register_fsdp_forward_method(module, name)
     return module
 
 

@@ -10,10 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_lightning.algorithms.losses import negative_log_likelihood
 from rlhf_lightning.batches import DemonstrationBatch, View
 from rlhf_lightning.models.positions import response_mask
-from rlhf_lightning.modules.pairs import weighted_sum
 from rlhf_lightning.modules.policy import PolicyModule
 from rlhf_lightning.modules.totals import Totals
 
@@ -30,8 +28,10 @@ class SFTModule(PolicyModule):
 
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the tokens' negative log-likelihoods."""
-        log_probs, mask, weights = self._look(batch)
-        loss = weighted_sum(negative_log_likelihood(log_probs, mask), batch.weights)
+        assert self.policy is not None
+        mask, weights = self._weights(batch)
+        # Known before the forward pass, so the head can make its gradients in it.
+        loss, log_probs = self.policy.cross_entropy(batch.tokens, batch.lengths, batch.prompt_lengths, weights)
         self.count(weights.sum(), loss, tokens=batch.lengths.sum())
         self.step_totals.add("train/loss", -log_probs, weights)
         self.step_totals.add("train/response_length", mask.sum(dim=1), batch.weights > 0)
@@ -39,7 +39,9 @@ class SFTModule(PolicyModule):
 
     def measure(self, batch: DemonstrationBatch, totals: Totals) -> None:
         """``loss`` a token, and the response length."""
-        log_probs, mask, weights = self._look(batch)
+        assert self.policy is not None
+        mask, weights = self._weights(batch)
+        log_probs = self.policy(batch.tokens, batch.lengths, batch.prompt_lengths).log_probs
         totals.add("loss", -log_probs, weights)
         totals.add("response_length", mask.sum(dim=1), batch.weights > 0)
 
@@ -47,9 +49,7 @@ class SFTModule(PolicyModule):
         """Perplexity is exp of the mean loss: it cannot be averaged itself."""
         return {**means, "perplexity": math.exp(min(means["loss"], 700.0))} if "loss" in means else means
 
-    def _look(self, batch: DemonstrationBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, mask and weight of every response token, each ``[B, T]``."""
-        assert self.policy is not None
-        log_probs = self.policy(batch.tokens, batch.lengths, batch.prompt_lengths).log_probs
+    def _weights(self, batch: DemonstrationBatch) -> tuple[Tensor, Tensor]:
+        """Which response tokens are real and how much each counts, both ``[B, T]``."""
         mask = response_mask(batch.prompt_lengths, batch.lengths)
-        return log_probs, mask, torch.where(mask, batch.weights[:, None], 0.0)
+        return mask, torch.where(mask, batch.weights[:, None], 0.0)

@@ -48,6 +48,36 @@ def test_scores_equal_the_stock_model_on_unpadded_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_cross_entropy_and_its_gradients_are_those_of_the_stock_model(name: str) -> None:
+    policy, tokens = quiet_policy(name), some_tokens()
+    known = one_row_at_a_time(policy, tokens, 1.0)[0]
+    weights = torch.where(known < 0, torch.linspace(0.5, 2.0, 20, dtype=torch.float64).view(4, 5), 0.0)
+    weights[1] = 0.0  # a filler row
+    weights[0, 2] = 0.0
+    expected = -(weights * known).sum()
+    expected.backward()
+    grads = {name: p.grad.clone() for name, p in policy.named_parameters()}
+    policy.zero_grad()
+    loss, log_probs = policy.cross_entropy(tokens, LENGTHS, PROMPTS, weights)
+    (3.0 * loss).backward()  # as a strategy that scales the loss
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(log_probs, known.masked_fill(weights == 0, 0.0))
+    assert not log_probs.requires_grad
+    got = {name: p.grad / 3.0 for name, p in policy.named_parameters()}
+    torch.testing.assert_close(got, grads, rtol=1e-5, atol=1e-5)  # most models' norms compute in float32
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2"])
+def test_cross_entropy_of_nothing_is_0_with_gradients_of_0(name: str) -> None:
+    """A process whose rows are all fillers takes part in the exchange of gradients."""
+    policy = quiet_policy(name)
+    loss, log_probs = policy.cross_entropy(some_tokens(), LENGTHS, PROMPTS, torch.zeros(4, 5))
+    loss.backward()
+    assert loss.item() == 0.0 and log_probs.tolist() == [[0.0] * 5] * 4
+    assert all(p.grad.abs().max() == 0.0 for p in policy.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_decoding_gives_the_log_probs_of_the_training_forward(name: str) -> None:
     """Right-padded prompts leave a gap in the cache; log-probs must not notice."""
     policy, tokens = quiet_policy(name).eval(), some_tokens()

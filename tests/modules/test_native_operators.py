@@ -8,6 +8,7 @@ from small_data import SmallData, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.ops import extension
 
@@ -35,8 +36,22 @@ def test_ppo_uses_the_head_gae_and_both_losses(tiny_policy_dir):
     assert seen.names >= HEAD | {"gae", "clipped_policy_loss", "clipped_value_loss"}
 
 
-@pytest.mark.parametrize("module", [SFTModule, DPOModule])
-def test_sft_and_dpo_use_the_head(tiny_policy_dir, module):
+def test_dpo_uses_the_head(tiny_policy_dir):
     with Seen() as seen:
-        train(module(str(tiny_policy_dir)), SmallData(tiny_policy_dir, [[0, 1, 2]]))
-    assert seen.names >= HEAD
+        train(DPOModule(str(tiny_policy_dir)), SmallData(tiny_policy_dir, [[0, 1, 2]]))
+    assert seen.names == HEAD
+
+
+def test_sft_uses_the_head_whose_gradients_are_made_in_the_forward(tiny_policy_dir):
+    with Seen() as seen:
+        train(SFTModule(str(tiny_policy_dir)), SmallData(tiny_policy_dir, [[0, 1, 2]]))
+    assert seen.names == {"linear_cross_entropy"}
+    with Seen() as seen:  # held out there is no gradient to make
+        train(SFTModule(str(tiny_policy_dir)), SmallData(tiny_policy_dir, [[0, 1, 2]], held_out=True))
+    assert seen.names == {"linear_cross_entropy", "linear_token_log_probs"}
+
+
+def test_a_reward_model_has_no_head_to_fuse(tiny_policy_dir):
+    with Seen() as seen:
+        train(RewardModelModule(str(tiny_policy_dir)), SmallData(tiny_policy_dir, [[0, 1, 2]]))
+    assert seen.names == set()
