@@ -1,0 +1,77 @@
+"""How long do the operators take, next to the limit of the machine and to what others ship?
+
+    python benchmarks/bench_operators.py [--device cpu|cuda] [--json FILE] [--only OPERATOR ...] [--no-sweeps] [--quick]
+
+Every operator and every peer, each in a process of its own; each result is checked against float64 before it is
+timed; the median of at least 20 calls after warm-up, in turns, on fresh random inputs. The limit is measured in the
+same turns: a copy of as many bytes, or the bare matrix products. Prints a table, and writes FILE, beside it a page with
+the same facts (.md) and plots of time and memory against N, V and T (.png). The peers are set up by
+``python benchmarks/peers/install.py``; one that is not there is named with the reason. The exit code is 1 if one of our
+own operators could not be timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from operators import cases, plots, report
+from operators.entrants import OPERATORS, OURS
+from operators.rounds import Workers, measure
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TURNS, CALLS = 5, 20  # of a row
+SWEEP_TURNS, SWEEP_CALLS = 2, 6  # of a point of the plots
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--json", type=Path, help="the results (default: under benchmarks/results, by hardware and date)"
+    )
+    parser.add_argument("--only", nargs="+", choices=OPERATORS, default=OPERATORS, metavar="OPERATOR")
+    parser.add_argument("--no-sweeps", action="store_true", help="leave out the points of the plots")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does the benchmark itself work?")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> int:
+    chosen = options()
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        print("bench_operators: no GPU that torch can use", file=sys.stderr)
+        return 1
+    table = cases.cpu_cases() if chosen.device == "cpu" else cases.cuda_cases()
+    points = [] if chosen.no_sweeps else cases.sweeps(chosen.device)
+    if chosen.quick:
+        table, points = cases.quick(table), cases.quick(points)
+    table = [case for case in table if case.operator in chosen.only]
+    points = [case for case in points if case.operator in chosen.only]
+
+    about = report.about(chosen.device, chosen.threads, chosen.quick)
+    path = chosen.json or RESULTS / f"operators_{report.slug(about)}.json"
+    workers = Workers(table + points, chosen.device, chosen.threads)
+    if chosen.quick:
+        workers.missing.update(dict.fromkeys(cases.COMPILES, "left out by --quick: it must be compiled"))
+    results = {"about": {**about, "peers": workers.versions}, "rows": [], "missing": workers.missing, "sweeps": []}
+    try:
+        for case in table:
+            results["rows"].append(measure(case, workers, TURNS, CALLS, chosen.seed))
+            print(report.block(results["rows"][-1]), flush=True)
+        report.write(results, path, [])  # kept should the sweeps be stopped
+        for case in points:
+            results["sweeps"].append(measure(case, workers, SWEEP_TURNS, SWEEP_CALLS, chosen.seed))
+            print(report.line(results["sweeps"][-1]), flush=True)
+    finally:
+        workers.close()
+    report.write(results, path, plots.draw(results, path))
+    print(report.closing(results, path))
+    return 1 if any(OURS in row["not_timed"] for row in results["rows"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

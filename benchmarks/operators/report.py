@@ -1,0 +1,197 @@
+"""The results for people: the table on the terminal, the JSON, the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from operators.cases import LIMIT
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+NOTES = """\
+Milliseconds: the median of the calls counted under `samples` in the JSON, after warm-up, in turns with all others of
+the same table, on random inputs drawn anew for each turn. "x": how many times as long as ours; beside "limit": how many
+times as long ours takes as the limit, which is a copy of the bytes that must be moved, or the matrix products alone,
+into results that are already there. MiB: held at the peak of a call beyond its inputs and its results. Error: the
+largest distance of a result or gradient from float64, relative to its norm, checked before timing. Points of the plots
+are medians of fewer calls, at least 6."""
+GPU_NOTES = """\
+GAE and the losses are captured in CUDA graphs, on inputs that together exceed the L2 cache, and so are their copies;
+the Python loops are timed as they are used, launch by launch."""
+
+
+def about(device: str, threads: int, quick: bool) -> dict[str, Any]:
+    """Hardware, versions, commit, command and date."""
+    facts: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/bench_operators.py", *sys.argv[1:]]),
+        "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "device": device,
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "quick": quick,
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts["gpu"] = properties.name
+        facts["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
+        facts["gpu_l2_mib"] = round(properties.L2_cache_size / 2**20)
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def slug(facts: dict[str, Any]) -> str:
+    """Hardware and date, fit for a file's name."""
+    name = facts.get("gpu") or f"{facts['cpu']} {facts['cores']} cores"
+    words = re.sub(r"\(\w+\)|@.*", " ", name).lower()
+    return re.sub(r"[^a-z0-9]+", "_", words).strip("_") + "_" + facts["date"]
+
+
+def title(row: dict[str, Any]) -> str:
+    shape = " ".join(f"{name}={size}" for name, size in row["shape"].items())
+    environment = "".join(f", {name}={value}" for name, value in row["environment"].items())
+    return f"{row['operator']}, {shape}, {row['dtype']}, {row['pass']}{environment}"
+
+
+def number(value: float | None) -> str:
+    """Three digits, however large."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def lines(row: dict[str, Any]) -> list[dict[str, str]]:
+    """A row's lines: ours, the limit, each peer, with ratio, goal and verdict."""
+    goals = {goal["against"]: goal for goal in row["goals"]}
+    found = []
+    for name in ("ours", LIMIT, *row["peers"], *(name for name in row["not_timed"] if name not in ("ours", LIMIT))):
+        ms = {"ours": row["ours_ms"], LIMIT: row["limit_ms"]}.get(name, row["peers"].get(name))
+        ratio = ""
+        if row["ours_ms"] and ms and name != "ours":
+            ratio = f"{row['ours_ms'] / ms:.2f}x of it" if name == LIMIT else f"{number(ms / row['ours_ms'])}x"
+        mb = {"ours": row["ours_mb"], LIMIT: None}.get(name, row["peers_mb"].get(name))
+        goal = goals.get("memory" if name == "ours" else name)
+        error = max(row["errors"].get(name, {}).values(), default=None)
+        found.append(
+            {
+                "name": name,
+                "ms": number(ms),
+                "ratio": ratio + (f" ({_rate(row)})" if name == LIMIT and ms else ""),
+                "mb": "" if mb is None else number(mb),
+                "error": "" if error is None else f"{error:.0e}",
+                "goal": _goal(goal) if goal else "",
+                "why": row["not_timed"].get(name, ""),
+            }
+        )
+    return found
+
+
+def _rate(row: dict[str, Any]) -> str:
+    ((kind, amount),) = row["limit_does"].items()
+    per_second = amount / row["limit_ms"] * 1e3
+    return f"{number(per_second / 1e9)} GB/s" if kind == "bytes" else f"{number(per_second / 1e12)} TFLOP/s"
+
+
+def _goal(goal: dict[str, Any]) -> str:
+    bound = {LIMIT: "at most {:.2f}x", "memory": "at most {:.1f} MiB"}.get(goal["against"], "at least {:.1f}x")
+    verdict = {True: "met", False: "missed", None: "not measured"}[goal["met"]]
+    return f"{bound.format(goal['goal'])}: {verdict}"
+
+
+def block(row: dict[str, Any]) -> str:
+    """A row for the terminal."""
+    text = [title(row)]
+    for line in lines(row):
+        memory = f"{line['mb']} MiB" if line["mb"] else ""
+        rest = line["why"] or f"{line['ratio']:<30} {memory:>11}  {line['goal']}"
+        text.append(f"  {line['name']:<34} {line['ms']:>8} ms  {rest}".rstrip())
+    return "\n".join(text)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A point of the plots for the terminal."""
+    times = {"ours": row["ours_ms"], LIMIT: row["limit_ms"], **row["peers"]}
+    return f"{title(row)}: " + ", ".join(f"{name} {number(ms)} ms" for name, ms in times.items())
+
+
+def closing(results: dict[str, Any], path: Path) -> str:
+    goals = [goal["met"] for row in results["rows"] for goal in row["goals"]]
+    text = [f"goals: {goals.count(True)} met, {goals.count(False)} missed, {goals.count(None)} not measured"]
+    text += [f"missing: {name}: {reason}" for name, reason in results["missing"].items()]
+    return "\n".join([*text, f"written: {path} and the page beside it"])
+
+
+def write(results: dict[str, Any], path: Path, pictures: list[Path]) -> None:
+    """The JSON at ``path``, the page beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(page(results, path, pictures), encoding="utf-8")
+
+
+def page(results: dict[str, Any], path: Path, pictures: list[Path]) -> str:
+    """The facts of the JSON in Markdown."""
+    facts = results["about"]
+    machine = f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['cpu_capability']}"
+    if "gpu" in facts:
+        machine = f"{facts['gpu']}, {facts['gpu_memory_gib']} GiB, CUDA {facts['cuda']}; {machine}"
+    commit = facts["commit"] + (" and changes not yet committed" if facts["changed"] else "")
+    text = [
+        f"# The operators on {'a GPU' if 'gpu' in facts else 'a CPU'}",
+        "",
+        f"{machine}. torch {facts['torch']}, Python {facts['python']}, commit {commit}, {facts['date']}.",
+        f"All numbers: `{path.name}`. Made by",
+        "",
+        f"    {facts['command']}",
+        "",
+        "Peers: " + (", ".join(sorted(set(facts["peers"].values()))) or "none") + ".",
+        "",
+    ]
+    text += [f"Not there: {name} ({reason})." for name, reason in results["missing"].items()]
+    text += ["", NOTES + (f" {GPU_NOTES}" if "gpu" in facts else ""), ""]
+    if facts["quick"]:
+        text += ["**Tiny sizes (`--quick`): these times mean nothing.**", ""]
+    for row in results["rows"]:
+        text += [f"### {title(row)}", "", "| | ms | | MiB | error | goal |", "|---|---:|---|---:|---:|---|"]
+        for cells in lines(row):
+            middle = f"not timed: {cells['why']}".replace("|", "/") if cells["why"] else cells["ratio"]
+            text.append(
+                f"| {cells['name']} | {cells['ms']} | {middle} | {cells['mb']} | {cells['error']} | {cells['goal']} |"
+            )
+        text.append("")
+    for picture in pictures:
+        text += [f"![Time and memory against size: {picture.stem}]({picture.name})", ""]
+    if not pictures:
+        text += ["No plots: matplotlib is not installed (the extra `plot`), or the sweeps were left out.", ""]
+    return "\n".join(text)

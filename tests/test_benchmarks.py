@@ -1,0 +1,171 @@
+"""The benchmark of the operators: its checks can fail, and it runs whole at tiny sizes, with no peer installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from operators import cases, entrants, limits, plots, report, rounds, torch_peers  # noqa: E402
+from operators.entrants import ENTRANTS, OPERATORS, OURS  # noqa: E402
+from operators.inputs import TOLERANCE, allocate, errors  # noqa: E402
+from operators.worker import Run  # noqa: E402
+
+SHAPES = {
+    "token_log_probs": {"N": 5, "V": 33},
+    "linear_token_log_probs": {"N": 5, "H": 7, "V": 33},
+    "gae": {"B": 3, "T": 17},
+    "clipped_policy_loss": {"N": 200},
+    "clipped_value_loss": {"N": 200},
+}
+PEERS = [
+    ("token_log_probs", cases.CROSS_ENTROPY),
+    ("token_log_probs", cases.GATHER),
+    ("linear_token_log_probs", cases.UNFUSED),
+    ("gae", cases.TRL_LOOP),
+    ("gae", cases.SCAN),
+    ("clipped_policy_loss", cases.EAGER),
+    ("clipped_value_loss", cases.EAGER),
+    *((operator, OURS) for operator in SHAPES),
+]
+
+
+def case_of(operator: str, dtype: str = "float32", passes: str | None = None, **more: object) -> cases.Case:
+    passes = passes or (cases.FORWARD if operator == "gae" else cases.BOTH)
+    return cases.Case(operator, SHAPES[operator], dtype, passes, (), **more)
+
+
+@pytest.mark.parametrize(("operator", "name"), PEERS)
+def test_right_results_pass_the_check(operator: str, name: str) -> None:
+    run = Run(name, case_of(operator), "cpu", seed=3)
+    assert run.errors and max(run.errors.values()) < TOLERANCE["float32"], run.errors
+
+
+@pytest.mark.parametrize("operator", SHAPES)
+def test_a_wrong_result_and_a_wrong_gradient_are_found(operator: str) -> None:
+    inputs = allocate(case_of(operator), "cpu")
+    inputs.draw(0)
+    forward = ENTRANTS[OURS].builder(operator)(inputs)
+    outputs = forward()
+    trained = [name for name in outputs if outputs[name].requires_grad]
+    incoming = [inputs.incoming(name) for name in trained]
+    gradients = torch.autograd.grad([outputs[name] for name in trained], inputs.leaves, incoming) if trained else ()
+    assert max(errors(inputs, outputs, gradients).values()) < TOLERANCE["float32"]
+    for name in outputs:
+        value = outputs[name].detach()
+        wrong = {**outputs, name: value.logical_not() if value.dtype == torch.bool else 1.001 * value}
+        assert max(errors(inputs, wrong, gradients).values()) > TOLERANCE["float32"], name
+        if value.is_floating_point():
+            missing = {**outputs, name: torch.full_like(value, torch.nan)}
+            assert not max(errors(inputs, missing, gradients).values()) <= TOLERANCE["float32"], name
+    for number, gradient in enumerate(gradients):
+        wrong = tuple(1.001 * gradient if at == number else other for at, other in enumerate(gradients))
+        assert max(errors(inputs, outputs, wrong).values()) > TOLERANCE["float32"], number
+
+
+def test_a_wrong_peer_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from operators import worker
+
+    monkeypatch.setattr(torch_peers, "trl_loop", lambda inputs: lambda: {"returns": inputs["rewards"] + 1})
+    case = {"operator": "gae", "shape": {"B": 2, "T": 4}, "dtype": "float32", "passes": cases.FORWARD, "peers": ()}
+    answer, run = worker.answer(cases.TRL_LOOP, "cpu", {"do": "prepare", "case": case, "seed": 0}, None)
+    assert answer["refused"].startswith("wrong: relative error against float64: returns") and run is None
+
+
+def test_bytes_and_products_by_hand() -> None:
+    shape = {"N": 4, "V": 10}
+    # float32: 160 bytes of logits read; 4 tokens of 8 bytes in, 4 numbers of 4 bytes out for each of 4 rows.
+    assert limits.bytes_moved(cases.Case("token_log_probs", shape, "float32", cases.FORWARD, ())) == 160 + 4 * 24
+    # Backward: logits read, the gradient written, and for each row its token, 3 kept numbers and 2 gradients.
+    assert limits.bytes_moved(cases.Case("token_log_probs", shape, "float32", cases.BACKWARD, ())) == 320 + 4 * 28
+    assert limits.bytes_moved(cases.Case("gae", {"B": 2, "T": 3}, "float32", cases.FORWARD, ())) == 6 * 17
+    head = {"N": 2, "H": 3, "V": 5}
+    four = limits.work(cases.Case("linear_token_log_probs", head, "float32", cases.BOTH, ()))
+    three = limits.work(cases.Case("linear_cross_entropy", head, "float32", cases.BOTH, ()))
+    assert (four, three) == ({"flops": 4 * 60.0}, {"flops": 3 * 60.0})
+
+
+def test_goals() -> None:
+    case = case_of("gae", goals={cases.LIMIT: 2.0, cases.TRL_LOOP: 100.0, cases.VERL_LOOP: 10.0}, memory_goal=1.0)
+    times = {OURS: [1.0] * 4, cases.LIMIT: [0.6] * 4, cases.TRL_LOOP: [99.0] * 4}
+    case = cases.replace(case, peers=(cases.TRL_LOOP, cases.VERL_LOOP))
+    row = rounds._row(case, times, {OURS: 0.5, cases.TRL_LOOP: 3.0}, {}, {cases.VERL_LOOP: "not installed"})
+    met = {goal["against"]: goal["met"] for goal in row["goals"]}
+    assert met == {cases.LIMIT: True, cases.TRL_LOOP: False, cases.VERL_LOOP: None, "memory": True}
+    shown = report.block(row)
+    assert "at least 100.0x: missed" in shown and "at most 2.00x: met" in shown and "not installed" in shown
+
+
+@pytest.mark.parametrize("table", [cases.cpu_cases(), cases.cuda_cases(), cases.sweeps("cpu"), cases.sweeps("cuda")])
+def test_every_row_can_be_built(table: list[cases.Case]) -> None:
+    for case in table:
+        assert case.operator in OPERATORS and set(case.goals) <= {*case.peers, cases.LIMIT}
+        for name in (OURS, cases.LIMIT, *case.peers):
+            entrant = ENTRANTS[name]
+            assert entrant.functions.get(case.operator) or entrant.functions.get(""), (case, name)
+            if entrant.folder is not None:
+                assert (ROOT / "benchmarks" / "peers" / f"{entrant.folder}.txt").exists()
+        assert next(iter(limits.work(case).values())) > 0
+    if table[0].memory_goal is None and not any(case.goals for case in table):
+        assert len({plots._points(table_rows(table, "gae"), "T")[0]["shape"]["B"]}) == 1
+
+
+def table_rows(table: list[cases.Case], operator: str) -> list[dict]:
+    return [{"shape": case.shape} for case in table if case.operator == operator]
+
+
+def test_a_peer_that_cannot_be_installed_is_named_with_pips_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("install", ROOT / "benchmarks" / "peers" / "install.py")
+    install = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(install)
+    monkeypatch.setattr(install, "INSTALLED", tmp_path / "peers")
+    monkeypatch.setattr(entrants, "INSTALLED", tmp_path / "peers")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    reason = install.install("cce")
+    assert reason.startswith("ERROR: ") and "cut-cross-entropy" in reason
+    assert ENTRANTS[cases.CCE].missing() == f"not installed: {reason}"
+    assert list((tmp_path / "peers").iterdir()) == [tmp_path / "peers" / "cce.failed"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_and_names_the_peers_that_are_missing(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
+    target = tmp_path / "out" / "small.json"
+    command = [sys.executable, "benchmarks/bench_operators.py", "--quick", "--threads", "1", "--json", str(target)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(target.read_text(encoding="utf-8"))
+    page = target.with_suffix(".md").read_text(encoding="utf-8")
+
+    assert {row["operator"] for row in results["rows"]} == set(OPERATORS)
+    for row in results["rows"]:
+        assert list(row)[:7] == ["operator", "shape", "dtype", "pass", "ours_ms", "limit_ms", "peers"]
+        assert row["ours_ms"] > 0 and row["limit_ms"] > 0 and all(ms > 0 for ms in row["peers"].values())
+        assert all(count >= 20 for count in row["samples"].values())
+        assert max(row["errors"]["ours"].values()) < TOLERANCE[row["dtype"]]
+        assert report.title(row) in page and report.title(row) in done.stdout
+    named = {cases.TRL_SELECTIVE, cases.TRL_CHUNKED, cases.VERL_LOOP}
+    for name in named:
+        assert "peers/install.py" in results["missing"][name]
+        assert name in page and name in done.stdout
+        assert not any(name in row["peers"] for row in results["rows"])
+    assert set(results["missing"]) == named | set(cases.COMPILES)
+    assert {row["operator"] for row in results["sweeps"]} == {"token_log_probs", "linear_token_log_probs", "gae"}
+    facts = results["about"]
+    assert facts["torch"] == torch.__version__ and facts["command"].startswith("python benchmarks/bench_operators.py")
+    pytest.importorskip("matplotlib", reason="the plots need the extra `plot`")
+    assert len(list(target.parent.glob("*.png"))) == 3 and page.count("![") == 3
