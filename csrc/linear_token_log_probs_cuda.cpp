@@ -112,7 +112,7 @@ std::tuple<at::Tensor, at::Tensor> backward(
   }
   const c10::cuda::CUDAGuard guard(hidden.device());
   const auto t = tokens.contiguous();
-  const auto of = [](bool needed, const at::Tensor& x) { return needed ? x.sizes() : at::IntArrayRef{0}; };
+  const auto of = [](bool needed, const at::Tensor& x) { return needed ? x.sizes().vec() : std::vector<int64_t>{0}; };
   auto grad_weight = at::empty(of(weight_needed, weight), weight.options());
   if (t.numel() == 0) return {at::zeros(of(hidden_needed, hidden), hidden.options()), grad_weight.zero_()};
   const RowGradientInputs rows(compute_type({hidden}), grad_log_probs, grad_entropy, entropy, shift, log_sum);
