@@ -125,6 +125,15 @@ struct SampleScratch {
   int32_t* index;
 };
 
+// out = grad * slope, in the type of the kernel chosen.
+template <typename T>
+struct LossGradient {
+  const T* grad;
+  bool same_grad;  // one number for all elements
+  const T* slope;
+  void* out;
+};
+
 // The kernels of one input type of logits, and of one type of arithmetic.
 template <typename T>
 struct SoftmaxKernels {
@@ -142,6 +151,7 @@ struct LossKernels {
   void (*gae)(const GaeRows<T>&);
   void (*policy)(const PolicyLoss<T>&, int64_t begin, int64_t end);
   void (*value)(const ValueLoss<T>&, int64_t begin, int64_t end);
+  void (*gradient)(const LossGradient<T>&, int64_t begin, int64_t end);
 };
 
 struct Kernels {
@@ -156,6 +166,8 @@ struct Kernels {
   SampleKernels<double> sample_double;
   LossKernels<float> loss_float;
   LossKernels<double> loss_double;
+  void (*gradient_bfloat16)(const LossGradient<float>&, int64_t begin, int64_t end);
+  void (*gradient_float16)(const LossGradient<float>&, int64_t begin, int64_t end);
 };
 
 namespace baseline {

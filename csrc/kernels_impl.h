@@ -16,6 +16,8 @@ Kernels table(const char* name) {
           {sample_row<Bfloat16>},
           {sample_row<Float16>},
           {sample_row<double>},
-          {gae_rows<float>, policy_loss<float>, value_loss<float>},
-          {gae_rows<double>, policy_loss<double>, value_loss<double>}};
+          {gae_rows<float>, policy_loss<float>, value_loss<float>, loss_gradient<float, float>},
+          {gae_rows<double>, policy_loss<double>, value_loss<double>, loss_gradient<double, double>},
+          loss_gradient<float, Bfloat16>,
+          loss_gradient<float, Float16>};
 }

@@ -95,51 +95,77 @@ void gae_rows(const GaeRows<T>& g) {
   }
 }
 
+// One vector of elements from `i` on, or the last n < V::lanes of them.
+template <typename V, typename T>
+inline V load_some(const T* x, int64_t i, int64_t n) {
+  return n >= V::lanes ? V::load(x + i) : load_partial<V>(x + i, n, T());
+}
+template <typename V, typename T>
+inline void store_some(T* x, int64_t i, int64_t n, V v) {
+  if (n >= V::lanes) return v.store(x + i);
+  store_partial(x + i, n, v);
+}
+template <typename T>
+inline void store_some(bool* x, int64_t i, int64_t n, Mask<T> m) {
+  if (n >= Vec<T>::lanes) return m.store(x + i);
+  bool buffer[16];
+  m.store(buffer);
+  for (int64_t k = 0; k < n; ++k) x[i + k] = buffer[k];
+}
+
 template <typename T>
 void policy_loss(const PolicyLoss<T>& p, int64_t begin, int64_t end) {
   using V = Vec<T>;
-  constexpr int64_t kSize = 256;
-  T log_ratio[kSize], ratio[kSize];
-  for (; begin < end; begin += kSize) {
-    const int64_t n = end - begin < kSize ? end - begin : kSize;
-    for (int64_t i = 0; i < n; ++i) log_ratio[i] = p.log_probs[begin + i] - p.old_log_probs[begin + i];
-    for (int64_t i = n; i % V::lanes != 0; ++i) log_ratio[i] = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const T above = log_ratio[i] < T(-20) ? T(-20) : log_ratio[i];
-      ratio[i] = above > T(20) ? T(20) : above;
-    }
-    for (int64_t i = n; i % V::lanes != 0; ++i) ratio[i] = 0;
-    for (int64_t i = 0; i < n; i += V::lanes) exponential(V::load(ratio + i)).store(ratio + i);
-    for (int64_t i = 0; i < n; ++i) {
-      const T negated = -p.advantages[begin + i];
-      const T r = ratio[i];
-      const T above = r < p.low ? p.low : r;
-      const T surrogate = negated * r;
-      const T bounded = negated * (above > p.high ? p.high : above);
-      const bool clipped = bounded > surrogate;
-      const T loss = clipped ? bounded : surrogate;
-      const T bound = p.dual_clip * negated;
-      const bool dual = negated > 0 && loss > bound;
-      const bool far = log_ratio[i] < T(-20) || log_ratio[i] > T(20);
-      p.loss[begin + i] = dual ? bound : loss;
-      p.clipped[begin + i] = clipped;
-      p.slope[begin + i] = clipped || dual || far ? T(0) : surrogate;
-    }
-  }
+  const V low = V::all(p.low), high = V::all(p.high), dual_clip = V::all(p.dual_clip);
+  const V zero = V::all(0), least = V::all(-20), most = V::all(20);
+  const auto some = [&](int64_t i, int64_t n) {
+    const V log_ratio = load_some<V>(p.log_probs, i, n) - load_some<V>(p.old_log_probs, i, n);
+    const V ratio = exponential(minimum(most, maximum(least, log_ratio)));  // a NaN stays
+    const V negated = V::all(-1) * load_some<V>(p.advantages, i, n);
+    const V surrogate = negated * ratio;
+    const V bounded = negated * minimum(high, maximum(low, ratio));
+    const auto clipped = bounded > surrogate;
+    const V loss = choose(clipped, bounded, surrogate);
+    const V bound = dual_clip * negated;
+    const auto dual = (negated > zero) & (loss > bound);
+    const auto far = (least > log_ratio) | (log_ratio > most);
+    store_some(p.loss, i, n, choose(dual, bound, loss));
+    store_some<T>(p.clipped, i, n, clipped);
+    store_some(p.slope, i, n, choose(clipped | dual | far, zero, surrogate));
+  };
+  for (; begin + V::lanes <= end; begin += V::lanes) some(begin, V::lanes);
+  if (begin < end) some(begin, end - begin);
 }
 
 template <typename T>
 void value_loss(const ValueLoss<T>& p, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const T error = p.values[i] - p.returns[i];
-    const T loss = T(0.5) * (error * error);
-    const T moved = p.values[i] - p.old_values[i];
-    const T above = moved < -p.clip ? -p.clip : moved;
-    const T bounded_error = (p.old_values[i] + (above > p.clip ? p.clip : above)) - p.returns[i];
-    const T bounded_loss = T(0.5) * (bounded_error * bounded_error);
-    const bool clipped = (moved > p.clip || moved < -p.clip) && bounded_loss > loss;
-    p.loss[i] = clipped ? bounded_loss : loss;
-    p.clipped[i] = clipped;
-    p.slope[i] = clipped ? T(0) : error;
-  }
+  using V = Vec<T>;
+  const V half = V::all(T(0.5)), clip = V::all(p.clip), minus_clip = V::all(-p.clip);
+  const auto some = [&](int64_t i, int64_t n) {
+    const V values = load_some<V>(p.values, i, n), old_values = load_some<V>(p.old_values, i, n);
+    const V returns = load_some<V>(p.returns, i, n);
+    const V error = values - returns;
+    const V loss = half * (error * error);
+    const V moved = values - old_values;
+    const V bounded_error = (old_values + minimum(clip, maximum(minus_clip, moved))) - returns;
+    const V bounded_loss = half * (bounded_error * bounded_error);
+    const auto clipped = ((moved > clip) | (minus_clip > moved)) & (bounded_loss > loss);
+    store_some(p.loss, i, n, choose(clipped, bounded_loss, loss));
+    store_some<T>(p.clipped, i, n, clipped);
+    store_some(p.slope, i, n, choose(clipped, V::all(0), error));
+  };
+  for (; begin + V::lanes <= end; begin += V::lanes) some(begin, V::lanes);
+  if (begin < end) some(begin, end - begin);
+}
+
+template <typename T, typename Out>
+void loss_gradient(const LossGradient<T>& g, int64_t begin, int64_t end) {
+  using V = Vec<T>;
+  Out* out = static_cast<Out*>(g.out);
+  const auto some = [&](int64_t i, int64_t n) {
+    const V grad = g.same_grad ? V::all(*g.grad) : load_some<V>(g.grad, i, n);
+    store_some(out, i, n, grad * load_some<V>(g.slope, i, n));
+  };
+  for (; begin + V::lanes <= end; begin += V::lanes) some(begin, V::lanes);
+  if (begin < end) some(begin, end - begin);
 }

@@ -1,5 +1,6 @@
-// The operators' schemas, their CPU implementations, and the two behaviours that cannot be registered from Python. Fake
-// kernels and gradients are registered beside the public functions, in rlhf_lightning/ops/.
+// The operators' schemas, their CPU implementations, what cannot be registered from Python, and the gradients of the losses,
+// whose calls are too short for a gradient in Python. Fake kernels and the other gradients are registered beside the public
+// functions, in rlhf_lightning/ops/.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
@@ -26,6 +27,25 @@ std::tuple<at::Tensor, at::Tensor> gae_without_gradient(
   static const auto op = operation<decltype(gae)>("rlhf_lightning::gae");
   const at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(rewards, values, mask, gamma, lam);
+}
+
+ClippedLoss clipped_policy_loss_with_gradient(
+    const at::Tensor& log_probs, const at::Tensor& old_log_probs, const at::Tensor& advantages, double clip_low,
+    double clip_high, std::optional<double> dual_clip) {
+  static const auto op = operation<decltype(clipped_policy_loss)>("rlhf_lightning::clipped_policy_loss");
+  return with_gradient("clipped_policy_loss", log_probs, [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(log_probs, old_log_probs, advantages, clip_low, clip_high, dual_clip);
+  });
+}
+
+ClippedLoss clipped_value_loss_with_gradient(
+    const at::Tensor& values, const at::Tensor& old_values, const at::Tensor& returns, std::optional<double> clip) {
+  static const auto op = operation<decltype(clipped_value_loss)>("rlhf_lightning::clipped_value_loss");
+  return with_gradient("clipped_value_loss", values, [&] {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(values, old_values, returns, clip);
+  });
 }
 
 // Under autocast the hidden states may be bf16 while the weight is float32: both are cast, as for a matrix product.
@@ -81,6 +101,7 @@ TORCH_LIBRARY(rlhf_lightning, m) {
   m.def(
       "clipped_value_loss(Tensor values, Tensor old_values, Tensor returns, float? clip) -> (Tensor, Tensor, Tensor)",
       tags);
+  m.def("clipped_loss_backward(Tensor grad_loss, Tensor slope, ScalarType dtype) -> Tensor", tags);
 }
 
 TORCH_LIBRARY_IMPL(rlhf_lightning, CPU, m) {
@@ -93,9 +114,18 @@ TORCH_LIBRARY_IMPL(rlhf_lightning, CPU, m) {
   m.impl("sample_tokens", &sample_tokens);
   m.impl("clipped_policy_loss", &clipped_policy_loss);
   m.impl("clipped_value_loss", &clipped_value_loss);
+  m.impl("clipped_loss_backward", &clipped_loss_backward);
 }
 
-TORCH_LIBRARY_IMPL(rlhf_lightning, Autograd, m) { m.impl("gae", &gae_without_gradient); }
+TORCH_LIBRARY_IMPL(rlhf_lightning, CompositeExplicitAutograd, m) {
+  m.impl("clipped_loss_backward", &clipped_loss_backward_composed);
+}
+
+TORCH_LIBRARY_IMPL(rlhf_lightning, Autograd, m) {
+  m.impl("gae", &gae_without_gradient);
+  m.impl("clipped_policy_loss", &clipped_policy_loss_with_gradient);
+  m.impl("clipped_value_loss", &clipped_value_loss_with_gradient);
+}
 
 TORCH_LIBRARY_IMPL(rlhf_lightning, AutocastCPU, m) {
   m.impl("linear_token_log_probs", &linear_token_log_probs_autocast<c10::DispatchKey::AutocastCPU, c10::kCPU>);

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -52,7 +50,7 @@ def clipped_policy_loss(
     _check(log_probs, old_log_probs, advantages, clip_low, clip_high, dual_clip)
     if extension.use_native(_NAME, log_probs.device):
         return torch.ops.rlhf_lightning.clipped_policy_loss(
-            log_probs, old_log_probs.detach(), advantages.detach(), clip_low, clip_high, dual_clip
+            log_probs, old_log_probs, advantages, clip_low, clip_high, dual_clip
         )[:2]
     return reference(log_probs, old_log_probs, advantages, clip_low, clip_high, dual_clip)
 
@@ -112,18 +110,5 @@ def _fake(
     return loss, torch.empty_like(loss, dtype=torch.bool), torch.empty_like(loss)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, clipped, slope = output
-    ctx.mark_non_differentiable(clipped, slope)
-    ctx.save_for_backward(slope)
-    ctx.dtype = inputs[0].dtype
-
-
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    (slope,) = ctx.saved_tensors
-    return (grad_loss * slope).to(ctx.dtype), None, None, None, None, None
-
-
 if extension.LOADED:
     torch.library.register_fake("rlhf_lightning::clipped_policy_loss", _fake)
-    torch.library.register_autograd("rlhf_lightning::clipped_policy_loss", _backward, setup_context=_setup_context)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -39,7 +37,7 @@ def clipped_value_loss(
     """
     _check(values, old_values, returns, clip)
     if extension.use_native(_NAME, values.device):
-        return torch.ops.rlhf_lightning.clipped_value_loss(values, old_values.detach(), returns.detach(), clip)[:2]
+        return torch.ops.rlhf_lightning.clipped_value_loss(values, old_values, returns, clip)[:2]
     return reference(values, old_values, returns, clip)
 
 
@@ -74,18 +72,5 @@ def _fake(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | Non
     return loss, torch.empty_like(loss, dtype=torch.bool), torch.empty_like(loss)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, clipped, slope = output
-    ctx.mark_non_differentiable(clipped, slope)
-    ctx.save_for_backward(slope)
-    ctx.dtype = inputs[0].dtype
-
-
-def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    (slope,) = ctx.saved_tensors
-    return (grad_loss * slope).to(ctx.dtype), None, None, None
-
-
 if extension.LOADED:
     torch.library.register_fake("rlhf_lightning::clipped_value_loss", _fake)
-    torch.library.register_autograd("rlhf_lightning::clipped_value_loss", _backward, setup_context=_setup_context)

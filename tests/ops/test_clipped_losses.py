@@ -200,8 +200,69 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(lambda x, f=function, o=options: f(x, *tensors[1:], *o)[0], (first,))
 
 
+BOTH = [(clipped_policy_loss, (0.2, 0.2, 1.5)), (clipped_value_loss, (0.2,))]
+
+
+@needs_native
+@pytest.mark.parametrize(("function", "options"), BOTH)
+def test_a_second_derivative_is_an_error_that_says_so(function, options):
+    tensors = case(9)
+    for weights in (None, torch.ones(9, requires_grad=True)):
+        first = tensors[0].clone().requires_grad_()
+        loss, _ = function(first, *tensors[1:], *options)
+        total = (loss if weights is None else weights * loss).sum()
+        (grad,) = torch.autograd.grad(total, first, create_graph=True)
+        assert torch.equal(grad.detach(), run(function, tensors, *options)[2])
+        with pytest.raises(NotImplementedError, match=f"{function.__name__}: gradients are first order only"):
+            grad.sum().backward()
+
+
+@needs_native
+@pytest.mark.parametrize(("function", "options"), BOTH)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_kind_of_incoming_gradient(function, options, dtype):
+    tensors = case(6, 37, dtype=dtype)
+    kind = result_dtype(dtype)
+    slope = run(function, tensors, *options)[2].double()
+    for incoming in (
+        torch.tensor(0.25, dtype=kind).expand(6, 37),  # as from a mean
+        randn(6, 37, dtype=kind, seed=5),
+        randn(37, 6, dtype=kind, seed=5).T,
+        randn(6, 1, dtype=kind, seed=5).expand(6, 37),
+        randn(37, dtype=kind, seed=5).expand(6, 37),
+    ):
+        first = tensors[0].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(first, *tensors[1:], *options)[0], first, incoming)
+        assert grad.dtype == dtype and grad.is_contiguous()
+        assert_near(grad, slope * incoming.double(), dtype, times=2)  # the slope itself was rounded
+
+
+@needs_native
+@pytest.mark.parametrize(("function", "options"), BOTH)
+def test_the_input_may_be_overwritten_after_the_call_and_is_needed_once(function, options):
+    tensors = case(9)
+    first = tensors[0].clone().requires_grad_()
+    moved = first * 1
+    loss, _ = function(moved, *tensors[1:], *options)
+    with torch.no_grad():
+        moved.zero_()
+    loss.sum().backward()
+    assert torch.equal(first.grad, run(function, tensors, *options)[2])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.sum().backward()
+
+
+@needs_native
+def test_opcheck_of_the_gradient():
+    grad, slope = randn(3, 7), randn(3, 7, seed=1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.library.opcheck(torch.ops.rlhf_lightning.clipped_loss_backward.default, (grad, slope, dtype))
+    with pytest.raises(ValueError, match=r"clipped_loss_backward: grad_loss must have the shape of slope, \[3, 7\]"):
+        torch.ops.rlhf_lightning.clipped_loss_backward(grad[:2], slope, torch.float32)
+
+
 def test_bitwise_the_same_for_any_split_thread_count_and_repetition():
-    tensors = case(40003)
+    tensors = case(150_003)  # enough for several threads
     for function, options in ((clipped_policy_loss, (0.2, 0.2, 2.0)), (clipped_value_loss, (0.2,))):
         whole = run(function, tensors, *options)
         assert all(map(torch.equal, whole, run(function, tensors, *options)))
@@ -352,8 +413,10 @@ def test_opcheck(dtype):
 
 
 @needs_native
-def test_compile_whole():
-    first, second, third = case(3, 7)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compile_whole(dtype, dynamic):
+    first, second, third = case(3, 7, dtype=dtype)
 
     def loss(x):
         policy, clipped = clipped_policy_loss(x, second, third, 0.2, 0.2)
@@ -361,8 +424,8 @@ def test_compile_whole():
         return (policy + value + clipped.float()).sum()
 
     results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)):
         x = first.clone().requires_grad_()
         function(x).backward()
         results.append(x.grad)
-    assert_near(results[1], results[0], torch.float32)
+    assert_near(results[1], results[0], dtype)

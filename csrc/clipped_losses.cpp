@@ -1,0 +1,122 @@
+#include "clipped_losses.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <string>
+
+#include "check.h"
+#include "kernels.h"
+
+namespace rlhf_lightning {
+
+ClippedLossTensors clipped_loss_tensors(const char* op, NamedTensor learned, NamedTensor old, NamedTensor target) {
+  check_float(op, learned.name, learned.tensor);
+  for (const auto& other : {old, target}) {
+    check_float(op, other.name, other.tensor);
+    check_shape(op, other.name, other.tensor, learned.tensor.sizes(), learned.name);
+    check_device(op, other.name, other.tensor, learned.tensor, learned.name);
+  }
+  const auto type = compute_type({learned.tensor, old.tensor, target.tensor});
+  const auto ready = [type](const at::Tensor& x) { return x.to(type).contiguous(); };
+  const auto x = ready(learned.tensor);
+  return {x, ready(old.tensor), ready(target.tensor), at::empty(x.sizes(), x.options()),
+          at::empty(x.sizes(), x.options().dtype(at::kBool)), at::empty(x.sizes(), x.options())};
+}
+
+namespace {
+template <typename T, typename Kernel>
+void multiply(Kernel kernel, const at::Tensor& grad, bool same_grad, const at::Tensor& slope, at::Tensor& out) {
+  const LossGradient<T> arguments{
+      grad.const_data_ptr<T>(), same_grad, slope.const_data_ptr<T>(), out.mutable_data_ptr()};
+  at::parallel_for(0, slope.numel(), kLossGrain, [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+}
+}  // namespace
+
+at::Tensor clipped_loss_backward_composed(const at::Tensor& grad_loss, const at::Tensor& slope, at::ScalarType dtype) {
+  return (grad_loss * slope).to(dtype);
+}
+
+at::Tensor clipped_loss_backward(const at::Tensor& grad_loss, const at::Tensor& slope, at::ScalarType dtype) {
+  constexpr const char* name = "clipped_loss_backward";
+  check_float(name, "slope", slope);
+  check_dtype(name, "grad_loss", grad_loss, slope.scalar_type());
+  check_shape(name, "grad_loss", grad_loss, slope.sizes(), "slope");
+  check_device(name, "grad_loss", grad_loss, slope, "slope");
+  const bool single = slope.scalar_type() == at::kFloat, half = dtype == at::kBFloat16 || dtype == at::kHalf;
+  if (slope.numel() == 0 || (dtype != slope.scalar_type() && !(single && half))) {
+    return clipped_loss_backward_composed(grad_loss, slope, dtype);
+  }
+  // A sum or a mean hands back one number seen at every place.
+  const auto strides = grad_loss.strides();
+  const bool same = std::all_of(strides.begin(), strides.end(), [](int64_t stride) { return stride == 0; });
+  const auto g = same ? grad_loss : grad_loss.contiguous(), s = slope.contiguous();
+  auto out = at::empty(s.sizes(), s.options().dtype(dtype));
+  const Kernels& k = kernels();
+  if (dtype == at::kDouble) {
+    multiply<double>(k.loss_double.gradient, g, same, s, out);
+  } else {
+    const auto kernel = dtype == at::kFloat      ? k.loss_float.gradient
+                        : dtype == at::kBFloat16 ? k.gradient_bfloat16
+                                                 : k.gradient_float16;
+    multiply<float>(kernel, g, same, s, out);
+  }
+  return out;
+}
+
+namespace {
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// A gradient that still hangs on what it was taken by, so that taking it again is an error and not silently 0.
+struct FirstOrderOnly : torch::autograd::Function<FirstOrderOnly> {
+  static at::Tensor forward(
+      AutogradContext* ctx, const at::Tensor& grad, const at::Tensor&, const at::Tensor&, const std::string& op) {
+    ctx->saved_data["op"] = op;
+    return grad.clone();
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, ctx->saved_data["op"].toStringRef(), ": gradients are first order only, this is a second derivative");
+  }
+};
+
+struct ClippedLossFunction : torch::autograd::Function<ClippedLossFunction> {
+  static variable_list forward(
+      AutogradContext* ctx, const at::Tensor& learned, const char* op, const std::function<ClippedLoss()>& compute) {
+    auto [loss, clipped, slope] = compute();
+    ctx->mark_non_differentiable({clipped, slope});
+    ctx->save_for_backward({slope});
+    ctx->saved_data["learned"] = learned;  // not saved as what the gradient needs: it may be overwritten
+    ctx->saved_data["op"] = std::string(op);
+    return {loss, clipped, slope};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return {at::Tensor(), at::Tensor(), at::Tensor()};
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("rlhf_lightning::clipped_loss_backward", "")
+                               .typed<decltype(clipped_loss_backward)>();
+    const auto learned = ctx->saved_data["learned"].toTensor();
+    const auto slope = ctx->get_saved_variables()[0];
+    at::Tensor grad;
+    {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      grad = op.call(grads[0], slope, learned.scalar_type());
+    }
+    if (at::GradMode::is_enabled()) {
+      grad = FirstOrderOnly::apply(grad, grads[0], learned, ctx->saved_data["op"].toStringRef());
+    }
+    return {grad, at::Tensor(), at::Tensor()};
+  }
+};
+}  // namespace
+
+ClippedLoss with_gradient(const char* op, const at::Tensor& learned, const std::function<ClippedLoss()>& compute) {
+  const auto results = ClippedLossFunction::apply(learned, op, compute);
+  return {results[0], results[1], results[2]};
+}
+
+}  // namespace rlhf_lightning
