@@ -135,14 +135,21 @@ def test_gradient_checkpointing_changes_nothing(tiny_policy_dir: Path) -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_log_probs_stay_float32_under_every_precision(tiny_policy_dir: Path, precision: str) -> None:
     class Looked(SFTModule):
-        def _look(self, batch: DemonstrationBatch) -> tuple[Tensor, Tensor, Tensor]:
-            self.looked = super()._look(batch)
-            return self.looked
+        def configure_model(self) -> None:
+            super().configure_model()
+            stock = self.policy.cross_entropy
+
+            def looked(
+                tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, weights: Tensor
+            ) -> tuple[Tensor, Tensor]:
+                self.looked = (*stock(tokens, lengths, prompt_lengths, weights), weights)
+                return self.looked[:2]
+
+            self.policy.cross_entropy = looked
 
     module = Looked(str(tiny_policy_dir))
     train(module, SmallData(tiny_policy_dir, ROWS[:1]), precision=precision)
-    log_probs, _, weights = module.looked
-    assert log_probs.dtype == weights.dtype == torch.float32
+    assert [x.dtype for x in module.looked] == [torch.float32] * 3  # loss, log-probs, weights
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
