@@ -80,6 +80,8 @@ class Stage:
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         tee = subprocess.Popen(["tee", str(log)], stdin=process.stdout)
+        assert process.stdout is not None
+        process.stdout.close()  # tee has it
         try:
             code = process.wait(limit)
             self.result = "ok" if code == 0 else f"FAILED: exit code {code}"
@@ -88,6 +90,7 @@ class Stage:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             tee.wait()
         self.seconds = time.monotonic() - began
         text = log.read_text(encoding="utf-8", errors="replace")
@@ -155,7 +158,7 @@ def plan(facts: dict[str, Any]) -> list[Stage]:
     # A folder of its own for the object files: those of another torch may lie in build/.
     builder = [python, "setup.py", "build_ext", "--inplace", "--build-temp", "build/gpu-check"]
     # Warnings of libraries whose versions nobody pinned here are no failures.
-    tests = [python, "-m", "pytest", "tests/gpu", "-q", "-rs", "--durations=5", "-W", "default"]
+    tests = [python, "-m", "pytest", "tests/gpu", "-q", "-rs", "--durations=5", "-W", "ignore"]
     stages = [
         Stage("build", builder, 300, build),
         Stage("info", [python, "-c", "import rlhf_lightning.cli.info as i; raise SystemExit(i.main([]))"], 60),

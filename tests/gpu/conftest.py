@@ -35,6 +35,6 @@ if importlib.util.find_spec("jsonargparse") is None:
     package, typing = types.ModuleType("jsonargparse"), types.ModuleType("jsonargparse.typing")
     floats = ["ClosedUnitInterval", "NonNegativeFloat", "OpenUnitInterval", "PositiveFloat"]
     typing.__dict__.update(dict.fromkeys(floats, float) | dict.fromkeys(("NonNegativeInt", "PositiveInt"), int))
-    typing.__dict__["restricted_number_type"] = lambda name, base, rules: base
+    typing.__dict__["restricted_number_type"] = lambda name, base, rules, **words: base
     package.__dict__["typing"] = typing
     sys.modules |= {"jsonargparse": package, "jsonargparse.typing": typing}
