@@ -122,7 +122,7 @@ std::tuple<at::Tensor, at::Tensor> backward(
     check_launch(  // the gradient takes the logits' place
         kName, softmax_gradient(
                    chunks.rows(chunk, first), t.const_data_ptr<int64_t>(), temperature, rows.pointers(),
-                   chunk.mutable_data_ptr(), chunk.stride(0), at::cuda::getCurrentCUDAStream()));
+                   chunk.mutable_data_ptr(), chunk.stride(0), c10::cuda::getCurrentCUDAStream()));
     if (hidden_needed) grad_hidden.add(chunk, weights);
     if (weight_needed) {
       auto out = grad_weight.narrow(0, first, chunk.size(1));

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAStream.h>
 
 #include "softmax_rows.h"
 #include "token_log_probs_launch.h"
@@ -37,7 +37,7 @@ class RowStates {
     check_launch(
         op_, softmax_statistics(
                  logits, tokens.const_data_ptr<int64_t>(), temperature, here, token_logits_.mutable_data_ptr(),
-                 at::cuda::getCurrentCUDAStream()));
+                 c10::cuda::getCurrentCUDAStream()));
     done_ += softmax_states(type_, logits.columns);
   }
 
@@ -49,7 +49,7 @@ class RowStates {
                  tokens.const_data_ptr<int64_t>(), vocabulary, tokens.numel(), temperature,
                  {results.log_probs.mutable_data_ptr(), results.entropy.mutable_data_ptr(),
                   results.shift.mutable_data_ptr(), results.log_sum.mutable_data_ptr()},
-                 at::cuda::getCurrentCUDAStream()));
+                 c10::cuda::getCurrentCUDAStream()));
   }
 
  private:

@@ -149,7 +149,11 @@ struct Rows {
 };
 
 // Words are cut into parts of equal length for one block each: as many as the grid has in y.
-inline int64_t parts_of(int64_t words) { return words > kPart ? (words + kPart - 1) / kPart : 1; }
+constexpr int64_t kMostParts = 65535;  // that a grid has in y; longer parts for a row that would need more
+inline int64_t parts_of(int64_t words) {
+  const int64_t parts = words > kPart ? (words + kPart - 1) / kPart : 1;
+  return parts < kMostParts ? parts : kMostParts;
+}
 struct Part {
   int64_t begin;
   int count;

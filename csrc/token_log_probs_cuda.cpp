@@ -79,7 +79,7 @@ at::Tensor backward(
     check_launch(
         kName, softmax_gradient(
                    dense.rows, t.const_data_ptr<int64_t>(), temperature, rows.pointers(), out.mutable_data_ptr(),
-                   dense.rows.columns, at::cuda::getCurrentCUDAStream()));
+                   dense.rows.columns, c10::cuda::getCurrentCUDAStream()));
   }
   return out;
 }

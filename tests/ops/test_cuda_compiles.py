@@ -54,3 +54,7 @@ def test_compiles_for_every_architecture_without_local_memory(kernels, source):
     assert {kernel.architecture for kernel in found} == set(cuda_resources.ARCHITECTURES)
     local = [kernel for kernel in found if kernel.stack or kernel.spill_stores or kernel.spill_loads]
     assert not local, cuda_resources.table(local)
+
+
+def test_every_operator_has_its_file():
+    assert cuda_resources.SOURCES, "no CUDA source was found, so none was checked"
