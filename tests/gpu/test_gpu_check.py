@@ -54,6 +54,8 @@ def test_the_build_is_for_the_gpus_at_hand(monkeypatch):
     stages = {s.name: s for s in check.plan(facts(capabilities=[[9, 0], [8, 0], [9, 0]]))}
     assert stages["build"].variables["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0"
     assert list(stages) == ["build", "info", "tests", "sanitizer-memcheck", "sanitizer-racecheck", "benchmark"]
+    scripts = [word for s in stages.values() for word in s.command if word.endswith(".py")]
+    assert scripts and all((check.ROOT / script).exists() for script in scripts)
 
 
 def test_without_compute_sanitizer_its_stages_say_so(monkeypatch):
