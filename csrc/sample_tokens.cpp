@@ -56,7 +56,7 @@ void check_sample_tokens(
   check_dtype(kName, "draws", draws, at::kDouble);
   check_dimensions(kName, "logits", logits, "[B, V]", 2);
   TORCH_CHECK_VALUE(
-      logits.size(1) > 0 && logits.size(1) <= INT32_MAX, kName, ": logits must have shape [B, V] with 0 < V < 2^31, ",
+      logits.size(1) > 0 && logits.size(1) < (int64_t{1} << 30), kName, ": logits must have shape [B, V] with 0 < V < 2^30, ",
       "got shape ", logits.sizes());
   check_shape(kName, "draws", draws, logits.sizes().slice(0, 1), "logits without its last dimension");
   check_device(kName, "draws", draws, logits, "logits");

@@ -4,23 +4,11 @@
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "cuda_tensors.h"
 #include "softmax_rows.h"
 #include "token_log_probs_launch.h"
 
 namespace rlhf_lightning {
-
-inline Element element_type(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat: return Element::kFloat;
-    case at::kBFloat16: return Element::kBfloat16;
-    case at::kHalf: return Element::kHalf;
-    default: return Element::kDouble;
-  }
-}
-
-inline void check_launch(const char* op, cudaError_t error) {
-  TORCH_CHECK(error == cudaSuccess, op, ": a CUDA kernel could not be launched: ", cudaGetErrorString(error));
-}
 
 // The states of all rows, a part of the columns at a time.
 class RowStates {

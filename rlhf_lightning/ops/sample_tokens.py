@@ -82,8 +82,8 @@ def reference(
 def _check(logits: Tensor, draws: Tensor, temperature: float, top_k: int, top_p: float) -> None:
     checks.float_tensor(_NAME, "logits", logits)
     checks.float64_tensor(_NAME, "draws", draws)
-    if logits.dim() != 2 or not 0 < logits.shape[1] < 2**31:
-        raise ValueError(f"{_NAME}: logits must have shape [B, V] with 0 < V < 2^31, got shape {list(logits.shape)}")
+    if logits.dim() != 2 or not 0 < logits.shape[1] < 2**30:
+        raise ValueError(f"{_NAME}: logits must have shape [B, V] with 0 < V < 2^30, got shape {list(logits.shape)}")
     checks.same_shape(_NAME, "draws", draws, logits.shape[:1], "logits without its last dimension")
     checks.same_device(_NAME, "draws", draws, logits.device, "logits")
     checks.number(_NAME, "temperature", temperature, "a number, 0 or above", 0.0, float("inf"), open_low=False)

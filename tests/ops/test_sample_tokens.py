@@ -261,12 +261,12 @@ ERRORS = [
     (
         dict(logits=torch.zeros(2, 0)),
         ValueError,
-        "sample_tokens: logits must have shape [B, V] with 0 < V < 2^31, got shape [2, 0]",
+        "sample_tokens: logits must have shape [B, V] with 0 < V < 2^30, got shape [2, 0]",
     ),
     (
         dict(logits=torch.zeros(2, 3, 1)),
         ValueError,
-        "sample_tokens: logits must have shape [B, V] with 0 < V < 2^31, got shape [2, 3, 1]",
+        "sample_tokens: logits must have shape [B, V] with 0 < V < 2^30, got shape [2, 3, 1]",
     ),
     (
         dict(draws=torch.zeros(3, dtype=torch.float64)),
