@@ -1,5 +1,5 @@
-#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "check.h"
@@ -23,7 +23,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_tokens_cuda(
                             u.const_data_ptr<double>(), tokens.mutable_data_ptr<int64_t>(),
                             log_probs.mutable_data_ptr(), entropy.mutable_data_ptr()};
   check_launch(
-      "sample_tokens", launch_sample_tokens(arrays, temperature, top_k, top_p, at::cuda::getCurrentCUDAStream()));
+      "sample_tokens", launch_sample_tokens(arrays, temperature, top_k, top_p, c10::cuda::getCurrentCUDAStream()));
   return {tokens, log_probs, entropy};
 }
 
