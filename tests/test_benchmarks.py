@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from operators import cases, entrants, limits, plots, report, rounds, torch_peers  # noqa: E402
+from operators import cases, clock, entrants, limits, plots, report, rounds, torch_peers  # noqa: E402
 from operators.entrants import ENTRANTS, OPERATORS, OURS  # noqa: E402
 from operators.inputs import TOLERANCE, allocate, errors  # noqa: E402
 from operators.worker import Run  # noqa: E402
@@ -93,6 +93,62 @@ def test_bytes_and_products_by_hand() -> None:
     four = limits.work(cases.Case("linear_token_log_probs", head, "float32", cases.BOTH, ()))
     three = limits.work(cases.Case("linear_cross_entropy", head, "float32", cases.BOTH, ()))
     assert (four, three) == ({"flops": 4 * 60.0}, {"flops": 3 * 60.0})
+
+
+class StandIn:
+    """Enough of torch.cuda for the clock's host side: what is captured is run, and run again at a replay."""
+
+    L2_cache_size = 1 << 12
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+    def elapsed_time(self, _: object) -> float:
+        return 3.0
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, _: object) -> None: ...
+
+    def record(self) -> None: ...
+
+
+@pytest.fixture
+def gpu_stand_in(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device name that is not "cpu", for tensors that are on the CPU all the same."""
+    for name in ("Event", "Stream", "CUDAGraph", "graph", "stream", "current_stream", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, StandIn)
+    for name in ("synchronize", "graph_pool_handle", "reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr("operators.clock.FLUSHED", 8)
+    return "cpu:0"
+
+
+@pytest.mark.parametrize("passes", [cases.FORWARD, cases.BACKWARD, cases.BOTH])
+@pytest.mark.parametrize("operator", SHAPES)
+def test_the_gpus_side_of_the_clock_on_a_stand_in(operator: str, passes: str, gpu_stand_in: str) -> None:
+    if (operator, passes) in {("gae", cases.BACKWARD), ("gae", cases.BOTH), ("linear_token_log_probs", cases.BACKWARD)}:
+        return  # not among the cases
+    for name in (OURS, cases.LIMIT):
+        run = Run(name, case_of(operator, passes=passes), gpu_stand_in, seed=0)
+        graphed = operator in ("gae", "clipped_policy_loss", "clipped_value_loss")
+        assert isinstance(run.call, clock.Graph) == graphed
+        assert run.calls > 1 if graphed else run.calls == 1
+        assert clock.peak_mb(run.single, gpu_stand_in) == 0.0
+        run.draw(1)
+        if graphed:
+            before = [graph.replays for graph in run.call.graphs]
+            run.call()
+            counted = [False, True] if passes == cases.BACKWARD and name == OURS else [True] * len(before)
+            assert [graph.replays - count == 1 for graph, count in zip(run.call.graphs, before, strict=True)] == counted
+        assert clock.timed(run.call, 4, gpu_stand_in) == [3.0] * 4
 
 
 def test_goals() -> None:

@@ -45,26 +45,30 @@ class Graph:
     """Calls captured in one CUDA graph, each on inputs of its own that together exceed the L2 cache.
 
     Without the host's part, so that a small operator can be compared with a copy captured in the same way. ``stages``
-    are run in order, each captured in a graph of its own; those whose ``counted`` is False are replayed but once.
+    are run in order, each captured in a graph of its own; those whose ``counted`` is False are no part of the call.
     """
 
     def __init__(self, stages: Sequence[Call], counted: Sequence[bool]) -> None:
         self.results = []  # their memory belongs to the graphs
-        graphs = []
+        self.graphs = []
+        self.counted = counted
         pool = torch.cuda.graph_pool_handle()
         for stage in stages:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 self.results.append(stage())
-            graphs.append(graph)
-        for graph in graphs:
-            graph.replay()
-        torch.cuda.synchronize()
-        self.graphs = [graph for graph, counts in zip(graphs, counted, strict=True) if counts]
+            self.graphs.append(graph)
+        self.replay_all()
 
-    def __call__(self) -> None:
+    def replay_all(self) -> None:
         for graph in self.graphs:
             graph.replay()
+        torch.cuda.synchronize()
+
+    def __call__(self) -> None:
+        for graph, counts in zip(self.graphs, self.counted, strict=True):
+            if counts:
+                graph.replay()
 
 
 def graph_copies(size: int) -> int:

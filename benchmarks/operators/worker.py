@@ -37,6 +37,7 @@ class Run:
         self.case, self.device, self.calls = case, device, 1
         self.inputs: list[Inputs] = []
         self.errors: dict[str, float] = {}
+        self.renew: Callable[[], object] = lambda: None  # what must be done again once the inputs have changed
         small = not ("V" in case.shape or name in LOOPS)
         copies = clock.graph_copies(bytes_moved(case)) if device != "cpu" and small else 0
         if name == LIMIT:
@@ -55,6 +56,7 @@ class Run:
     def draw(self, seed: int) -> None:
         for number, inputs in enumerate(self.inputs):
             inputs.draw(1000 * seed + number)
+        self.renew()
 
     def _check(self, forward: Callable[[], dict[str, Tensor]], seed: int) -> None:
         inputs = self.inputs[0]
@@ -88,6 +90,7 @@ class Run:
             return torch.autograd.grad(trained, inputs.leaves, incoming, retain_graph=retain)
 
         if self.case.passes == BACKWARD:
+            self.renew = lambda: kept.update(forward())  # autograd refuses inputs that changed since the forward
             return lambda: gradients(kept, True)
 
         def both() -> tuple[Tensor, ...]:
@@ -130,7 +133,10 @@ class Run:
         for _ in range(WARM_UP):
             self.single()
         torch.cuda.synchronize()
-        return clock.Graph(stages, counted)
+        graph = clock.Graph(stages, counted)
+        eager = self.renew
+        self.renew = lambda: (eager(), graph.replay_all())
+        return graph
 
 
 def answer(name: str, device: str, question: dict[str, Any], run: Run | None) -> tuple[dict[str, Any], Run | None]:
