@@ -7,7 +7,7 @@
 
 #include "check.h"
 #include "kernels.h"
-#include "softmax_rows.h"
+#include "large_memory.h"
 
 namespace rlhf_lightning {
 
@@ -140,7 +140,7 @@ std::tuple<at::Tensor, at::Tensor> gae(
 
   const auto type = compute_type({rewards, values});
   const auto r = rewards.to(type).contiguous(), v = values.to(type).contiguous(), m = mask.contiguous();
-  auto advantages = empty_large(r.sizes(), r.options()), returns = empty_large(r.sizes(), r.options());
+  auto advantages = empty_large(r.sizes(), r.options()).tensor, returns = empty_large(r.sizes(), r.options()).tensor;
   if (r.numel() == 0) return {advantages, returns};
   if (type == at::kDouble) {
     run<double>(kernels().loss_double, r, v, m, gamma, lam, advantages, returns);

@@ -3,6 +3,7 @@
 
 #include <ATen/Version.h>
 
+#include <cstdlib>
 #include <string>
 
 namespace rlhf_lightning {
@@ -11,6 +12,9 @@ namespace {
 Kernels choose() {
 #ifdef RLHF_LIGHTNING_X86
   const std::string capability = at::get_cpu_capability();
+  // What ATEN_CPU_CAPABILITY=avx512 asks for by name is AVX-512 without more.
+  const bool named = std::getenv("ATEN_CPU_CAPABILITY") != nullptr;
+  if (capability == "AVX512" && !named && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::kernels();
   if (capability == "AVX512") return avx512::kernels();
   if (capability == "AVX2" && __builtin_cpu_supports("f16c")) return avx2::kernels();
 #endif

@@ -138,7 +138,8 @@ struct LossGradient {
 template <typename T>
 struct SoftmaxKernels {
   void (*statistics)(const T* x, int64_t n, double inverse_temperature, SoftmaxState& state);
-  void (*gradient)(const T* x, int64_t n, const RowGradient& row, T* out);  // out may be x
+  // out may be x; streaming: write past the caches, for an output too large for them to hold
+  void (*gradient)(const T* x, int64_t n, const RowGradient& row, bool streaming, T* out);
 };
 template <typename T>
 struct SampleKernels {
@@ -179,6 +180,9 @@ namespace avx2 {
 Kernels kernels();
 }
 namespace avx512 {
+Kernels kernels();
+}
+namespace avx512_bf16 {
 Kernels kernels();
 }
 #endif

@@ -6,6 +6,14 @@ constexpr int64_t kBlock = 2048;  // elements: a block is read twice, the second
 template <typename A>
 constexpr A kLowest = sizeof(A) == 8 ? A(-800) : A(-200);
 
+// The same bound for differences of logits: kLowest times the temperature, if that is finite.
+template <typename A>
+inline A lowest_difference(double inverse_temperature) {
+  constexpr double kMost = sizeof(A) == 8 ? __DBL_MAX__ : __FLT_MAX__;
+  const double lowest = kLowest<A> / inverse_temperature;
+  return A(lowest < -kMost ? -kMost : lowest);
+}
+
 template <typename T>
 using VecOf = Vec<typename Accumulate<T>::type>;
 
@@ -56,8 +64,8 @@ template <typename T>
 void softmax_statistics(const T* x, int64_t size, double inverse_temperature, SoftmaxState& state) {
   using A = typename Accumulate<T>::type;
   using V = VecOf<T>;
-  const V inverse = V::all(A(inverse_temperature));
-  const V lowest = V::all(kLowest<A>);
+  const Exponential<A> exponential_of(inverse_temperature);
+  const V lowest = V::all(lowest_difference<A>(inverse_temperature));
   for (; size > 0; x += kBlock, size -= kBlock) {
     const int64_t n = size < kBlock ? size : kBlock;
     const double max = block_maximum(x, n);
@@ -76,13 +84,16 @@ void softmax_statistics(const T* x, int64_t size, double inverse_temperature, So
     V sum[2] = {V::all(0), V::all(0)};
     V weighted[2] = {V::all(0), V::all(0)};
     const auto add = [&](V value, int k) {
-      const V d = maximum(lowest, (value - center) * inverse);  // a NaN stays
-      const V e = exponential(d);
+      const V d = maximum(lowest, value - center);  // a NaN stays
+      const V e = exponential_of(d);
       sum[k] = sum[k] + e;
       weighted[k] = multiply_add(e, d, weighted[k]);
     };
     int64_t i = 0;
     for (; i + 2 * V::lanes <= n; i += 2 * V::lanes) {
+      // The next block's maximum would wait for memory, while this loop does not; past the row's end this does no harm.
+      __builtin_prefetch(x + i + kBlock);
+      if (2 * V::lanes * sizeof(T) > 64) __builtin_prefetch(x + i + kBlock + V::lanes);
       add(V::load(x + i), 0);
       add(V::load(x + i + V::lanes), 1);
     }
@@ -90,24 +101,25 @@ void softmax_statistics(const T* x, int64_t size, double inverse_temperature, So
       add(load_partial<V>(x + i, n - i < V::lanes ? n - i : V::lanes, negative_infinity<T>()), 0);
     }
     state.sum += sum_lanes<V, A>(sum[0] + sum[1]);
-    state.weighted += sum_lanes<V, A>(weighted[0] + weighted[1]);
+    state.weighted += sum_lanes<V, A>(weighted[0] + weighted[1]) * inverse_temperature;
   }
 }
 
-// out = (grad_log_prob * ([token] - p) - grad_entropy * p * (log p + entropy)) / temperature
+// out = (grad_log_prob * ([token] - p) - grad_entropy * p * (log p + entropy)) / temperature, with
+// p = exp(d / temperature) / sum, log p = d / temperature - log_sum, and d = x - shift.
 template <typename T>
-void softmax_gradient(const T* x, int64_t n, const RowGradient& row, T* out) {
+void softmax_gradient(const T* x, int64_t n, const RowGradient& row, bool streaming, T* out) {
   using A = typename Accumulate<T>::type;
   using V = VecOf<T>;
-  const V inverse = V::all(A(row.inverse_temperature));
+  const Exponential<A> exponential_of(row.inverse_temperature);
   const V shift = V::all(A(row.shift));
-  const V log_sum = V::all(A(row.log_sum));
-  const V lowest = V::all(kLowest<A>);
-  const V slope = V::all(A(-row.grad_entropy * row.inverse_temperature));
-  const V offset = V::all(A(-(row.grad_log_prob + row.grad_entropy * row.entropy) * row.inverse_temperature));
+  const V lowest = V::all(lowest_difference<A>(row.inverse_temperature));
+  const double factor = -__builtin_exp(-row.log_sum) * row.inverse_temperature;
+  const V slope = V::all(A(factor * row.grad_entropy * row.inverse_temperature));
+  const V offset = V::all(A(factor * (row.grad_log_prob + row.grad_entropy * (row.entropy - row.log_sum))));
   const auto gradient = [&](V value) {
-    const V log_p = maximum(lowest, (value - shift) * inverse - log_sum);
-    return exponential(log_p) * multiply_add(slope, log_p, offset);
+    const V d = maximum(lowest, value - shift);
+    return exponential_of(d) * multiply_add(slope, d, offset);
   };
   const bool has_token = row.token >= 0 && row.token < n;
   // Before the row is overwritten, and with 1 - p taken where it keeps its digits.
@@ -121,8 +133,28 @@ void softmax_gradient(const T* x, int64_t n, const RowGradient& row, T* out) {
                   row.grad_entropy * __builtin_exp(log_p) * (log_p + row.entropy)) *
                  row.inverse_temperature);
   }
+  const auto partial = [&](int64_t i, int64_t count) {
+    store_partial(out + i, count, gradient(load_partial<V>(x + i, count, negative_infinity<T>())));
+  };
+  constexpr int64_t kAhead = 2048 / sizeof(T);  // elements whose loads are asked for early, past the row's end without harm
   int64_t i = 0;
-  for (; i + V::lanes <= n; i += V::lanes) gradient(V::load(x + i)).store(out + i);
-  if (i < n) store_partial(out + i, n - i, gradient(load_partial<V>(x + i, n - i, negative_infinity<T>())));
+  if (streaming) {
+    constexpr int64_t kBytes = V::lanes * sizeof(T);
+    const int64_t over = reinterpret_cast<uintptr_t>(out) % kBytes;
+    i = over == 0 ? 0 : (kBytes - over) / int64_t(sizeof(T));
+    i = i < n ? i : n;
+    if (i > 0) partial(0, i);
+    for (; i + V::lanes <= n; i += V::lanes) {
+      __builtin_prefetch(x + i + kAhead);
+      gradient(V::load(x + i)).stream(out + i);
+    }
+    streaming_fence();
+  } else {
+    for (; i + V::lanes <= n; i += V::lanes) {
+      __builtin_prefetch(x + i + kAhead);
+      gradient(V::load(x + i)).store(out + i);
+    }
+  }
+  if (i < n) partial(i, n - i);
   if (has_token) store_partial(out + row.token, 1, V::all(at_token));
 }

@@ -3,21 +3,24 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "check.h"
+#include "large_memory.h"
 #include "softmax_rows.h"
 
 namespace rlhf_lightning {
 
 namespace {
 constexpr const char* kName = "linear_token_log_probs";
-constexpr int64_t kLogitsHeld = int64_t{1} << 22;  // at a time: 16 MiB in float32
-constexpr int64_t kNarrowest = 256;                // columns of a chunk, however many rows there are
+constexpr int64_t kNarrowest = 256;  // columns of a chunk, however many rows there are
 
 // The vocabulary is walked in chunks of whole columns, all rows at once: the gradient of a chunk of the weight is then one
-// product, and only that of hidden is a sum over chunks.
-int64_t chunk_width(int64_t rows, int64_t vocabulary) {
-  return std::min(vocabulary, std::max(kNarrowest, kLogitsHeld / std::max<int64_t>(rows, 1)));
+// product, and only that of hidden is a sum over chunks. A chunk of logits is 4 MiB, of 16-bit ones 1 MiB: measured, the
+// products are as fast as for the whole vocabulary, and the logits are still in the caches when their statistics are taken.
+int64_t chunk_width(int64_t rows, const at::Tensor& weight) {
+  const int64_t held = (weight.element_size() == 2 ? int64_t{1} << 20 : int64_t{1} << 22) / weight.element_size();
+  return std::min(weight.size(0), std::max(kNarrowest, held / std::max<int64_t>(rows, 1)));
 }
 
 // The first `width` columns' worth of the buffer as a dense [rows, width].
@@ -30,7 +33,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_token_log_prob
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, double temperature) {
   check_language_model_head(kName, hidden, weight, tokens, temperature);
   const auto t = tokens.contiguous();
-  const int64_t rows = hidden.size(0), vocabulary = weight.size(0), width = chunk_width(rows, vocabulary);
+  const int64_t rows = hidden.size(0), vocabulary = weight.size(0), width = chunk_width(rows, weight);
   check_token_range(kName, t, vocabulary);
   auto results = empty_results(t.sizes(), hidden.options().dtype(compute_type({hidden})));
   std::vector<SoftmaxState> states(rows);
@@ -57,7 +60,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_token_log_prob
       });
     });
   }
-  finish_rows(states, token_logits, temperature, results);
+  for (int64_t i = 0; i < rows; ++i) finish_row(states[i], token_logits[i], temperature, i, results);
   return {results.log_probs, results.entropy, results.shift, results.log_sum};
 }
 
@@ -75,12 +78,12 @@ std::tuple<at::Tensor, at::Tensor> linear_token_log_probs_backward(
   const RowGradients gradients{flat(grad_log_probs), flat(grad_entropy), flat(entropy),
                                flat(shift),          flat(log_sum),      1 / temperature};
   const auto t = tokens.contiguous();
-  const int64_t rows = hidden.size(0), vocabulary = weight.size(0), width = chunk_width(rows, vocabulary);
+  const int64_t rows = hidden.size(0), vocabulary = weight.size(0), width = chunk_width(rows, weight);
   check_token_range(kName, t, vocabulary);
   const int64_t* token = t.const_data_ptr<int64_t>();
   // Summed over chunks, so in float32 also where the products are of 16 bits.
   auto grad_hidden = at::zeros(hidden_needed ? hidden.sizes() : at::IntArrayRef{0}, hidden.options().dtype(type));
-  auto grad_weight = empty_large(weight_needed ? weight.sizes() : at::IntArrayRef{0}, weight.options());
+  auto grad_weight = empty_large(weight_needed ? weight.sizes() : at::IntArrayRef{0}, weight.options()).tensor;
   if (rows == 0) return {grad_hidden.to(hidden.scalar_type()), grad_weight.zero_()};
   const auto buffer = at::empty({rows * width}, hidden.options());
   for (int64_t first = 0; first < vocabulary; first += width) {
@@ -94,7 +97,7 @@ std::tuple<at::Tensor, at::Tensor> linear_token_log_probs_backward(
       at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           T* row = data + i * columns;
-          kernel.gradient(row, columns, gradients.row(i, token[i] - first), row);
+          kernel.gradient(row, columns, gradients.row(i, token[i] - first), false, row);
         }
       });
     });

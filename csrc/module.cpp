@@ -15,6 +15,7 @@ py::dict build_info() {
 #ifdef RLHF_LIGHTNING_X86
   instruction_sets.append("avx2");
   instruction_sets.append("avx512");
+  instruction_sets.append("avx512_bf16");
 #endif
   py::dict info;
   info["version"] = TEXT(RLHF_LIGHTNING_VERSION);

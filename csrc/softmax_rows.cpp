@@ -4,25 +4,7 @@
 
 #include "check.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace rlhf_lightning {
-
-at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  auto result = at::empty(sizes, options);
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  if (result.nbytes() >= 8 * kHugePage) {
-    const auto start = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
-    const uintptr_t first = (start + kHugePage - 1) & ~(kHugePage - 1);
-    const uintptr_t last = (start + result.nbytes()) & ~(kHugePage - 1);
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
-  }
-#endif
-  return result;
-}
 
 RowResults empty_results(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return {at::empty(sizes, options), at::empty(sizes, options), at::empty(sizes, options), at::empty(sizes, options)};
@@ -30,35 +12,23 @@ RowResults empty_results(at::IntArrayRef sizes, const at::TensorOptions& options
 
 namespace {
 template <typename T>
-void write_results(
-    const std::vector<SoftmaxState>& states, const std::vector<double>& token_logits, double temperature,
-    RowResults& results) {
-  T* log_probs = results.log_probs.mutable_data_ptr<T>();
-  T* entropy = results.entropy.mutable_data_ptr<T>();
-  T* shift = results.shift.mutable_data_ptr<T>();
-  T* log_sum = results.log_sum.mutable_data_ptr<T>();
-  for (size_t i = 0; i < states.size(); ++i) {
-    const double logarithm = std::log(states[i].sum);
-    log_probs[i] = static_cast<T>((token_logits[i] - states[i].max) / temperature - logarithm);
-    entropy[i] = static_cast<T>(logarithm - states[i].weighted / states[i].sum);
-    shift[i] = static_cast<T>(states[i].max);
-    log_sum[i] = static_cast<T>(logarithm);
-  }
+void write(at::Tensor& x, int64_t index, double value) {
+  x.mutable_data_ptr<T>()[index] = static_cast<T>(value);
 }
+
+}  // namespace
 
 double at_index(const at::Tensor& x, int64_t index) {
   return x.scalar_type() == at::kDouble ? x.const_data_ptr<double>()[index] : x.const_data_ptr<float>()[index];
 }
-}  // namespace
 
-void finish_rows(
-    const std::vector<SoftmaxState>& states, const std::vector<double>& token_logits, double temperature,
-    RowResults& results) {
-  if (results.log_probs.scalar_type() == at::kDouble) {
-    write_results<double>(states, token_logits, temperature, results);
-  } else {
-    write_results<float>(states, token_logits, temperature, results);
-  }
+void finish_row(const SoftmaxState& state, double token_logit, double temperature, int64_t row, RowResults& results) {
+  const auto put = results.log_probs.scalar_type() == at::kDouble ? &write<double> : &write<float>;
+  const double logarithm = std::log(state.sum);
+  put(results.log_probs, row, (token_logit - state.max) / temperature - logarithm);
+  put(results.entropy, row, logarithm - state.weighted / state.sum);
+  put(results.shift, row, state.max);
+  put(results.log_sum, row, logarithm);
 }
 
 RowGradient RowGradients::row(int64_t index, int64_t token) const {

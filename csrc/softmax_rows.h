@@ -3,8 +3,6 @@
 
 #include <ATen/ATen.h>
 
-#include <vector>
-
 #include "kernels.h"
 
 namespace rlhf_lightning {
@@ -30,16 +28,13 @@ void with_softmax_kernels(at::ScalarType type, const F& f) {
   }
 }
 
-// Memory for a large result. Its pages are touched for the first time by the kernel that writes them, which costs more than
-// the arithmetic unless they are huge.
-at::Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
-
 RowResults empty_results(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// Writes the results of all rows from their states and the logits of their tokens.
-void finish_rows(
-    const std::vector<SoftmaxState>& states, const std::vector<double>& token_logits, double temperature,
-    RowResults& results);
+// One element of a dense tensor of float32 or float64.
+double at_index(const at::Tensor& x, int64_t index);
+
+// Writes the results of one row from its state and the logit of its token.
+void finish_row(const SoftmaxState& state, double token_logit, double temperature, int64_t row, RowResults& results);
 
 // One row's view of the saved results and incoming gradients, each 1-dimensional and of the compute dtype.
 struct RowGradients {

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include "check.h"
+#include "large_memory.h"
 #include "softmax_rows.h"
 
 namespace rlhf_lightning {
@@ -36,8 +37,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_log_probs(
   const int64_t rows = t.numel(), vocabulary = x.size(-1);
   check_token_range(kName, t, vocabulary);
   auto results = empty_results(t.sizes(), x.options().dtype(compute_type({x})));
-  std::vector<SoftmaxState> states(rows);
-  std::vector<double> token_logits(rows);
   const RowOffsets offset(x);
   const int64_t* token = t.const_data_ptr<int64_t>();
   with_softmax_kernels(x.scalar_type(), [&](const auto& kernel, auto* null) {
@@ -46,14 +45,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_log_probs(
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const T* row = data + offset(i);
-        SoftmaxState at_token;  // of the one element: its maximum is the token's logit, in double
+        SoftmaxState whole, at_token;  // of one element: its maximum is the token's logit, in double
         kernel.statistics(row + token[i], 1, 1.0, at_token);
-        kernel.statistics(row, vocabulary, 1 / temperature, states[i]);
-        token_logits[i] = at_token.max;
+        kernel.statistics(row, vocabulary, 1 / temperature, whole);
+        finish_row(whole, at_token.max, temperature, i, results);
       }
     });
   });
-  finish_rows(states, token_logits, temperature, results);
   return {results.log_probs, results.entropy, results.shift, results.log_sum};
 }
 
@@ -73,16 +71,17 @@ at::Tensor token_log_probs_backward(
   const auto x = with_dense_rows(logits), t = tokens.contiguous();
   const int64_t rows = t.numel(), vocabulary = x.size(-1);
   check_token_range(kName, t, vocabulary);
-  auto out = empty_large(x.sizes(), x.options());
+  const auto [out, streaming] = empty_large(x.sizes(), x.options());
   const RowOffsets offset(x);
   const int64_t* token = t.const_data_ptr<int64_t>();
   with_softmax_kernels(x.scalar_type(), [&](const auto& kernel, auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const T* data = static_cast<const T*>(x.const_data_ptr());
+    const bool past_caches = streaming;
     T* result = static_cast<T*>(out.mutable_data_ptr());
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        kernel.gradient(data + offset(i), vocabulary, gradients.row(i, token[i]), result + i * vocabulary);
+        kernel.gradient(data + offset(i), vocabulary, gradients.row(i, token[i]), past_caches, result + i * vocabulary);
       }
     });
   });

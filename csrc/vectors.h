@@ -1,5 +1,6 @@
 // A few numbers at once: Vec<float> for the instruction set of the including file, and a lone double as Vec<double>.
 // For kernels_impl.h alone, inside its namespace. maximum(a, b) is b if either is NaN, as the x86 instruction has it.
+// stream() writes past the caches, to an address that is a multiple of what it writes; a fence must follow the last one.
 
 template <typename T>
 struct Vec;
@@ -29,6 +30,12 @@ inline uint32_t float_to_bits(float value) {
   return bits;
 }
 
+inline void streaming_fence() {
+#if defined(KERNELS_AVX512) || defined(KERNELS_AVX2)
+  _mm_sfence();
+#endif
+}
+
 #if defined(KERNELS_AVX512)
 
 template <>
@@ -44,18 +51,25 @@ struct Vec<float> {
   static Vec load(const Float16* x) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))};
   }
-  void store(float* x) const { _mm512_storeu_ps(x, v); }
-  void store(Bfloat16* x) const {
+  __m256i narrow(const Bfloat16*) const {
+#ifdef KERNELS_BF16
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#else
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i up = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);  // rounding could carry a NaN into an infinity
     up = _mm512_mask_set1_epi32(up, nan, 0x7fc0);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtepi32_epi16(up));
+    return _mm512_cvtepi32_epi16(up);
+#endif
   }
-  void store(Float16* x) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
+  __m256i narrow(const Float16*) const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  void store(float* x) const { _mm512_storeu_ps(x, v); }
+  void stream(float* x) const { _mm512_stream_ps(x, v); }
+  template <typename T>
+  void store(T* x) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), narrow(x)); }
+  template <typename T>
+  void stream(T* x) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(x), narrow(x)); }
 };
 inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -79,19 +93,22 @@ struct Vec<float> {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
   }
   static Vec load(const Float16* x) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))}; }
-  void store(float* x) const { _mm256_storeu_ps(x, v); }
-  void store(Bfloat16* x) const {
+  __m128i narrow(const Bfloat16*) const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     __m256i up = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     up = _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc0), nan);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(up, up), 0b1000);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_castsi256_si128(packed));
+    return _mm256_castsi256_si128(packed);
   }
-  void store(Float16* x) const {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-  }
+  __m128i narrow(const Float16*) const { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  void store(float* x) const { _mm256_storeu_ps(x, v); }
+  void stream(float* x) const { _mm256_stream_ps(x, v); }
+  template <typename T>
+  void store(T* x) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(x), narrow(x)); }
+  template <typename T>
+  void stream(T* x) const { _mm_stream_si128(reinterpret_cast<__m128i*>(x), narrow(x)); }
 };
 inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -159,6 +176,8 @@ struct Vec<float> {
   void store(T* x) const {
     for (int i = 0; i < 8; ++i) narrow(v[i], x[i]);
   }
+  template <typename T>
+  void stream(T* x) const { store(x); }
 };
 inline Vec<float> operator+(Vec<float> a, Vec<float> b) {
   return Vec<float>::each([&](int i) { return a.v[i] + b.v[i]; });
@@ -192,6 +211,7 @@ struct Vec<double> {
   static Vec all(double x) { return {x}; }
   static Vec load(const double* x) { return {*x}; }
   void store(double* x) const { *x = v; }
+  void stream(double* x) const { *x = v; }
 };
 inline Vec<double> operator+(Vec<double> a, Vec<double> b) { return {a.v + b.v}; }
 inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return {a.v - b.v}; }
@@ -216,3 +236,41 @@ inline Vec<float> exponential(Vec<float> x) {
   return scale(p, n);
 }
 inline Vec<double> exponential(Vec<double> x) { return {__builtin_exp(x.v)}; }
+
+// exp(rate * d) for rate * d from kLowest to 88: d is a difference of logits, rate the inverse temperature.
+template <typename A>
+struct Exponential {
+  Vec<A> rate;
+  explicit Exponential(double inverse_temperature) : rate(Vec<A>::all(A(inverse_temperature))) {}
+  Vec<A> operator()(Vec<A> d) const { return exponential(d * rate); }
+};
+
+#ifdef KERNELS_AVX512
+// A third fewer instructions, at most 1 unit in the last place wrong: exp(rate d) = 2^(k/16) 2^r, with k a whole number,
+// |r| <= 1/32, and rate / log(2) in two parts. Adding 1.5 * 2^19 leaves k in the lowest bits of the sum, whose last four choose
+// among 2^(0/16) ... 2^(15/16); scalef takes the whole part of k/16.
+template <>
+struct Exponential<float> {
+  __m512 high, low, table;
+  explicit Exponential(double inverse_temperature) {
+    const double rate = inverse_temperature * 1.4426950408889634;
+    high = _mm512_set1_ps(float(rate));
+    low = _mm512_set1_ps(float(rate - float(rate)));
+    table = _mm512_setr_ps(
+        0x1p0f, 0x1.0b5586p0f, 0x1.172b84p0f, 0x1.2387a6p0f, 0x1.306fep0f, 0x1.3dea64p0f, 0x1.4bfdaep0f, 0x1.5ab07ep0f,
+        0x1.6a09e6p0f, 0x1.7a1148p0f, 0x1.8ace54p0f, 0x1.9c4918p0f, 0x1.ae89fap0f, 0x1.c199bep0f, 0x1.d5818ep0f,
+        0x1.ea4afap0f);
+  }
+  Vec<float> operator()(Vec<float> d) const {
+    const __m512 magic = _mm512_set1_ps(0x1.8p19f);
+    const __m512 sum = _mm512_fmadd_ps(d.v, high, magic);
+    const __m512 k = _mm512_sub_ps(sum, magic);
+    const __m512 r = _mm512_fmadd_ps(d.v, low, _mm512_fmsub_ps(d.v, high, k));
+    const __m512 t = _mm512_permutexvar_ps(_mm512_castps_si512(sum), table);
+    // (2^r - 1) / r, fitted at Chebyshev nodes: relative error of 2^r 2.3e-9
+    __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(0.0555054108f), _mm512_set1_ps(0.240233552f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69314718f));
+    return {_mm512_scalef_ps(_mm512_fmadd_ps(_mm512_mul_ps(t, r), p, t), k)};
+  }
+};
+#endif

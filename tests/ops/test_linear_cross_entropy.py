@@ -85,6 +85,18 @@ def test_error_is_no_larger_than_the_unfused_ones(function, dtype):
         assert_error_within(got[k], torchs[k], truth[k], dtype if k > 2 or dtype.itemsize == 2 else result_dtype(dtype))
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [256, 257, 600])
+def test_one_tile_of_rows_and_several(dtype, rows):
+    hidden, weight, *rest = case(rows, 8, 100, dtype)
+    inputs = hidden, weight, *rest
+    got, truth = run(linear_cross_entropy, *inputs), oracle(*inputs)
+    plain = run(reference, *inputs)
+    for k in range(5):
+        assert_error_within(got[k], plain[k], truth[k], dtype if k > 2 or dtype.itemsize == 2 else result_dtype(dtype))
+
+
 def test_is_the_mean_cross_entropy():
     hidden, weight, tokens, *_ = case(20, 6, 50, torch.float64)
     mean = torch.full((20,), 1 / 20, dtype=torch.float64)

@@ -317,13 +317,71 @@ for dtype, slack in {{torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["baseline", "avx2"])
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
 def test_lower_instruction_sets(name):
     """ATEN_CPU_CAPABILITY lowers torch's kernels and these alike: what an older machine would run."""
-    if name == "avx2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("this machine has no AVX2")
+    runnable = {"AVX512": ("avx2", "avx512"), "AVX2": ("avx2",)}.get(torch.backends.cpu.get_cpu_capability(), ())
+    if name not in ("baseline", *runnable):
+        pytest.skip(f"this machine has no {name}")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default" if name == "baseline" else name}
     subprocess.run([sys.executable, "-c", LOWER_CODE.format(name=name)], env=environment, check=True, timeout=120)
+
+
+THREADS_CODE = """
+import os, torch
+from rlhf_lightning.ops import token_log_probs
+torch.set_num_threads({count})
+before = len(os.listdir("/proc/self/task"))
+x = torch.zeros(64, 5000).requires_grad_()
+torch.ops.rlhf_lightning.token_log_probs(x.detach(), torch.zeros(64, dtype=torch.int64), 1.0)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@needs_native
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux shows them")
+@pytest.mark.parametrize("count", [1, 3])
+def test_as_many_threads_as_torch_is_told(count):
+    code, environment = THREADS_CODE.format(count=count), {**os.environ, "OMP_NUM_THREADS": "4"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True, timeout=120)
+    assert int(result.stdout) == count - 1  # the calling thread is one of them
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_gradient_so_large_that_it_is_written_past_the_caches(dtype):
+    """The second result takes the memory of the first, is streamed, and has rows that start at any address."""
+    vocabulary = (1 << 24) // dtype.itemsize // 16 - 3
+    logits, tokens = randn(17, vocabulary, dtype=dtype, scale=3.0), randint(vocabulary, 17)
+    fresh = gradients(token_log_probs, logits, tokens, 0.9)[2:]
+    copies = [x.clone() for x in fresh]
+    del fresh
+    for _ in range(2):
+        again = gradients(token_log_probs, logits, tokens, 0.9)[2:]
+        assert all(map(torch.equal, again, copies))
+        del again
+    assert_near(copies[0], gradients(reference, logits.double(), tokens, 0.9)[2], dtype)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 0.3, 7.0, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_at_any_temperature_is_no_larger_than_torchs_own(dtype, temperature):
+    logits, tokens = (randn(16, 3000, scale=8.0) + 40).to(dtype), randint(3000, 16)
+    logits[3, ::2] = -torch.inf
+    tokens[3] = 1
+    results = []
+    for x in (logits.double(), logits.float()):
+        x.requires_grad_()
+        table = torch.log_softmax(x / temperature, -1)
+        table.gather(-1, tokens[:, None]).sum().backward()
+        finite = table.detach().masked_fill(table == -torch.inf, 0.0)
+        results.append((table.detach().gather(-1, tokens[:, None])[:, 0], -(finite.exp() * finite).sum(-1), x.grad))
+    # masked entries count 0 * exp(0) = 0 in the entropy
+    truth, torchs = results
+    got = gradients(token_log_probs, logits, tokens, temperature)
+    assert_error_within(got[0], torchs[0], truth[0], torch.float32)
+    assert_error_within(got[1], torchs[1], truth[1], torch.float32)
+    assert_error_within(got[2] * temperature, (torchs[2] * temperature).to(dtype), truth[2] * temperature, dtype)
 
 
 def test_agrees_with_cross_entropy():

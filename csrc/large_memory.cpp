@@ -1,0 +1,105 @@
+#include "large_memory.h"
+
+#include <c10/core/CPUAllocator.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+
+#include <array>
+#include <atomic>
+#include <utility>
+#endif
+
+namespace rlhf_lightning {
+
+#ifdef __linux__
+namespace {
+constexpr size_t kHugePage = size_t{1} << 21;
+constexpr size_t kLarge = 8 * kHugePage;
+
+// A mapping of whole huge pages, or none.
+struct Block {
+  char* start = nullptr;
+  size_t size = 0;
+};
+
+Block map(size_t size) {
+  void* memory = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return {};
+  char* start = static_cast<char*>(memory);
+  const size_t before = -reinterpret_cast<uintptr_t>(start) % kHugePage;
+  if (before > 0) munmap(start, before);
+  if (before < kHugePage) munmap(start + before + size, kHugePage - before);
+  madvise(start + before, size, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+  return {start + before, size};
+}
+
+void unmap(Block block) {
+  if (block.start != nullptr) munmap(block.start, block.size);
+}
+
+// The freed blocks that are kept. Nobody waits for another: who finds the door shut does without.
+class Kept {
+ public:
+  Block take(size_t size) {
+    Block found;
+    if (door_.test_and_set(std::memory_order_acquire)) return found;
+    for (Block& block : blocks_) {
+      if (block.size >= size && block.size <= 2 * size && (found.start == nullptr || block.size < found.size)) {
+        std::swap(block, found);
+      }
+    }
+    door_.clear(std::memory_order_release);
+    return found;
+  }
+
+  void give(Block block) {
+    if (madvise(block.start, block.size, MADV_FREE) != 0 || door_.test_and_set(std::memory_order_acquire)) {
+      return unmap(block);
+    }
+    for (Block& kept : blocks_) std::swap(kept, block);  // the newest first, the oldest falls out
+    door_.clear(std::memory_order_release);
+    unmap(block);
+  }
+
+ private:
+  std::atomic_flag door_ = ATOMIC_FLAG_INIT;
+  std::array<Block, 2> blocks_;
+};
+
+Kept& kept() {
+  static Kept* const blocks = new Kept;  // for ever: tensors may be freed while the process ends
+  return *blocks;
+}
+
+void release(void* context) {
+  Block* block = static_cast<Block*>(context);
+  c10::profiledCPUMemoryReporter().Delete(block->start);
+  kept().give(*block);
+  delete block;
+}
+}  // namespace
+
+LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  if (bytes < kLarge) return {at::empty(sizes, options), false};
+  const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  Block block = kept().take(size);
+  const bool warm = block.start != nullptr;
+  if (!warm) block = map(size);
+  if (block.start == nullptr) return {at::empty(sizes, options), false};
+  c10::profiledCPUMemoryReporter().New(block.start, bytes);
+  c10::DataPtr data(block.start, new Block(block), &release, c10::kCPU);
+  const auto storage = c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(), bytes, std::move(data), c10::GetCPUAllocator(), /*resizable=*/true);
+  auto tensor = at::empty({0}, options).set_(c10::Storage(storage));
+  tensor.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  return {tensor, warm};
+}
+#else
+LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return {at::empty(sizes, options), false};
+}
+#endif
+
+}  // namespace rlhf_lightning

@@ -1,0 +1,17 @@
+// Memory for large results. What a kernel writes into fresh memory costs more in page faults, and in the zeros that the
+// system writes first, than in arithmetic. So such results get huge pages, and when they are freed two of them are kept for
+// the next ones of about their size, marked as free: the system takes their pages back whenever it runs short.
+#pragma once
+
+#include <ATen/ATen.h>
+
+namespace rlhf_lightning {
+
+struct LargeResult {
+  at::Tensor tensor;  // contiguous, uninitialised
+  bool streaming;     // its pages are at hand and the caches too small for it: writing past them is faster
+};
+
+LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+}  // namespace rlhf_lightning
