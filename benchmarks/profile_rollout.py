@@ -2,8 +2,9 @@
 
     python benchmarks/profile_rollout.py [--model 16m|demo|135m] [--rows 16] [--new-tokens 48] [--repeats 3] [--step]
 
-The rule, set before the numbers: sampling gets a fused operator if it takes 5% or more of a PPO step, or of the
-rollouts that are all that evaluating and annotating do. Random weights, no end of sequence, so every row decodes all
+The rule: sampling gets a fused operator if it takes 5% or more of a PPO step, or of the rollouts that are all that
+evaluating and annotating do. (The first half was set before the numbers; the second came after them, when a PPO step
+without filters had shown 2%.) Random weights, no end of sequence, so every row decodes all
 its tokens; medians after one to warm up, sampling by the fused operator and by its plain PyTorch reference in turn.
 ``--step`` times a whole PPO step too, with the module's own defaults.
 """

@@ -38,6 +38,9 @@ def _load() -> tuple[dict[str, Any] | None, str]:
         return None, f"the extension cannot be loaded with torch {torch.__version__}, build it again: {first_line}"
     if info["torch"] != torch.__version__:
         return None, f"the extension was built for torch {info['torch']}, this is {torch.__version__}: build it again"
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.rlhf_lightning, name)]
+    if missing:
+        return None, f"the extension was built from older sources, without {', '.join(missing)}: build it again"
     return info, f"built for torch {info['torch']}"
 
 

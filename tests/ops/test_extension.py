@@ -67,6 +67,14 @@ def test_a_build_for_another_torch_is_refused(monkeypatch):
     assert reason == f"the extension was built for torch 1.2.3, this is {torch.__version__}: build it again"
 
 
+@needs_native
+def test_a_build_of_older_sources_is_refused(monkeypatch):
+    monkeypatch.setattr(extension, "OPERATORS", (*extension.OPERATORS, "of_tomorrow"))
+    build, reason = extension._load()
+    assert build is None
+    assert reason == "the extension was built from older sources, without of_tomorrow: build it again"
+
+
 def test_a_library_that_cannot_be_loaded_is_told_in_one_line(monkeypatch):
     def fail(name):
         raise ImportError("undefined symbol: _ZN2at\nmore")
