@@ -108,9 +108,3 @@ def small(dtype: torch.dtype = torch.float32) -> list[Call]:
 
 SMALL = {call.operator: call for call in small()}
 EVERY = sorted(SMALL)
-ON_CPU_ALONE = {"sample_tokens"}  # native there; on a GPU the plain PyTorch reference runs
-
-
-def is_native(operator: str, device: torch.device) -> bool:
-    """Whether a build for the device has a kernel of the operator."""
-    return device.type == "cpu" or operator not in ON_CPU_ALONE

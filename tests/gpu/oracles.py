@@ -70,6 +70,30 @@ def linear_cross_entropy(
     return -(weights * log_probs).sum(), log_probs, entropy, by_hidden, by_weight
 
 
+def sampling(
+    logits: Tensor, draws: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, list[set[int]]]:
+    """log p ``[B, V]`` after temperature and filters, its entropy, and the tokens that each draw may give: more than
+    one where the draw is within 1e-5 of a border between two."""
+    p, _, _ = softmax(logits, temperature or 1.0)
+    kept = torch.ones_like(p, dtype=torch.bool)
+    if top_k > 0:
+        kept &= p >= p.sort(1, descending=True).values[:, min(top_k, p.shape[1]) - 1 :][:, :1]
+    if top_p < 1:
+        q = torch.where(kept, p, 0.0)
+        q = q / q.sum(1, keepdim=True)
+        ordered, order = q.sort(1, descending=True, stable=True)
+        kept &= torch.zeros_like(kept).scatter(1, order, ordered.cumsum(1) - ordered < top_p)
+    q = torch.where(kept, p, 0.0)
+    q = q / q.sum(1, keepdim=True)
+    entropy = -torch.where(q > 0, q * q.log(), 0.0).sum(1)
+    if temperature == 0:
+        return q.log(), entropy, [{int(row.argmax())} for row in p]
+    right = q.cumsum(1)
+    near = (right > draws[:, None] - 1e-5) & (right - q < draws[:, None] + 1e-5) & (q > 0)
+    return q.log(), entropy, [set(row.nonzero()[:, 0].tolist()) for row in near]
+
+
 def clipped_policy_loss(
     log_probs: Tensor, old: Tensor, advantages: Tensor, low: float, high: float, dual: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

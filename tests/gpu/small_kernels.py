@@ -17,6 +17,7 @@ from gpu.cases import (
     make_gae,
     make_linear,
     make_policy_loss,
+    make_sampling,
     make_token_log_probs,
     make_value_loss,
 )
@@ -30,6 +31,7 @@ def calls(dtype: torch.dtype) -> list[Call]:
     found += [make_token_log_probs(rows, size, dtype) for rows, size in ((1, 1), (3, 7), (5, 1031), (2, 33000))]
     found += [make_linear(*size, dtype) for size in ((1, 1, 1), (5, 8, 131), (130, 16, 1031))]
     found += [make_cross_entropy(*size, dtype) for size in ((5, 8, 131), (130, 16, 1031))]
+    found += [make_sampling(*size, dtype) for size in ((1, 1), (3, 33), (2, 5003))]
     for size in (1, 31, 1027, 9001):
         found += [make_policy_loss(size, dtype=dtype), make_policy_loss(size, dtype=dtype, dual=None)]
         found += [make_value_loss(size, dtype=dtype), make_value_loss(size, dtype=dtype, clip=None)]

@@ -13,11 +13,11 @@ from gpu.cases import (
     EVERY,
     SMALL,
     Call,
-    is_native,
     make_cross_entropy,
     make_gae,
     make_linear,
     make_policy_loss,
+    make_sampling,
     make_token_log_probs,
     make_value_loss,
     small,
@@ -41,11 +41,9 @@ def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 ALL = """
 import sys
 sys.path.insert(0, {tests!r})
-import torch
-from gpu.cases import is_native, small
+from gpu.cases import small
 for call in small():
-    if is_native(call.operator, torch.device({device!r})):
-        call.to({device!r}).run()
+    call.to({device!r}).run()
 print("all native")
 """
 
@@ -54,8 +52,7 @@ def test_every_operator_has_its_kernel(device):
     if device.type == "cpu" and not extension.LOADED:
         pytest.skip(f"no native operators: {extension._REASON}")
     status = extension.status()
-    expected = {name: "native" if is_native(name, device) else "reference" for name in extension.OPERATORS}
-    assert {name: paths[device.type]["path"] for name, paths in status["operators"].items()} == expected, status
+    assert {paths[device.type]["path"] for paths in status["operators"].values()} == {"native"}, status
     if device.type == "cuda":
         assert status["gpu"]["covered"], status
 
@@ -92,8 +89,6 @@ def test_gradcheck(device, operator):
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(device, operator, dtype):
-    if not is_native(operator, device):
-        pytest.skip(f"{operator} has no kernel there")
     call = {c.operator: c for c in small(dtype)}[operator].to(device)
     # The public function tells it which gradients are needed.
     needed = (True, True) if operator == "linear_cross_entropy" else ()
@@ -264,6 +259,7 @@ LARGER = [
     make_token_log_probs(300, 5003),
     make_linear(300, 32, 5003),
     make_cross_entropy(300, 32, 5003),
+    make_sampling(300, 5003),
     make_policy_loss(100_003),
     make_value_loss(100_003),
 ]

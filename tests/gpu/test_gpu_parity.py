@@ -206,6 +206,23 @@ def test_agrees_with_the_cpu(device, operator):
         assert_near(actual, cpu, torch.float32, times=10)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("vocabulary", [1, 7, 129, 5003, 50257])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 50, 1.0), (1.3, 0, 0.9), (0.8, 20, 0.5), (0.0, 0, 1.0)]
+)
+def test_sample_tokens(device, dtype, vocabulary, temperature, top_k, top_p):
+    """Against a search in sorted float64; where a draw falls on the border of two tokens, either will do."""
+    rows = 64
+    logits, draws = randn(rows, vocabulary, dtype=dtype, scale=3.0, seed=6), torch.linspace(0.01, 0.99, rows).double()
+    numbers = (temperature, top_k, top_p)
+    tokens, log_probs, entropy = outputs_and_grads(Call("sample_tokens", (logits, draws), numbers, 0), device)
+    log_p, true_entropy, tokens_near = oracles.sampling(logits, draws, *numbers)
+    assert all(int(token) in near for token, near in zip(tokens, tokens_near, strict=True))
+    assert_near(log_probs, log_p.gather(1, tokens[:, None])[:, 0], result(dtype), times=10)
+    assert_near(entropy, true_entropy, result(dtype), times=10)
+
+
 def shifted(tensor: torch.Tensor) -> torch.Tensor:
     """The same values one element further in memory: aligned for no vector of two."""
     place = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)[1:].view(tensor.shape)
