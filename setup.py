@@ -55,6 +55,20 @@ class Build(BuildExtension):
             )
             self.extensions.clear()  # nothing to copy or to install
 
+    def build_extensions(self) -> None:
+        named = self.compiler.object_filenames
+
+        def object_filenames(sources, *args, **kwargs):  # type: ignore[no-untyped-def]
+            objects = named(sources, *args, **kwargs)
+            # gae.cpp and gae.cu may not both become gae.o.
+            return [
+                f"{name.removesuffix('.o')}_cu.o" if source.endswith(".cu") else name
+                for source, name in zip(sources, objects, strict=True)
+            ]
+
+        self.compiler.object_filenames = object_filenames
+        super().build_extensions()
+
     def copy_file(self, infile, outfile, *args, **kwargs):  # type: ignore[no-untyped-def]
         partial = f"{outfile}.partial"
         super().copy_file(infile, partial, *args, **kwargs)
