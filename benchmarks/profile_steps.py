@@ -330,39 +330,59 @@ def work(task: str, size: Size, folder: Path, way: str, steps: int) -> dict[str,
     trainer.fit(make_module(task, size, folder, count), datamodule=RandomBatches(folder, task, size, count))
     return {
         "step_ms": timer.bare,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "clocked_step_ms": timer.clocked,
-        "phases_ms": medians(timer.phases),
-        "operators": {name: medians([step[name] for step in timer.operators]) for name in sorted(timer.operators[0])},
+        "peak_mib": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024],
+        "phases": timer.phases,
+        "operators": timer.operators,
     }
-
-
-def medians(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
 # All ways, and what they say
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    ways = {}
+    """Every way's times; the rounds go there and back, so that a machine that slows down slows all of them."""
+    rounds: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         save_model(SIZES[options.size], Path(folder))
-        for way in WAYS:
-            command = [sys.executable, __file__, "--task", options.task, "--size", options.size]
-            command += ["--threads", str(options.threads), "--steps", str(options.steps)]
-            path = Path(folder) / f"{way}.json"
-            choice = "native" if way == "native" else "reference"
-            done = subprocess.run(
-                [*command, "--way", way, "--model", folder, "--json", str(path)],
-                env={**os.environ, extension.VARIABLE: choice},
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode != 0:
-                raise SystemExit(f"{way} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-            ways[way] = json.loads(path.read_text())
-    return ways
+        for number in range(options.rounds):
+            for way in WAYS if number % 2 == 0 else reversed(WAYS):
+                rounds[way].append(run(options, way, Path(folder)))
+    return {way: merged(parts) for way, parts in rounds.items()}
+
+
+def run(options: argparse.Namespace, way: str, folder: Path) -> dict[str, Any]:
+    """What `work` measures, in a process of its own."""
+    command = [sys.executable, __file__, "--task", options.task, "--size", options.size, "--way", way]
+    command += ["--threads", str(options.threads), "--steps", str(options.steps)]
+    path = folder / "measured.json"
+    done = subprocess.run(
+        [*command, "--model", str(folder), "--json", str(path)],
+        env={**os.environ, extension.VARIABLE: "native" if way == "native" else "reference"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{way} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    measured: dict[str, Any] = json.loads(path.read_text())
+    return measured
+
+
+def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rounds as one: the steps' times, and the medians of what they are made of."""
+    together = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+    names = sorted(together["operators"][0])
+    return {
+        "step_ms": together["step_ms"],
+        "clocked_step_ms": together["clocked_step_ms"],
+        "peak_mib": max(together["peak_mib"]),
+        "phases_ms": medians(together["phases"]),
+        "operators": {name: medians([step[name] for step in together["operators"]]) for name in names},
+    }
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:
@@ -427,7 +447,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "task": options.task,
         "size": {"name": options.size, **vars(SIZES[options.size])},
-        "steps": options.steps,
+        "steps": options.rounds * options.steps,
     }
 
 
@@ -458,7 +478,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("ppo", "sft", "dpo"), required=True)
     parser.add_argument("--size", choices=SIZES, default="16m")
-    parser.add_argument("--steps", type=int, default=5, help="bare steps, at least 2; as many again with the clock on")
+    parser.add_argument("--steps", type=int, default=4, help="bare steps of a process; as many with the clock on")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each way")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the numbers here, and a page beside it")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # a process of its own for one of them
