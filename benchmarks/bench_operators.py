@@ -22,7 +22,7 @@ from operators.entrants import OPERATORS, OURS
 from operators.rounds import Workers, measure
 
 RESULTS = Path(__file__).resolve().parent / "results"
-TURNS, CALLS = 5, 20  # of a row
+TURNS, CALLS = 4, 20  # of a row
 SWEEP_TURNS, SWEEP_CALLS = 2, 6  # of a point of the plots
 
 

@@ -114,8 +114,8 @@ def cuda_cases() -> list[Case]:
 def sweeps(device: str) -> list[Case]:
     """The points of the plots: time and memory against N, V and T, one size varied at a time."""
     if device == "cpu":
-        dtype, hidden, rows, columns = "float32", 576, (256, 512, 1024, 2048), (4096, 16384, 49152, 131072)
-        middle, lengths, batch = {"N": 512, "V": 49152}, (128, 512, 2048, 8192), 256
+        dtype, hidden, rows, columns = "float32", 576, (128, 256, 512, 1024), (4096, 16384, 49152, 131072)
+        middle, lengths, batch = {"N": 256, "V": 49152}, (128, 512, 2048, 8192), 256
     else:
         dtype, hidden, rows, columns = "bfloat16", 4096, (1024, 4096, 16384), (16384, 65536, 262144)
         middle, lengths, batch = {"N": 4096, "V": 128256}, (128, 512, 2048, 8192), 1024
