@@ -82,7 +82,7 @@ def sampling(
     if top_p < 1:
         q = torch.where(kept, p, 0.0)
         q = q / q.sum(1, keepdim=True)
-        ordered, order = q.sort(1, descending=True, stable=True)
+        ordered, order = q.sort(dim=1, descending=True, stable=True)
         kept &= torch.zeros_like(kept).scatter(1, order, ordered.cumsum(1) - ordered < top_p)
     q = torch.where(kept, p, 0.0)
     q = q / q.sum(1, keepdim=True)
