@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import setuptools
+from torch.utils.cpp_extension import BuildExtension
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "benchmarks" / "cuda_resources.py")
@@ -58,3 +62,19 @@ def test_compiles_for_every_architecture_without_local_memory(kernels, source):
 
 def test_every_operator_has_its_file():
     assert cuda_resources.SOURCES, "no CUDA source was found, so none was checked"
+
+
+def test_every_source_makes_an_object_file_of_its_own(monkeypatch):
+    """The names that the compiler gives them are made of the stem alone, and gae.cpp and gae.cu have the same."""
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+    monkeypatch.setattr(BuildExtension, "build_extensions", lambda self: None)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    command = given["cmdclass"]["build_ext"](setuptools.Distribution())
+    command.compiler = SimpleNamespace(object_filenames=lambda sources: [f"build/{Path(x).stem}.o" for x in sources])
+    command.build_extensions()
+    sources = [str(path) for pattern in ("*.cpp", "*.cu") for path in (ROOT / "csrc").glob(pattern)]
+    objects = command.compiler.object_filenames(sources)
+    assert len(set(objects)) == len(sources)
+    assert len({Path(x).stem for x in sources}) < len(sources), "no two have the same stem: then this shows nothing"
