@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "add_product.h"
 #include "check.h"
 #include "large_memory.h"
 #include "softmax_rows.h"
@@ -81,7 +82,7 @@ std::tuple<at::Tensor, at::Tensor> linear_token_log_probs_backward(
   const int64_t rows = hidden.size(0), vocabulary = weight.size(0), width = chunk_width(rows, weight);
   check_token_range(kName, t, vocabulary);
   const int64_t* token = t.const_data_ptr<int64_t>();
-  // Summed over chunks, so in float32 also where the products are of 16 bits.
+  // A sum over chunks, so float32 also where the operands are of 16 bits.
   auto grad_hidden = at::zeros(hidden_needed ? hidden.sizes() : at::IntArrayRef{0}, hidden.options().dtype(type));
   auto grad_weight = empty_large(weight_needed ? weight.sizes() : at::IntArrayRef{0}, weight.options()).tensor;
   if (rows == 0) return {grad_hidden.to(hidden.scalar_type()), grad_weight.zero_()};
@@ -101,8 +102,8 @@ std::tuple<at::Tensor, at::Tensor> linear_token_log_probs_backward(
         }
       });
     });
-    if (hidden_needed && type == hidden.scalar_type()) grad_hidden.addmm_(chunk, weights);
-    if (hidden_needed && type != hidden.scalar_type()) grad_hidden.add_(at::mm(chunk, weights));
+    if (hidden_needed && columns == vocabulary) grad_hidden = at::mm(chunk, weights);
+    if (hidden_needed && columns < vocabulary) add_product(grad_hidden, chunk, weights);
     if (weight_needed) {
       auto out = grad_weight.narrow(0, first, columns);
       at::mm_out(out, chunk.t(), hidden);
