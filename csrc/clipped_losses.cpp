@@ -12,13 +12,17 @@
 
 namespace rlhf_lightning {
 
-ClippedLossTensors clipped_loss_tensors(const char* op, NamedTensor learned, NamedTensor old, NamedTensor target) {
+void check_clipped_loss(const char* op, NamedTensor learned, NamedTensor old, NamedTensor target) {
   check_float(op, learned.name, learned.tensor);
   for (const auto& other : {old, target}) {
     check_float(op, other.name, other.tensor);
     check_shape(op, other.name, other.tensor, learned.tensor.sizes(), learned.name);
     check_device(op, other.name, other.tensor, learned.tensor, learned.name);
   }
+}
+
+ClippedLossTensors clipped_loss_tensors(const char* op, NamedTensor learned, NamedTensor old, NamedTensor target) {
+  check_clipped_loss(op, learned, old, target);
   const auto type = compute_type({learned.tensor, old.tensor, target.tensor});
   const auto ready = [type](const at::Tensor& x) { return x.to(type).contiguous(); };
   const auto x = ready(learned.tensor);
@@ -39,31 +43,34 @@ at::Tensor clipped_loss_backward_composed(const at::Tensor& grad_loss, const at:
   return (grad_loss * slope).to(dtype);
 }
 
-at::Tensor clipped_loss_backward(const at::Tensor& grad_loss, const at::Tensor& slope, at::ScalarType dtype) {
+ClippedLossBackward clipped_loss_backward_tensors(
+    const at::Tensor& grad_loss, const at::Tensor& slope, at::ScalarType dtype) {
   constexpr const char* name = "clipped_loss_backward";
   check_float(name, "slope", slope);
   check_dtype(name, "grad_loss", grad_loss, slope.scalar_type());
   check_shape(name, "grad_loss", grad_loss, slope.sizes(), "slope");
   check_device(name, "grad_loss", grad_loss, slope, "slope");
   const bool single = slope.scalar_type() == at::kFloat, half = dtype == at::kBFloat16 || dtype == at::kHalf;
-  if (slope.numel() == 0 || (dtype != slope.scalar_type() && !(single && half))) {
-    return clipped_loss_backward_composed(grad_loss, slope, dtype);
-  }
-  // A sum or a mean hands back one number seen at every place.
+  if (slope.numel() == 0 || (dtype != slope.scalar_type() && !(single && half))) return {};
   const auto strides = grad_loss.strides();
   const bool same = std::all_of(strides.begin(), strides.end(), [](int64_t stride) { return stride == 0; });
-  const auto g = same ? grad_loss : grad_loss.contiguous(), s = slope.contiguous();
-  auto out = at::empty(s.sizes(), s.options().dtype(dtype));
+  const auto s = slope.contiguous();
+  return {same ? grad_loss : grad_loss.contiguous(), same, s, at::empty(s.sizes(), s.options().dtype(dtype))};
+}
+
+at::Tensor clipped_loss_backward(const at::Tensor& grad_loss, const at::Tensor& slope, at::ScalarType dtype) {
+  auto t = clipped_loss_backward_tensors(grad_loss, slope, dtype);
+  if (!t.out.defined()) return clipped_loss_backward_composed(grad_loss, slope, dtype);
   const Kernels& k = kernels();
   if (dtype == at::kDouble) {
-    multiply<double>(k.loss_double.gradient, g, same, s, out);
+    multiply<double>(k.loss_double.gradient, t.grad, t.same, t.slope, t.out);
   } else {
     const auto kernel = dtype == at::kFloat      ? k.loss_float.gradient
                         : dtype == at::kBFloat16 ? k.gradient_bfloat16
                                                  : k.gradient_float16;
-    multiply<float>(kernel, g, same, s, out);
+    multiply<float>(kernel, t.grad, t.same, t.slope, t.out);
   }
-  return out;
+  return t.out;
 }
 
 namespace {

@@ -1,7 +1,9 @@
-// What the CUDA kernels share: 16-bit floats, vector loads and stores, warp and block reductions in a fixed order, a launch.
+// What the CUDA kernels share: 16-bit floats, vector loads and stores, warp and block reductions in a fixed order, a
+// launch.
 //
 // Kernels include CUDA's own headers only, use no atomics, and reach shared and global memory through plain C++ or the
-// functions here, so that tests/ops/cuda_emulator/ can compile the same files with a C++ compiler and run them on a CPU.
+// functions here, so that tests/ops/cuda_emulator/ can compile the same files with a C++ compiler and run them on a
+// CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -99,7 +101,7 @@ template <int n, typename T>
 __device__ __forceinline__ void store(T* x, const Pack<T, n>& pack) {
   Word<T, n> word;
   __builtin_memcpy(&word, &pack, sizeof(pack));
-  __stwb(reinterpret_cast<Word<T, n>*>(x), word);
+  __stwb(reinterpret_cast<Word<T, n>*>(x), word);  // the default store; a plain assignment may be split into elements
 }
 template <int n, typename T>
 __device__ __forceinline__ void store_streaming(T* x, const Pack<T, n>& pack) {
@@ -131,7 +133,8 @@ __device__ __forceinline__ T shuffle_xor(const T& x, int mask) {
   return other;
 }
 
-// combine(a, b) over the 32 lanes of a full warp, as a tree. Every lane gets the same bits if combine(a, b) is combine(b, a).
+// combine(a, b) over the 32 lanes of a full warp, as a tree. Every lane gets the same bits if combine(a, b) is
+// combine(b, a).
 template <typename T, typename F>
 __device__ __forceinline__ T warp_reduce(T x, const F& combine) {
 #pragma unroll
@@ -139,8 +142,8 @@ __device__ __forceinline__ T warp_reduce(T x, const F& combine) {
   return x;
 }
 
-// combine over a block of kThreads threads, a multiple of 32: all of them must call it, and all get the result. `shared`
-// holds kThreads / 32 elements. The order is fixed; shared may be used again at once.
+// combine over a block of kThreads threads, a multiple of 32: all of them must call it, and all get the result.
+// `shared` holds kThreads / 32 elements. The order is fixed; shared may be used again at once.
 template <int kThreads, typename T, typename F>
 __device__ __forceinline__ T block_reduce(T x, T* shared, const F& combine) {
   static_assert(kThreads % kWarp == 0, "whole warps only");
@@ -156,17 +159,30 @@ __device__ __forceinline__ T block_reduce(T x, T* shared, const F& combine) {
   return x;
 }
 
-// kernel<<<grid, block, shared bytes, stream>>>(arguments...) in plain C++.
+// kernel<<<grid, block, shared bytes, stream>>>(arguments...) in plain C++, in clusters of so many blocks; more than
+// one needs compute capability 9.0.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(
-    void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+cudaError_t launch_clusters(
+    void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, unsigned cluster, cudaStream_t stream,
     const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(
+    void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+    const Arguments&... arguments) {
+  return launch_clusters(kernel, grid, block, shared, 1, stream, arguments...);
 }
 
 }  // namespace rlhf_lightning

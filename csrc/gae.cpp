@@ -127,8 +127,7 @@ void run(
 }
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> gae(
-    const at::Tensor& rewards, const at::Tensor& values, const at::Tensor& mask, double gamma, double lam) {
+void check_gae(const at::Tensor& rewards, const at::Tensor& values, const at::Tensor& mask) {
   check_float(kName, "rewards", rewards);
   check_float(kName, "values", values);
   check_dtype(kName, "mask", mask, at::kBool);
@@ -137,7 +136,11 @@ std::tuple<at::Tensor, at::Tensor> gae(
   check_device(kName, "values", values, rewards, "rewards");
   check_shape(kName, "mask", mask, rewards.sizes(), "rewards");
   check_device(kName, "mask", mask, rewards, "rewards");
+}
 
+std::tuple<at::Tensor, at::Tensor> gae(
+    const at::Tensor& rewards, const at::Tensor& values, const at::Tensor& mask, double gamma, double lam) {
+  check_gae(rewards, values, mask);
   const auto type = compute_type({rewards, values});
   const auto r = rewards.to(type).contiguous(), v = values.to(type).contiguous(), m = mask.contiguous();
   auto advantages = empty_large(r.sizes(), r.options()).tensor, returns = empty_large(r.sizes(), r.options()).tensor;

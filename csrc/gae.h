@@ -7,6 +7,8 @@
 
 namespace rlhf_lightning {
 
+void check_gae(const at::Tensor& rewards, const at::Tensor& values, const at::Tensor& mask);
+
 std::tuple<at::Tensor, at::Tensor> gae(
     const at::Tensor& rewards, const at::Tensor& values, const at::Tensor& mask, double gamma, double lam);
 

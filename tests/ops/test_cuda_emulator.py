@@ -89,12 +89,6 @@ __global__ void neighbours(float* y) {
 }
 """
 EXPORTS = r"""
-int clusters(void (*kernel)(float*), float* y, int64_t size) {
-  cudaLaunchAttribute attribute;
-  attribute.val.clusterDim = dim3(static_cast<unsigned>(size));
-  cudaLaunchConfig_t config{dim3(12), dim3(32), 0, nullptr, &attribute, 1};
-  return cudaLaunchKernelEx(&config, kernel, y);
-}
 extern "C" {
 int run_reverse(const float* x, float* y, int64_t barrier) {
   return launch(barrier ? reverse<true> : reverse<false>, dim3(5), dim3(64), 0, nullptr, x, y);
@@ -116,7 +110,7 @@ int run_dynamic(float* y, int64_t count, int64_t bytes) {
 }
 int run_sums(const float* x, float* y) { return launch(sums, dim3(1), dim3(128), 0, nullptr, x, y); }
 int run_neighbours(float* y, int64_t size, int64_t barrier) {
-  return clusters(barrier ? neighbours<true> : neighbours<false>, y, size);
+  return launch_clusters(barrier ? neighbours<true> : neighbours<false>, dim3(12), dim3(32), 0, size, nullptr, y);
 }
 }
 """

@@ -12,7 +12,12 @@ struct cluster_group {
   T* map_shared_rank(T* x, unsigned rank) const {
     return static_cast<T*>(emulator::shared_of(rank, const_cast<void*>(static_cast<const volatile void*>(x))));
   }
-  void sync(int line = __builtin_LINE()) const { emulator::wait(emulator::kCluster, 0, line); }
+  void barrier_arrive() const { emulator::arrive(); }
+  void barrier_wait(int line = __builtin_LINE()) const { emulator::wait(emulator::kCluster, 0, line); }
+  void sync(int line = __builtin_LINE()) const {
+    barrier_arrive();
+    barrier_wait(line);
+  }
 };
 inline cluster_group this_cluster() { return {}; }
 

@@ -1,9 +1,11 @@
 // A stand-in for CUDA's header of this name: what the kernels in csrc/*.cu use of it, run on a CPU by machine.h.
 //
-// With this folder in place of the toolkit's, a C++ compiler turns a .cu file into a shared object whose launchers run their
-// kernels before they return. Nothing here tells how fast a kernel is, nor how a GPU rounds expf; it tells whether the
-// indices, the barriers and the arithmetic are right.
+// With this folder in place of the toolkit's, a C++ compiler turns a .cu file into a shared object whose launchers run
+// their kernels before they return. Nothing here tells how fast a kernel is, nor how a GPU rounds expf; it tells
+// whether the indices, the barriers and the arithmetic are right.
 #pragma once
+
+#include <math.h>  // which has fma, exp and the like for float and double without std::
 
 #include <cmath>
 #include <cstdint>
@@ -16,9 +18,9 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
-// Shared memory belongs to a block. Blocks run one after another, so one copy will do, and thread_local says `static` where
-// that is due, allows `extern __shared__ T name[]`, and keeps all of it in one place, which the machine fills with 0xff
-// before each block: a NaN in every float type.
+// Shared memory belongs to a block. Blocks run one after another, so one copy will do, and thread_local says `static`
+// where that is due, allows `extern __shared__ T name[]`, and keeps all of it in one place, which the machine fills
+// with 0xff before each block: a NaN in every float type.
 #define __shared__ thread_local
 
 struct uint3 {
@@ -135,7 +137,7 @@ struct cudaFuncAttributes {
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
-    dim3 clusterDim;
+    uint3 clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -181,5 +183,6 @@ cudaError_t cudaLaunchKernelEx(
   const auto allowed = emulator::allowed_shared.find(reinterpret_cast<const void*>(kernel));
   launch.shared_limit = allowed == emulator::allowed_shared.end() ? 48 * 1024 : allowed->second;
   launch.body = [=] { kernel(static_cast<Parameters>(arguments)...); };
-  return emulator::run(launch) ? cudaSuccess : emulator::refused ? cudaErrorInvalidConfiguration : cudaErrorLaunchFailure;
+  if (emulator::run(launch)) return cudaSuccess;
+  return emulator::refused ? cudaErrorInvalidConfiguration : cudaErrorLaunchFailure;
 }

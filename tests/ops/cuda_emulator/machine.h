@@ -1,10 +1,10 @@
 // The machine under the stand-in headers: it runs the blocks of a kernel on this thread, every CUDA thread a fiber.
 //
-// A fiber runs until it waits at a barrier, takes part in a shuffle or ends; which one runs next is drawn at random (see
-// emulator_seed), so threads are as far apart as the barriers allow and a missing barrier shows as a wrong result. Waiting
-// fibers go on when all those whom they wait for have come to the same call. If none can go on, or a thread has ended that
-// is waited for, the launch fails. So it does at a memory fault, at an index beyond a C array, and at a wrong access through
-// __ldg and its like: the file is compiled with traps for the former (ops/cuda_emulation.py).
+// A fiber runs until it waits at a barrier, takes part in a shuffle or ends; which one runs next is drawn at random
+// (see emulator_seed), so threads are as far apart as the barriers allow and a missing barrier shows as a wrong result.
+// Waiting fibers go on when all those whom they wait for have come to the same call. If none can go on, or a thread has
+// ended that is waited for, the launch fails. So it does at a memory fault, at an index beyond a C array, and at a
+// wrong access through __ldg and its like: the file is compiled with traps for the former (ops/cuda_emulation.py).
 #pragma once
 
 #include <link.h>
@@ -47,6 +47,7 @@ struct Fiber {
   Wait wait = kReady;
   int line = 0;
   unsigned mask = 0;
+  int arrivals = 0;  // at the cluster's barrier; a thread that waits there waits until all have as many
   uint64_t given = 0;  // what this lane brings to a shuffle
   bool started = false;
   unsigned thread = 0;
@@ -111,6 +112,8 @@ __attribute__((noinline)) inline void wait(Wait what, unsigned mask, int line) {
   if (_setjmp(fiber->state) == 0) back_to_scheduler();
 }
 
+inline void arrive() { ++fiber->arrivals; }
+
 inline void fiber_main() {
   current->body();
   fiber->wait = kDone;
@@ -166,7 +169,9 @@ T shuffle(Lane how, int line, unsigned mask, T x, int operand, int width = warpS
                : how == kDown ? lane + operand
                               : lane ^ operand;
   if (source < first || source >= first + width) source = lane;
-  if ((mask >> source & 1u) == 0) fail("line %d: a shuffle reads lane %d, which is not in the mask %#x", line, source, mask);
+  if ((mask >> source & 1u) == 0) {
+    fail("line %d: a shuffle reads lane %d, which is not in the mask %#x", line, source, mask);
+  }
   std::memcpy(&x, &blocks[rank].lanes[fiber->thread - lane + source], sizeof(T));
   return x;
 }
@@ -181,8 +186,8 @@ inline unsigned ballot(int line, unsigned mask, bool predicate) {
   return votes;
 }
 
-// Shared memory is this shared object's thread-local segment. Where a cluster's blocks take turns, each has a copy of its own,
-// which is put in place while it runs.
+// Shared memory is this shared object's thread-local segment. Where a cluster's blocks take turns, each has a copy of
+// its own, which is put in place while it runs.
 
 struct Segment {
   unsigned char* begin = nullptr;
@@ -253,13 +258,25 @@ inline bool release_warps(Block& block) {
   return true;
 }
 
-// The same for barriers of whole blocks: all of the fibers must wait for `what`, at one line.
-inline bool release_all(std::vector<Fiber*>& fibers, Wait what) {
+// The same for the block's barrier: all of its threads must wait, at one line.
+inline void release_block(std::vector<Fiber*>& fibers) {
   for (const Fiber* one : fibers) {
-    if (one->wait != what || one->line != fibers[0]->line) return false;
+    if (one->wait != kBlock || one->line != fibers[0]->line) return;
   }
   for (Fiber* one : fibers) one->wait = kReady;
-  return true;
+}
+
+// The same for the cluster's barrier. False if nobody can go on.
+inline bool release_cluster(std::vector<Fiber*>& fibers) {
+  int arrivals = fibers[0]->arrivals;
+  for (const Fiber* one : fibers) arrivals = std::min(arrivals, one->arrivals);
+  bool released = false;
+  for (Fiber* one : fibers) {
+    if (one->wait != kCluster || one->arrivals > arrivals) continue;
+    one->wait = kReady;
+    released = true;
+  }
+  return released;
 }
 
 // Runs a block until its fibers have ended or wait for the cluster.
@@ -270,7 +287,7 @@ inline bool run_block(Block& block) {
   std::vector<size_t> ready;
   while (true) {
     if (!release_warps(block)) return false;
-    release_all(all, kBlock);
+    release_block(all);
     ready.clear();
     for (size_t i = 0; i < all.size(); ++i) {
       if (all[i]->wait == kReady) ready.push_back(i);
@@ -324,7 +341,7 @@ inline bool run_cluster(const Launch& launch, size_t first) {
       if (!run_block(blocks[i])) return false;
       std::memcpy(blocks[i].shared.data(), segment.begin, segment.size);
     }
-  } while (release_all(all, kCluster));
+  } while (release_cluster(all));
   for (Fiber* one : all) {
     fiber = one;
     if (one->wait == kCluster) {
@@ -345,8 +362,8 @@ inline bool run_cluster(const Launch& launch, size_t first) {
 
 // A fault on a fiber ends the launch, not the process.
 inline void on_fault(int number, siginfo_t* info, void*) {
-  describe("%s at %p", number == SIGILL || number == SIGTRAP ? "an index or operand out of its range" : "a memory fault",
-           info->si_addr);
+  const bool trap = number == SIGILL || number == SIGTRAP;
+  describe("%s at %p", trap ? "an index or operand out of its range" : "a memory fault", info->si_addr);
   back_to_scheduler();
 }
 

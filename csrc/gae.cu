@@ -1,0 +1,307 @@
+// Generalised advantage estimation as a scan along the row, in one pass over memory.
+//
+// With d = reward - value and B[t] = gamma * value[t] + gamma * lambda * advantage[t], what step t hands to the True
+// step before it, the recursion of rlhf_lightning/ops/gae.py is one of B alone:
+//
+//     advantage[t] = d[t] + B[t + 1],    B[t] = gamma * lambda * B[t + 1] + (gamma * value[t] + gamma * lambda * d[t])
+//
+// Any steps together are thus a map x -> (gamma * lambda)^count * x + offset with count the True ones among them, and
+// maps are composed in any grouping. A lane takes kSteps neighbouring steps, a warp kRounds runs of 32 lanes' steps, a
+// block a tile of its warps' runs; the tiles of a row are gone through from its end, by one block, or by a cluster of
+// blocks that take neighbouring tiles at once, which makes few long rows as fast as many short ones. The grouping hangs
+// on the number of steps alone, and the maps of tiles are applied one by one whoever holds them: a row's results are
+// the same bits in any batch, on any number of blocks, at any address.
+//
+// Powers are taken of the count, not multiplied up: a rounded power that is squared again and again has its error
+// doubled each time, always in the same direction (three times the error of the sequential recursion at 300 steps and
+// lambda 0.999), while 2^(count * log2(gamma * lambda)) is off by a few units in the last place of 1 for any count.
+#include "gae_launch.h"
+
+#include <cooperative_groups.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "device.cuh"
+
+namespace rlhf_lightning {
+namespace {
+
+constexpr int kMaxWarps = 8;
+constexpr int kMaxCluster = 8;  // the most that every GPU with clusters takes
+
+// The numbers that all steps share. discount is gamma, decay gamma * lambda.
+template <typename C>
+struct Factors {
+  C discount;
+  C decay;
+  C log2_decay;  // -infinity where decay is 0
+};
+
+__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
+__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
+
+// x -> decay^count * x + offset; at first the identity.
+template <typename C>
+struct Map {
+  int count = 0;
+  C offset = 0;
+  __device__ C operator()(C x, const Factors<C>& by) const {
+    return count == 0 ? x : fma(exp2_of(static_cast<C>(count) * by.log2_decay), x, offset);
+  }
+};
+// What two maps do, `first` first.
+template <typename C>
+__device__ Map<C> composed(const Map<C>& first, const Map<C>& second, const Factors<C>& by) {
+  return {first.count + second.count, second(first.offset, by)};
+}
+
+template <typename T>
+struct Rows {
+  const T* rewards;
+  const T* values;
+  const unsigned char* mask;
+  Compute<T>* advantages;
+  Compute<T>* returns;
+};
+
+// n elements from x on, by one load or one by one; none of them beyond `left` is touched.
+template <int n, bool by_vector, typename T>
+__device__ __forceinline__ Pack<T, n> load_some(const T* x, int left) {
+  Pack<T, n> pack{};
+  if constexpr (by_vector) {
+    if (left >= n) pack = load<n>(x);  // a row of whole vectors: all or none
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (i < left) pack.at[i] = load<1>(x + i).at[0];
+    }
+  }
+  return pack;
+}
+template <int n, bool by_vector, typename T>
+__device__ __forceinline__ void store_some(T* x, const Pack<T, n>& pack, int left) {
+  if constexpr (by_vector) {
+    if (left >= n) store<n>(x, pack);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (i < left) store<1>(x + i, Pack<T, 1>{{pack.at[i]}});
+    }
+  }
+}
+
+// What a thread holds of one tile: kRounds groups of kSteps steps.
+template <typename T, int kSteps, int kRounds, bool by_vector>
+struct Tile {
+  using C = Compute<T>;
+  C difference[kRounds][kSteps];  // reward - value, 0 at a False step
+  C value[kRounds][kSteps];
+  unsigned counted = 0;  // bit round * kSteps + step
+  Map<C> after[kRounds];  // of all steps of the warp that follow the group
+
+  // `at` is the place of the thread's first step in the arrays, `left` how many steps there are from it on.
+  __device__ void read(const Rows<T>& rows, int64_t at, int left) {
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round, at += kWarp * kSteps, left -= kWarp * kSteps) {
+      const auto mask = load_some<kSteps, by_vector>(rows.mask + at, left);
+      const auto rewards = load_some<kSteps, by_vector>(rows.rewards + at, left);
+      const auto values = load_some<kSteps, by_vector>(rows.values + at, left);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const bool real = mask.at[step] != 0;
+        value[round][step] = real ? to_compute(values.at[step]) : C(0);
+        difference[round][step] = real ? to_compute(rewards.at[step]) - value[round][step] : C(0);
+        counted |= static_cast<unsigned>(real) << (round * kSteps + step);
+      }
+    }
+  }
+
+  // The map of all the warp's steps, in every lane.
+  __device__ Map<C> scan(const Factors<C>& by) {
+    const int lane = threadIdx.x % kWarp;
+    Map<C> warp;
+#pragma unroll
+    for (int round = kRounds - 1; round >= 0; --round) {
+      Map<C> from_here;  // first of this lane's steps, in the end of those of all lanes from this one on
+#pragma unroll
+      for (int step = kSteps - 1; step >= 0; --step) {
+        if ((counted >> (round * kSteps + step) & 1u) == 0) continue;
+        const C own = fma(by.decay, difference[round][step], by.discount * value[round][step]);
+        from_here = {from_here.count + 1, fma(by.decay, from_here.offset, own)};
+      }
+#pragma unroll
+      for (int distance = 1; distance < kWarp; distance *= 2) {
+        const Map<C> later{
+            __shfl_down_sync(kAllLanes, from_here.count, distance),
+            __shfl_down_sync(kAllLanes, from_here.offset, distance)};
+        if (lane + distance < kWarp) from_here = composed(later, from_here, by);
+      }
+      const Map<C> next{
+          __shfl_down_sync(kAllLanes, from_here.count, 1), __shfl_down_sync(kAllLanes, from_here.offset, 1)};
+      after[round] = lane + 1 < kWarp ? composed(warp, next, by) : warp;
+      const Map<C> whole{
+          __shfl_sync(kAllLanes, from_here.count, 0), __shfl_sync(kAllLanes, from_here.offset, 0)};
+      warp = composed(warp, whole, by);
+    }
+    return warp;
+  }
+
+  // `bootstrap` is the B of the first step after the warp's.
+  __device__ void write(
+      const Rows<T>& rows, int64_t at, int left, const Factors<C>& by, C bootstrap) const {
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round, at += kWarp * kSteps, left -= kWarp * kSteps) {
+      Pack<C, kSteps> advantages, returns;
+      C next = after[round](bootstrap, by);
+#pragma unroll
+      for (int step = kSteps - 1; step >= 0; --step) {
+        const bool real = counted >> (round * kSteps + step) & 1u;
+        const C advantage = difference[round][step] + next;
+        advantages.at[step] = real ? advantage : C(0);
+        returns.at[step] = real ? advantage + value[round][step] : C(0);
+        if (real) next = fma(by.discount, value[round][step], by.decay * advantage);
+      }
+      store_some<kSteps, by_vector>(rows.advantages + at, advantages, left);
+      store_some<kSteps, by_vector>(rows.returns + at, returns, left);
+    }
+  }
+};
+
+// The maps of the tiles that a cluster's blocks hold, the last tile first, in lane i of every warp that of block i.
+// Never called where there are no clusters.
+template <typename C>
+__device__ Map<C> maps_of_cluster(const Map<C>* own, int cluster) {
+  Map<C> map;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  const auto group = cooperative_groups::this_cluster();
+  group.sync();
+  const int lane = threadIdx.x % kWarp;
+  if (lane < cluster) map = *group.map_shared_rank(own, lane);
+#endif
+  return map;
+}
+// A block may not end while another may still read its shared memory. It says that it has read, before it writes its
+// results, and has not to wait for the others' in the end.
+__device__ inline void has_read() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().barrier_arrive();
+#endif
+}
+__device__ inline void wait_for_readers() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().barrier_wait();
+#endif
+}
+
+// What fits without spilling; more blocks keep more loads in flight.
+template <typename T, int kSteps, bool by_vector>
+constexpr int kBlocksPerMultiprocessor = kSteps > 1 && by_vector && sizeof(T) < 8 ? 5 : 3;
+
+// Block i of each cluster of `cluster` blocks takes tiles i, i + cluster, ... of the cluster's row, counted from its
+// end.
+template <typename T, int kSteps, int kRounds, bool by_vector>
+__global__ void __launch_bounds__(kMaxWarps * kWarp, kBlocksPerMultiprocessor<T, kSteps, by_vector>) gae_kernel(
+    const Rows<T> rows, int64_t steps, int cluster, const Factors<Compute<T>> by) {
+  using C = Compute<T>;
+  // Twice, so that one barrier a tile is enough: a tile's maps are read while the next one's are written.
+  __shared__ Map<C> of_warp[2][kMaxWarps], of_tile[2];
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, rank = blockIdx.x % cluster;
+  constexpr int kRun = kSteps * kRounds * kWarp;
+  const int tiles = static_cast<int>((steps + kRun * warps - 1) / (kRun * warps));
+
+  C bootstrap = 0;  // what the steps after those at hand give
+  int turn = 0;
+  for (int done = 0; done < tiles; done += cluster, turn ^= 1) {
+    const int tile = tiles - 1 - done - rank;  // in the last turn there may be fewer tiles than blocks
+    const int64_t start = (static_cast<int64_t>(tile) * warps + warp) * kRun + threadIdx.x % kWarp * kSteps;
+    const int left = tile < 0 ? 0 : static_cast<int>(min(steps - start, static_cast<int64_t>(kRun)));
+    const int64_t at = blockIdx.x / cluster * steps + start;
+    Tile<T, kSteps, kRounds, by_vector> mine;
+    mine.read(rows, at, left);
+    const Map<C> own = mine.scan(by);
+    if (threadIdx.x % kWarp == 0) of_warp[turn][warp] = own;
+    __syncthreads();
+    Map<C> later, whole;  // of the warps after this one, of all warps
+    for (int w = warps - 1; w >= 0; --w) {
+      if (w == warp) later = whole;
+      whole = composed(whole, of_warp[turn][w], by);
+    }
+    C here = bootstrap;  // what this tile is handed
+    if (cluster == 1) {
+      bootstrap = whole(bootstrap, by);
+    } else {
+      if (threadIdx.x == 0) of_tile[turn] = whole;
+      const Map<C> map = maps_of_cluster(&of_tile[turn], cluster);
+      for (int i = 0; i < cluster; ++i) {
+        if (i == rank) here = bootstrap;
+        const Map<C> other{__shfl_sync(kAllLanes, map.count, i), __shfl_sync(kAllLanes, map.offset, i)};
+        bootstrap = other(bootstrap, by);
+      }
+      if (done + cluster >= tiles) has_read();
+    }
+    mine.write(rows, at, left, by, later(here, by));
+  }
+  if (cluster > 1) wait_for_readers();
+}
+
+// How many blocks a row gets: enough to fill the GPU, no more than the row has tiles.
+template <typename Kernel>
+cudaError_t choose_cluster(Kernel* kernel, int64_t rows, int64_t tiles, int& cluster) {
+  cluster = 1;
+  if (tiles == 1) return cudaSuccess;
+  int device, multiprocessors;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  // The code decides, not the GPU: a new GPU may run what was made for one without clusters.
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess || attributes.ptxVersion < 90) return error;
+  while (cluster < kMaxCluster && cluster < tiles && rows * cluster < 4 * multiprocessors) cluster *= 2;
+  return cudaSuccess;
+}
+
+template <typename T, int kSteps, int kRounds, bool by_vector>
+cudaError_t launch_shape(const GaeArrays& a, double gamma, double lam, cudaStream_t stream) {
+  using C = Compute<T>;
+  constexpr int64_t kRun = kSteps * kRounds * kWarp;
+  const int64_t warps = std::min<int64_t>(kMaxWarps, (a.steps + kRun - 1) / kRun);
+  const auto kernel = gae_kernel<T, kSteps, kRounds, by_vector>;
+  int cluster;
+  const cudaError_t error =
+      choose_cluster(kernel, a.rows, (a.steps + kRun * warps - 1) / (kRun * warps), cluster);
+  if (error != cudaSuccess) return error;
+  const Rows<T> rows{
+      static_cast<const T*>(a.rewards), static_cast<const T*>(a.values),
+      reinterpret_cast<const unsigned char*>(a.mask), static_cast<C*>(a.advantages), static_cast<C*>(a.returns)};
+  return launch_clusters(
+      kernel, dim3(static_cast<unsigned>(a.rows * cluster)), dim3(static_cast<unsigned>(warps * kWarp)), 0, cluster,
+      stream, rows, a.steps, cluster,
+      Factors<C>{static_cast<C>(gamma), static_cast<C>(gamma * lam), static_cast<C>(std::log2(gamma * lam))});
+}
+
+// A row of whole vectors is read and written 16 bytes at a time; the same steps one by one where its memory is not
+// aligned.
+template <typename T>
+cudaError_t launch_type(const GaeArrays& a, double gamma, double lam, cudaStream_t stream) {
+  constexpr int kSteps = kVector<Compute<T>>;
+  if (a.steps % kSteps != 0) return launch_shape<T, 1, 2 * kSteps, true>(a, gamma, lam, stream);
+  const bool in_vectors = aligned(a.rewards) && aligned(a.values) && aligned(a.mask) && aligned(a.advantages) &&
+                          aligned(a.returns);
+  return in_vectors ? launch_shape<T, kSteps, 2, true>(a, gamma, lam, stream)
+                    : launch_shape<T, kSteps, 2, false>(a, gamma, lam, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_gae(const GaeArrays& arrays, double gamma, double lam, cudaStream_t stream) {
+  if (arrays.rows == 0 || arrays.steps == 0) return cudaSuccess;
+  switch (arrays.type) {
+    case Element::kFloat: return launch_type<float>(arrays, gamma, lam, stream);
+    case Element::kBfloat16: return launch_type<__nv_bfloat16>(arrays, gamma, lam, stream);
+    case Element::kHalf: return launch_type<__half>(arrays, gamma, lam, stream);
+    default: return launch_type<double>(arrays, gamma, lam, stream);
+  }
+}
+
+}  // namespace rlhf_lightning
