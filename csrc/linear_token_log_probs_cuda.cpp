@@ -16,12 +16,13 @@ constexpr int64_t kPercentHeld = 3;
 constexpr int64_t kColumns = 1024;  // widths that fill a GPU's last wave of product tiles well; see docs/operators.md
 constexpr int64_t kNarrowest = 256;
 
-// The vocabulary is walked in chunks of whole columns, all rows at once: the gradient of a chunk of the weight is then one
-// product, and only that of hidden is a sum over chunks.
+// The vocabulary is walked in chunks of whole columns, all rows at once: the gradient of a chunk of the weight is then
+// one product, and only that of hidden is a sum over chunks.
 int64_t chunk_width(int64_t rows, int64_t vocabulary) {
   const int64_t most = std::max(vocabulary * kPercentHeld / 100, kLogitsHeld / rows);
   if (most >= vocabulary) return vocabulary;
-  return std::max(kNarrowest, most / (most < kColumns ? kNarrowest : kColumns) * (most < kColumns ? kNarrowest : kColumns));
+  const int64_t multiple = most < kColumns ? kNarrowest : kColumns;
+  return std::max(kNarrowest, most / multiple * multiple);
 }
 
 // The logits of one chunk of columns at a time, in a buffer whose rows all start at a multiple of 16 bytes.

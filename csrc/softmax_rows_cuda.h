@@ -1,4 +1,5 @@
-// What the CUDA sides of token_log_probs and linear_token_log_probs share: tensors to token_log_probs_launch.h and back.
+// What the CUDA sides of token_log_probs and linear_token_log_probs share: tensors to token_log_probs_launch.h and
+// back.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -47,7 +48,8 @@ class RowStates {
   at::Tensor states_, token_logits_;
 };
 
-// The gradients and saved results of all rows, dense and of the compute dtype; kept alive until the kernels are launched.
+// The gradients and saved results of all rows, dense and of the compute dtype; kept alive until the kernels are
+// launched.
 class RowGradientInputs {
  public:
   RowGradientInputs(

@@ -9,7 +9,8 @@ namespace {
 
 constexpr const char* kName = "token_log_probs";
 
-// [..., V] with any strides of the leading dimensions that come down to two, such as those of logits[:, :-1]; else a copy.
+// [..., V] with any strides of the leading dimensions that come down to two, such as those of logits[:, :-1]; else a
+// copy.
 struct DenseRows {
   explicit DenseRows(const at::Tensor& logits) : tensor(logits) {
     if (logits.stride(-1) == 1 && describe()) return;

@@ -1,5 +1,5 @@
-// The CUDA kernels under token_log_probs and linear_token_log_probs, see token_log_probs.cu: the softmax statistics of rows of
-// logits, a part of the columns at a time; the results from all parts; and the gradient of a part of the columns.
+// The CUDA kernels under token_log_probs and linear_token_log_probs: the softmax statistics of rows of logits, a part
+// of the columns at a time; the results from all parts; and the gradient of a part of the columns.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,8 +10,8 @@
 
 namespace rlhf_lightning {
 
-// Device memory. Row i starts at data + (i / inner) * outer_stride + (i % inner) * inner_stride, in elements; within a row
-// elements lie side by side.
+// Device memory. Row i starts at data + (i / inner) * outer_stride + (i % inner) * inner_stride, in elements; within a
+// row elements lie side by side.
 struct LogitRows {
   const void* data;
   Element type;
@@ -42,14 +42,14 @@ struct RowInputs {
 int64_t softmax_states(Element type, int64_t columns);
 int64_t softmax_state_bytes(Element type);
 
-// Writes the states of this part of all rows to `states`, [softmax_states, count], and where a row's token is in this part,
-// its logit to token_logits [count], double for double logits and else float.
+// Writes the states of this part of all rows to `states`, [softmax_states, count], and where a row's token is in this
+// part, its logit to token_logits [count], double for double logits and else float.
 cudaError_t softmax_statistics(
     const LogitRows& logits, const int64_t* tokens, double temperature, void* states, void* token_logits,
     cudaStream_t stream);
 
-// The results from the states of all parts, [states_count, count] in the order of the vocabulary. A token that is not in
-// [0, vocabulary) is a device-side assertion.
+// The results from the states of all parts, [states_count, count] in the order of the vocabulary. A token that is not
+// in [0, vocabulary) is a device-side assertion.
 cudaError_t softmax_results(
     Element type, const void* states, int64_t states_count, const void* token_logits, const int64_t* tokens,
     int64_t vocabulary, int64_t count, double temperature, const RowOutputs& results, cudaStream_t stream);

@@ -54,7 +54,8 @@ extern "C" int run_backward(
   return 0;
 }
 """
-kernels = emulated("token_log_probs.cu", EXPORTS)
+SOURCE = '#include "token_log_probs.cu"\n#include "token_log_probs_backward.cu"\n'
+kernels = emulated(SOURCE, EXPORTS)
 TYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -264,9 +265,9 @@ def test_huge_logits_do_not_overflow(kernels):
 
 CODE = """
 import torch
-from ops.test_token_log_probs_kernels import EXPORTS, forward
+from ops.test_token_log_probs_kernels import EXPORTS, SOURCE, forward
 from ops.cuda_emulation import emulate
-forward(emulate("token_log_probs.cu", EXPORTS), torch.zeros(2, 9), torch.tensor([0, {token}]))
+forward(emulate(SOURCE, EXPORTS), torch.zeros(2, 9), torch.tensor([0, {token}]))
 """
 
 

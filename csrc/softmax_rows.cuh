@@ -1,0 +1,155 @@
+// What the CUDA kernels of token_log_probs and of its backward share: the arithmetic of powers of two, 16-byte words
+// from any address, and how rows are cut and given to threads.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <type_traits>
+
+#include "device.cuh"
+#include "token_log_probs_launch.h"
+
+namespace rlhf_lightning {
+namespace {
+
+constexpr int kThreads = 256;
+template <typename T>
+constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 2 : 4;  // that many registers are left for a thread
+constexpr int kGroup = 4;            // 16-byte loads of a thread in flight
+constexpr int64_t kPart = 4096;      // 16-byte words of a row that one block takes: 64 KiB
+constexpr int64_t kWarpRow = 1024;   // words of the longest row that one warp takes alone
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLog2 = 0.6931471805599453;
+
+// 2^x for x <= 0 to 2 units in the last place; 0 where that is below the smallest normal number.
+__device__ __forceinline__ float exp2_of(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
+
+// The larger; NaN if either is. fmax would pass over the NaN.
+__device__ __forceinline__ float maximum(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return b > a || b != b ? b : a;
+#endif
+}
+__device__ __forceinline__ double maximum(double a, double b) { return b > a || b != b ? b : a; }
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+
+// Powers of two below this are as good as 2^-inf, which is 0, but can be multiplied by 0.
+template <typename A>
+constexpr A kLowest = sizeof(A) == 8 ? A(-1100) : A(-300);
+template <typename A>
+constexpr A kSmallest = sizeof(A) == 8 ? A(-DBL_MAX) : A(-FLT_MAX);
+
+// The elements in 16 bytes, which stay whole words in registers until they are widened here.
+template <typename T>
+__device__ __forceinline__ void widen(const uint4& word, Compute<T> (&values)[kVector<T>]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const unsigned int pairs[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[2 * i] = __uint_as_float(pairs[i] << 16);
+      values[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+  } else {
+    Pack<T, kVector<T>> pack;
+    __builtin_memcpy(&pack, &word, sizeof(pack));
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) values[i] = to_compute(pack.at[i]);
+  }
+}
+
+// 16 bytes from any element's address. Where they straddle two aligned words both are loaded, and what is left of them
+// lies in words that hold a part of the 16 bytes.
+template <bool kAligned, typename T>
+__device__ __forceinline__ uint4 load_word(const T* x) {
+  if constexpr (kAligned) return __ldcs(reinterpret_cast<const uint4*>(x));
+  const uintptr_t address = reinterpret_cast<uintptr_t>(x);
+  const unsigned int shift = static_cast<unsigned int>(address % 16);
+  const uint4* word = reinterpret_cast<const uint4*>(address - shift);
+  const uint4 low = __ldcs(word), high = __ldcs(word + (shift != 0));
+  unsigned int parts[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int i = 0; i < 6; ++i) parts[i] = shift & 8 ? parts[i + 2] : parts[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) parts[i] = shift & 4 ? parts[i + 1] : parts[i];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    parts[i] = static_cast<unsigned int>((static_cast<uint64_t>(parts[i + 1]) << 32 | parts[i]) >> (shift % 4 * 8));
+  }
+  return make_uint4(parts[0], parts[1], parts[2], parts[3]);
+}
+
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t count, columns, first, inner, outer_stride, inner_stride;
+  __device__ __forceinline__ const T* row(int64_t i) const {
+    return i < inner ? data + i * inner_stride : data + i / inner * outer_stride + i % inner * inner_stride;
+  }
+};
+
+// Words are cut into parts of equal length for one block each: as many as the grid has in y.
+constexpr int64_t kMostParts = 65535;  // that a grid has in y; longer parts for a row that would need more
+inline int64_t parts_of(int64_t words) {
+  const int64_t parts = words > kPart ? (words + kPart - 1) / kPart : 1;
+  return parts < kMostParts ? parts : kMostParts;
+}
+struct Part {
+  int64_t begin;
+  int count;
+};
+__device__ __forceinline__ Part part_of_block(int64_t words) {
+  const int64_t length = (words + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * length;
+  const int64_t left = words > begin ? words - begin : 0;
+  return {begin, static_cast<int>(left < length ? left : length)};
+}
+
+// Of a row's elements all but the last few are taken as 16-byte words, counted from its first element. The last of
+// them, up to two words' worth, go one to a thread: no load needs to reach beyond the row's end, wherever in memory it
+// starts.
+template <typename T>
+__host__ __device__ __forceinline__ int64_t words_of(int64_t columns) {
+  const int64_t words = columns / kVector<T>;
+  return words > 0 ? words - 1 : 0;
+}
+
+// Calls f(a null pointer of this type).
+template <typename F>
+cudaError_t with_type(Element type, const F& f) {
+  switch (type) {
+    case Element::kFloat: return f(static_cast<float*>(nullptr));
+    case Element::kBfloat16: return f(static_cast<__nv_bfloat16*>(nullptr));
+    case Element::kHalf: return f(static_cast<__half*>(nullptr));
+    default: return f(static_cast<double*>(nullptr));
+  }
+}
+
+template <typename T>
+Rows<T> rows_of(const LogitRows& logits) {
+  return {static_cast<const T*>(logits.data), logits.count,        logits.columns,     logits.first, logits.inner,
+          logits.outer_stride,                logits.inner_stride};
+}
+
+// A warp takes a short row alone, and needs no barrier; a long one is cut among blocks.
+template <typename T, typename F>
+cudaError_t with_teams(const LogitRows& logits, const F& f) {
+  const int64_t words = words_of<T>(logits.columns), rows = words > kWarpRow ? 1 : kThreads / kWarp;
+  const dim3 grid(static_cast<unsigned>((logits.count + rows - 1) / rows), static_cast<unsigned>(parts_of(words)));
+  return rows == 1 ? f(std::integral_constant<int, kThreads>(), grid) : f(std::integral_constant<int, kWarp>(), grid);
+}
+
+}  // namespace
+}  // namespace rlhf_lightning
