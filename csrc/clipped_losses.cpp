@@ -95,6 +95,7 @@ struct ClippedLossFunction : torch::autograd::Function<ClippedLossFunction> {
       AutogradContext* ctx, const at::Tensor& learned, const char* op, const std::function<ClippedLoss()>& compute) {
     auto [loss, clipped, slope] = compute();
     ctx->mark_non_differentiable({clipped, slope});
+    ctx->set_materialize_grads(false);  // no zeros in place of the gradients that these two never have
     ctx->save_for_backward({slope});
     ctx->saved_data["learned"] = learned;  // not saved as what the gradient needs: it may be overwritten
     ctx->saved_data["op"] = std::string(op);

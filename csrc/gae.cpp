@@ -112,12 +112,12 @@ class LongRows {
 template <typename T>
 void run(
     const LossKernels<T>& kernel, const at::Tensor& rewards, const at::Tensor& values, const at::Tensor& mask,
-    double gamma, double lam, at::Tensor& advantages, at::Tensor& returns) {
+    double gamma, double lam, const LargeResult& advantages, const LargeResult& returns) {
   const int64_t steps = rewards.size(1);
   const GaeRows<T> all{
       rewards.const_data_ptr<T>(), values.const_data_ptr<T>(), mask.const_data_ptr<bool>(),
-      advantages.mutable_data_ptr<T>(), returns.mutable_data_ptr<T>(), rewards.size(0), steps, steps,
-      static_cast<T>(gamma), static_cast<T>(gamma * lam), nullptr, nullptr};
+      advantages.tensor.mutable_data_ptr<T>(), returns.tensor.mutable_data_ptr<T>(), rewards.size(0), steps, steps,
+      static_cast<T>(gamma), static_cast<T>(gamma * lam), advantages.streaming && returns.streaming, nullptr, nullptr};
   if (steps > kLongest) return LongRows<T>(kernel, all).run();
   const int64_t groups = (all.rows + kRows - 1) / kRows;
   at::parallel_for(0, groups, std::max<int64_t>(1, kGrain / (kRows * steps)), [&](int64_t begin, int64_t end) {
@@ -143,14 +143,14 @@ std::tuple<at::Tensor, at::Tensor> gae(
   check_gae(rewards, values, mask);
   const auto type = compute_type({rewards, values});
   const auto r = rewards.to(type).contiguous(), v = values.to(type).contiguous(), m = mask.contiguous();
-  auto advantages = empty_large(r.sizes(), r.options()).tensor, returns = empty_large(r.sizes(), r.options()).tensor;
-  if (r.numel() == 0) return {advantages, returns};
+  const auto advantages = empty_large(r.sizes(), r.options()), returns = empty_large(r.sizes(), r.options());
+  if (r.numel() == 0) return {advantages.tensor, returns.tensor};
   if (type == at::kDouble) {
     run<double>(kernels().loss_double, r, v, m, gamma, lam, advantages, returns);
   } else {
     run<float>(kernels().loss_float, r, v, m, gamma, lam, advantages, returns);
   }
-  return {advantages, returns};
+  return {advantages.tensor, returns.tensor};
 }
 
 }  // namespace rlhf_lightning

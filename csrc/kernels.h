@@ -59,6 +59,7 @@ struct GaeRows {
   int64_t stride;
   T gamma;
   T gamma_lambda;
+  bool streaming;  // write past the caches where the addresses allow it
   // Of each row, in: what follows its last step; out: what its first step hands on. Null: nothing follows.
   T* next_value;
   T* next_advantage;

@@ -5,7 +5,7 @@ constexpr int64_t kSteps = 16;  // of a tile of GAE: a whole cache line of float
 // One tile of GAE: up to as many rows as there are lanes, and `n` steps from `begin` on. It is read row by row, turned
 // over in registers, run through last step first, turned back and written. What a masked slot holds goes through the
 // arithmetic and is then not chosen.
-template <bool kWhole, typename T>
+template <bool kWhole, bool kStreaming, typename T>
 inline __attribute__((always_inline)) void gae_tile(
     const GaeRows<T>& g, int64_t first, int64_t begin, int64_t n, Vec<T>& next_value, Vec<T>& next_advantage) {
   using V = Vec<T>;
@@ -19,6 +19,7 @@ inline __attribute__((always_inline)) void gae_tile(
     return load_partial<V>(x + from, n - from, T(0));
   };
   const auto store = [&](T* x, int64_t from, V v) {
+    if (kStreaming) return v.stream(x + from);
     if (kWhole || n - from >= V::lanes) return v.store(x + from);
     store_partial(x + from, n - from, v);
   };
@@ -70,10 +71,19 @@ inline void fetch_ahead(const GaeRows<T>& g, int64_t first, int64_t begin) {
   for (int64_t i = from; i < from + kStretch; i += 64) __builtin_prefetch(g.mask + i, 0, 2);
 }
 
+// Whether every whole tile's part of a row starts where a streaming store may.
+template <typename T>
+inline bool can_stream(const GaeRows<T>& g) {
+  constexpr int64_t kBytes = Vec<T>::lanes * sizeof(T);
+  const auto begin = reinterpret_cast<uintptr_t>(g.advantages) | reinterpret_cast<uintptr_t>(g.returns);
+  return g.streaming && (begin | g.stride * sizeof(T)) % kBytes == 0;
+}
+
 // The recursion runs along a row, so as many rows as there are lanes run side by side.
 template <typename T>
 void gae_rows(const GaeRows<T>& g) {
   using V = Vec<T>;
+  const bool streaming = can_stream(g);
   for (int64_t first = 0; first < g.rows; first += V::lanes) {
     const int64_t rows = g.rows - first < V::lanes ? g.rows - first : V::lanes;
     V next_value = V::all(0), next_advantage = V::all(0);
@@ -82,17 +92,22 @@ void gae_rows(const GaeRows<T>& g) {
       next_advantage = load_partial<V>(g.next_advantage + first, rows, T(0));
     }
     int64_t begin = g.steps / kSteps * kSteps;
-    if (begin < g.steps) gae_tile<false>(g, first, begin, g.steps - begin, next_value, next_advantage);
+    if (begin < g.steps) gae_tile<false, false>(g, first, begin, g.steps - begin, next_value, next_advantage);
     while (begin > 0) {
       begin -= kSteps;
       fetch_ahead(g, first, begin);
-      gae_tile<true>(g, first, begin, kSteps, next_value, next_advantage);
+      if (streaming) {
+        gae_tile<true, true>(g, first, begin, kSteps, next_value, next_advantage);
+      } else {
+        gae_tile<true, false>(g, first, begin, kSteps, next_value, next_advantage);
+      }
     }
     if (g.next_value != nullptr) {
       store_partial(g.next_value + first, rows, next_value);
       store_partial(g.next_advantage + first, rows, next_advantage);
     }
   }
+  if (streaming) streaming_fence();
 }
 
 // One vector of elements from `i` on, or the last n < V::lanes of them.

@@ -186,6 +186,16 @@ def test_bitwise_the_same_for_any_split_thread_count_and_repetition():
         assert all(torch.equal(w, torch.cat(p)) for w, p in zip(whole, zip(*parts, strict=True), strict=True))
 
 
+@needs_native
+@pytest.mark.parametrize(("rows", "steps"), [(2048, 2048), (2048, 2053), (512, 8208)])
+def test_large_results_are_bitwise_those_of_small_parts(rows, steps):
+    inputs = case(rows, steps)
+    parts = [gae(*chunk, 0.99, 0.95) for chunk in zip(*(x.chunk(4) for x in inputs), strict=True)]
+    expected = [torch.cat(p) for p in zip(*parts, strict=True)]
+    for _ in range(2):  # the second time into the memory of the first, past the caches
+        assert all(map(torch.equal, gae(*inputs, 0.99, 0.95), expected))
+
+
 def test_no_gradient():
     rewards, values, mask = case(2, 4)
     for function in (gae, reference):
