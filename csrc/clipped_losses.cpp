@@ -77,19 +77,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// A gradient that still hangs on what it was taken by, so that taking it again is an error and not silently 0.
-struct FirstOrderOnly : torch::autograd::Function<FirstOrderOnly> {
-  static at::Tensor forward(
-      AutogradContext* ctx, const at::Tensor& grad, const at::Tensor&, const at::Tensor&, const std::string& op) {
-    ctx->saved_data["op"] = op;
-    return grad.clone();
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list&) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        false, ctx->saved_data["op"].toStringRef(), ": gradients are first order only, this is a second derivative");
-  }
-};
-
 struct ClippedLossFunction : torch::autograd::Function<ClippedLossFunction> {
   static variable_list forward(
       AutogradContext* ctx, const at::Tensor& learned, const char* op, const std::function<ClippedLoss()>& compute) {
@@ -97,27 +84,22 @@ struct ClippedLossFunction : torch::autograd::Function<ClippedLossFunction> {
     ctx->mark_non_differentiable({clipped, slope});
     ctx->set_materialize_grads(false);  // no zeros in place of the gradients that these two never have
     ctx->save_for_backward({slope});
-    ctx->saved_data["learned"] = learned;  // not saved as what the gradient needs: it may be overwritten
+    ctx->saved_data["dtype"] = static_cast<int64_t>(learned.scalar_type());
     ctx->saved_data["op"] = std::string(op);
     return {loss, clipped, slope};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !at::GradMode::is_enabled(), ctx->saved_data["op"].toStringRef(),
+        ": gradients are first order only, this one was asked for with create_graph=True");
     if (!grads[0].defined()) return {at::Tensor(), at::Tensor(), at::Tensor()};
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("rlhf_lightning::clipped_loss_backward", "")
                                .typed<decltype(clipped_loss_backward)>();
-    const auto learned = ctx->saved_data["learned"].toTensor();
-    const auto slope = ctx->get_saved_variables()[0];
-    at::Tensor grad;
-    {
-      const at::AutoDispatchBelowADInplaceOrView guard;
-      grad = op.call(grads[0], slope, learned.scalar_type());
-    }
-    if (at::GradMode::is_enabled()) {
-      grad = FirstOrderOnly::apply(grad, grads[0], learned, ctx->saved_data["op"].toStringRef());
-    }
-    return {grad, at::Tensor(), at::Tensor()};
+    const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return {op.call(grads[0], ctx->get_saved_variables()[0], dtype), at::Tensor(), at::Tensor()};
   }
 };
 }  // namespace

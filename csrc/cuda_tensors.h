@@ -19,6 +19,7 @@ inline Element element_type(at::ScalarType type) {
 }
 
 inline void check_launch(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) (void)cudaGetLastError();  // or the next operator would report it again
   TORCH_CHECK(error == cudaSuccess, op, ": a CUDA kernel could not be launched: ", cudaGetErrorString(error));
 }
 

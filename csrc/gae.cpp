@@ -32,9 +32,9 @@ GaeRows<T> part(GaeRows<T> all, int64_t offset, int64_t rows, int64_t steps, int
   return all;
 }
 
-template <typename T>
-T power(T base, int64_t exponent) {
-  T result = 1;
+// In double: a rounded power that is squared has its error doubled, each time in the same direction.
+double power(double base, int64_t exponent) {
+  double result = 1;
   for (; exponent > 0; exponent /= 2, base *= base) {
     if (exponent % 2 == 1) result *= base;
   }
@@ -66,7 +66,9 @@ class LongRows {
     run_pieces(carries_only);
     for (int64_t i = pieces - 2; i >= 0; --i) {
       if ((i + 1) % pieces_ == 0) continue;
-      advantage_after[i] = next_advantage_[i + 1] + power(all_.gamma_lambda, count_[i + 1]) * advantage_after[i + 1];
+      advantage_after[i] =
+          next_advantage_[i + 1] +
+          static_cast<T>(power(all_.gamma_lambda, count_[i + 1])) * advantage_after[i + 1];
     }
     next_value_ = value_after;
     next_advantage_ = advantage_after;
@@ -80,11 +82,12 @@ class LongRows {
   // Counts a piece's True steps and notes the value at the first of them.
   void look_at(int64_t index) {
     const int64_t piece = index % pieces_, start = index / pieces_ * all_.steps;
-    const bool *first = all_.mask + start + begin(piece), *last = all_.mask + start + begin(piece + 1);
-    int count = 0;
-    for (const bool* x = first; x < last; ++x) count += *x;
+    const auto* mask = reinterpret_cast<const unsigned char*>(all_.mask);  // any byte but 0 is True, as for the kernels
+    int64_t count = 0;
+    for (int64_t i = start + begin(piece); i < start + begin(piece + 1); ++i) {
+      if (mask[i] != 0 && count++ == 0) next_value_[index] = all_.values[i];
+    }
     count_[index] = count;
-    if (count > 0) next_value_[index] = all_.values[std::find(first, last, true) - all_.mask];
   }
 
   void run_pieces(const GaeRows<T>& rows) {

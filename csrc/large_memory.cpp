@@ -57,9 +57,18 @@ class Kept {
     if (madvise(block.start, block.size, MADV_FREE) != 0 || door_.test_and_set(std::memory_order_acquire)) {
       return unmap(block);
     }
-    for (Block& kept : blocks_) std::swap(kept, block);  // the newest first, the oldest falls out
+    for (Block& kept : blocks_) {  // the newest first; where no place is empty the oldest falls out
+      std::swap(kept, block);
+      if (block.start == nullptr) break;
+    }
     door_.clear(std::memory_order_release);
     unmap(block);
+  }
+
+  void clear() {
+    if (door_.test_and_set(std::memory_order_acquire)) return;
+    for (Block& block : blocks_) unmap(std::exchange(block, {}));
+    door_.clear(std::memory_order_release);
   }
 
  private:
@@ -96,7 +105,11 @@ LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options)
   tensor.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
   return {tensor, warm};
 }
+
+void release_kept_memory() { kept().clear(); }
 #else
+void release_kept_memory() {}
+
 LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return {at::empty(sizes, options), false};
 }

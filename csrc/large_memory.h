@@ -14,4 +14,7 @@ struct LargeResult {
 
 LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
 
+// Gives what is kept back to the system at once, as torch.cuda.empty_cache() does on a GPU.
+void release_kept_memory();
+
 }  // namespace rlhf_lightning

@@ -63,6 +63,7 @@ at::Tensor weighted_loss(const at::Tensor& token_weights, const at::Tensor& log_
   for (int64_t i = 0; i < log_probs.numel(); ++i) sum -= at_index(token_weights, i) * at_index(log_probs, i);
   return at::scalar_tensor(sum, log_probs.options());
 }
+
 // From linear_token_log_probs and its backward, on any device that has them: four products, and little memory.
 Results by_chunks(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, const at::Tensor& token_weights,

@@ -3,6 +3,7 @@
 #include <torch/extension.h>
 
 #include "kernels.h"
+#include "large_memory.h"
 
 #define TEXT_OF(...) #__VA_ARGS__
 #define TEXT(...) TEXT_OF(__VA_ARGS__)
@@ -46,5 +47,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native operators of rlhf_lightning; see rlhf_lightning/ops/.";
+  m.def(
+      "release_kept_memory", &rlhf_lightning::release_kept_memory,
+      "Gives the memory of large results, kept for the next ones, back to the system.");
   m.def("build_info", &build_info, "What this library was built with and for.");
 }

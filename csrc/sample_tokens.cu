@@ -333,7 +333,8 @@ struct Row {
       found |= static_cast<Key>(digit) << shift;
       __syncthreads();
     }
-    filter.key = found;
+    // Sums of other orders: no key may reach a target that is nearly all. An earlier filter holds all the same.
+    filter.key = found > filter.key ? found : filter.key;
     filter.last = 0x7fffffff;
     return above;
   }

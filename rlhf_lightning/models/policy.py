@@ -276,7 +276,7 @@ class Policy(nn.Module):
         head = self.model.get_output_embeddings()
         reason = "its head is not one plain linear layer"
         if type(head) is nn.Linear and head.bias is None:
-            scale = _ratio(own, functional.linear(states, head.weight))
+            scale = self._configured(_ratio(own, functional.linear(states, head.weight)))
             # Soft-capping only shows on large logits, so the states are magnified until the largest is 100.
             larger = states * (100.0 / own.abs().max().clamp(min=1e-3))
             products = ((x, functional.linear(x, head.weight)) for x in (states, larger))
@@ -288,6 +288,12 @@ class Policy(nn.Module):
             stacklevel=3,
         )
         return None
+
+    def _configured(self, scale: float) -> float:
+        """The scale as the model's config has it, where it has one: the fitted number is that but for rounding."""
+        config = self.model.config.get_text_config()
+        named = [getattr(config, "logit_scale", None), 1 / (getattr(config, "logits_scaling", None) or 1.0)]
+        return next((c for c in named if c is not None and abs(c - scale) <= 1e-2 * abs(c)), scale)
 
     @torch.no_grad()
     def _check_branch(self) -> None:

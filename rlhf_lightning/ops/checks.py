@@ -108,6 +108,14 @@ def token_range(operator: str, tokens: Tensor, vocabulary: int) -> None:
         raise ValueError(f"{operator}: tokens must be in [0, {vocabulary}), got {got}")
 
 
+def first_order(operator: str) -> None:
+    """For a backward: whoever wants to differentiate it again is told, because its result would be silently 0."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{operator}: gradients are first order only, this one was asked for with create_graph=True"
+        )
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any operand is, else float32: the dtype of the arithmetic and of the outputs."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -6,6 +6,7 @@ its absence an error, ``reference`` takes plain PyTorch everywhere. It is read o
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -69,11 +70,28 @@ _NATIVE = {(operator, device): _has_kernel(operator, device) for operator in OPE
 _said: set[str] = set()
 
 
+@functools.cache
+def _covered(index: int | None) -> bool:
+    # Asked when a GPU's tensor first comes, not on import, which must not start CUDA.
+    return covers((_BUILD or {})["cuda_architectures"], torch.cuda.get_device_capability(index))
+
+
+@torch.compiler.assume_constant_result
+def _gpu_covered(index: int | None) -> bool:
+    return _covered(index)
+
+
+def _runs(operator: str, device: torch.device) -> bool:
+    if not _NATIVE.get((operator, device.type), False):
+        return False
+    return device.type != "cuda" or _gpu_covered(device.index)
+
+
 def use_native(operator: str, device: torch.device) -> bool:
     """Whether ``operator`` runs natively on tensors of ``device``; says once for each kind of device if it does not."""
     if CHOICE == "reference":
         return False
-    if _NATIVE.get((operator, device.type), False):
+    if _runs(operator, device):
         return True
     if CHOICE == "native":
         raise RuntimeError(f"{VARIABLE}=native, but {_no_kernel(operator, device.type)}")
@@ -84,6 +102,8 @@ def use_native(operator: str, device: torch.device) -> bool:
 
 
 def _no_kernel(operator: str, device_type: str) -> str:
+    if _NATIVE.get((operator, device_type), False):  # then it is the GPU that the build does not know
+        return f"this GPU is not among those of the build, {', '.join((_BUILD or {})['cuda_architectures'])}"
     return f"{operator} has no native kernel for {device_type} tensors in this build"
 
 
@@ -107,7 +127,7 @@ def status() -> dict[str, Any]:
 def _path(operator: str, device_type: str) -> dict[str, str]:
     if CHOICE == "reference":
         return {"path": "reference", "why": f"{VARIABLE}=reference"}
-    if _NATIVE[operator, device_type]:
+    if _runs(operator, torch.device(device_type)):
         return {"path": "native", "why": _REASON}
     return {"path": "reference", "why": _no_kernel(operator, device_type) if LOADED else _REASON}
 

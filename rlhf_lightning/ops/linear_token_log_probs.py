@@ -96,6 +96,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, *_: Any
 ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    checks.first_order(_NAME)
     hidden_needed, weight_needed = ctx.needs_input_grad[:2]
     grad_hidden, grad_weight = torch.ops.rlhf_lightning.linear_token_log_probs_backward(
         grad_log_probs, grad_entropy, *ctx.saved_tensors, ctx.temperature, hidden_needed, weight_needed

@@ -88,6 +88,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+    checks.first_order(_NAME)
     grad = torch.ops.rlhf_lightning.token_log_probs_backward(
         grad_log_probs, grad_entropy, *ctx.saved_tensors, ctx.temperature
     )

@@ -84,7 +84,7 @@ def sample(
             tokens[active, step] = torch.where(live, chosen, 0)
             log_probs[active, step] = torch.where(live, chosen_log_probs.float(), 0.0)
             lengths[active] += live.to(lengths.dtype)
-            ended[active] |= torch.isin(chosen, ends)
+            ended[active] |= torch.isin(chosen, ends) | ~torch.isfinite(chosen_log_probs)  # the latter is told below
             if progress is not None:
                 progress(step + 1, max_new_tokens)
             unfinished = (~ended[active]).nonzero()[:, 0]  # the loop waits for the device here alone

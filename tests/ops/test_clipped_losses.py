@@ -211,10 +211,8 @@ def test_a_second_derivative_is_an_error_that_says_so(function, options):
         first = tensors[0].clone().requires_grad_()
         loss, _ = function(first, *tensors[1:], *options)
         total = (loss if weights is None else weights * loss).sum()
-        (grad,) = torch.autograd.grad(total, first, create_graph=True)
-        assert torch.equal(grad.detach(), run(function, tensors, *options)[2])
         with pytest.raises(NotImplementedError, match=f"{function.__name__}: gradients are first order only"):
-            grad.sum().backward()
+            torch.autograd.grad(total, first, create_graph=True)
 
 
 @needs_native

@@ -287,3 +287,14 @@ def test_compiles_whole(autocast):
         results.append((h.grad, w.grad))
     for actual, wanted in zip(*results, strict=True):
         assert_near(actual, wanted, torch.float32)
+
+
+def test_float16_gradients_are_scaled_before_they_are_rounded():
+    # As under a loss scaler: weights so small leave gradients that float16 cannot hold unscaled.
+    hidden, weight = (0.3 * randn(n, 32, seed=n).to(torch.float16) for n in (64, 512))
+    tokens, token_weights = randint(512, 64, seed=3), torch.full((64,), 1e-5)
+    inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
+    (65536.0 * linear_cross_entropy(*inputs, tokens, token_weights)[0]).backward()
+    exact = oracle(hidden, weight, tokens, token_weights, 1.0)[3:]
+    for x, true in zip(inputs, exact, strict=True):
+        assert (x.grad.double() / 65536 - true).norm() < 2e-3 * true.norm()
