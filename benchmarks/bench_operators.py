@@ -5,7 +5,8 @@
 Every operator and every peer, each in a process of its own; each result is checked against float64 before it is
 timed; the median of at least 20 calls after warm-up, in turns, on fresh random inputs. The limit is measured in the
 same turns: a copy of as many bytes, or the bare matrix products. Prints a table, and writes FILE, beside it a page with
-the same facts (.md) and plots of time and memory against N, V and T (.png). The peers are set up by
+the same facts (.md) and plots of time and memory against N, V and T (.png); a part of the whole (--only, --no-sweeps,
+--quick) is written only where --json says. The peers are set up by
 ``python benchmarks/peers/install.py``; one that is not there is named with the reason. The exit code is 1 if one of our
 own operators could not be timed.
 """
@@ -30,7 +31,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--json", type=Path, help="the results (default: under benchmarks/results, by hardware and date)"
+        "--json", type=Path, help="the results (default, of the whole: under benchmarks/results, by hardware and date)"
     )
     parser.add_argument("--only", nargs="+", choices=OPERATORS, default=OPERATORS, metavar="OPERATOR")
     parser.add_argument("--no-sweeps", action="store_true", help="leave out the points of the plots")
@@ -53,7 +54,8 @@ def main() -> int:
     points = [case for case in points if case.operator in chosen.only]
 
     about = report.about(chosen.device, chosen.threads, chosen.quick)
-    path = chosen.json or RESULTS / f"operators_{report.slug(about)}.json"
+    whole = not (chosen.quick or chosen.no_sweeps) and set(chosen.only) == set(OPERATORS)
+    path = chosen.json or (RESULTS / f"operators_{report.slug(about)}.json" if whole else None)
     workers = Workers(table + points, chosen.device, chosen.threads)
     if chosen.quick:
         workers.missing.update(dict.fromkeys(cases.COMPILES, "left out by --quick: it must be compiled"))
@@ -62,13 +64,15 @@ def main() -> int:
         for case in table:
             results["rows"].append(measure(case, workers, TURNS, CALLS, chosen.seed))
             print(report.block(results["rows"][-1]), flush=True)
-        report.write(results, path, [])  # kept should the sweeps be stopped
+        if path:
+            report.write(results, path, [])  # kept should the sweeps be stopped
         for case in points:
             results["sweeps"].append(measure(case, workers, SWEEP_TURNS, SWEEP_CALLS, chosen.seed))
             print(report.line(results["sweeps"][-1]), flush=True)
     finally:
         workers.close()
-    report.write(results, path, plots.draw(results, path))
+    if path:
+        report.write(results, path, plots.draw(results, path))
     print(report.closing(results, path))
     return 1 if any(OURS in row["not_timed"] for row in results["rows"]) else 0
 

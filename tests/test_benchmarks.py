@@ -90,9 +90,44 @@ def test_bytes_and_products_by_hand() -> None:
     assert limits.bytes_moved(cases.Case("token_log_probs", shape, "float32", cases.BACKWARD, ())) == 320 + 4 * 28
     assert limits.bytes_moved(cases.Case("gae", {"B": 2, "T": 3}, "float32", cases.FORWARD, ())) == 6 * 17
     head = {"N": 2, "H": 3, "V": 5}
-    four = limits.work(cases.Case("linear_token_log_probs", head, "float32", cases.BOTH, ()))
-    three = limits.work(cases.Case("linear_cross_entropy", head, "float32", cases.BOTH, ()))
-    assert (four, three) == ({"flops": 4 * 60.0}, {"flops": 3 * 60.0})
+    four = limits.work(cases.Case("linear_token_log_probs", head, "float32", cases.BOTH, ()), "cpu")
+    three = limits.work(cases.Case("linear_cross_entropy", head, "float32", cases.BOTH, ()), "cpu")
+    assert (four, three) == ({"flops": 240.0, "products": 4}, {"flops": 180.0, "products": 3})
+    # Three on the CPU alone, and in 16 bits only where all rows are one tile.
+    for dtype, rows, device, count in (
+        ("bfloat16", 256, "cpu", 3),
+        ("bfloat16", 257, "cpu", 4),
+        ("float32", 257, "cpu", 3),
+        ("float32", 2, "cuda", 4),
+    ):
+        assert limits.products(case_of_head(dtype, rows), device) == count
+
+
+def case_of_head(dtype: str, rows: int) -> cases.Case:
+    return cases.Case("linear_cross_entropy", {"N": rows, "H": 3, "V": 5}, dtype, cases.BOTH, ())
+
+
+def test_cross_entropy_of_bf16_logits_passes_the_check_of_bf16() -> None:
+    case = cases.Case("token_log_probs", {"N": 16, "V": 4096}, "bfloat16", cases.BOTH, ())
+    direct, upcast = (Run(name, case, "cpu", seed=3) for name in (cases.BF16_CROSS_ENTROPY, cases.CROSS_ENTROPY))
+    assert max(direct.errors.values()) < TOLERANCE["bfloat16"], direct.errors
+    assert direct.errors["loss"] > upcast.errors["loss"]  # it does not take the loss in float32
+
+
+def test_the_recorded_command_holds_no_absolute_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, outside = str(ROOT / "benchmarks" / "a.json"), "--json=/elsewhere/b.json"
+    monkeypatch.setattr(sys, "argv", ["bench_operators.py", "--json", inside, outside, "--seed=3"])
+    command = report.about("cpu", 1, False)["command"]
+    assert command == "python benchmarks/bench_operators.py --json benchmarks/a.json --json=b.json --seed=3"
+
+
+def test_a_first_call_and_a_peak_are_measured_after_the_kept_memory_is_given_back() -> None:
+    order: list[str] = []
+    times = clock.first_calls(lambda: order.append("call"), 3, lambda: order.append("release"))
+    assert len(times) == 3 and order == ["release", "call"] * 3
+    order.clear()
+    clock.peak_mb(lambda: order.append("call"), "cpu", lambda: order.append("release"))
+    assert order in (["release", "call"], [])  # none where there is no resident set to read
 
 
 class StandIn:
@@ -141,7 +176,7 @@ def test_the_gpus_side_of_the_clock_on_a_stand_in(operator: str, passes: str, gp
         graphed = operator in ("gae", "clipped_policy_loss", "clipped_value_loss")
         assert isinstance(run.call, clock.Graph) == graphed
         assert run.calls > 1 if graphed else run.calls == 1
-        assert clock.peak_mb(run.single, gpu_stand_in) == 0.0
+        assert clock.peak_mb(run.single, gpu_stand_in, lambda: None) == 0.0
         run.draw(1)
         if graphed:
             before = [graph.replays for graph in run.call.graphs]
@@ -155,7 +190,7 @@ def test_goals() -> None:
     case = case_of("gae", goals={cases.LIMIT: 2.0, cases.TRL_LOOP: 100.0, cases.VERL_LOOP: 10.0}, memory_goal=1.0)
     times = {OURS: [1.0] * 4, cases.LIMIT: [0.6] * 4, cases.TRL_LOOP: [99.0] * 4}
     case = cases.replace(case, peers=(cases.TRL_LOOP, cases.VERL_LOOP))
-    row = rounds._row(case, times, {OURS: 0.5, cases.TRL_LOOP: 3.0}, {}, {cases.VERL_LOOP: "not installed"})
+    row = rounds._row(case, "cpu", times, {OURS: 0.5, cases.TRL_LOOP: 3.0}, {}, {cases.VERL_LOOP: "not installed"})
     met = {goal["against"]: goal["met"] for goal in row["goals"]}
     assert met == {cases.LIMIT: True, cases.TRL_LOOP: False, cases.VERL_LOOP: None, "memory": True}
     shown = report.block(row)
@@ -171,7 +206,7 @@ def test_every_row_can_be_built(table: list[cases.Case]) -> None:
             assert entrant.functions.get(case.operator) or entrant.functions.get(""), (case, name)
             if entrant.folder is not None:
                 assert (ROOT / "benchmarks" / "peers" / f"{entrant.folder}.txt").exists()
-        assert next(iter(limits.work(case).values())) > 0
+        assert next(iter(limits.work(case, "cpu").values())) > 0
     if table[0].memory_goal is None and not any(case.goals for case in table):
         assert len({plots._points(table_rows(table, "gae"), "T")[0]["shape"]["B"]}) == 1
 
@@ -213,6 +248,7 @@ def test_the_benchmark_runs_and_names_the_peers_that_are_missing(tmp_path: Path)
         assert row["ours_ms"] > 0 and row["limit_ms"] > 0 and all(ms > 0 for ms in row["peers"].values())
         assert all(count >= 20 for count in row["samples"].values())
         assert max(row["errors"]["ours"].values()) < TOLERANCE[row["dtype"]]
+        assert (row.get("first_call_ms", 0.0) > 0) == (row["operator"] == "token_log_probs")
         assert report.title(row) in page and report.title(row) in done.stdout
     named = {cases.TRL_SELECTIVE, cases.TRL_CHUNKED, cases.VERL_LOOP}
     for name in named:

@@ -12,6 +12,8 @@ HUGE_PAGES = {
 # The peers, by the names under which they are reported.
 CROSS_ENTROPY = "F.cross_entropy"
 COMPILED_CROSS_ENTROPY = "torch.compile, F.cross_entropy"
+BF16_CROSS_ENTROPY = "F.cross_entropy, bf16 logits"
+COMPILED_BF16_CROSS_ENTROPY = "torch.compile, F.cross_entropy, bf16 logits"
 GATHER = "log_softmax, gather"
 TRL_SELECTIVE = "TRL selective_log_softmax"
 LIGER = "Liger cross-entropy"
@@ -27,7 +29,7 @@ ROW_KERNEL = "one thread a row (Triton)"
 SCAN = "log-step scan (torch)"
 EAGER = "eager"
 COMPILED = "torch.compile"
-COMPILES = (COMPILED_CROSS_ENTROPY, COMPILED_LOOP, COMPILED)
+COMPILES = (COMPILED_CROSS_ENTROPY, COMPILED_BF16_CROSS_ENTROPY, COMPILED_LOOP, COMPILED)
 
 LIMIT = "limit"  # as an entrant, and in goals
 
@@ -86,7 +88,8 @@ def cuda_cases() -> list[Case]:
     """The rows on a GPU; the goals are an H200's."""
     rows = {"N": 8192, "V": 128256}
     head = {"N": 8192, "H": 4096, "V": 128256}
-    torchs = (CROSS_ENTROPY, COMPILED_CROSS_ENTROPY, TRL_SELECTIVE, FLASH)
+    direct = (BF16_CROSS_ENTROPY, COMPILED_BF16_CROSS_ENTROPY)
+    torchs = (CROSS_ENTROPY, COMPILED_CROSS_ENTROPY, *direct, TRL_SELECTIVE, FLASH)
     cases = [
         Case("token_log_probs", rows, "bfloat16", FORWARD, torchs, {LIMIT: 1 / 0.92}),
         Case("token_log_probs", rows, "bfloat16", BACKWARD, torchs, {LIMIT: 1 / 0.92}),

@@ -22,12 +22,7 @@ def timed(call: Call, count: int, device: str) -> list[float]:
     """
     call()
     if device == "cpu":
-        times = []
-        for _ in range(count):
-            began = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - began))
-        return times
+        return _timed_on_cpu(call, count)
     flushed = torch.empty(FLUSHED, dtype=torch.int8, device=device)
     events = []
     for _ in range(count):
@@ -39,6 +34,24 @@ def timed(call: Call, count: int, device: str) -> list[float]:
         events.append((begin, end))
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) for begin, end in events]
+
+
+def first_calls(call: Call, count: int, release: Call) -> list[float]:
+    """``count`` times of a call on a CPU in milliseconds, each after ``release`` gave back the memory that was kept."""
+    times = []
+    for _ in range(count):
+        release()
+        times += _timed_on_cpu(call, 1)
+    return times
+
+
+def _timed_on_cpu(call: Call, count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - began))
+    return times
 
 
 class Graph:
@@ -77,10 +90,11 @@ def graph_copies(size: int) -> int:
     return max(1, min(24, -(-4 * cache // size)))
 
 
-def peak_mb(call: Call, device: str) -> float | None:
+def peak_mb(call: Call, device: str, release: Call) -> float | None:
     """MiB that a call holds at its peak beyond what was there before it and the tensors that it returns.
 
-    On a CPU the resident set's high-water mark (Linux; None elsewhere), on a GPU that of the caching allocator.
+    On a CPU the resident set's high-water mark (Linux; None elsewhere), after ``release`` gave back what the entrant
+    keeps for its next call; on a GPU the mark of the caching allocator.
     """
     gc.collect()
     if device != "cpu":
@@ -94,6 +108,7 @@ def peak_mb(call: Call, device: str) -> float | None:
         status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
         if not (status.exists() and reset.exists()):
             return None
+        release()
         ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept would hide the same amount asked for again
         reset.write_text("5")
         before = _kib(status, "VmRSS")

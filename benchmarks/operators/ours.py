@@ -9,6 +9,13 @@ from operators.torch_peers import Forward
 from rlhf_lightning import ops
 
 
+def release_kept_memory() -> None:
+    """Gives the freed blocks that the operators keep for their next results back to the system."""
+    from rlhf_lightning import _C
+
+    _C.release_kept_memory()
+
+
 def token_log_probs(inputs: Inputs) -> Forward:
     return lambda: dict(
         zip(("log_probs", "entropy"), ops.token_log_probs(inputs["logits"], inputs["tokens"]), strict=True)

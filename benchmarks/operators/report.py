@@ -21,10 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NOTES = """\
 Milliseconds: the median of the calls counted under `samples` in the JSON, after warm-up, in turns with all others of
 the same table, on random inputs drawn anew for each turn. "x": how many times as long as ours; beside "limit": how many
-times as long ours takes as the limit, which is a copy of the bytes that must be moved, or the matrix products alone,
-into results that are already there. MiB: held at the peak of a call beyond its inputs and its results. Error: the
-largest distance of a result or gradient from float64, relative to its norm, checked before timing. Points of the plots
-are medians of fewer calls, at least 6."""
+times as long ours takes as the limit: the bytes that this implementation moves, at the copy bandwidth, or the matrix
+products that it takes, alone, into results that are already there. MiB: held at the peak of a call beyond its inputs
+and its results. Error: the largest distance of a result or gradient from float64, relative to its norm, checked before
+timing. Points of the plots are medians of fewer calls, at least 6."""
+CPU_NOTES = """\
+Large results of ours reuse the memory of earlier ones, as in training; "first call" is ours without any
+such memory, each page given by the system anew, as peers get theirs in every call."""
 GPU_NOTES = """\
 GAE and the losses are captured in CUDA graphs, on inputs that together exceed the L2 cache, and so are their copies;
 the Python loops are timed as they are used, launch by launch."""
@@ -34,7 +37,7 @@ def about(device: str, threads: int, quick: bool) -> dict[str, Any]:
     """Hardware, versions, commit, command and date."""
     facts: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/bench_operators.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/bench_operators.py", *map(_portable, sys.argv[1:])]),
         "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "device": device,
@@ -53,6 +56,15 @@ def about(device: str, threads: int, quick: bool) -> dict[str, Any]:
         facts["gpu_l2_mib"] = round(properties.L2_cache_size / 2**20)
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+def _portable(argument: str) -> str:
+    """An absolute path (also behind ``--option=``) relative to the repository's root, or its last name outside it."""
+    option, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    return option + sign + (str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name)
 
 
 def _git(*arguments: str) -> str:
@@ -119,9 +131,10 @@ def lines(row: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _rate(row: dict[str, Any]) -> str:
-    ((kind, amount),) = row["limit_does"].items()
-    per_second = amount / row["limit_ms"] * 1e3
-    return f"{number(per_second / 1e9)} GB/s" if kind == "bytes" else f"{number(per_second / 1e12)} TFLOP/s"
+    does, seconds = row["limit_does"], row["limit_ms"] / 1e3
+    if "bytes" in does:
+        return f"{number(does['bytes'] / seconds / 1e9)} GB/s"
+    return f"{does['products']} products, {number(does['flops'] / seconds / 1e12)} TFLOP/s"
 
 
 def _goal(goal: dict[str, Any]) -> str:
@@ -135,8 +148,10 @@ def block(row: dict[str, Any]) -> str:
     text = [title(row)]
     for line in lines(row):
         memory = f"{line['mb']} MiB" if line["mb"] else ""
-        rest = line["why"] or f"{line['ratio']:<30} {memory:>11}  {line['goal']}"
+        rest = line["why"] or f"{line['ratio']:<42} {memory:>11}  {line['goal']}"
         text.append(f"  {line['name']:<34} {line['ms']:>8} ms  {rest}".rstrip())
+    if "first_call_ms" in row:
+        text.append(f"  {'ours, first call':<34} {number(row['first_call_ms']):>8} ms")
     return "\n".join(text)
 
 
@@ -146,11 +161,12 @@ def line(row: dict[str, Any]) -> str:
     return f"{title(row)}: " + ", ".join(f"{name} {number(ms)} ms" for name, ms in times.items())
 
 
-def closing(results: dict[str, Any], path: Path) -> str:
+def closing(results: dict[str, Any], path: Path | None) -> str:
     goals = [goal["met"] for row in results["rows"] for goal in row["goals"]]
     text = [f"goals: {goals.count(True)} met, {goals.count(False)} missed, {goals.count(None)} not measured"]
     text += [f"missing: {name}: {reason}" for name, reason in results["missing"].items()]
-    return "\n".join([*text, f"written: {path} and the page beside it"])
+    text.append(f"written: {path} and the page beside it" if path else "nothing written: not the whole, and no --json")
+    return "\n".join(text)
 
 
 def write(results: dict[str, Any], path: Path, pictures: list[Path]) -> None:
@@ -179,7 +195,7 @@ def page(results: dict[str, Any], path: Path, pictures: list[Path]) -> str:
         "",
     ]
     text += [f"Not there: {name} ({reason})." for name, reason in results["missing"].items()]
-    text += ["", NOTES + (f" {GPU_NOTES}" if "gpu" in facts else ""), ""]
+    text += ["", f"{NOTES} {GPU_NOTES if 'gpu' in facts else CPU_NOTES}", ""]
     if facts["quick"]:
         text += ["**Tiny sizes (`--quick`): these times mean nothing.**", ""]
     for row in results["rows"]:
@@ -189,6 +205,8 @@ def page(results: dict[str, Any], path: Path, pictures: list[Path]) -> str:
             text.append(
                 f"| {cells['name']} | {cells['ms']} | {middle} | {cells['mb']} | {cells['error']} | {cells['goal']} |"
             )
+        if "first_call_ms" in row:
+            text.append(f"| ours, first call | {number(row['first_call_ms'])} | | | | |")
         text.append("")
     for picture in pictures:
         text += [f"![Time and memory against size: {picture.stem}]({picture.name})", ""]

@@ -20,6 +20,7 @@ from operators.limits import work
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 TIME_LIMIT = 240.0  # seconds for one answer: compiling is the longest
+FIRST_CALLS = 5
 BUDGET_MS = 60.0  # of a turn: a fast operator is timed more often
 
 
@@ -39,7 +40,7 @@ class Worker:
         path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
         variables = {**os.environ, "PYTHONPATH": path, **environment}
         if name == OURS:
-            variables.setdefault("RLHF_LIGHTNING_OPS", "native")  # a reference must not pass for the operator
+            variables["RLHF_LIGHTNING_OPS"] = "native"  # a reference must not pass for the operator
         self.complaints = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the process
         self.process = subprocess.Popen(
             [sys.executable, "-m", "operators.worker", name, device, str(threads)],
@@ -167,13 +168,20 @@ def measure(case: Case, workers: Workers, rounds: int, least: int, seed: int) ->
             timed = attempt(name, do="time", seed=seed + 1 + turn, samples=samples[name])
             if timed is not None:
                 times.setdefault(name, []).extend(timed["ms"])
+    first = None
+    if OURS in taking_part and case.operator == "token_log_probs" and workers.device == "cpu":
+        first = attempt(OURS, do="first calls", samples=FIRST_CALLS)
     for name in list(taking_part):
         attempt(name, do="drop")
-    return _row(case, times, memory, errors, not_timed)
+    row = _row(case, workers.device, times, memory, errors, not_timed)
+    if first is not None:
+        row["first_call_ms"] = statistics.median(first["ms"])
+    return row
 
 
 def _row(
     case: Case,
+    device: str,
     times: dict[str, list[float]],
     memory: dict[str, float | None],
     errors: dict[str, dict[str, float]],
@@ -190,7 +198,7 @@ def _row(
         "limit_ms": median.get(LIMIT),
         "peers": peers,
         "environment": case.environment,
-        "limit_does": work(case),
+        "limit_does": work(case, device),
         "ours_mb": memory.get(OURS),
         "peers_mb": {name: memory[name] for name in peers},
         "quartiles_ms": {name: _quartiles(times[name]) for name in median},

@@ -28,6 +28,16 @@ def compiled_cross_entropy(inputs: Inputs) -> Forward:
     return lambda: {"loss": function(inputs["logits"], inputs["tokens"])}
 
 
+def direct_cross_entropy(inputs: Inputs) -> Forward:
+    """The mean loss of the logits as they are: the loss and what the backward reads are rounded to their dtype."""
+    return lambda: {"loss": functional.cross_entropy(inputs["logits"], inputs["tokens"])}
+
+
+def compiled_direct_cross_entropy(inputs: Inputs) -> Forward:
+    function = compiled(functional.cross_entropy)
+    return lambda: {"loss": function(inputs["logits"], inputs["tokens"])}
+
+
 def gather(inputs: Inputs) -> Forward:
     """The token's log-probability out of the whole table of them."""
     tokens = inputs["tokens"][:, None]

@@ -4,7 +4,8 @@
 
 Questions come as lines of JSON on the standard input, answers go as lines of JSON to the standard output: ``{"do":
 "prepare", "case": ..., "seed": ...}``, ``{"do": "memory"}``, ``{"do": "time", "seed": ..., "samples": ...}``, ``{"do":
-"drop"}``. An answer with the key ``refused`` says why this entrant cannot take part in the case.
+"first calls", "samples": ...}``, ``{"do": "drop"}``. An answer with the key ``refused`` says why this entrant cannot
+take part in the case.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from operators import clock
 from operators.cases import BACKWARD, BOTH, FORWARD, LIMIT, TRL_LOOP, VERL_LOOP, Case
-from operators.entrants import ENTRANTS
+from operators.entrants import ENTRANTS, OURS
 from operators.inputs import TOLERANCE, Inputs, allocate, errors
 from operators.limits import bytes_moved, limit
 
@@ -114,12 +115,14 @@ class Run:
         torch.cuda.current_stream().wait_stream(stream)
         stages: list[Callable[[], object]] = [lambda: kept.extend(forward() for forward in forwards)]
         if self.case.passes != FORWARD:
-            incoming = {name: self.inputs[0].incoming(name) for name in outputs if outputs[name].requires_grad}
+            names = [name for name, tensor in outputs.items() if tensor.requires_grad]
+            # Of its own for each copy: one for all would stay in the L2 cache.
+            incoming = [tuple(inputs.incoming(name) for name in names) for inputs in self.inputs]
 
             def backward() -> list[tuple[Tensor, ...]]:
                 return [
-                    torch.autograd.grad(tuple(made[name] for name in incoming), inputs.leaves, tuple(incoming.values()))
-                    for made, inputs in zip(kept, self.inputs, strict=True)
+                    torch.autograd.grad(tuple(made[name] for name in names), inputs.leaves, given)
+                    for made, inputs, given in zip(kept, self.inputs, incoming, strict=True)
                 ]
 
             stages.append(backward)
@@ -154,9 +157,20 @@ def answer(name: str, device: str, question: dict[str, Any], run: Run | None) ->
         return {"errors": run.errors, "estimate_ms": estimate}, run
     assert run is not None, "nothing is prepared"
     if question["do"] == "memory":
-        return {"mb": clock.peak_mb(run.single, device)}, run
+        return {"mb": clock.peak_mb(run.single, device, _release(name))}, run
+    if question["do"] == "first calls":
+        return {"ms": clock.first_calls(run.call, question["samples"], _release(name))}, run
     run.draw(question["seed"])
     return {"ms": [ms / run.calls for ms in clock.timed(run.call, question["samples"], device)]}, run
+
+
+def _release(name: str) -> Callable[[], object]:
+    """What gives back the memory that the entrant keeps between calls: peers keep none on a CPU."""
+    if name != OURS:
+        return lambda: None
+    from operators.ours import release_kept_memory
+
+    return release_kept_memory
 
 
 def main() -> None:
@@ -171,10 +185,10 @@ def main() -> None:
         channel.flush()
 
     try:
-        version = importlib.metadata.version(ENTRANTS[name].distribution)
+        version = ENTRANTS[name].version()
     except importlib.metadata.PackageNotFoundError as error:
         return say({"refused": str(error)})
-    say({"version": f"{ENTRANTS[name].distribution} {version}"})
+    say({"version": version})
     run = None
     for line in sys.stdin:
         question = json.loads(line)
