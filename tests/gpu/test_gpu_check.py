@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu import check
+from gpu import check, small_kernels
+
+SANITIZERS = ["sanitizer-memcheck", "sanitizer-racecheck"]
 
 
 def facts(**changes: Any) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def test_the_build_is_for_the_gpus_at_hand(monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     stages = {s.name: s for s in check.plan(facts(capabilities=[[9, 0], [8, 0], [9, 0]]))}
     assert stages["build"].variables["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0"
-    assert list(stages) == ["build", "info", "tests", "sanitizer-memcheck", "sanitizer-racecheck", "benchmark"]
+    assert list(stages) == ["build", "info", "tests", "kernels", *SANITIZERS, "benchmark"]
     scripts = [word for s in stages.values() for word in s.command if word.endswith(".py")]
     assert scripts and all((check.ROOT / script).exists() for script in scripts)
 
@@ -61,8 +63,44 @@ def test_the_build_is_for_the_gpus_at_hand(monkeypatch):
 def test_without_compute_sanitizer_its_stages_say_so(monkeypatch):
     monkeypatch.setattr(check.shutil, "which", lambda name, path=None: None)
     left_out = [s for s in check.plan(facts()) if s.result]
-    assert [s.name for s in left_out] == ["sanitizer-memcheck", "sanitizer-racecheck"]
+    assert [s.name for s in left_out] == SANITIZERS
     assert {s.result for s in left_out} == {"NOT RUN: compute-sanitizer is not installed here"}
+
+
+def test_every_stage_has_its_least_time_whatever_the_earlier_ones_take(monkeypatch, tmp_path):
+    """Each stage is run to the end of the time that it is given."""
+    stages, now, given = check.plan(facts()), [1000.0], {}
+
+    def take_all(stage: check.Stage, until: float) -> None:
+        given[stage.name] = min(stage.limit, until - now[0])
+        now[0] += given[stage.name]
+
+    monkeypatch.setattr(check.Stage, "run", take_all)
+    monkeypatch.setattr(check.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(check, "probe", facts)
+    monkeypatch.setattr(check, "plan", lambda _: stages)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "FOLDER", tmp_path / "logs")
+    check.main()
+    assert all(given[stage.name] >= stage.least > 0 for stage in stages), given
+    assert given["benchmark"] >= 120 and now[0] <= 1000 + check.TOTAL
+
+
+def test_the_sanitizers_cannot_watch_pytorch_instead():
+    stages = {s.name: s for s in check.plan(facts())}
+    for name in ("kernels", *SANITIZERS):
+        assert stages[name].variables["RLHF_LIGHTNING_OPS"] == "native"
+    assert stages["kernels"].command[-1] == "--names"
+    assert stages["sanitizer-racecheck"].command[-2:] == ["float32", "bfloat16"]
+
+
+def test_kernels_that_are_not_ours_are_a_failure(monkeypatch):
+    call = small_kernels.make_gae(1, 1)
+    monkeypatch.setattr(small_kernels, "calls", lambda dtype: [call])
+    monkeypatch.setattr(small_kernels, "launched", lambda function: ["at::native::add"])
+    assert small_kernels.main(["--device", "cpu", "--names", "float32"]) == 1
+    monkeypatch.setattr(small_kernels, "launched", lambda function: ["void rlhf_lightning::gae_kernel<float>"])
+    assert small_kernels.main(["--device", "cpu", "--names", "float32"]) == 0
 
 
 def run(monkeypatch, tmp_path: Path, codes: list[str], limit: float = 20.0) -> int:

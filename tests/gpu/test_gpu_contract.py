@@ -13,6 +13,7 @@ from gpu.cases import (
     EVERY,
     SMALL,
     Call,
+    cotangents,
     make_cross_entropy,
     make_gae,
     make_linear,
@@ -206,15 +207,19 @@ def test_a_token_outside_the_vocabulary_is_a_device_side_assertion(gpu, fused, t
 def test_runs_on_the_current_stream(gpu, operator):
     """The inputs are written late on a side stream: a kernel on another one would read what was there before."""
     call = SMALL[operator].to(gpu)
-    expected = call.run()
+    # Made beforehand: a copy from the CPU would wait for the sleep to end.
+    upstream = cotangents([x for x in call.outputs(*call.leaves()) if x.requires_grad])
+    expected = call.run(upstream)
     late = Call(operator, tuple(torch.zeros_like(x) for x in call.tensors), call.numbers, call.trained)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
+        late.run(upstream)  # takes the stream's memory, which could wait too
+        stream.synchronize()
         torch.cuda._sleep(200_000_000)  # cycles: about a tenth of a second
         for place, tensor in zip(late.tensors, call.tensors, strict=True):
             place.copy_(tensor)
-        got = late.run()
+        got = late.run(upstream)
     assert not stream.query(), "nothing was left to wait for, so the test says nothing: sleep longer"
     stream.synchronize()
     assert all(map(torch.equal, got, expected))

@@ -213,7 +213,7 @@ def test_agrees_with_the_cpu(device, operator):
 )
 def test_sample_tokens(device, dtype, vocabulary, temperature, top_k, top_p):
     """Against a search in sorted float64; where a draw falls on the border of two tokens, either will do."""
-    rows = 64
+    rows = 16 if vocabulary > 10_000 else 64  # the oracle sorts them on the CPU
     logits, draws = randn(rows, vocabulary, dtype=dtype, scale=3.0, seed=6), torch.linspace(0.01, 0.99, rows).double()
     numbers = (temperature, top_k, top_p)
     tokens, log_probs, entropy = outputs_and_grads(Call("sample_tokens", (logits, draws), numbers, 0), device)

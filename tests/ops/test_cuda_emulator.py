@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ops import cuda_emulation
 from ops.cuda_emulation import LaunchError, emulate, guarded
 
 KERNELS = r"""
@@ -231,3 +232,23 @@ def test_clusters_see_each_other(cuda, size):
     assert not torch.equal(y, expected)
     with pytest.raises(LaunchError, match="a cluster has 1 to 8 blocks and divides the grid"):
         cuda.run("run_neighbours", y, 5, 1)
+
+
+def other_compiler(folder, macros: str) -> tuple[str, ...]:
+    """A program that says that it defines these macros."""
+    script = folder / "compiler"
+    script.write_text(f"#!/bin/sh\nprintf '{macros}'\n")
+    script.chmod(0o755)
+    return (str(script), "-O2")
+
+
+def test_a_compiler_that_cannot_be_used_is_told(monkeypatch, tmp_path):
+    clang = other_compiler(tmp_path, "#define __GNUC__ 4\\n#define __clang__ 1\\n")
+    for compiler, words in ((("no-such-compiler",), "no C\\+\\+ compiler no-such-compiler"), (clang, "is not GCC's")):
+        monkeypatch.setattr(cuda_emulation, "COMPILER", compiler)
+        monkeypatch.delenv("CI", raising=False)
+        with pytest.raises(pytest.skip.Exception, match=words):
+            emulate(KERNELS, EXPORTS)
+        monkeypatch.setenv("CI", "1")
+        with pytest.raises(pytest.fail.Exception, match=words):
+            emulate(KERNELS, EXPORTS)
