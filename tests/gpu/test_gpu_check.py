@@ -134,3 +134,12 @@ def test_a_stage_that_hangs_is_stopped_with_its_children(monkeypatch, tmp_path, 
     out = capfd.readouterr().out
     assert "FAILED: stopped after 2 s" in out and "later" in out
     assert time.monotonic() - began < 20
+
+
+def test_what_escapes_a_stage_does_not_hold_up_the_rest(monkeypatch, tmp_path, capfd):
+    """A process of another session is not stopped, and keeps the stage's output open."""
+    began = time.monotonic()
+    child = "[sys.executable, '-c', 'import time; time.sleep(30)'], start_new_session=True"
+    assert run(monkeypatch, tmp_path, [f"import subprocess, sys; subprocess.Popen({child}); print('gone')"]) == 0
+    assert "gone" in capfd.readouterr().out
+    assert time.monotonic() - began < 20
