@@ -76,9 +76,12 @@ def _covered(index: int | None) -> bool:
     return covers((_BUILD or {})["cuda_architectures"], torch.cuda.get_device_capability(index))
 
 
-@torch.compiler.assume_constant_result
 def _gpu_covered(index: int | None) -> bool:
     return _covered(index)
+
+
+# What torch.compiler.assume_constant_result does; calling that would import the whole compiler with this file.
+_gpu_covered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _runs(operator: str, device: torch.device) -> bool:

@@ -26,7 +26,7 @@ def linear_cross_entropy(
         return loss, log_probs.detach(), entropy.detach()
 
     The weights being given, the gradients are computed in the forward, where the logits are at hand; the backward only
-    scales them. On the CPU in float32 and float64 that is three products, of 256 rows' logits at a time, for the four of
+    scales them. On the CPU in float32 and float64 that is three products, by 256 rows of logits, where it is four of
     :func:`linear_token_log_probs` and a sum; elsewhere (16 bits and more than 256 rows, CUDA) it is four here too.
     float16 is that composition, because its gradients must be scaled before they are rounded.
 
