@@ -1,7 +1,6 @@
 #include "clipped_losses.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 
 #include "check.h"
 #include "kernels.h"
+#include "operation.h"
 
 namespace rlhf_lightning {
 
@@ -94,9 +94,7 @@ struct ClippedLossFunction : torch::autograd::Function<ClippedLossFunction> {
         !at::GradMode::is_enabled(), ctx->saved_data["op"].toStringRef(),
         ": gradients are first order only, this one was asked for with create_graph=True");
     if (!grads[0].defined()) return {at::Tensor(), at::Tensor(), at::Tensor()};
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("rlhf_lightning::clipped_loss_backward", "")
-                               .typed<decltype(clipped_loss_backward)>();
+    static const auto op = operation<decltype(clipped_loss_backward)>("rlhf_lightning::clipped_loss_backward");
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());
     const at::AutoDispatchBelowADInplaceOrView guard;
     return {op.call(grads[0], ctx->get_saved_variables()[0], dtype), at::Tensor(), at::Tensor()};

@@ -1,13 +1,13 @@
 #include "linear_cross_entropy.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
 
 #include "check.h"
 #include "large_memory.h"
 #include "linear_token_log_probs.h"
+#include "operation.h"
 #include "softmax_rows.h"
 
 namespace rlhf_lightning {
@@ -28,11 +28,6 @@ void check(
   check_float(kName, "token_weights", token_weights);
   check_shape(kName, "token_weights", token_weights, tokens.sizes(), "tokens");
   check_device(kName, "token_weights", token_weights, hidden, "hidden");
-}
-
-template <typename Signature>
-auto operation(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 // Turns rows of logits into the gradients of the loss, and writes their results from row `first` on.

@@ -2,7 +2,6 @@
 // whose calls are too short for a gradient in Python. Fake kernels and the other gradients are registered beside the public
 // functions, in rlhf_lightning/ops/.
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include "clipped_policy_loss.h"
@@ -10,16 +9,12 @@
 #include "gae.h"
 #include "linear_cross_entropy.h"
 #include "linear_token_log_probs.h"
+#include "operation.h"
 #include "sample_tokens.h"
 #include "token_log_probs.h"
 
 namespace rlhf_lightning {
 namespace {
-
-template <typename Signature>
-auto operation(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // Advantages and returns are targets: no gradient flows through them, whatever the inputs require.
 std::tuple<at::Tensor, at::Tensor> gae_without_gradient(
