@@ -17,6 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import provenance
 import torch
 from operators import cases, plots, report
 from operators.entrants import OPERATORS, OURS
@@ -53,9 +54,9 @@ def main() -> int:
     table = [case for case in table if case.operator in chosen.only]
     points = [case for case in points if case.operator in chosen.only]
 
-    about = report.about(chosen.device, chosen.threads, chosen.quick)
+    about = {**provenance.about(chosen.device, chosen.threads), "quick": chosen.quick}
     whole = not (chosen.quick or chosen.no_sweeps) and set(chosen.only) == set(OPERATORS)
-    path = chosen.json or (RESULTS / f"operators_{report.slug(about)}.json" if whole else None)
+    path = chosen.json or (RESULTS / f"operators_{provenance.slug(about)}.json" if whole else None)
     workers = Workers(table + points, chosen.device, chosen.threads)
     if chosen.quick:
         workers.missing.update(dict.fromkeys(cases.COMPILES, "left out by --quick: it must be compiled"))

@@ -15,14 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import provenance
 import torch
-from operators import report
 from torch import Tensor
 from torch.nn import functional
 
@@ -177,8 +175,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does the study itself work?")
     options = parser.parse_args()
     torch.manual_seed(0)
-    about = report.about(options.device, torch.get_num_threads(), options.quick)
-    about["command"] = shlex.join(["python", "benchmarks/numerics.py", *sys.argv[1:]])
+    about = {**provenance.about(options.device, torch.get_num_threads()), "quick": options.quick}
     rows: list[dict[str, Any]] = []
     for cases in (token_cases, head_cases, small_cases):
         print("\n| case | dtype | result | ours: max | rms | torch: max | rms | rms ratio |")
@@ -191,7 +188,7 @@ def main() -> None:
                 ratio = f"{own['rms'] / theirs['rms']:.2f}" if theirs["rms"] > 0 else "-"
                 numbers = " | ".join(f"{x:.2g}" for x in (*own.values(), *theirs.values()))
                 print(f"| {case} | {kind} | {result} | {numbers} | {ratio} |", flush=True)
-    path = options.json or RESULTS / f"numerics_{report.slug(about)}.json"
+    path = options.json or RESULTS / f"numerics_{provenance.slug(about)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

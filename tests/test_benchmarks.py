@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import provenance  # noqa: E402
 from operators import cases, clock, entrants, limits, plots, report, rounds, torch_peers  # noqa: E402
 from operators.entrants import ENTRANTS, OPERATORS, OURS  # noqa: E402
 from operators.inputs import TOLERANCE, allocate, errors  # noqa: E402
@@ -117,7 +118,7 @@ def test_cross_entropy_of_bf16_logits_passes_the_check_of_bf16() -> None:
 def test_the_recorded_command_holds_no_absolute_path(monkeypatch: pytest.MonkeyPatch) -> None:
     inside, outside = str(ROOT / "benchmarks" / "a.json"), "--json=/elsewhere/b.json"
     monkeypatch.setattr(sys, "argv", ["bench_operators.py", "--json", inside, outside, "--seed=3"])
-    command = report.about("cpu", 1, False)["command"]
+    command = provenance.about("cpu", 1)["command"]
     assert command == "python benchmarks/bench_operators.py --json benchmarks/a.json --json=b.json --seed=3"
 
 

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
-import shlex
-import subprocess
-import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
+import provenance
 
 from operators.cases import LIMIT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 NOTES = """\
 Milliseconds: the median of the calls counted under `samples` in the JSON, after warm-up, in turns with all others of
 the same table, on random inputs drawn anew for each turn. "x": how many times as long as ours; beside "limit": how many
@@ -31,64 +23,6 @@ such memory, each page given by the system anew, as peers get theirs in every ca
 GPU_NOTES = """\
 GAE and the losses are captured in CUDA graphs, on inputs that together exceed the L2 cache, and so are their copies;
 the Python loops are timed as they are used, launch by launch."""
-
-
-def about(device: str, threads: int, quick: bool) -> dict[str, Any]:
-    """Hardware, versions, commit, command and date."""
-    facts: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/bench_operators.py", *map(_portable, sys.argv[1:])]),
-        "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "device": device,
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "quick": quick,
-    }
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        facts["gpu"] = properties.name
-        facts["gpu_memory_gib"] = round(properties.total_memory / 2**30, 1)
-        facts["gpu_l2_mib"] = round(properties.L2_cache_size / 2**20)
-        facts["cuda"] = torch.version.cuda
-    return facts
-
-
-def _portable(argument: str) -> str:
-    """An absolute path (also behind ``--option=``) relative to the repository's root, or its last name outside it."""
-    option, sign, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
-    path = Path(value)
-    if not path.is_absolute():
-        return argument
-    return option + sign + (str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name)
-
-
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def slug(facts: dict[str, Any]) -> str:
-    """Hardware and date, fit for a file's name."""
-    name = facts.get("gpu") or f"{facts['cpu']} {facts['cores']} cores"
-    words = re.sub(r"\(\w+\)|@.*", " ", name).lower()
-    return re.sub(r"[^a-z0-9]+", "_", words).strip("_") + "_" + facts["date"]
 
 
 def title(row: dict[str, Any]) -> str:
@@ -179,18 +113,10 @@ def write(results: dict[str, Any], path: Path, pictures: list[Path]) -> None:
 def page(results: dict[str, Any], path: Path, pictures: list[Path]) -> str:
     """The facts of the JSON in Markdown."""
     facts = results["about"]
-    machine = f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['cpu_capability']}"
-    if "gpu" in facts:
-        machine = f"{facts['gpu']}, {facts['gpu_memory_gib']} GiB, CUDA {facts['cuda']}; {machine}"
-    commit = facts["commit"] + (" and changes not yet committed" if facts["changed"] else "")
     text = [
         f"# The operators on {'a GPU' if 'gpu' in facts else 'a CPU'}",
         "",
-        f"{machine}. torch {facts['torch']}, Python {facts['python']}, commit {commit}, {facts['date']}.",
-        f"All numbers: `{path.name}`. Made by",
-        "",
-        f"    {facts['command']}",
-        "",
+        *provenance.header(facts, path),
         "Peers: " + (", ".join(sorted(set(facts["peers"].values()))) or "none") + ".",
         "",
     ]

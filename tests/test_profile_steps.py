@@ -1,0 +1,96 @@
+"""What the profile of whole steps puts in the operators' place computes what they do, and is counted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tolerances import assert_near
+
+from rlhf_lightning.ops import clipped_value_loss, linear_cross_entropy, linear_token_log_probs
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from steps.clock import Clock, operator, replace_everywhere  # noqa: E402
+from steps.plain import plain_cross_entropy, plain_log_probs  # noqa: E402
+from steps.report import table  # noqa: E402
+
+
+def head() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(6, 4).requires_grad_(), torch.randn(9, 4).requires_grad_(), torch.randint(9, (6,))
+
+
+def test_a_clock_around_an_operator_changes_neither_results_nor_gradients() -> None:
+    hidden, weight, tokens = head()
+    clock = Clock()
+    timed = clock.wrap("head", linear_token_log_probs)
+    found = []
+    for clock.on in (False, True):
+        log_probs, entropy = timed(hidden, weight, tokens, 0.7)
+        found.append((log_probs, entropy, *torch.autograd.grad(log_probs.sum() - entropy.sum(), (hidden, weight))))
+    assert all(map(torch.equal, *found))
+    spent = clock.spent["head"]
+    assert spent["calls"] == 1 and spent["forward_ms"] > 0 and spent["backward_ms"] > 0
+
+
+def test_a_result_without_use_and_an_operand_without_gradient_pass_the_clock() -> None:
+    values, old, returns = torch.randn(3, 8)
+    clock = Clock()
+    clock.on = True
+    loss, clipped = clock.wrap("loss", clipped_value_loss)(values.requires_grad_(), old, returns, 0.2)
+    (grad,) = torch.autograd.grad(loss.sum(), values)
+    truth = torch.where(clipped, 0.0, values - returns)
+    assert_near(grad, truth, torch.float32)
+
+
+def test_an_operator_is_replaced_wherever_the_package_imported_it() -> None:
+    from rlhf_lightning.models import policy
+
+    original, stand_in = operator("linear_token_log_probs"), object()
+    assert original is linear_token_log_probs and policy.linear_token_log_probs is original
+    replace_everywhere(original, stand_in)
+    try:
+        assert policy.linear_token_log_probs is stand_in
+    finally:
+        replace_everywhere(stand_in, original)
+
+
+@pytest.mark.parametrize("entropy_logged", [False, True])
+def test_the_head_as_people_write_it_is_the_same_function(entropy_logged: bool) -> None:
+    hidden, weight, tokens = head()
+    found = []
+    for function in (linear_token_log_probs, plain_log_probs(entropy_logged)):
+        log_probs, entropy = function(hidden, weight, tokens, 0.7)
+        found.append((log_probs, entropy, *torch.autograd.grad(log_probs.sum(), (hidden, weight))))
+    for place, (ours, plain) in enumerate(zip(*found, strict=True)):
+        if place != 1 or entropy_logged:
+            assert_near(plain, ours.detach(), torch.float32, times=10)
+
+
+def test_the_cross_entropy_as_people_write_it_is_the_same_function() -> None:
+    hidden, weight, tokens = head()
+    token_weights = torch.tensor([0.5, 0.0, 2.0, 1.0, 1.0, 3.0])
+    found = []
+    for function in (linear_cross_entropy, plain_cross_entropy):
+        loss, log_probs, _ = function(hidden, weight, tokens, token_weights, 0.7)
+        found.append((loss, log_probs, *torch.autograd.grad(loss, (hidden, weight))))
+    for ours, plain in zip(*found, strict=True):
+        assert_near(plain, ours.detach(), torch.float32, times=10)
+
+
+def test_what_a_step_gains_is_nothing_where_steps_differ_as_much_by_themselves() -> None:
+    def way(steps: list[float], spent: float) -> dict:
+        taken = {"calls": 1, "forward_ms": spent, "backward_ms": 0.0}
+        return {"step_ms": steps, "peak_mib": 1.0, "phases_ms": {}, "operators": {"gae": taken}}
+
+    still = {
+        "native": way([90.0] * 4, 5.0),
+        "reference": way([100.0] * 4, 15.0),
+        "plain": way([60, 90, 110, 140], 15.0),
+    }
+    (row,) = [line for line in table(still) if line.startswith("| gae")]
+    assert row.endswith("| +10% | nothing |")
