@@ -100,6 +100,18 @@ def test_weight_decay_leaves_norms_alone(tiny_policy_dir: Path) -> None:
         assert decayed[id(parameter)] == (0.0 if "norm" in name else 0.1), name
 
 
+@pytest.mark.parametrize(("scaler", "fused"), [(None, True), (torch.amp.GradScaler("cpu"), False)])
+def test_a_scaler_gets_an_optimizer_that_leaves_the_scale_to_it(
+    tiny_policy_dir: Path, scaler: torch.amp.GradScaler | None, fused: bool
+) -> None:
+    """A fused step would take the scale off after the gradients were measured and clipped."""
+    module = SFTModule(str(tiny_policy_dir))
+    train(module, SmallData(tiny_policy_dir, ROWS))
+    module.trainer.precision_plugin.scaler = scaler
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused
+
+
 def test_fsdp1_is_refused_and_the_message_names_fsdp2(tiny_policy_dir: Path) -> None:
     class CpuFSDP(FSDPStrategy):
         pass
