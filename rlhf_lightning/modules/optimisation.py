@@ -78,8 +78,8 @@ class OptimisedModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, and the schedule, stepped once an optimizer step."""
-        # One pass over the parameters instead of one for each of its operations. Not under a scaler of fp16 gradients: a
-        # fused optimizer takes the scale off inside its step, after `on_before_optimizer_step` has measured and clipped.
+        # Fused: one pass over the parameters instead of one for each operation. Not under a scaler of fp16 gradients,
+        # where it would take the scale off in its step, after `on_before_optimizer_step` has measured and clipped.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
         optimizer = AdamW(
             self.parameter_groups(),
