@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
-from test_processes import launch
+from processes import launch
 from torch import nn
 
 from rlhf_lightning.distributed import (

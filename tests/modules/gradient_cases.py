@@ -3,9 +3,7 @@ and, as a script, in two."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 from ppo_harness import TokenReward, fit, prompts
+from processes import run_cases
 from small_data import SmallData, train
 from tiny_models import make_config, make_tokenizer
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from rlhf_lightning.batches import PromptBatch
-from rlhf_lightning.distributed import all_gather_objects, rank
+from rlhf_lightning.distributed import all_gather_objects
 from rlhf_lightning.models.sharding import full_state_dict
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.dpo import DPOModule
@@ -124,13 +123,5 @@ def own_prompts() -> PromptBatch:
     )
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    job = json.loads(Path(sys.argv[1]).read_text())
-    results = {name: run(case) for name, case in job["cases"].items()}
-    if rank() == 0:
-        torch.save(results, job["out"])
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run)

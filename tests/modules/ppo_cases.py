@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from ppo_harness import TokenReward, make_module
+from processes import run_cases
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.data.datamodule import PreferenceDataModule
-from rlhf_lightning.distributed import all_gather_objects, rank
+from rlhf_lightning.distributed import all_gather_objects
 from rlhf_lightning.models.sharding import full_state_dict
 from rlhf_lightning.rewards import ModelReward
 
@@ -58,13 +57,5 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     return {"weights": weights, "metrics": module.logged, "samples": merged}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    job = json.loads(Path(sys.argv[1]).read_text())
-    results = {name: run(case) for name, case in job["cases"].items()}
-    if rank() == 0:
-        torch.save(results, job["out"])
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run)

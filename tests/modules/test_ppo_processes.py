@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from ppo_cases import run, write_prompts
-from test_processes import HERE, launch
+from processes import results_of_two
 
 # Adam's epsilon far above rounding, so that a rounding error in a near-zero gradient does not become a whole step.
 OPTIONS = {"iterations": 3, "epochs": 2, "minibatches": 2, "adam_eps": 1e-3, "learning_rate": 3e-3, "kl_target": 1.0}
@@ -42,14 +41,11 @@ def one(tiny_policy_dir, tiny_reward_dir, data) -> dict:
 
 @pytest.fixture(scope="module")
 def two(tiny_policy_dir, tiny_reward_dir, data, tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("two")
     cases = {
         f"{kind}-{strategy}": case(tiny_policy_dir, tiny_reward_dir, data, kind, strategy=strategy, devices=2)
         for kind, strategy in CASES
     }
-    (folder / "job.json").write_text(json.dumps({"out": str(folder / "out.pt"), "cases": cases}))
-    launch(HERE / "ppo_cases.py", folder / "job.json")
-    return torch.load(folder / "out.pt", weights_only=True)
+    return results_of_two("ppo_cases.py", cases, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize(("kind", "strategy"), CASES)

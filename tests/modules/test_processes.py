@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import results_of_two
 from train_cases import run
 
-HERE = Path(__file__).parent
 # An epsilon far above rounding: with the usual one, Adam's first steps turn a rounding error of a near-zero gradient
 # into a full step.
 OPTIMIZER = {"learning_rate": 0.02, "adam_eps": 1e-3, "weight_decay": 0.01}
@@ -27,57 +22,24 @@ BATCHES = [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11], [12]]
 CASES = [(module, strategy) for module in ARGUMENTS for strategy in ("ddp", "fsdp2")]
 
 
-def case(module: str, **trainer: object) -> dict:
+def case(folder: Path, module: str, **trainer: object) -> dict:
     options = {"accumulate_grad_batches": 3, "gradient_clip_val": 1.0, **trainer}
-    name = f"{module}-{trainer.get('strategy')}"
-    return {"name": name, "module": module, "arguments": ARGUMENTS[module], "batches": BATCHES, "trainer": options}
-
-
-def launch(script: Path, argument: Path, processes: int = 2) -> None:
-    """Start ``script argument`` as torchrun would, in every process; fails with the output of the first that fails."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "test",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])]),
-    }
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(argument)],
-            env={**os.environ, **shared, "RANK": str(number), "LOCAL_RANK": str(number), "GROUP_RANK": "0"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(processes)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert all(process.returncode == 0 for process in running), "\n".join(outputs)[-6000:]
+    arguments = ARGUMENTS[module]
+    return {"model": str(folder), "module": module, "arguments": arguments, "batches": BATCHES, "trainer": options}
 
 
 @pytest.fixture(scope="module")
 def two(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    folder = tmp_path_factory.mktemp("two")
-    cases = [case(module, strategy=strategy, devices=2) for module, strategy in CASES]
-    job = {"folder": str(tiny_policy_dir), "out": str(folder / "out.pt"), "cases": cases}
-    (folder / "job.json").write_text(json.dumps(job))
-    launch(HERE / "train_cases.py", folder / "job.json")
-    return torch.load(folder / "out.pt", weights_only=True)
+    cases = {
+        f"{module}-{strategy}": case(tiny_policy_dir, module, strategy=strategy, devices=2)
+        for module, strategy in CASES
+    }
+    return results_of_two("train_cases.py", cases, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def one(tiny_policy_dir: Path) -> dict:
-    return {module: run(case(module), str(tiny_policy_dir)) for module in ARGUMENTS}
+    return {module: run(case(tiny_policy_dir, module)) for module in ARGUMENTS}
 
 
 @pytest.mark.parametrize(("module", "strategy"), CASES)

@@ -3,14 +3,13 @@ autograd on the logits of the stock model, row by row, unpadded, in float64."""
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from gradient_cases import BATCHES, DPO, PPO, run, save_model
+from processes import results_of_two
 from small_data import Pair, make_pairs
-from test_processes import HERE, launch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -186,12 +185,9 @@ def sharded(folders, task: str, model: str, **trainer: object) -> dict:
 
 @pytest.fixture(scope="module")
 def two(folders, tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("two")
     cases = {f"{task}-{model}": sharded(folders, task, model) for task, model in CASES}
     cases |= {f"{task}-{model}-bf16": sharded(folders, task, model, precision="bf16-mixed") for task, model in CASES}
-    (folder / "job.json").write_text(json.dumps({"out": str(folder / "out.pt"), "cases": cases}))
-    launch(HERE / "gradient_cases.py", folder / "job.json")
-    return torch.load(folder / "out.pt", weights_only=True)
+    return results_of_two("gradient_cases.py", cases, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize(("task", "model"), CASES)

@@ -1,15 +1,12 @@
-"""Run by test_processes.py in two processes: trains every case on the command line's JSON file, one after the other."""
+"""One training of SFT, a reward model or DPO; test_processes.py runs it in one process and, as a script, in two."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+from typing import Any
 
-import torch
+from processes import run_cases
 from small_data import SmallData, train
 
-from rlhf_lightning.distributed import rank
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
@@ -17,20 +14,12 @@ from rlhf_lightning.modules.sft import SFTModule
 MODULES = {"sft": SFTModule, "reward_model": RewardModelModule, "dpo": DPOModule}
 
 
-def run(case: dict, folder: str) -> dict:
-    module = MODULES[case["module"]](model=folder, **case["arguments"])
-    weights = train(module, SmallData(folder, case["batches"], held_out=True), **case["trainer"])
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    module = MODULES[case["module"]](model=case["model"], **case["arguments"])
+    weights = train(module, SmallData(case["model"], case["batches"], held_out=True), **case["trainer"])
     metrics = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
     return {"weights": weights, "metrics": metrics}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    job = json.loads(Path(sys.argv[1]).read_text())
-    results = {case["name"]: run(case, job["folder"]) for case in job["cases"]}
-    if rank() == 0:
-        torch.save(results, job["out"])
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops.clipped_losses import BOTH, EVERY, case, run
 from ops.support import FLOATS, SIZES, needs_native, randn, result_dtype, with_threads
 from tolerances import assert_near
 
@@ -44,19 +45,6 @@ def oracle(function, tensors, *options):
     columns = list(zip(*rows, strict=True)) or [(), (), ()]
     loss, clipped, grad = (torch.tensor(column, dtype=torch.float64).reshape(tensors[0].shape) for column in columns)
     return loss, clipped.bool(), grad
-
-
-def run(function, tensors, *options):
-    first = tensors[0].detach().requires_grad_()
-    loss, clipped = function(first, *tensors[1:], *options)
-    (grad,) = torch.autograd.grad(loss.sum(), first)
-    return loss.detach(), clipped, grad
-
-
-def case(*shape, dtype=torch.float32, spread=0.4, seed=0):
-    first = randn(*shape, dtype=torch.float64, seed=seed)
-    second = first + spread * randn(*shape, dtype=torch.float64, seed=seed + 1)
-    return first.to(dtype), second.to(dtype), randn(*shape, dtype=dtype, seed=seed + 2)
 
 
 # log-ratio, advantage, dual_clip -> loss, clipped, gradient, with clip_low 0.2 and clip_high 0.3
@@ -131,10 +119,7 @@ def test_value_against_the_definition(function, dtype, clip):
 @pytest.mark.parametrize("size", SIZES)
 def test_native_is_near_the_reference(dtype, size):
     tensors = case(size, dtype=dtype)
-    for native, plain, options in (
-        (clipped_policy_loss, policy_reference, (0.2, 0.2, 2.0)),
-        (clipped_value_loss, value_reference, (0.2,)),
-    ):
+    for (native, options), plain in zip(BOTH, (policy_reference, value_reference), strict=True):
         for actual, wanted in zip(run(native, tensors, *options), run(plain, tensors, *options), strict=True):
             assert_near(actual, wanted, result_dtype(dtype))
 
@@ -174,94 +159,9 @@ def test_a_value_within_the_clip_range_is_never_called_clipped(function):
     assert not run(function, (values, old, returns), 0.2)[1].any()
 
 
-def test_gradient_to_the_first_argument_alone():
-    for function, options in (
-        (clipped_policy_loss, (0.2, 0.2)),
-        (policy_reference, (0.2, 0.2)),
-        (clipped_value_loss, (0.2,)),
-        (value_reference, (0.2,)),
-    ):
-        first, second, third = (x.requires_grad_() for x in case(5))
-        loss, clipped = function(first, second, third, *options)
-        loss.sum().backward()
-        assert first.grad is not None and second.grad is None and third.grad is None
-        assert not clipped.requires_grad
-
-
-def test_gradcheck():
-    tensors = [x.double() for x in case(40, seed=3)]
-    first = tensors[0].requires_grad_()
-    for function, options in (
-        (clipped_policy_loss, (0.2, 0.2, 1.2)),
-        (policy_reference, (0.2, 0.2, 1.2)),
-        (clipped_value_loss, (0.2,)),
-        (value_reference, (0.2,)),
-    ):
-        assert torch.autograd.gradcheck(lambda x, f=function, o=options: f(x, *tensors[1:], *o)[0], (first,))
-
-
-BOTH = [(clipped_policy_loss, (0.2, 0.2, 1.5)), (clipped_value_loss, (0.2,))]
-
-
-@needs_native
-@pytest.mark.parametrize(("function", "options"), BOTH)
-def test_a_second_derivative_is_an_error_that_says_so(function, options):
-    tensors = case(9)
-    for weights in (None, torch.ones(9, requires_grad=True)):
-        first = tensors[0].clone().requires_grad_()
-        loss, _ = function(first, *tensors[1:], *options)
-        total = (loss if weights is None else weights * loss).sum()
-        with pytest.raises(NotImplementedError, match=f"{function.__name__}: gradients are first order only"):
-            torch.autograd.grad(total, first, create_graph=True)
-
-
-@needs_native
-@pytest.mark.parametrize(("function", "options"), BOTH)
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_every_kind_of_incoming_gradient(function, options, dtype):
-    tensors = case(6, 37, dtype=dtype)
-    kind = result_dtype(dtype)
-    slope = run(function, tensors, *options)[2].double()
-    for incoming in (
-        torch.tensor(0.25, dtype=kind).expand(6, 37),  # as from a mean
-        randn(6, 37, dtype=kind, seed=5),
-        randn(37, 6, dtype=kind, seed=5).T,
-        randn(6, 1, dtype=kind, seed=5).expand(6, 37),
-        randn(37, dtype=kind, seed=5).expand(6, 37),
-    ):
-        first = tensors[0].clone().requires_grad_()
-        (grad,) = torch.autograd.grad(function(first, *tensors[1:], *options)[0], first, incoming)
-        assert grad.dtype == dtype and grad.is_contiguous()
-        assert_near(grad, slope * incoming.double(), dtype, times=2)  # the slope itself was rounded
-
-
-@needs_native
-@pytest.mark.parametrize(("function", "options"), BOTH)
-def test_the_input_may_be_overwritten_after_the_call_and_is_needed_once(function, options):
-    tensors = case(9)
-    first = tensors[0].clone().requires_grad_()
-    moved = first * 1
-    loss, _ = function(moved, *tensors[1:], *options)
-    with torch.no_grad():
-        moved.zero_()
-    loss.sum().backward()
-    assert torch.equal(first.grad, run(function, tensors, *options)[2])
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        loss.sum().backward()
-
-
-@needs_native
-def test_opcheck_of_the_gradient():
-    grad, slope = randn(3, 7), randn(3, 7, seed=1)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        torch.library.opcheck(torch.ops.rlhf_lightning.clipped_loss_backward.default, (grad, slope, dtype))
-    with pytest.raises(ValueError, match=r"clipped_loss_backward: grad_loss must have the shape of slope, \[3, 7\]"):
-        torch.ops.rlhf_lightning.clipped_loss_backward(grad[:2], slope, torch.float32)
-
-
 def test_bitwise_the_same_for_any_split_thread_count_and_repetition():
     tensors = case(150_003)  # enough for several threads
-    for function, options in ((clipped_policy_loss, (0.2, 0.2, 2.0)), (clipped_value_loss, (0.2,))):
+    for function, options in BOTH:
         whole = run(function, tensors, *options)
         assert all(map(torch.equal, whole, run(function, tensors, *options)))
         two = with_threads(2, lambda f=function, o=options: run(f, tensors, *o))
@@ -272,15 +172,7 @@ def test_bitwise_the_same_for_any_split_thread_count_and_repetition():
             assert all(torch.equal(w[:8200], torch.cat(p)) for w, p in zip(whole, parts, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("function", "options"),
-    [
-        (clipped_policy_loss, (0.2, 0.2)),
-        (policy_reference, (0.2, 0.2)),
-        (clipped_value_loss, (0.2,)),
-        (value_reference, (0.2,)),
-    ],
-)
+@pytest.mark.parametrize(("function", "options"), EVERY)
 class TestBoth:
     @pytest.mark.parametrize("shape", [(0,), (3, 0), ()])
     def test_empty_and_scalar(self, function, options, shape):
@@ -321,109 +213,3 @@ class TestBoth:
         assert loss.dtype == torch.float32 and first.grad.dtype == torch.bfloat16
         assert torch.equal(loss, function(first.detach().float(), second, third, *options)[0])
         assert function(first, second.double(), third, *options)[0].dtype == torch.float64
-
-
-ERRORS = [
-    (
-        clipped_policy_loss,
-        dict(advantages=torch.zeros(3, dtype=torch.bool)),
-        TypeError,
-        "clipped_policy_loss: advantages must be a float32, bfloat16, float16 or float64 tensor, got bool",
-    ),
-    (
-        clipped_policy_loss,
-        dict(old_log_probs=torch.zeros(2)),
-        ValueError,
-        "clipped_policy_loss: old_log_probs must have the shape of log_probs, [3], got shape [2]",
-    ),
-    (
-        clipped_policy_loss,
-        dict(advantages=torch.zeros(3, device="meta")),
-        ValueError,
-        "clipped_policy_loss: advantages must be on the device of log_probs, cpu, got meta",
-    ),
-    (
-        clipped_policy_loss,
-        dict(clip_low=1.1),
-        ValueError,
-        "clipped_policy_loss: clip_low must be a number in [0, 1], got 1.1",
-    ),
-    (
-        clipped_policy_loss,
-        dict(clip_high=-0.1),
-        ValueError,
-        "clipped_policy_loss: clip_high must be a number of at least 0, got -0.1",
-    ),
-    (
-        clipped_policy_loss,
-        dict(dual_clip=1.0),
-        ValueError,
-        "clipped_policy_loss: dual_clip must be None or a number above 1, got 1.0",
-    ),
-    (
-        clipped_value_loss,
-        dict(values=None),
-        TypeError,
-        "clipped_value_loss: values must be a float32, bfloat16, float16 or float64 tensor, got NoneType",
-    ),
-    (
-        clipped_value_loss,
-        dict(returns=torch.zeros(3, 1)),
-        ValueError,
-        "clipped_value_loss: returns must have the shape of values, [3], got shape [3, 1]",
-    ),
-    (
-        clipped_value_loss,
-        dict(old_values=torch.zeros(3, device="meta")),
-        ValueError,
-        "clipped_value_loss: old_values must be on the device of values, cpu, got meta",
-    ),
-    (
-        clipped_value_loss,
-        dict(clip=0),
-        ValueError,
-        "clipped_value_loss: clip must be None or a positive number, got 0",
-    ),
-]
-
-
-@pytest.mark.parametrize(("function", "change", "kind", "message"), ERRORS, ids=[e[3][:45] for e in ERRORS])
-def test_wrong_arguments(function, change, kind, message):
-    zeros = torch.zeros(3)
-    good = {
-        clipped_policy_loss: dict(
-            log_probs=zeros, old_log_probs=zeros, advantages=zeros, clip_low=0.2, clip_high=0.2, dual_clip=None
-        ),
-        clipped_value_loss: dict(values=zeros, old_values=zeros, returns=zeros, clip=0.2),
-    }[function]
-    with pytest.raises(kind) as caught:
-        function(**{**good, **change})
-    assert str(caught.value) == message
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    first, second, third = case(3, 7, dtype=dtype)
-    first.requires_grad_()
-    torch.library.opcheck(torch.ops.rlhf_lightning.clipped_policy_loss.default, (first, second, third, 0.2, 0.2, 2.0))
-    torch.library.opcheck(torch.ops.rlhf_lightning.clipped_value_loss.default, (first, second, third, None))
-
-
-@needs_native
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compile_whole(dtype, dynamic):
-    first, second, third = case(3, 7, dtype=dtype)
-
-    def loss(x):
-        policy, clipped = clipped_policy_loss(x, second, third, 0.2, 0.2)
-        value, _ = clipped_value_loss(x, second, third, 0.2)
-        return (policy + value + clipped.float()).sum()
-
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)):
-        x = first.clone().requires_grad_()
-        function(x).backward()
-        results.append(x.grad)
-    assert_near(results[1], results[0], dtype)
