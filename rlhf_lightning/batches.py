@@ -109,6 +109,23 @@ class PromptBatch(_Batch):
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    def repeat(self, times: int) -> PromptBatch:
+        """Every prompt ``times`` times in a row; copy k of row r is numbered ``r * times + k``, so each draws its own.
+
+        ``[B]`` rows -> ``[B * times]`` rows.
+        """
+        if times == 1:
+            return self
+        copies = torch.arange(len(self), device=self.rows.device).repeat_interleave(times)
+        return PromptBatch(
+            tokens=self.tokens[copies],
+            lengths=self.lengths[copies],
+            rows=self.rows[copies] * times + torch.arange(times, device=self.rows.device).repeat(len(self)),
+            weights=self.weights[copies],
+            prompts=[prompt for prompt in self.prompts for _ in range(times)],
+            columns={name: [cell for cell in cells for _ in range(times)] for name, cells in self.columns.items()},
+        )
+
 
 @dataclass
 class Rollout(_Batch):

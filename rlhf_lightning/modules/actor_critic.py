@@ -1,147 +1,70 @@
-"""The models of on-policy training: a policy, its frozen reference, a critic and a reward, and passes over them.
+"""The critic beside the policy: where it starts, what it is asked, and how its parameters are trained.
 
-Shapes: ``B`` rows of this process, ``S`` prompt + response tokens, ``T`` response tokens.
+Shapes: ``B`` rows of this process, ``S`` prompt + response tokens, ``T`` response tokens. The critic is asked about
+``T + 1`` states: before each response token, and after the last one.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from jsonargparse.typing import PositiveFloat, PositiveInt
+from torch import Tensor, nn
 
-from rlhf_lightning.batches import Rollout, micro_batches
-from rlhf_lightning.distributed import all_reduce_max
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.batches import Rollout
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, same_vocabulary
-from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.policy import TokenScores
 from rlhf_lightning.models.positions import response_states
 from rlhf_lightning.models.scalar import ScalarModel
-from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rewards.model import ModelReward
 
 CriticKind = Literal["model", "head"]
 
 
-class ResponseScores(NamedTuple):
-    """What the frozen passes over a rollout give, all float32."""
-
-    log_probs: Tensor  # [B, T] of the policy
-    reference_log_probs: Tensor  # [B, T]
-    values: Tensor  # [B, T + 1] of the critic: before each response token, and after the last
-
-
-class ActorCriticModule(RLHFModule):
-    """Builds and shards the models, samples, and evaluates responses in micro-batches.
+class ActorCriticModule(PolicyGradientModule):
+    """A policy-gradient module with a critic.
 
     Args:
         model: folder (or hub id) of the policy to train.
-        reward: what scores a response; None where a subclass's ``score`` needs none.
-        reference: folder of the frozen model that the KL is measured against; None takes ``model`` as it is at the
-            start.
+        reward: what scores a response.
         critic: ``model``, a model of its own; ``head``, a linear head on the policy's trunk; or a number N, a branch
             of its own that starts as a copy of the policy's last N layers.
         critic_from: folder of a reward model that the critic starts from; None takes the reward's own model where there
             is one of the same vocabulary, and otherwise the policy's trunk with a fresh head.
         critic_learning_rate: peak learning rate of the critic's own parameters; None takes ``learning_rate``.
-        max_new_tokens: response tokens at most.
-        temperature: of sampling, and of every log-prob that is trained on or measured.
-        top_k: sample from the k most probable tokens only; 0 from all. Log-probs stay those of the full distribution.
-        top_p: sample from the smallest set of tokens that has this probability; 1 from all. Log-probs likewise.
-        micro_batch_tokens: padded tokens in one forward pass at most: what bounds the memory. It does not change
-            results.
-        seed: of the sampling and of the order of minibatches.
-        kwargs: the optimizer's and the model's options, see `RLHFModule`.
+        kwargs: the policy's loss, the loop, models, sampling, optimizer: see `PolicyGradientModule`.
     """
-
-    automatic = False
-    reward: Reward | None  # both frozen, and kept out of the module tree
-    reference: Policy
 
     def __init__(
         self,
         model: str,
         reward: Reward | None = None,
-        reference: str | None = None,
         critic: CriticKind | PositiveInt = "model",
         critic_from: str | None = None,
         critic_learning_rate: PositiveFloat | None = None,
-        max_new_tokens: PositiveInt = 64,
-        temperature: PositiveFloat = 1.0,
-        top_k: NonNegativeInt = 0,
-        top_p: PositiveFloat = 1.0,
-        micro_batch_tokens: PositiveInt = 8192,
-        seed: NonNegativeInt = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(model=model, **kwargs)
-        if top_p > 1.0:
-            raise InputError(f"model.top_p: expected a probability in (0, 1], got {top_p}")
-        self.keep_frozen("reward", reward)
-        self.reference_folder = reference
-        self.critic_kind = critic
+        super().__init__(model, reward, **kwargs)
+        self.trunk_critic = None if critic == "model" else cast("Literal['head'] | int", critic)
         self.critic_from = critic_from
         self.critic_learning_rate = critic_learning_rate
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
-        self.micro_batch_tokens = micro_batch_tokens
-        self.seed = seed
         self.critic: ScalarModel | None = None
-        self.phase_seconds: dict[str, float] = {}  # of the last iteration, by phase
-        self.keep_frozen("reference", None)
 
     # ------------------------------------------------------------------ building the models
 
     def configure_model(self) -> None:
-        """Load, shard and ready policy, critic, reference and reward; called again for every stage, does it once."""
+        """Load, shard and ready all models; called again for every stage, does it once."""
         if self.policy is not None:
             return
-        shared = None if self.critic_kind == "model" else cast("Literal['head'] | int", self.critic_kind)
-        self.policy = self.build_policy(self.model, critic=shared)
+        super().configure_model()
         folder = self.critic_from or self.reward_folder()
-        if shared is None:
+        if self.trunk_critic is None:
             self.critic = self.build_scalar(folder or self.model, fresh_head=folder is None, seed=self.seed)
         elif folder is not None:
             self.start_head_from(folder)
-        self.keep_frozen("reference", self.build_policy(self.reference_folder or self.model, frozen=True))
-        if self.reward is not None:
-            mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
-            self.reward.prepare(self.tokenizer, self.trainer.strategy.root_device, mesh)
-
-    def setup(self, stage: str) -> None:
-        """Checks that need the tokenizer; see `RLHFModule.setup`.
-
-        Raises: InputError when the reference's vocabulary is not the policy's: their log-probs would be of different
-            tokens.
-        """
-        super().setup(stage)
-        if self.reward is None and type(self).score is ActorCriticModule.score:
-            raise InputError(
-                "model.reward: none is given; name one (class_path: rlhf_lightning.rewards.ModelReward, ...) or "
-                "override score() in a subclass"
-            )
-        if self.top_k > 0 or self.top_p < 1.0:
-            rank_zero_warn(
-                "model.top_k and model.top_p sample from a narrower distribution than the log-probs are of: expect a "
-                "rollout/logprob_gap, a KL that may be negative, and ratios that leave the cut tokens out; set them to "
-                "0 and 1 unless that is meant"
-            )
-        if self.reference_folder is not None:
-            reference = load_tokenizer(self.reference_folder, self.trust_remote_code)
-            if not (same_vocabulary(self.tokenizer, reference) and same_vocabulary(reference, self.tokenizer)):
-                raise InputError(
-                    f"model.reference: the vocabulary of {self.reference_folder} is not that of {self.model}; "
-                    f"the KL needs "
-                    "log-probs of the same tokens, so take a reference of the same tokenizer"
-                )
 
     def reward_folder(self) -> str | None:
         """The folder of the reward's own model, where its token ids mean what the policy's do; None without one."""
@@ -171,64 +94,27 @@ class ActorCriticModule(RLHFModule):
         rate = self.critic_learning_rate or self.learning_rate
         return self.decay_groups(rest, self.learning_rate) + self.decay_groups(critic, rate)
 
-    def score(self, rollout: Rollout) -> Tensor:
-        """One score a response, ``[B]``; asks ``reward``. Override it for a reward of your own."""
-        assert self.reward is not None
-        return self.reward(rollout)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Note the seconds that the block takes under the phase's name."""
-        began = time.monotonic()
-        yield
-        self.phase_seconds[phase] = time.monotonic() - began
+    def networks(self) -> dict[str, nn.Module]:
+        """The policy, and a critic that is a model of its own."""
+        return super().networks() | ({} if self.critic is None else {"critic": self.critic})
 
     # ------------------------------------------------------------------ passes over responses
 
-    @torch.no_grad()
-    def evaluate(self, rollout: Rollout, temperature: float | None = None) -> ResponseScores:
-        """Log-probs of policy and reference, and the critic's values, in micro-batches; fp32, no gradient.
+    def token_scores(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, temperature: float) -> TokenScores:
+        """See `SamplingModule.token_scores`; with the critic's values ``[B, T + 1]``."""
+        now = super().token_scores(tokens, lengths, prompt_lengths, temperature)
+        if self.critic is None:
+            return now
+        # One state more than there are response tokens: the one after the last, which a bootstrap needs.
+        return now._replace(values=response_states(self.critic(tokens, lengths), prompt_lengths, lengths + 1))
 
-        ``temperature``: of the log-probs; None is the training temperature.
-        """
-        temperature = self.temperature if temperature is None else temperature
-        rows, width = len(rollout), rollout.log_probs.shape[1]
-        scores = ResponseScores(*(rollout.log_probs.new_zeros(rows, width + extra) for extra in (0, 0, 1)))
-        for part, counted, _ in self.rounds(
-            rollout.lengths, torch.arange(rows, device=rollout.lengths.device), "score"
-        ):
-            longest = int(rollout.lengths[part].max())
-            inputs = rollout.tokens[part, :longest], rollout.lengths[part], rollout.prompt_lengths[part]
-            log_probs, _, values = self.actor_and_critic(*inputs, temperature)
-            reference_log_probs = self.reference(*inputs, temperature).log_probs
-            if counted:
-                steps = log_probs.shape[1]
-                scores.log_probs[part, :steps] = log_probs
-                scores.reference_log_probs[part, :steps] = reference_log_probs
-                scores.values[part, : steps + 1] = values
-        return scores
 
-    def actor_and_critic(
-        self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(log_probs [B, T], entropy [B, T], values [B, T + 1])`` of right-padded rows ``[B, S]``."""
-        assert self.policy is not None
-        log_probs, entropy, values = self.policy(tokens, lengths, prompt_lengths, temperature)
-        if self.critic is not None:
-            # One state more than there are response tokens: the one after the last, which a bootstrap needs.
-            values = response_states(self.critic(tokens, lengths), prompt_lengths, lengths + 1)
-        return log_probs, entropy, values
+def values_at_the_cut(rollout: Rollout, values: Tensor) -> Tensor:
+    """The critic's value of the state after the last token, on the last token's slot, at truncated rows; else 0.
 
-    def rounds(self, lengths: Tensor, rows: Tensor, phase: str) -> Iterator[tuple[Tensor, bool, bool]]:
-        """The given rows in micro-batches, as (row numbers, whether they count, whether it is the last round).
-
-        Every process gets the same number of rounds, at least one: sharded models exchange their weights in every pass,
-        so a process that runs out of rows repeats its first one, uncounted, for as long as any other still works.
-        """
-        groups = micro_batches(lengths[rows], self.micro_batch_tokens)
-        total = max(1, int(all_reduce_max(torch.tensor(len(groups)))))
-        for number in range(total):
-            self.report_phase(phase, number, total)
-            counted = number < len(groups)
-            yield (rows[groups[number]] if counted else rows.new_zeros(1)), counted, number == total - 1
-        self.report_phase(phase, total, total)
+    ``values`` is ``[B, T + 1]``, and so is the result: added (discounted) to the rewards it bootstraps those rows.
+    """
+    lengths = rollout.response_lengths[:, None]
+    after = values.gather(1, lengths)
+    cut = (rollout.truncated & (rollout.prompts.weights > 0))[:, None]
+    return torch.zeros_like(values).scatter(1, (lengths - 1).clamp(min=0), torch.where(cut, after, 0.0))

@@ -382,7 +382,7 @@ def test_28_and_29_policy_and_value_loss_by_hand(tiny_policy_dir, monkeypatch, s
     module = one_iteration(tiny_policy_dir, learning_rate=1e-12)
     e = module.experiences[0]
     monkeypatch.setattr(
-        module, "actor_and_critic", lambda *_: (e.log_probs + shift, torch.zeros_like(e.log_probs), e.values + shift)
+        module, "token_scores", lambda *_: (e.log_probs + shift, torch.zeros_like(e.log_probs), e.values + shift)
     )
     policy_loss, value_loss = module.losses(e, Totals(), Totals())
     expected_policy, expected_value = by_hand(module, shift)
@@ -468,7 +468,7 @@ def test_35_padding_does_not_deflate_the_token_metrics(tiny_policy_dir, monkeypa
     e = module.experiences[0]
     assert not e.mask.all()  # some rows are shorter
     monkeypatch.setattr(
-        module, "actor_and_critic", lambda *_: (e.log_probs + 0.1, torch.full_like(e.log_probs, 2.0), e.values)
+        module, "token_scores", lambda *_: (e.log_probs + 0.1, torch.full_like(e.log_probs, 2.0), e.values)
     )
     totals = Totals()
     module.losses(e, totals, Totals())

@@ -19,8 +19,11 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.modules.actor_critic import ActorCriticModule
 from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.modules.optimisation import OptimisedModule
+from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
 from rlhf_lightning.modules.ppo import PPOModule
+from rlhf_lightning.modules.sampling import SamplingModule
 from rlhf_lightning.modules.totals import Totals
 from rlhf_lightning.rewards import ModelReward
 
@@ -113,7 +116,8 @@ def base(tiny_policy_dir):
 
 def test_every_option_is_in_the_table():
     names = set()
-    for owner in (PPOModule, ActorCriticModule, RLHFModule, OptimisedModule):
+    own = (PPOModule, ActorCriticModule, PolicyGradientModule, OnPolicyModule, SamplingModule)
+    for owner in (*own, RLHFModule, OptimisedModule):
         names |= set(inspect.signature(owner.__init__).parameters) - {"self", "kwargs"}
     assert names == set(OTHER) | ELSEWHERE
 

@@ -1,4 +1,4 @@
-"""What a PPO iteration logs, under the names that users of other trainers know.
+"""What an iteration of sampling and learning logs, under the names that users of other trainers know.
 
 ``objective/*`` are means over responses (KL and entropy summed over a response's tokens, in nats), ``policy/*`` and
 ``val/*`` means over the tokens and updates of the iteration. All means are over all processes.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_lightning.algorithms.advantages import explained_variance
 from rlhf_lightning.algorithms.kl import kl_estimate
 from rlhf_lightning.algorithms.masked import masked_variance
 from rlhf_lightning.batches import Rollout
 from rlhf_lightning.distributed import all_reduce_max, all_reduce_sum
-from rlhf_lightning.modules.actor_critic import ResponseScores
-from rlhf_lightning.modules.experience import Experience
+from rlhf_lightning.modules.sampling import ResponseScores
 from rlhf_lightning.modules.totals import Totals
 
 
@@ -45,7 +43,7 @@ def count_rollout(totals: Totals, rollout: Rollout, scores: Tensor, kl_coef: flo
     totals.add("rollout/logprob_gap", (rollout.log_probs - now.log_probs).abs(), mask)
 
 
-def iteration_metrics(totals: Totals, rollout: Rollout, scores: Tensor, experience: Experience) -> dict[str, float]:
+def iteration_metrics(totals: Totals, rollout: Rollout, scores: Tensor) -> dict[str, float]:
     """All of an iteration's metrics by name, the same on every process (which all must call it)."""
     metrics = totals.means()
     present = rollout.prompts.weights > 0
@@ -53,21 +51,7 @@ def iteration_metrics(totals: Totals, rollout: Rollout, scores: Tensor, experien
     metrics["val/num_eos_tokens"] *= rows  # a count, as its name says
     metrics["rollout/tokens"] = metrics["rollout/length"] * rows
     metrics["objective/scores_std"] = masked_variance(scores, present, all_reduce_sum).sqrt().item()
-    metrics["val/explained_variance"] = explained_variance(
-        experience.values, experience.returns, experience.value_mask, all_reduce_sum
-    ).item()
     metrics["rollout/max_length"] = float(all_reduce_max(rollout.response_lengths.max()))
     if "val/ratio_squared" in metrics:
         metrics["val/ratio_var"] = metrics.pop("val/ratio_squared") - metrics["val/ratio"] ** 2
     return metrics
-
-
-def values_at_the_cut(rollout: Rollout, values: Tensor) -> Tensor:
-    """The critic's value of the state after the last token, on the last token's slot, at truncated rows; else 0.
-
-    ``values`` is ``[B, T + 1]``, and so is the result: added (discounted) to the rewards it bootstraps those rows.
-    """
-    lengths = rollout.response_lengths[:, None]
-    after = values.gather(1, lengths)
-    cut = (rollout.truncated & (rollout.prompts.weights > 0))[:, None]
-    return torch.zeros_like(values).scatter(1, (lengths - 1).clamp(min=0), torch.where(cut, after, 0.0))

@@ -1,0 +1,179 @@
+"""What every module that samples holds: a policy, its frozen reference and a reward, and passes over responses.
+
+Shapes: ``B`` rows of this process, ``S`` prompt + response tokens, ``T`` response tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from rlhf_lightning.batches import Rollout, micro_batches
+from rlhf_lightning.distributed import all_reduce_max
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
+from rlhf_lightning.models.policy import Policy, TokenScores
+from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.rewards.base import Reward
+
+
+class ResponseScores(NamedTuple):
+    """What the frozen passes over a rollout give, all float32."""
+
+    log_probs: Tensor  # [B, T] of the policy
+    reference_log_probs: Tensor  # [B, T]
+    values: Tensor | None  # [B, T + 1] of a critic: before each response token, and after the last; None without one
+
+
+class SamplingModule(RLHFModule):
+    """Builds and shards policy, reference and reward, samples, and evaluates responses in micro-batches.
+
+    Args:
+        model: folder (or hub id) of the policy to train.
+        reward: what scores a response; None where a subclass's ``score`` needs none.
+        reference: folder of the frozen model that the KL is measured against; None takes ``model`` as it is at the
+            start.
+        max_new_tokens: response tokens at most.
+        temperature: of sampling, and of every log-prob that is trained on or measured.
+        top_k: sample from the k most probable tokens only; 0 from all. Log-probs stay those of the full distribution.
+        top_p: sample from the smallest set of tokens that has this probability; 1 from all. Log-probs likewise.
+        micro_batch_tokens: padded tokens in one forward pass at most: what bounds the memory. It does not change
+            results.
+        seed: of the sampling and of the order of minibatches.
+        kwargs: the optimizer's and the model's options, see `RLHFModule`.
+    """
+
+    automatic = False
+    reward: Reward | None  # both frozen, and kept out of the module tree
+    reference: Policy
+    trunk_critic: Literal["head"] | int | None = None  # a critic that shares the policy's trunk
+
+    def __init__(
+        self,
+        model: str,
+        reward: Reward | None = None,
+        reference: str | None = None,
+        max_new_tokens: PositiveInt = 64,
+        temperature: PositiveFloat = 1.0,
+        top_k: NonNegativeInt = 0,
+        top_p: PositiveFloat = 1.0,
+        micro_batch_tokens: PositiveInt = 8192,
+        seed: NonNegativeInt = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model=model, **kwargs)
+        if top_p > 1.0:
+            raise InputError(f"model.top_p: expected a probability in (0, 1], got {top_p}")
+        self.keep_frozen("reward", reward)
+        self.reference_folder = reference
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.micro_batch_tokens = micro_batch_tokens
+        self.seed = seed
+        self.phase_seconds: dict[str, float] = {}  # of the last iteration, by phase
+        self.keep_frozen("reference", None)
+
+    # ------------------------------------------------------------------ building the models
+
+    def configure_model(self) -> None:
+        """Load, shard and ready policy, reference and reward; called again for every stage, does it once."""
+        if self.policy is not None:
+            return
+        self.policy = self.build_policy(self.model, critic=self.trunk_critic)
+        self.keep_frozen("reference", self.build_policy(self.reference_folder or self.model, frozen=True))
+        if self.reward is not None:
+            mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
+            self.reward.prepare(self.tokenizer, self.trainer.strategy.root_device, mesh)
+
+    def setup(self, stage: str) -> None:
+        """Checks that need the tokenizer; see `RLHFModule.setup`.
+
+        Raises: InputError when the reference's vocabulary is not the policy's: their log-probs would be of different
+            tokens.
+        """
+        super().setup(stage)
+        if self.reward is None and type(self).score is SamplingModule.score:
+            raise InputError(
+                "model.reward: none is given; name one (class_path: rlhf_lightning.rewards.ModelReward, ...) or "
+                "override score() in a subclass"
+            )
+        if self.top_k > 0 or self.top_p < 1.0:
+            rank_zero_warn(
+                "model.top_k and model.top_p sample from a narrower distribution than the log-probs are of: expect a "
+                "rollout/logprob_gap, a KL that may be negative, and ratios that leave the cut tokens out; set them to "
+                "0 and 1 unless that is meant"
+            )
+        if self.reference_folder is not None:
+            reference = load_tokenizer(self.reference_folder, self.trust_remote_code)
+            if not (same_vocabulary(self.tokenizer, reference) and same_vocabulary(reference, self.tokenizer)):
+                raise InputError(
+                    f"model.reference: the vocabulary of {self.reference_folder} is not that of {self.model}; "
+                    f"the KL needs "
+                    "log-probs of the same tokens, so take a reference of the same tokenizer"
+                )
+
+    def score(self, rollout: Rollout) -> Tensor:
+        """One score a response, ``[B]``; asks ``reward``. Override it for a reward of your own."""
+        assert self.reward is not None
+        return self.reward(rollout)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Note the seconds that the block takes under the phase's name."""
+        began = time.monotonic()
+        yield
+        self.phase_seconds[phase] = time.monotonic() - began
+
+    # ------------------------------------------------------------------ passes over responses
+
+    @torch.no_grad()
+    def evaluate(self, rollout: Rollout, temperature: float | None = None) -> ResponseScores:
+        """Log-probs of policy and reference, and a critic's values, in micro-batches; fp32, no gradient.
+
+        ``temperature``: of the log-probs; None is the training temperature.
+        """
+        temperature = self.temperature if temperature is None else temperature
+        rows, width = len(rollout), rollout.log_probs.shape[1]
+        log_probs, reference_log_probs, values = (rollout.log_probs.new_zeros(rows, width + n) for n in (0, 0, 1))
+        valued = False
+        everything = torch.arange(rows, device=rollout.lengths.device)
+        for part, counted, _ in self.rounds(rollout.lengths, everything, "score"):
+            longest = int(rollout.lengths[part].max())
+            inputs = rollout.tokens[part, :longest], rollout.lengths[part], rollout.prompt_lengths[part]
+            now = self.token_scores(*inputs, temperature)
+            reference = self.reference(*inputs, temperature).log_probs
+            if counted:
+                steps = now.log_probs.shape[1]
+                log_probs[part, :steps] = now.log_probs
+                reference_log_probs[part, :steps] = reference
+                if now.values is not None:
+                    values[part, : steps + 1], valued = now.values, True
+        return ResponseScores(log_probs, reference_log_probs, values if valued else None)
+
+    def token_scores(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, temperature: float) -> TokenScores:
+        """The policy's log-probs and entropies of right-padded rows ``[B, S]``, and a critic's values with them."""
+        assert self.policy is not None
+        return self.policy(tokens, lengths, prompt_lengths, temperature)
+
+    def rounds(self, lengths: Tensor, rows: Tensor, phase: str) -> Iterator[tuple[Tensor, bool, bool]]:
+        """The given rows in micro-batches, as (row numbers, whether they count, whether it is the last round).
+
+        Every process gets the same number of rounds, at least one: sharded models exchange their weights in every pass,
+        so a process that runs out of rows repeats its first one, uncounted, for as long as any other still works.
+        """
+        groups = micro_batches(lengths[rows], self.micro_batch_tokens)
+        total = max(1, int(all_reduce_max(torch.tensor(len(groups)))))
+        for number in range(total):
+            self.report_phase(phase, number, total)
+            counted = number < len(groups)
+            yield (rows[groups[number]] if counted else rows.new_zeros(1)), counted, number == total - 1
+        self.report_phase(phase, total, total)
