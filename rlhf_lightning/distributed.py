@@ -22,6 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from rlhf_lightning.errors import InputError, TrainingDiverged
+
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Parameters, gradients and optimizer state sharded over all processes (PyTorch's ``fully_shard``).
@@ -96,6 +98,32 @@ def all_gather_objects(value: Any) -> list[Any]:
 def barrier() -> None:
     """Wait until every process is here."""
     any_true(False)
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """What the block raises on one process is raised on all, so that none waits for one that has stopped.
+
+    For a block that every process enters and that may fail on one alone (a user's function, a NaN), with no collective
+    left to make after the failure. `InputError` and `TrainingDiverged` are raised as such, with the number of the first
+    process that failed; anything else as it is where it happened, and as a RuntimeError elsewhere.
+    """
+    if world_size() == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    kind = next((known for known in (InputError, TrainingDiverged) if isinstance(error, known)), RuntimeError)
+    text = f"{type(error).__name__}: {error}" if kind is RuntimeError else str(error)
+    failures = enumerate(all_gather_objects(None if error is None else (kind, text)))
+    if error is not None and kind is RuntimeError:
+        raise error
+    for number, failure in failures:
+        if failure is not None:
+            raise failure[0](f"process {number}: {failure[1]}") from error
 
 
 @contextmanager

@@ -17,11 +17,13 @@ from rlhf_lightning.distributed import (
     all_reduce_sum,
     any_true,
     barrier,
+    failing_together,
     grad_norm,
     rank,
     scale_grads,
     world_size,
 )
+from rlhf_lightning.errors import InputError, TrainingDiverged
 
 
 def main() -> None:
@@ -36,7 +38,16 @@ def main() -> None:
         "max": all_reduce_max(torch.tensor([number, -number])).tolist(),
         "any": [any_true(False), any_true(number == 1)],
         "gathered": all_gather_objects(f"process {number}"),
+        "failures": [],
     }
+    for error in (None, InputError("wrong"), TrainingDiverged("NaN"), KeyError("other")):
+        try:
+            with failing_together():
+                if number == 1 and error is not None:
+                    raise error
+            seen["failures"].append(None)
+        except Exception as raised:
+            seen["failures"].append([type(raised).__name__, str(raised)])
     torch.manual_seed(0)
     layer = fully_shard(nn.Linear(3, 5, bias=False), mesh=init_device_mesh("cpu", (2,)))
     layer(torch.ones(1, 3)).sum().backward()  # every gradient is 1, on both processes, and averaged

@@ -19,6 +19,7 @@ from rlhf_lightning.distributed import (
     all_reduce_max,
     all_reduce_sum,
     any_true,
+    failing_together,
     grad_norm,
     rank,
     scale_grads,
@@ -34,6 +35,8 @@ def test_one_process_needs_no_group() -> None:
     assert all_reduce_max(given).tolist() == [1.5, 2.0]
     assert (any_true(True), any_true(False), rank(), world_size()) == (True, False, 0, 1)
     assert all_gather_objects("a") == ["a"]
+    with pytest.raises(KeyError), failing_together():
+        raise KeyError("mine")
 
 
 def test_grad_norm_by_hand_and_scaling() -> None:
@@ -57,6 +60,9 @@ def test_two_processes(tmp_path: Path) -> None:
         assert got["max"] == [1, 0]
         assert got["any"] == [False, True]
         assert got["gathered"] == ["process 0", "process 1"]
+        other = ["KeyError", "'other'"] if number == 1 else ["RuntimeError", "process 1: KeyError: 'other'"]
+        known = [["InputError", "process 1: wrong"], ["TrainingDiverged", "process 1: NaN"]]
+        assert got["failures"] == [None, *known, other]
         assert got["norm"] == pytest.approx(math.sqrt(15))  # of all shards, the same on both
         assert got["scaled"] == pytest.approx(math.sqrt(15) / 2)
 

@@ -15,6 +15,15 @@ from rlhf_lightning.errors import InputError
 class Reward(nn.Module):
     """Scores responses. Subclass it and write ``forward``; name the subclass in YAML by its ``class_path``."""
 
+    # Whether NaN is a score: "none for this response", which then counts in no update and no mean.
+    may_skip: bool = False
+    # What `forward` noted beside its scores, each ``[B]``: logged as ``reward/<name>``, a mean over responses.
+    noted: dict[str, Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted = {}
+
     def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, mesh: Any | None = None) -> None:
         """Called before the first score, and again for a policy with another tokenizer: load models here, once.
 
@@ -29,35 +38,59 @@ class Reward(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(rollout) -> Tensor [B]")
 
 
-def check_scores(scores: Any, rollout: Rollout, source: str) -> Tensor:
-    """The scores as a detached float32 tensor ``[B]`` on the rollout's device.
+def as_scores(scores: Any, rows: int, device: torch.device) -> Tensor:
+    """The scores as a detached float32 tensor ``[rows]`` on the device; they may be NaN or infinite.
 
     Args:
         scores: a tensor, a numpy array, or a sequence of bool, int or float.
-        rollout: what was scored.
-        source: who gave the scores, for the message.
+        rows: how many there should be.
+        device: where the result goes.
 
-    Raises: InputError when they are no numbers, not one a response, or not finite, naming the source and the response.
-    A single number for many responses is refused too: it would broadcast without a word.
+    Raises: ValueError when they are no numbers or not ``rows``, with what to return instead. A single number for many
+    responses is refused too: it would broadcast without a word.
     """
-    rows = len(rollout)
     try:
         # The dtype first: a default of bf16 would round the numbers of a list.
-        values = torch.as_tensor(scores, dtype=torch.float32).detach().to(rollout.tokens.device)
+        values = torch.as_tensor(scores, dtype=torch.float32).detach().to(device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"reward {source}: expected {rows} numbers, got {type(scores).__name__} ({error}); return one float "
-            f"a response"
+        raise ValueError(
+            f"expected {rows} numbers, got {type(scores).__name__} ({error}); return one float a response"
         ) from error
     if values.shape != (rows,):
-        raise InputError(
-            f"reward {source}: expected one score for each of {rows} responses, got shape {tuple(values.shape)}; "
+        raise ValueError(
+            f"expected one score for each of {rows} responses, got shape {tuple(values.shape)}; "
             "return a list or a 1-D tensor with one number a response, in their order"
         )
-    if not bool(torch.isfinite(values).all()):
-        row = int((~torch.isfinite(values)).nonzero()[0, 0])
+    return values
+
+
+def check_scores(scores: Any, rollout: Rollout, source: str, may_skip: bool = False) -> Tensor:
+    """The scores as a detached float32 tensor ``[B]`` on the rollout's device.
+
+    Args:
+        scores: see `as_scores`.
+        rollout: what was scored.
+        source: who gave the scores, for the message.
+        may_skip: let NaN through, where it says that a response has no score.
+
+    Raises: InputError when they are no numbers, not one a response, or not finite, naming the source, the response and
+    its prompt.
+    """
+    try:
+        values = as_scores(scores, len(rollout), rollout.tokens.device)
+    except ValueError as error:
+        raise InputError(f"reward {source}: {error}") from error
+    wrong = torch.isinf(values) if may_skip else ~torch.isfinite(values)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
         raise InputError(
             f"reward {source}: the score of response {row} is {values[row].item()}; return a finite number "
-            f"(the response was {rollout.responses[row][:80]!r})"
+            f"({quoted(rollout, row)})"
         )
     return values
+
+
+def quoted(rollout: Rollout, row: int) -> str:
+    """The row as an error message shows it: its number in the data, its prompt and its response, in one line."""
+    number = int(rollout.prompts.rows[row])
+    return f"row {number}: prompt {rollout.prompts.prompts[row][:80]!r}, response {rollout.responses[row][:80]!r}"

@@ -13,24 +13,45 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.rewards.base import Reward, check_scores
 
 
-class _Combined(Reward):
+class Combined(Reward):
+    """What a combination of rewards shares: preparing them, and asking each.
+
+    Args:
+        rewards: the parts. A response that one of them skips has no score.
+    """
+
     def __init__(self, rewards: list[Reward]) -> None:
         super().__init__()
         if not rewards:
             raise InputError("rewards: the list is empty; name at least one reward")
         self.rewards = nn.ModuleList(rewards)
+        self.may_skip = any(reward.may_skip for reward in rewards)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, mesh: Any | None = None) -> None:
+        """Prepare each part."""
         for reward in self.rewards:
             assert isinstance(reward, Reward)
             reward.prepare(tokenizer, device, mesh)
 
     def scores(self, rollout: Rollout) -> Tensor:
-        """Each reward's checked scores: ``[number of rewards, B]``."""
-        return torch.stack([check_scores(reward(rollout), rollout, type(reward).__name__) for reward in self.rewards])
+        """Each reward's checked scores: ``[number of rewards, B]``, NaN where one that may skip has none.
+
+        Raises: InputError, the first part's that raised one, after all of them were asked: a part that is a sharded
+        model waits for the same part on the other processes, which may not have failed.
+        """
+        scores, failed = [], None
+        for reward in self.rewards:
+            assert isinstance(reward, Reward)
+            try:
+                scores.append(check_scores(reward(rollout), rollout, type(reward).__name__, reward.may_skip))
+            except InputError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+        return torch.stack(scores)
 
 
-class WeightedSum(_Combined):
+class WeightedSum(Combined):
     """``sum_i weights[i] * rewards[i]``.
 
     Args:
@@ -47,22 +68,3 @@ class WeightedSum(_Combined):
     def forward(self, rollout: Rollout) -> Tensor:
         scores = self.scores(rollout)
         return torch.tensor(self.weights, dtype=scores.dtype, device=scores.device) @ scores
-
-
-class Ensemble(_Combined):
-    """``mean_i - penalty * std_i`` over the rewards: what they disagree about is worth less.
-
-    Args:
-        rewards: the members, for example reward models trained from different seeds.
-        penalty: how many (biased) standard deviations are taken off; 0 is the plain mean.
-
-    Coste et al. 2024, arXiv 2310.02743 (uncertainty-weighted optimisation, there with the variance).
-    """
-
-    def __init__(self, rewards: list[Reward], penalty: float = 0.0) -> None:
-        super().__init__(rewards)
-        self.penalty = penalty
-
-    def forward(self, rollout: Rollout) -> Tensor:
-        scores = self.scores(rollout)
-        return scores.mean(dim=0) - self.penalty * scores.std(dim=0, correction=0)

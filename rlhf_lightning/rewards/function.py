@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
+import contextlib
 import inspect
-import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import math
+import time
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from rlhf_lightning.batches import Rollout
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.rewards.base import Reward, check_scores
+from rlhf_lightning.functions import CallFailed, FunctionProcess, call_here, load_function
+from rlhf_lightning.rewards.base import Reward, as_scores, check_scores, quoted
 
 
 class FunctionReward(Reward):
@@ -25,75 +23,89 @@ class FunctionReward(Reward):
     Args:
         function: where the function is: ``path/to/file.py:name`` or ``package.module:name``. The file is imported,
             which runs it: name only code that you trust. It may import modules that lie beside it.
+        timeout: seconds that one call may take. The function then runs in a process of its own (started once, and again
+            after one that took longer, which is ended with all it started; the file is imported there too, so what it
+            loads is in memory twice), and the rows' columns must be what JSON can hold. None calls it in this process,
+            without a limit: what hangs there hangs the training.
+        on_error: ``raise``, or ``skip`` the responses that the function gives no finite number for: they count in no
+            update and no mean, and ``reward/skipped`` says how many there were.
 
     The function gets two lists of B strings, the prompts as the user wrote them and the responses without special
     tokens, and the rows' other columns by name, each a list of B (a function that names only some of them gets only
     those). It returns B numbers: a list, an array or a tensor.
 
-    Raises: InputError when the function cannot be found, raises, or returns something other than B finite numbers.
+    After a call that fails the function is called again with one response at a time, to name the one at fault or to
+    skip it alone; the search for a name takes two more ``timeout`` at most, skipping takes one for each response that
+    hangs. So under ``skip`` a score should not depend on the other responses of the call.
+
+    Raises: InputError when an option is wrong or the function cannot be found; under ``raise``, when it raises, takes
+    too long, or returns something other than B finite numbers, naming the function, the prompt and its row.
     """
 
-    def __init__(self, function: str) -> None:
+    def __init__(
+        self, function: str, timeout: float | None = None, on_error: Literal["raise", "skip"] = "raise"
+    ) -> None:
         super().__init__()
+        if timeout is not None and not (timeout > 0 and math.isfinite(timeout)):
+            raise InputError(f"reward timeout: expected seconds above 0, got {timeout}; null sets no limit")
+        if on_error not in ("raise", "skip"):
+            raise InputError(f"reward on_error: expected raise or skip, got {on_error!r}")
         self.source = function
+        self.timeout = timeout
+        self.may_skip = on_error == "skip"
         self.function = load_function(function)
+        self._process = FunctionProcess(function)
         parameters = inspect.signature(self.function).parameters.values()
         self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         self._names = {p.name for p in parameters}
 
     def forward(self, rollout: Rollout) -> Tensor:
+        try:
+            scores = self._scores(rollout, list(range(len(rollout))), self.timeout)
+        except CallFailed as error:
+            if not self.may_skip:
+                raise InputError(self._blame(rollout, str(error))) from error
+            scores = self._one_by_one(rollout)
+        if self.may_skip:
+            scores = torch.where(torch.isfinite(scores), scores, torch.nan)
+        return check_scores(scores, rollout, self.source, self.may_skip)
+
+    def _scores(self, rollout: Rollout, rows: list[int], timeout: float | None) -> Tensor:
+        """One call for the given rows: ``[len(rows)]``; CallFailed says, after "the function", what went wrong."""
         columns = rollout.prompts.columns
         if not self._takes_all:
             columns = {name: values for name, values in columns.items() if name in self._names}
+        texts = [[texts[row] for row in rows] for texts in (rollout.prompts.prompts, rollout.responses)]
+        named = {name: [values[row] for row in rows] for name, values in columns.items()}
+        if timeout is None:
+            given = call_here(self.function, texts, named)
+        else:
+            given = self._process.call(texts, named, timeout)
         try:
-            scores = self.function(list(rollout.prompts.prompts), list(rollout.responses), **columns)
-        except Exception as error:
-            raise InputError(
-                f"reward {self.source}: the function raised {type(error).__name__}: {error} "
-                f"(first prompt {rollout.prompts.prompts[0][:80]!r}, first response {rollout.responses[0][:80]!r})"
-            ) from error
-        return check_scores(scores, rollout, self.source)
+            return as_scores(given, len(rows), rollout.tokens.device)
+        except ValueError as error:
+            raise CallFailed(f"returned something else than scores: {error}") from error
 
+    def _one_by_one(self, rollout: Rollout) -> Tensor:
+        """A call for each response, NaN where it fails: ``[B]``."""
+        scores = torch.full((len(rollout),), torch.nan, device=rollout.tokens.device)
+        for row in range(len(rollout)):
+            with contextlib.suppress(CallFailed):
+                scores[row] = self._scores(rollout, [row], self.timeout)[0]
+        return scores
 
-def load_function(name: str) -> Callable[..., Any]:
-    """The function that ``file.py:name`` or ``package.module:name`` names; InputError where there is none."""
-    module_name, _, attribute = name.rpartition(":")
-    if not module_name or not attribute:
-        raise InputError(f"reward function {name!r}: expected file.py:name or package.module:name")
-    try:
-        module = (
-            _import_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+    def _blame(self, rollout: Rollout, what: str) -> str:
+        """The message for a call that failed, with the first response that fails on its own where one does."""
+        known = f"reward {self.source}: the function {what}"
+        remedy = "; correct it, or set on_error: skip to leave such responses out"
+        limit = math.inf if self.timeout is None else time.monotonic() + self.timeout
+        for row in range(len(rollout)):
+            try:
+                self._scores(rollout, [row], self.timeout)
+            except CallFailed:
+                return f"{known}; it fails so for {quoted(rollout, row)}{remedy}"
+            if time.monotonic() > limit:
+                break
+        return (
+            f"{known}; it fails so for no response alone, the first of {len(rollout)} is {quoted(rollout, 0)}{remedy}"
         )
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"reward function {name!r}: importing {module_name} raised {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        found = ", ".join(sorted(n for n, v in vars(module).items() if inspect.isfunction(v))) or "none"
-        raise InputError(
-            f"reward function {name!r}: {module_name} has no function {attribute!r}; its functions: {found}"
-        )
-    return function
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise InputError(f"reward function file {path} does not exist; the path is relative to {Path.cwd()}")
-    path = path.resolve()
-    # A name of its own: two files may have the same name, or that of a package.
-    name = f"reward_{path.stem}_{hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses and pickle look a class's module up there
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # last, so that a helper cannot stand in for an installed package
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module

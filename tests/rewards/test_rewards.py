@@ -9,7 +9,7 @@ import torch
 
 from rlhf_lightning.batches import PromptBatch, Rollout
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.rewards import Ensemble, FunctionReward, Reward, WeightedSum
+from rlhf_lightning.rewards import FunctionReward, Reward, WeightedSum
 from rlhf_lightning.rewards.base import check_scores
 
 
@@ -88,7 +88,7 @@ def test_a_function_can_come_from_a_module():
         ("broken", "KeyError.*lexicon"),
         ("short", r"each of 2 responses, got shape \(1,\)"),
         ("words", "expected 2 numbers, got list"),
-        ("infinite", "score of response 1 is nan"),
+        ("infinite", "score of response 1 is nan.*row 1: prompt 'prompt 1', response 'b'"),
     ],
 )
 def test_wrong_results_are_named_with_their_function(reward_file, name, message):
@@ -115,12 +115,6 @@ def test_a_function_that_cannot_be_found_is_named(reward_file, name, message):
 def test_weighted_sum_by_hand():
     reward = WeightedSum([Constant(torch.tensor([1.0, 2.0])), Constant([10, 20])], weights=[0.5, -0.1])
     torch.testing.assert_close(reward(make_rollout(["a", "b"])), torch.tensor([-0.5, -1.0]))
-
-
-def test_ensemble_by_hand():
-    # Row 0: 1 and 3, mean 2, deviation 1. Row 1: 5 and 5.
-    reward = Ensemble([Constant([1.0, 5.0]), Constant([3.0, 5.0])], penalty=0.5)
-    torch.testing.assert_close(reward(make_rollout(["a", "b"])), torch.tensor([1.5, 5.0]))
 
 
 def test_a_part_with_the_wrong_length_does_not_broadcast():

@@ -1,0 +1,35 @@
+"""The process of a named function: it ends when the training's process does, even in the middle of a call."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+TRAINING = """
+import sys
+from rlhf_lightning.functions import FunctionProcess
+FunctionProcess(sys.argv[1] + ":hang").call([], {}, 60.0)
+"""
+
+
+def test_a_killed_training_leaves_no_process_behind(tmp_path):
+    note = tmp_path / "pid"
+    (tmp_path / "mine.py").write_text(
+        f"import os, time\ndef hang():\n    open({str(note)!r}, 'w').write(str(os.getpid()))\n    time.sleep(60)\n"
+    )
+    training = subprocess.Popen([sys.executable, "-c", TRAINING, str(tmp_path / "mine.py")])
+    deadline = time.monotonic() + 60
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pid = int(note.read_text())
+    os.kill(pid, 0)
+    training.send_signal(signal.SIGKILL)
+    training.wait()
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the function's process is still there")
