@@ -36,9 +36,9 @@ cudaError_t launch_gradient(
   constexpr int n = kVector<C>;
   const bool in_vectors = (same_grad || aligned(grad)) && aligned(slope) && aligned(out);
   const auto kernel = in_vectors ? gradient_kernel<n, T> : gradient_kernel<1, T>;
-  const dim3 blocks = loss_blocks(count, in_vectors ? n : 1);
+  const Grid blocks = loss_blocks(count, in_vectors ? n : 1);
   return launch(
-      kernel, blocks, dim3(kLossThreads), 0, stream, static_cast<const C*>(grad), same_grad,
+      kernel, blocks, kLossThreads, 0, stream, static_cast<const C*>(grad), same_grad,
       static_cast<const C*>(slope), static_cast<T*>(out), count);
 }
 

@@ -12,9 +12,9 @@ namespace rlhf_lightning {
 
 constexpr int kLossThreads = 256;
 
-inline dim3 loss_blocks(int64_t count, int by_thread) {
+inline Grid loss_blocks(int64_t count, int by_thread) {
   const int64_t by_block = static_cast<int64_t>(kLossThreads) * by_thread;
-  return dim3(static_cast<unsigned>((count + by_block - 1) / by_block));
+  return {(count + by_block - 1) / by_block};
 }
 
 template <typename C>
@@ -88,8 +88,8 @@ cudaError_t launch_losses(const ClippedLossArrays& a, const F& loss_of, cudaStre
   const bool in_vectors = aligned(a.learned) && aligned(a.old) && aligned(a.target) && aligned(a.loss) &&
                           aligned(a.clipped) && aligned(a.slope);
   const auto kernel = in_vectors ? losses_kernel<n, T, F> : losses_kernel<1, T, F>;
-  const dim3 blocks = loss_blocks(a.count, in_vectors ? n : 1);
-  return launch(kernel, blocks, dim3(kLossThreads), 0, stream, arrays, a.count, loss_of);
+  const Grid blocks = loss_blocks(a.count, in_vectors ? n : 1);
+  return launch(kernel, blocks, kLossThreads, 0, stream, arrays, a.count, loss_of);
 }
 
 // `of_float` and `of_double` are one function for the two types of the arithmetic.

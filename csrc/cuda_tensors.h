@@ -20,6 +20,9 @@ inline Element element_type(at::ScalarType type) {
 
 inline void check_launch(const char* op, cudaError_t error) {
   if (error != cudaSuccess) (void)cudaGetLastError();  // or the next operator would report it again
+  TORCH_CHECK_VALUE(
+      error != cudaErrorInvalidConfiguration, op, ": one launch cannot hold so many rows or elements, for it has at most ",
+      "2^31 - 1 blocks: split them");
   TORCH_CHECK(error == cudaSuccess, op, ": a CUDA kernel could not be launched: ", cudaGetErrorString(error));
 }
 

@@ -48,6 +48,9 @@ __device__ __forceinline__ __half from_compute<__half>(float x) {
   return __float2half_rn(x);
 }
 
+__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
+__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
+
 // n neighbouring elements, moved by one instruction where they take 1, 2, 4, 8 or 16 bytes.
 template <typename T, int n>
 struct alignas(sizeof(T) * n) Pack {
@@ -159,19 +162,27 @@ __device__ __forceinline__ T block_reduce(T x, T* shared, const F& combine) {
   return x;
 }
 
-// kernel<<<grid, block, shared bytes, stream>>>(arguments...) in plain C++, in clusters of so many blocks; more than
-// one needs compute capability 9.0.
+// How many blocks a launch is to have: of any number, since a dim3 would keep the last 32 bits of it.
+struct Grid {
+  int64_t x, y = 1;
+};
+constexpr int64_t kMostBlocks = 2147483647;  // in x
+constexpr int64_t kMostParts = 65535;        // in y
+
+// kernel<<<grid, threads, shared bytes, stream>>>(arguments...) in plain C++, in clusters of so many blocks; more than
+// one needs compute capability 9.0. cudaErrorInvalidConfiguration for more blocks than a grid can have.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(
-    void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, unsigned cluster, cudaStream_t stream,
+    void (*kernel)(Parameters...), Grid grid, int threads, size_t shared, unsigned cluster, cudaStream_t stream,
     const Arguments&... arguments) {
+  if (grid.x > kMostBlocks || grid.y > kMostParts) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster;
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = &attribute;
@@ -180,9 +191,9 @@ cudaError_t launch_clusters(
 }
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(
-    void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+    void (*kernel)(Parameters...), Grid grid, int threads, size_t shared, cudaStream_t stream,
     const Arguments&... arguments) {
-  return launch_clusters(kernel, grid, block, shared, 1, stream, arguments...);
+  return launch_clusters(kernel, grid, threads, shared, 1, stream, arguments...);
 }
 
 }  // namespace rlhf_lightning

@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "device.cuh"
 
@@ -38,18 +39,19 @@ struct Factors {
   C log2_decay;  // -infinity where decay is 0
 };
 
-__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
-__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
-
-// x -> decay^count * x + offset; at first the identity.
+// x -> decay^count * x + offset. Without initialisers, since it lies in shared memory, where nothing is constructed.
 template <typename C>
 struct Map {
-  int count = 0;
-  C offset = 0;
+  int count;
+  C offset;
   __device__ C operator()(C x, const Factors<C>& by) const {
     return count == 0 ? x : fma(exp2_of(static_cast<C>(count) * by.log2_decay), x, offset);
   }
 };
+template <typename C>
+__device__ Map<C> identity() {
+  return {0, C(0)};
+}
 // What two maps do, `first` first.
 template <typename C>
 __device__ Map<C> composed(const Map<C>& first, const Map<C>& second, const Factors<C>& by) {
@@ -120,10 +122,10 @@ struct Tile {
   // The map of all the warp's steps, in every lane.
   __device__ Map<C> scan(const Factors<C>& by) {
     const int lane = threadIdx.x % kWarp;
-    Map<C> warp;
+    auto warp = identity<C>();
 #pragma unroll
     for (int round = kRounds - 1; round >= 0; --round) {
-      Map<C> from_here;  // first of this lane's steps, in the end of those of all lanes from this one on
+      auto from_here = identity<C>();  // first of this lane's steps, in the end of those of all lanes from this one on
 #pragma unroll
       for (int step = kSteps - 1; step >= 0; --step) {
         if ((counted >> (round * kSteps + step) & 1u) == 0) continue;
@@ -172,7 +174,7 @@ struct Tile {
 // Never called where there are no clusters.
 template <typename C>
 __device__ Map<C> maps_of_cluster(const Map<C>* own, int cluster) {
-  Map<C> map;
+  auto map = identity<C>();
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   const auto group = cooperative_groups::this_cluster();
   group.sync();
@@ -205,6 +207,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, kBlocksPerMultiprocessor<T,
     const Rows<T> rows, int64_t steps, int cluster, const Factors<Compute<T>> by) {
   using C = Compute<T>;
   // Twice, so that one barrier a tile is enough: a tile's maps are read while the next one's are written.
+  static_assert(std::is_trivially_default_constructible_v<Map<C>>, "shared memory is not initialised");
   __shared__ Map<C> of_warp[2][kMaxWarps], of_tile[2];
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, rank = blockIdx.x % cluster;
   constexpr int kRun = kSteps * kRounds * kWarp;
@@ -222,7 +225,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, kBlocksPerMultiprocessor<T,
     const Map<C> own = mine.scan(by);
     if (threadIdx.x % kWarp == 0) of_warp[turn][warp] = own;
     __syncthreads();
-    Map<C> later, whole;  // of the warps after this one, of all warps
+    auto later = identity<C>(), whole = identity<C>();  // of the warps after this one, of all warps
     for (int w = warps - 1; w >= 0; --w) {
       if (w == warp) later = whole;
       whole = composed(whole, of_warp[turn][w], by);
@@ -275,8 +278,7 @@ cudaError_t launch_shape(const GaeArrays& a, double gamma, double lam, cudaStrea
       static_cast<const T*>(a.rewards), static_cast<const T*>(a.values),
       reinterpret_cast<const unsigned char*>(a.mask), static_cast<C*>(a.advantages), static_cast<C*>(a.returns)};
   return launch_clusters(
-      kernel, dim3(static_cast<unsigned>(a.rows * cluster)), dim3(static_cast<unsigned>(warps * kWarp)), 0, cluster,
-      stream, rows, a.steps, cluster,
+      kernel, {a.rows * cluster}, static_cast<int>(warps * kWarp), 0, cluster, stream, rows, a.steps, cluster,
       Factors<C>{static_cast<C>(gamma), static_cast<C>(gamma * lam), static_cast<C>(std::log2(gamma * lam))});
 }
 

@@ -9,11 +9,12 @@
 // sorted or stored. Those that pass are then a row of their own, in the same kernel.
 #include "sample_tokens_launch.h"
 
-#include <float.h>
-
 #include <algorithm>
+#include <type_traits>
 
 #include "device.cuh"
+#include "ordered_keys.cuh"
+#include "softmax_state.cuh"
 
 namespace rlhf_lightning {
 namespace {
@@ -23,65 +24,6 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kPacks = 4;   // of 16 bytes, loaded together by a thread
 constexpr int kDigit = 4;   // bits of a key that a pass of select() settles
 constexpr int kSteps = (1 << kDigit) - 1;
-constexpr double kLog2E = 1.4426950408889634;
-
-__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
-__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
-// A NaN x stays.
-template <typename A>
-__device__ __forceinline__ A at_least(A x, A low) {
-  return x < low ? low : x;
-}
-// exp2 of less is 0, and it can be multiplied by 0.
-template <typename A>
-constexpr A kLowest = sizeof(A) == 8 ? A(-1100) : A(-300);
-template <typename A>
-constexpr A kSmallest = sizeof(A) == 8 ? A(-DBL_MAX) : A(-FLT_MAX);
-
-// With d = log2(e) / temperature * (x - max): the sums of exp2(d), and of exp2(d) * d. Of nothing: finite, so that nothing
-// but -inf has a sum of 0, not NaN.
-template <typename A>
-struct State {
-  A max = kSmallest<A>;
-  A sum = 0;
-  A weighted = 0;
-};
-
-template <typename A>
-__device__ __forceinline__ void raise(State<A>& state, A max, A scale) {
-  const A d = at_least((state.max - max) * scale, kLowest<A>);
-  const A factor = exp2_of(d);
-  state.weighted = factor * (state.weighted + d * state.sum);
-  state.sum *= factor;
-  state.max = max;
-}
-
-// Unsigned integers in the order of the numbers that they stand for.
-__device__ __forceinline__ unsigned int ordered_key(float x) {
-  const unsigned int bits = __float_as_uint(x + 0.0f);  // -0 is 0
-  return bits ^ (bits >> 31 != 0 ? 0xffffffffu : 0x80000000u);
-}
-__device__ __forceinline__ unsigned long long ordered_key(double x) {
-  const auto bits = static_cast<unsigned long long>(__double_as_longlong(x + 0.0));
-  return bits ^ (bits >> 63 != 0 ? ~0ull : 1ull << 63);
-}
-__device__ __forceinline__ float number_of(unsigned int key) {
-  return __uint_as_float(key ^ (key >> 31 != 0 ? 0x80000000u : 0xffffffffu));
-}
-__device__ __forceinline__ double number_of(unsigned long long key) {
-  return __longlong_as_double(static_cast<long long>(key ^ (key >> 63 != 0 ? 1ull << 63 : ~0ull)));
-}
-
-// What passes: keys above `key`, and those that equal it up to index `last`.
-template <typename A>
-struct Filter {
-  decltype(ordered_key(A())) key = 0;
-  int last = 0x7fffffff;
-  __device__ __forceinline__ bool operator()(A x, int index) const {
-    const auto own = ordered_key(x);
-    return own > key || (own == key && index <= last);
-  }
-};
 
 struct Shared {
   double max[kWarps], sum[kWarps], weighted[kWarps];  // of the segments
@@ -168,7 +110,8 @@ struct Row {
 
   // Sets max, sum and weighted, and the shared max, factor and mass of the segments.
   __device__ void statistics() {
-    State<A> own;
+    const auto power_of = [](auto d) { return exp2_of(d); };
+    auto own = empty_state<A>();
     packs([&](const A(&value)[kPacks][kWidth], const int(&at)[kPacks], int) {
       A kept[kPacks][kWidth], top = own.max;
 #pragma unroll
@@ -179,12 +122,12 @@ struct Row {
           top = kept[i][j] > top ? kept[i][j] : top;
         }
       }
-      raise(own, top, scale);
+      raise(own, top, scale, power_of);
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
-          const A d = at_least((kept[i][j] - top) * scale, kLowest<A>);
+          const A d = maximum((kept[i][j] - top) * scale, kLowest<A>);
           const A power = exp2_of(d);
           own.sum += power;
           own.weighted += power * d;
@@ -192,13 +135,8 @@ struct Row {
       }
     });
     const double wide = scale;
-    const auto merge = [wide](State<double> a, State<double> b) {
-      const double top = a.max > b.max ? a.max : b.max;
-      raise(a, top, wide);
-      raise(b, top, wide);
-      return State<double>{top, a.sum + b.sum, a.weighted + b.weighted};
-    };
-    const auto all = warp_reduce(State<double>{own.max, own.sum, own.weighted}, merge);
+    const auto both = [&](const State<double>& a, const State<double>& b) { return merge(a, b, wide, power_of); };
+    const auto all = warp_reduce(State<double>{own.max, own.sum, own.weighted}, both);
     if (lane() == 0) {
       shared.max[warp()] = all.max;
       shared.sum[warp()] = all.sum;
@@ -209,7 +147,7 @@ struct Row {
     for (int i = 1; i < kWarps; ++i) max = shared.max[i] > max ? shared.max[i] : max;
     if (threadIdx.x < kWarps) {
       const int i = threadIdx.x;
-      const double d = at_least((shared.max[i] - max) * wide, kLowest<double>);
+      const double d = maximum((shared.max[i] - max) * wide, kLowest<double>);
       shared.factor[i] = exp2(d);
       shared.mass[i] = shared.factor[i] * shared.sum[i];
       shared.weighted[i] = shared.factor[i] * (shared.weighted[i] + d * shared.sum[i]);
@@ -237,19 +175,21 @@ struct Row {
   }
 
   // The first column at which the cumulative weight is above `point`, given the segments' shares in shared.mass: those of
-  // a segment are its factor times weight(value, index, segment). Where rounding leaves the point above them all, the last
-  // column that has a weight.
+  // a segment are its factor times weight(value, index, segment). Where the point is above them all, by rounding or as
+  // a draw of 1 has it, the last column that has a weight.
   template <typename F>
   __device__ int find(double point, const F& weight) {
-    double before = 0;
+    double before = 0, inside = INFINITY;  // beyond the last segment that has a weight, unless the point is found
     int chosen = 0;
     for (int i = 0; i < kWarps; ++i) {
       if (!(shared.mass[i] > 0)) continue;
       chosen = i;
-      if (point < before + shared.mass[i]) break;
+      if (point < before + shared.mass[i]) {
+        inside = (point - before) / shared.factor[i];
+        break;
+      }
       before += shared.mass[i];
     }
-    point = (point - before) / shared.factor[chosen];
     const int begin = begin_of(chosen), end = begin_of(chosen + 1);
     const int each = (end - begin + kThreads - 1) / kThreads;
     const int64_t start = begin + static_cast<int64_t>(each) * threadIdx.x;
@@ -267,7 +207,7 @@ struct Row {
     for (int i = 0; i < warp(); ++i) earlier += shared.totals[i];
     until += earlier;
     const unsigned int some = __ballot_sync(kAllLanes, own > 0);
-    const unsigned int beyond = __ballot_sync(kAllLanes, own > 0 && until > point);
+    const unsigned int beyond = __ballot_sync(kAllLanes, own > 0 && until > inside);
     if (lane() == 0) {
       shared.reached[warp()] = beyond != 0 ? __ffs(static_cast<int>(beyond)) - 1 : -1;
       shared.last[warp()] = some != 0 ? kWarp - 1 - __clz(static_cast<int>(some)) : -1;
@@ -287,7 +227,7 @@ struct Row {
         const double mass = weight(to_compute(load<1>(x + i).at[0]), i, chosen);
         cumulative += mass;
         if (mass > 0) index = i;
-        if (mass > 0 && cumulative > point) break;
+        if (mass > 0 && cumulative > inside) break;
       }
       shared.index = index;
     }
@@ -340,7 +280,7 @@ struct Row {
   }
 
   __device__ __forceinline__ A mass_of(A value, double top) const {
-    return exp2_of(at_least((value - static_cast<A>(top)) * scale, kLowest<A>));
+    return exp2_of(maximum((value - static_cast<A>(top)) * scale, kLowest<A>));
   }
 
   __device__ void keep_top_k(int k) {
@@ -395,6 +335,7 @@ struct Arguments {
 template <typename T, bool by_vector, bool filtered>
 __global__ void __launch_bounds__(kThreads, 1) sample_kernel(Arguments<T> a) {
   using A = Compute<T>;
+  static_assert(std::is_trivially_default_constructible_v<Shared>, "shared memory is not initialised");
   __shared__ Shared shared;
   const int64_t number = blockIdx.x;
   Row<T, by_vector, filtered> row(
@@ -433,7 +374,7 @@ cudaError_t launch_rows(
   const bool filtered = arguments.top_k > 0 || top_p < 1;
   auto* kernel = filtered ? (by_vector ? sample_kernel<T, true, true> : sample_kernel<T, false, true>)
                           : (by_vector ? sample_kernel<T, true, false> : sample_kernel<T, false, false>);
-  return launch(kernel, dim3(static_cast<unsigned>(s.rows)), dim3(kThreads), 0, stream, arguments);
+  return launch(kernel, {s.rows}, kThreads, 0, stream, arguments);
 }
 
 }  // namespace

@@ -2,11 +2,11 @@
 // from any address, and how rows are cut and given to threads.
 #pragma once
 
-#include <cfloat>
 #include <cmath>
 #include <type_traits>
 
 #include "device.cuh"
+#include "softmax_state.cuh"
 #include "token_log_probs_launch.h"
 
 namespace rlhf_lightning {
@@ -18,11 +18,10 @@ constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 2 : 4;  // that many r
 constexpr int kGroup = 4;            // 16-byte loads of a thread in flight
 constexpr int64_t kPart = 4096;      // 16-byte words of a row that one block takes: 64 KiB
 constexpr int64_t kWarpRow = 1024;   // words of the longest row that one warp takes alone
-constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLog2 = 0.6931471805599453;
 
 // 2^x for x <= 0 to 2 units in the last place; 0 where that is below the smallest normal number.
-__device__ __forceinline__ float exp2_of(float x) {
+__device__ __forceinline__ float exp2_approx(float x) {
 #ifdef __CUDA_ARCH__
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -31,27 +30,7 @@ __device__ __forceinline__ float exp2_of(float x) {
   return exp2f(x);
 #endif
 }
-__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
-
-// The larger; NaN if either is. fmax would pass over the NaN.
-__device__ __forceinline__ float maximum(float a, float b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-#else
-  return b > a || b != b ? b : a;
-#endif
-}
-__device__ __forceinline__ double maximum(double a, double b) { return b > a || b != b ? b : a; }
-__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
-__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
-
-// Powers of two below this are as good as 2^-inf, which is 0, but can be multiplied by 0.
-template <typename A>
-constexpr A kLowest = sizeof(A) == 8 ? A(-1100) : A(-300);
-template <typename A>
-constexpr A kSmallest = sizeof(A) == 8 ? A(-DBL_MAX) : A(-FLT_MAX);
+__device__ __forceinline__ double exp2_approx(double x) { return exp2(x); }
 
 // The elements in 16 bytes, which stay whole words in registers until they are widened here.
 template <typename T>
@@ -101,8 +80,8 @@ struct Rows {
   }
 };
 
-// Words are cut into parts of equal length for one block each: as many as the grid has in y.
-constexpr int64_t kMostParts = 65535;  // that a grid has in y; longer parts for a row that would need more
+// Words are cut into parts of equal length for one block each: as many as the grid has in y, longer ones for a row that
+// would need more.
 inline int64_t parts_of(int64_t words) {
   const int64_t parts = words > kPart ? (words + kPart - 1) / kPart : 1;
   return parts < kMostParts ? parts : kMostParts;
@@ -147,7 +126,7 @@ Rows<T> rows_of(const LogitRows& logits) {
 template <typename T, typename F>
 cudaError_t with_teams(const LogitRows& logits, const F& f) {
   const int64_t words = words_of<T>(logits.columns), rows = words > kWarpRow ? 1 : kThreads / kWarp;
-  const dim3 grid(static_cast<unsigned>((logits.count + rows - 1) / rows), static_cast<unsigned>(parts_of(words)));
+  const Grid grid{(logits.count + rows - 1) / rows, parts_of(words)};
   return rows == 1 ? f(std::integral_constant<int, kThreads>(), grid) : f(std::integral_constant<int, kWarp>(), grid);
 }
 

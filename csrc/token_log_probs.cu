@@ -15,30 +15,12 @@
 namespace rlhf_lightning {
 namespace {
 
-// Of nothing: finite, so that a part of nothing but -inf has a sum of 0, not NaN.
-template <typename A>
-struct State {
-  A max = kSmallest<A>;
-  A sum = 0;
-  A weighted = 0;
+struct Exp2Approx {
+  template <typename A>
+  __device__ __forceinline__ A operator()(A x) const {
+    return exp2_approx(x);
+  }
 };
-
-template <typename A>
-__device__ __forceinline__ void raise(State<A>& state, A max, A scale) {
-  const A d = maximum((state.max - max) * scale, kLowest<A>);
-  const A factor = exp2_of(d);
-  state.weighted = factor * (state.weighted + d * state.sum);
-  state.sum *= factor;
-  state.max = max;
-}
-
-template <typename A>
-__device__ __forceinline__ State<A> merge(State<A> a, State<A> b, A scale) {
-  const A max = larger(a.max, b.max);
-  raise(a, max, scale);
-  raise(b, max, scale);
-  return {max, a.sum + b.sum, a.weighted + b.weighted};
-}
 
 // The largest element of n words; NaN may be passed over, the sum will see it.
 template <typename T, int n>
@@ -94,7 +76,7 @@ template <typename T, int n>
 __device__ __forceinline__ void add(State<Compute<T>>& state, const uint4 (&words)[n], Compute<T> scale) {
   using A = Compute<T>;
   const A max = larger(state.max, largest<T>(words));
-  raise(state, max, scale);
+  raise(state, max, scale, Exp2Approx());
   A sum[2] = {0, 0}, weighted[2] = {0, 0};
 #pragma unroll
   for (int i = 0; i < n; ++i) {
@@ -103,7 +85,7 @@ __device__ __forceinline__ void add(State<Compute<T>>& state, const uint4 (&word
 #pragma unroll
     for (int j = 0; j < kVector<T>; ++j) {
       const A d = maximum((values[j] - max) * scale, kLowest<A>);
-      const A power = exp2_of(d);
+      const A power = exp2_approx(d);
       sum[j % 2] += power;
       weighted[j % 2] += power * d;
     }
@@ -159,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>) statist
   const T* x = rows.row(i);
   const int64_t words = words_of<T>(rows.columns);
   const auto [begin, count] = part_of_block(words);
-  State<A> state;
+  auto state = empty_state<A>();
   if (reinterpret_cast<uintptr_t>(x) % 16 == 0) {
     add_words<kTeam, true>(state, x + begin * kVector<T>, count, lane, scale);
   } else {
@@ -170,10 +152,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>) statist
     const uint4 last[1] = {word_of(x[rest])};
     add<T>(state, last, scale);
   }
-  const auto combine = [scale](const State<A>& a, const State<A>& b) { return merge(a, b, scale); };
+  const auto combine = [scale](const State<A>& a, const State<A>& b) { return merge(a, b, scale, Exp2Approx()); };
   if constexpr (kTeam == kWarp) {
     state = warp_reduce(state, combine);
   } else {
+    static_assert(std::is_trivially_default_constructible_v<State<A>>, "shared memory is not initialised");
     __shared__ State<A> shared[kTeam / kWarp];
     state = block_reduce<kTeam>(state, shared, combine);
   }
@@ -193,7 +176,8 @@ __global__ void __launch_bounds__(kThreads) results_kernel(
   State<double> all{kSmallest<A>, 0.0, 0.0};
   for (int64_t k = 0; k < states_count; ++k) {
     const State<A> state = states[k * count + i];
-    all = merge(all, State<double>{state.max, state.sum, state.weighted}, inverse_temperature * kLog2E);
+    const State<double> wide{state.max, state.sum, state.weighted};
+    all = merge(all, wide, inverse_temperature * kLog2E, Exp2Approx());
   }
   const double logarithm = log(all.sum);
   log_probs[i] = static_cast<A>((token_logits[i] - all.max) * inverse_temperature - logarithm);
@@ -224,9 +208,9 @@ cudaError_t softmax_statistics(
   return with_type(logits.type, [&](auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     using A = Compute<T>;
-    return with_teams<T>(logits, [&](auto team, dim3 grid) {
+    return with_teams<T>(logits, [&](auto team, Grid grid) {
       return launch(
-          statistics_kernel<T, decltype(team)::value>, grid, dim3(kThreads), 0, stream,
+          statistics_kernel<T, decltype(team)::value>, grid, kThreads, 0, stream,
           rows_of<T>(logits), tokens, static_cast<A>(kLog2E / temperature),
           static_cast<State<A>*>(states), static_cast<A*>(token_logits));
     });
@@ -239,7 +223,7 @@ cudaError_t softmax_results(
   return with_type(type, [&](auto* null) {
     using A = Compute<std::remove_pointer_t<decltype(null)>>;
     return launch(
-        results_kernel<A>, dim3(static_cast<unsigned>((count + kThreads - 1) / kThreads)), dim3(kThreads), 0, stream,
+        results_kernel<A>, {(count + kThreads - 1) / kThreads}, kThreads, 0, stream,
         static_cast<const State<A>*>(states), states_count, static_cast<const A*>(token_logits), tokens, vocabulary,
         count, 1 / temperature, static_cast<A*>(results.log_probs), static_cast<A*>(results.entropy),
         static_cast<A*>(results.shift), static_cast<A*>(results.log_sum));

@@ -28,7 +28,7 @@ struct Gradient {
   }
   __device__ __forceinline__ A operator()(A x) const {
     const A t = maximum((x - shift) * scale, kLowest<A>);
-    return exp2_of(t) * (offset + slope * t);
+    return exp2_approx(t) * (offset + slope * t);
   }
   // 1 - p is taken where it keeps its digits.
   __device__ __forceinline__ A at_token(A x) const {
@@ -111,9 +111,9 @@ cudaError_t softmax_gradient(
     const GradientRows<A> inputs{
         input(rows.grad_log_probs), input(rows.grad_entropy), input(rows.entropy), input(rows.shift),
         input(rows.log_sum)};
-    return with_teams<T>(logits, [&](auto team, dim3 grid) {
+    return with_teams<T>(logits, [&](auto team, Grid grid) {
       return launch(
-          gradient_kernel<T, decltype(team)::value>, grid, dim3(kThreads), 0, stream,
+          gradient_kernel<T, decltype(team)::value>, grid, kThreads, 0, stream,
           rows_of<T>(logits), tokens, static_cast<A>(kLog2E / temperature), static_cast<A>(1 / temperature),
           inputs, static_cast<T*>(out), out_stride);
     });

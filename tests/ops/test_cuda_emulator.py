@@ -92,26 +92,29 @@ __global__ void neighbours(float* y) {
 EXPORTS = r"""
 extern "C" {
 int run_reverse(const float* x, float* y, int64_t barrier) {
-  return launch(barrier ? reverse<true> : reverse<false>, dim3(5), dim3(64), 0, nullptr, x, y);
+  return launch(barrier ? reverse<true> : reverse<false>, {5}, 64, 0, nullptr, x, y);
 }
 int run_rotate(const int64_t* x, int64_t* y, int64_t rounds) {
-  return launch(rotate, dim3(1), dim3(64), 0, nullptr, x, y, rounds);
+  return launch(rotate, {1}, 64, 0, nullptr, x, y, rounds);
 }
-int run_divergent(float* y, int64_t early) { return launch(divergent, dim3(1), dim3(64), 0, nullptr, y, early); }
-int run_half_a_warp(float* y) { return launch(half_a_warp, dim3(1), dim3(32), 0, nullptr, y); }
-int run_wrong_lane(float* y) { return launch(wrong_lane, dim3(1), dim3(32), 0, nullptr, y); }
-int run_lanes(float* y) { return launch(lanes, dim3(1), dim3(32), 0, nullptr, y); }
-int run_shift(const float* x, float* y, int64_t by) { return launch(shift, dim3(1), dim3(32), 0, nullptr, x, y, by); }
+int run_divergent(float* y, int64_t early) { return launch(divergent, {1}, 64, 0, nullptr, y, early); }
+int run_half_a_warp(float* y) { return launch(half_a_warp, {1}, 32, 0, nullptr, y); }
+int run_wrong_lane(float* y) { return launch(wrong_lane, {1}, 32, 0, nullptr, y); }
+int run_lanes(float* y) { return launch(lanes, {1}, 32, 0, nullptr, y); }
+int run_shift(const float* x, float* y, int64_t by) { return launch(shift, {1}, 32, 0, nullptr, x, y, by); }
 int run_shift_vector(const float* x, float* y, int64_t by) {
-  return launch(shift_vector, dim3(1), dim3(1), 0, nullptr, x, y, by);
+  return launch(shift_vector, {1}, 1, 0, nullptr, x, y, by);
 }
-int run_beyond(float* y, int64_t index) { return launch(beyond, dim3(1), dim3(1), 0, nullptr, y, index); }
+int run_beyond(float* y, int64_t index) { return launch(beyond, {1}, 1, 0, nullptr, y, index); }
 int run_dynamic(float* y, int64_t count, int64_t bytes) {
-  return launch(dynamic, dim3(1), dim3(32), bytes, nullptr, y, count);
+  return launch(dynamic, {1}, 32, bytes, nullptr, y, count);
 }
-int run_sums(const float* x, float* y) { return launch(sums, dim3(1), dim3(128), 0, nullptr, x, y); }
+int run_blocks(float* y, int64_t x_blocks, int64_t y_blocks) {
+  return launch(dynamic, {x_blocks, y_blocks}, 32, 128, nullptr, y, 32);
+}
+int run_sums(const float* x, float* y) { return launch(sums, {1}, 128, 0, nullptr, x, y); }
 int run_neighbours(float* y, int64_t size, int64_t barrier) {
-  return launch_clusters(barrier ? neighbours<true> : neighbours<false>, dim3(12), dim3(32), 0, size, nullptr, y);
+  return launch_clusters(barrier ? neighbours<true> : neighbours<false>, {12}, 32, 0, size, nullptr, y);
 }
 }
 """
@@ -220,6 +223,17 @@ def test_reductions(cuda):
     for seed in range(5):
         cuda.run("run_sums", x, y, seed=seed)
         assert (y == 127 * 64 + 127000).all()
+
+
+@pytest.mark.parametrize("blocks", [(2**31, 1), (2**32 + 2, 1), (2, 2**16), (2, 2**32 + 2)])
+def test_more_blocks_than_a_grid_has_are_refused(cuda, blocks):
+    """And not cut to the 32 bits that a dim3 has for them."""
+    y = zeros(32)
+    with pytest.raises(LaunchError, match="error 9"):
+        cuda.run("run_blocks", y, *blocks)
+    assert (y == 0).all()
+    cuda.run("run_blocks", y, 2, 3)
+    assert (y != 0).any()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

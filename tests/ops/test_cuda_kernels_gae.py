@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu.oracles import gae as oracle
-from ops.cuda_emulation import emulated, guarded
+from ops.cuda_emulation import LaunchError, emulated, guarded
 from ops.support import FLOATS, randn, result_dtype
 from tolerances import assert_error_within
 
@@ -117,3 +117,11 @@ def test_by_hand(cuda):
 def test_empty(cuda):
     for shape in ((0, 5), (3, 0)):
         run(cuda, (torch.empty(shape), torch.empty(shape), torch.empty(shape, dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("rows", [2**31, 2**32 + 3])
+def test_more_rows_than_a_grid_has_blocks_are_refused(cuda, rows):
+    arrays = [guarded(x) for x in (*case(3, 5), torch.zeros(3, 5), torch.zeros(3, 5))]
+    with pytest.raises(LaunchError, match="error 9"):
+        cuda.run("gae", *arrays, rows, 5, 0, 0.99, 0.95)
+    assert not arrays[3].any() and not arrays[4].any()

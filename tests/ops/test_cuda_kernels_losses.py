@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu.cases import make_policy_loss
 from gpu.oracles import clipped_policy_loss, clipped_value_loss
-from ops.cuda_emulation import emulated, guarded
+from ops.cuda_emulation import LaunchError, emulated, guarded
 from ops.support import FLOATS, randn, result_dtype
 from tolerances import assert_near
 
@@ -139,3 +139,19 @@ def test_empty(policy, value, gradient):
     run(policy, empty, 0.2, 0.2, NONE)
     run(value, empty, 0.2)
     gradient.run("gradient", *(guarded(x) for x in empty), 0, 0, 0)
+
+
+@pytest.mark.parametrize("blocks", [2**31, 2**32 + 1])
+@pytest.mark.parametrize("by_thread", [4, 1])
+def test_more_blocks_than_a_grid_has_are_refused(policy, value, gradient, by_thread, blocks):
+    """In vectors, and one by one where the arrays start off 16 bytes."""
+    floats = [guarded(torch.zeros(4), at_end=False, offset=4 - by_thread) for _ in range(5)]
+    flags = guarded(torch.zeros(4, dtype=torch.uint8), at_end=False, offset=4 - by_thread)
+    arrays, count = (*floats[:4], flags, floats[4]), (blocks - 1) * 256 * by_thread + 1
+    with pytest.raises(LaunchError, match="error 9"):
+        policy.run("loss", *arrays, count, 0, 0.2, 0.2, NONE)
+    with pytest.raises(LaunchError, match="error 9"):
+        value.run("loss", *arrays, count, 0, 0.2)
+    with pytest.raises(LaunchError, match="error 9"):
+        gradient.run("gradient", *floats[:3], count, 0, 0)
+    assert not any(x.any() for x in arrays)

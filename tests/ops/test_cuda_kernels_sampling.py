@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from ops.cuda_emulation import emulated, guarded
+from ops.cuda_emulation import LaunchError, emulated, guarded
 from ops.support import randn, result_dtype
-from ops.test_sample_tokens import OPTIONS, check_row, uniform_draws
+from ops.test_sample_tokens import OPTIONS, check_a_draw_of_one, check_row, uniform_draws
 
 EXPORTS = r"""
 extern "C" int run_sample(
@@ -75,6 +75,12 @@ def test_ties(sample, dtype):
     assert tokens.item() == 499 and log_probs.item() == pytest.approx(-math.log(500), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.7}], ids=str)
+def test_a_draw_of_one(sample, dtype, options):
+    check_a_draw_of_one(sample, dtype, **options)
+
+
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
 def test_rows_without_a_distribution_and_impossible_tokens(sample, options):
     bad = [[-torch.inf] * 50, [torch.inf] + [0.0] * 49, [0.0] * 33 + [torch.nan] + [0.0] * 16]
@@ -104,3 +110,12 @@ def test_vectors_and_single_elements_give_the_same_bits(sample):
     by_vector = sample(logits, draws, 0.9)
     one_by_one = sample(logits, draws, 0.9, at_end=False, offset=1)
     assert all(torch.equal(a, b) for a, b in zip(by_vector, one_by_one, strict=True))
+
+
+@pytest.mark.parametrize("rows", [2**31, 2**32 + 3])
+def test_more_rows_than_a_grid_has_blocks_are_refused(cuda, rows):
+    logits, draws, tokens = guarded(randn(1, 9)), guarded(uniform_draws(3)), guarded(torch.full((3,), -1))
+    results = [guarded(torch.zeros(3)) for _ in range(2)]
+    with pytest.raises(LaunchError, match="error 9"):
+        cuda.run("run_sample", logits, 0, rows, 9, 0, draws, 1.0, 0, 1.0, tokens, *results)
+    assert (tokens == -1).all()

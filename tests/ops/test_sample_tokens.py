@@ -191,6 +191,24 @@ def test_a_token_of_probability_zero_is_never_drawn(function):
             assert torch.isfinite(log_probs).all()
 
 
+def check_a_draw_of_one(function, dtype, **options):
+    """No cumulative probability is above it: the last token that has one, in a row whose end has none."""
+    row = randn(5000, dtype=dtype)
+    row[4700:] = -torch.inf
+    probabilities, _ = oracle(row, **options)
+    last = int(probabilities.nonzero().max())
+    tokens, log_probs, _ = function(row.expand(2, -1), torch.tensor([1.0, 0.5], dtype=torch.float64), **options)
+    assert tokens[0] == last and tokens[1] < last
+    assert_near(log_probs[:1], probabilities[last].log()[None], result_dtype(dtype), 2)
+
+
+@pytest.mark.parametrize("function", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.7}], ids=str)
+def test_a_draw_of_one(function, dtype, options):
+    check_a_draw_of_one(function, dtype, **options)
+
+
 @pytest.mark.parametrize("function", IMPLEMENTATIONS)
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
 @pytest.mark.parametrize("bad", [[-torch.inf] * 50, [torch.inf] + [0.0] * 49, [0.0] * 33 + [torch.nan] + [0.0] * 16])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from ops.cuda_emulation import ROOT, emulated, guarded
+from ops.cuda_emulation import ROOT, LaunchError, emulated, guarded
 from ops.support import FLOATS, randint, randn, result_dtype
 from tolerances import assert_error_within, assert_near
 
@@ -261,6 +261,20 @@ def test_huge_logits_do_not_overflow(kernels):
     assert_near(results[1], torch.tensor([2.0, 1.0], dtype=torch.float64).log(), torch.float32)
     got = backward(kernels, logits, tokens, 1.0, torch.ones(2), torch.ones(2), results)
     assert_near(got, torch.tensor([[0.5, 0.0, -0.5], [0.0, 0.0, 0.0]]), torch.float32)
+
+
+@pytest.mark.parametrize("blocks", [2**31, 2**32 + 1])
+@pytest.mark.parametrize("columns", [9, 9000])  # eight rows a block, and one
+def test_more_blocks_than_a_grid_has_are_refused(kernels, columns, blocks):
+    logits, tokens = guarded(torch.zeros(columns)), guarded(torch.zeros(8, dtype=torch.int64))
+    rows = (blocks - 1) * 8 + 1 if columns == 9 else blocks
+    shape = (logits, 0, 0, rows, columns, rows, 0, 0, columns, tokens, 1.0)
+    saved, states = [guarded(torch.zeros(8)) for _ in range(5)], guarded(torch.zeros(60))
+    with pytest.raises(LaunchError, match="error 9"):
+        kernels.run("run_forward", *shape, states, *saved)
+    with pytest.raises(LaunchError, match="error 9"):
+        kernels.run("run_backward", *shape, *saved, logits, 0, 0)
+    assert not any(x.any() for x in (*saved, states, logits))
 
 
 CODE = """
