@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import provenance
+import torch
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,7 +229,12 @@ def main() -> int:
             print("no cuobjdump or no nvdisasm: the machine code is not read", file=sys.stderr)
     version = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release [\d.]+, V([\d.]+)", version)
-    text = f"nvcc {release[1] if release else 'of unknown version'}, `{' '.join(nvcc_flags())}`\n\n{table(kernels)}"
+    facts = provenance.about("cpu", torch.get_num_threads())
+    commit = facts["commit"] + (" and changes not yet committed" if facts["changed"] else "")
+    text = (
+        f"nvcc {release[1] if release else 'of unknown version'}, `{' '.join(nvcc_flags())}`, commit {commit}, "
+        f"{facts['date']}. Made by\n\n    {facts['command']}\n\n{table(kernels)}"
+    )
     print(text)
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import runpy
 import sys
@@ -14,11 +13,9 @@ import setuptools
 from torch.utils.cpp_extension import BuildExtension
 
 ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "benchmarks" / "cuda_resources.py")
-assert spec is not None and spec.loader is not None
-cuda_resources = importlib.util.module_from_spec(spec)
-sys.modules["cuda_resources"] = cuda_resources  # its dataclasses look themselves up there
-spec.loader.exec_module(cuda_resources)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import cuda_resources  # noqa: E402
 
 NVCC = cuda_resources.find_tool("nvcc")
 SPILLING = """
