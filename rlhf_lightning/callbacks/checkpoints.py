@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rlhf_lightning.callbacks.folders import run_folder, sync_to_disk
 from rlhf_lightning.callbacks.metrics import rewind_loggers
 from rlhf_lightning.distributed import barrier
+from rlhf_lightning.models.export import flush
 
 _STAGING = ".staging-"
 
@@ -124,7 +125,7 @@ class RunCheckpoint(Checkpoint):
             # kill in between leaves the checkpoint that this run came from as the newest.
             aside = [_set_aside(path) for path in self._folder.glob("batch-*.ckpt") if _number(path) > self._saved]
             os.replace(staging, destination)
-            _sync_entry(self._folder)
+            flush(self._folder)
             for old in aside:
                 _delete(old)
             for old in sorted(self._folder.glob("batch-*.ckpt"))[: -self.keep]:
@@ -142,15 +143,6 @@ class RunCheckpoint(Checkpoint):
             self._old_handler = signal.signal(signal.SIGINT, handler)
         except ValueError:  # not in the main thread, where Python allows no handlers
             self._old_handler = None
-
-
-def _sync_entry(folder: Path) -> None:
-    """fsync the folder itself, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _batches(trainer: Trainer) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from rlhf_lightning.models.export import flush
+
 
 def run_folder(trainer: Trainer) -> Path:
     """The folder of the run: the first logger's, or ``default_root_dir`` without one. Every process must call it."""
@@ -50,8 +52,4 @@ def logged_step(trainer: Trainer) -> int:
 def sync_to_disk(path: Path) -> None:
     """fsync a file, or a folder and everything in it."""
     for part in [*(path.rglob("*") if path.is_dir() else []), path]:
-        descriptor = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(part)

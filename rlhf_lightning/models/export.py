@@ -89,7 +89,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     try:
         yield staged
         for path in [*staged.rglob("*"), staged]:
-            _flush(path)
+            flush(path)
         stood = folder.exists()
         if stood:
             folder.rename(replaced)
@@ -99,7 +99,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
             if stood:
                 replaced.rename(folder)
             raise
-        _flush(folder.parent)
+        flush(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -152,7 +152,8 @@ def _grow(model: PreTrainedModel, state: dict[str, Tensor], rows: int) -> None:
     model.config.get_text_config().vocab_size = rows
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """fsync a file, or a folder so that a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -61,6 +61,13 @@ def same_device(operator: str, name: str, value: Tensor, device: torch.device, w
         raise ValueError(f"{operator}: {name} must be on the device of {whose}, {device}, got {value.device}")
 
 
+def alike(operator: str, values: dict[str, Tensor], first: Tensor, whose: str) -> None:
+    """Each of the named ``values`` must have the shape and the device of ``first``, which is ``whose``."""
+    for name, value in values.items():
+        same_shape(operator, name, value, first.shape, whose)
+        same_device(operator, name, value, first.device, whose)
+
+
 def same_dtype(operator: str, name: str, value: Tensor, dtype: torch.dtype, whose: str) -> None:
     """``value`` must have ``dtype``, which is that of ``whose``."""
     if value.dtype != dtype:

@@ -88,10 +88,9 @@ def _check(
     dual_clip: float | None,
 ) -> None:
     checks.float_tensor(_NAME, "log_probs", log_probs)
-    for name, tensor in (("old_log_probs", old_log_probs), ("advantages", advantages)):
-        checks.float_tensor(_NAME, name, tensor)
-        checks.same_shape(_NAME, name, tensor, log_probs.shape, "log_probs")
-        checks.same_device(_NAME, name, tensor, log_probs.device, "log_probs")
+    checks.float_tensor(_NAME, "old_log_probs", old_log_probs)
+    checks.float_tensor(_NAME, "advantages", advantages)
+    checks.alike(_NAME, {"old_log_probs": old_log_probs, "advantages": advantages}, log_probs, "log_probs")
     checks.number(_NAME, "clip_low", clip_low, "a number in [0, 1]", 0.0, 1.0, open_low=False)
     checks.number(_NAME, "clip_high", clip_high, "a number of at least 0", 0.0, float("inf"), open_low=False)
     if dual_clip is not None:

@@ -59,10 +59,9 @@ def reference(values: Tensor, old_values: Tensor, returns: Tensor, clip: float |
 
 def _check(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> None:
     checks.float_tensor(_NAME, "values", values)
-    for name, tensor in (("old_values", old_values), ("returns", returns)):
-        checks.float_tensor(_NAME, name, tensor)
-        checks.same_shape(_NAME, name, tensor, values.shape, "values")
-        checks.same_device(_NAME, name, tensor, values.device, "values")
+    checks.float_tensor(_NAME, "old_values", old_values)
+    checks.float_tensor(_NAME, "returns", returns)
+    checks.alike(_NAME, {"old_values": old_values, "returns": returns}, values, "values")
     if clip is not None:
         checks.number(_NAME, "clip", clip, "None or a positive number", 0.0, float("inf"), open_low=True)
 

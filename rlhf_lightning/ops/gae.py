@@ -66,9 +66,7 @@ def _check(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: flo
     checks.float_tensor(_NAME, "values", values)
     checks.bool_tensor(_NAME, "mask", mask)
     checks.dimensions(_NAME, "rewards", rewards, "[B, T]", 2)
-    for name, tensor in (("values", values), ("mask", mask)):
-        checks.same_shape(_NAME, name, tensor, rewards.shape, "rewards")
-        checks.same_device(_NAME, name, tensor, rewards.device, "rewards")
+    checks.alike(_NAME, {"values": values, "mask": mask}, rewards, "rewards")
     checks.number(_NAME, "gamma", gamma, "a number in [0, 1]", 0.0, 1.0, open_low=False)
     checks.number(_NAME, "lam", lam, "a number in [0, 1]", 0.0, 1.0, open_low=False)
 

@@ -37,7 +37,7 @@ def die_at(point: int) -> None:
     counted(pl.Trainer, "save_checkpoint", begins_save=True)
     counted(checkpoints, "sync_to_disk")
     counted(os, "replace")
-    counted(checkpoints, "_sync_entry")
+    counted(checkpoints, "flush")
     counted(Path, "unlink")
     counted(shutil, "rmtree")
 
