@@ -198,6 +198,38 @@ def test_goals() -> None:
     assert "at least 100.0x: missed" in shown and "at most 2.00x: met" in shown and "not installed" in shown
 
 
+def assert_published(results: dict) -> None:
+    """The form that readers of the JSON rely on; details lie beside, as many as rows."""
+    for name in ("rows", "sweeps"):
+        for row in results[name]:
+            assert list(row) == ["operator", "shape", "dtype", "pass", "ours_ms", "limit_ms", "peers"]
+            assert isinstance(row["shape"], dict) and all(isinstance(ms, float) for ms in row["peers"].values())
+    assert len(results["details"]) == len(results["rows"])
+    assert len(results["sweep_details"]) == len(results["sweeps"])
+    for details in results["details"] + results["sweep_details"]:
+        assert {"ours_mb", "peers_mb", "samples", "errors", "goals"} <= set(details)
+
+
+def test_the_json_has_rows_of_seven_keys_and_the_details_beside(tmp_path: Path) -> None:
+    times = {OURS: [1.0] * 4, cases.LIMIT: [0.5] * 4, cases.TRL_LOOP: [2.0] * 4}
+    case = cases.replace(case_of("gae"), peers=(cases.TRL_LOOP,))
+    row = rounds._row(case, "cpu", times, {OURS: 0.5, cases.TRL_LOOP: 3.0}, {}, {})
+    about = {**provenance.about("cpu", 1), "quick": True, "peers": {}}
+    results = {"about": about, "rows": [row], "missing": {}, "sweeps": [row, row]}
+    report.write(results, tmp_path / "found.json", [])
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert_published(found)
+    assert {**found["rows"][0], **found["details"][0]} == row and found["sweep_details"] == found["details"] * 2
+    assert report.title(row) in (tmp_path / "found.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "results").glob("operators_*.json")), ids=lambda p: p.name
+)
+def test_the_committed_results_have_that_form(path: Path) -> None:
+    assert_published(json.loads(path.read_text(encoding="utf-8")))
+
+
 @pytest.mark.parametrize("table", [cases.cpu_cases(), cases.cuda_cases(), cases.sweeps("cpu"), cases.sweeps("cuda")])
 def test_every_row_can_be_built(table: list[cases.Case]) -> None:
     for case in table:
@@ -244,8 +276,9 @@ def test_the_benchmark_runs_and_names_the_peers_that_are_missing(tmp_path: Path)
     page = target.with_suffix(".md").read_text(encoding="utf-8")
 
     assert {row["operator"] for row in results["rows"]} == set(OPERATORS)
-    for row in results["rows"]:
-        assert list(row)[:7] == ["operator", "shape", "dtype", "pass", "ours_ms", "limit_ms", "peers"]
+    assert_published(results)
+    for bare, details in zip(results["rows"], results["details"], strict=True):
+        row = {**bare, **details}
         assert row["ours_ms"] > 0 and row["limit_ms"] > 0 and all(ms > 0 for ms in row["peers"].values())
         assert all(count >= 20 for count in row["samples"].values())
         assert max(row["errors"]["ours"].values()) < TOLERANCE[row["dtype"]]

@@ -10,8 +10,11 @@ import provenance
 
 from operators.cases import LIMIT
 
+# The keys of a row in the JSON; what else is known of it is in the list beside, at the same index.
+ROW = ("operator", "shape", "dtype", "pass", "ours_ms", "limit_ms", "peers")
+DETAILS = {"rows": "details", "sweeps": "sweep_details"}
 NOTES = """\
-Milliseconds: the median of the calls counted under `samples` in the JSON, after warm-up, in turns with all others of
+Milliseconds: the median of the calls counted under `details` in the JSON, after warm-up, in turns with all others of
 the same table, on random inputs drawn anew for each turn. "x": how many times as long as ours; beside "limit": how many
 times as long ours takes as the limit: the bytes that this implementation moves, at the copy bandwidth, or the matrix
 products that it takes, alone, into results that are already there. MiB: held at the peak of a call beyond its inputs
@@ -103,10 +106,22 @@ def closing(results: dict[str, Any], path: Path | None) -> str:
     return "\n".join(text)
 
 
+def published(results: dict[str, Any]) -> dict[str, Any]:
+    """The results as the JSON has them: rows and points have the keys in `ROW` alone, each list its details beside."""
+    found: dict[str, Any] = {}
+    for name, value in results.items():
+        if name not in DETAILS:
+            found[name] = value
+            continue
+        found[name] = [{key: row[key] for key in ROW} for row in value]
+        found[DETAILS[name]] = [{key: row[key] for key in row if key not in ROW} for row in value]
+    return found
+
+
 def write(results: dict[str, Any], path: Path, pictures: list[Path]) -> None:
     """The JSON at ``path``, the page beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(published(results), indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(page(results, path, pictures), encoding="utf-8")
 
 
