@@ -135,7 +135,7 @@ class Rollout(_Batch):
     tokens: Tensor  # [B, S] int64, prompt then response, right-padded
     lengths: Tensor  # [B] int64, prompt + response tokens, the EOS token included where one was sampled
     prompt_lengths: Tensor  # [B] int64
-    log_probs: Tensor  # [B, T] float32, of each sampled token under the sampling distribution; 0 past the end
+    log_probs: Tensor  # [B, T] float32 (float64 of a float64 policy), of each token as it was sampled; 0 past the end
     truncated: Tensor  # [B] bool, True where the token limit ended the response: no EOS was sampled, none is added
     responses: list[str]  # B decoded responses without special tokens
 

@@ -116,6 +116,8 @@ def failing_together() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
+    if not any_true(error is not None):
+        return
     kind = next((known for known in (InputError, TrainingDiverged) if isinstance(error, known)), RuntimeError)
     text = f"{type(error).__name__}: {error}" if kind is RuntimeError else str(error)
     failures = enumerate(all_gather_objects(None if error is None else (kind, text)))

@@ -16,7 +16,7 @@ ScorePosition = Literal["last_token", "after_eos"]
 class TokenRewards(NamedTuple):
     """Rewards on the slots that the value function is asked about: T response tokens, and one slot after the last."""
 
-    rewards: Tensor  # [B, T + 1] float32
+    rewards: Tensor  # [B, T + 1] float32, or float64 as the KL's
     mask: Tensor  # [B, T + 1] bool, the slots that count as steps
 
 
@@ -33,7 +33,7 @@ def token_rewards(
 
     Args:
         scores: ``[B]`` float32, one a response.
-        kl: ``[B, T]`` float32, per-token KL estimate; what lies past a response's end is ignored.
+        kl: ``[B, T]`` float32 or float64, per-token KL estimate; what lies past a response's end is ignored.
         lengths: ``[B]`` int64, response tokens, EOS included.
         truncated: ``[B]`` bool, the responses that did not end by EOS.
         weights: ``[B]`` float32; a row of weight 0 has no counted slot.
@@ -52,10 +52,11 @@ def token_rewards(
     elif score_position != "last_token":
         raise ValueError(f"score_position: expected last_token or after_eos, got {score_position!r}")
     steps = torch.where(present, steps, 0)
-    rewards = torch.zeros(rows, width + 1, dtype=torch.float32, device=kl.device)
+    dtype = torch.promote_types(kl.dtype, torch.float32)
+    rewards = torch.zeros(rows, width + 1, dtype=dtype, device=kl.device)
     on_token = length_mask(torch.where(present, lengths, 0), width)
-    rewards[:, :width] = torch.where(on_token, -kl_coef * kl.float(), 0.0)
-    rewards.scatter_add_(1, (steps - 1).clamp(min=0)[:, None], torch.where(steps > 0, scores.float(), 0.0)[:, None])
+    rewards[:, :width] = torch.where(on_token, -kl_coef * kl.to(dtype), 0.0)
+    rewards.scatter_add_(1, (steps - 1).clamp(min=0)[:, None], torch.where(steps > 0, scores.to(dtype), 0.0)[:, None])
     return TokenRewards(rewards, length_mask(steps, width + 1))
 
 

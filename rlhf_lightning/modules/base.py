@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch, Rollout, View
-from rlhf_lightning.distributed import FSDP2Strategy, any_true
+from rlhf_lightning.distributed import FSDP2Strategy, any_true, failing_together
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layers import checkpoint_activations
@@ -186,7 +186,8 @@ class RLHFModule(OptimisedModule):
         """One response to every prompt; ``overrides`` are keywords of `rollout.sampler.sample`.
 
         Raises:
-            InputError: the module trains no policy.
+            InputError: the module trains no policy, or a process has no prompt.
+            TrainingDiverged: logits were NaN or infinite, on whichever process.
         """
         if self.policy is None:
             raise InputError(f"{type(self).__name__} has no policy to answer prompts with; use a policy's module")
@@ -200,7 +201,15 @@ class RLHFModule(OptimisedModule):
             "any_unfinished": any_true if self.device_mesh is not None else None,
             "progress": lambda done, total: self.report_phase("rollout", done, total),
         }
-        return sample(self.policy, prompts, self.tokenizer, iteration=iteration, **{**options, **overrides})
+        # Before the decode loop, whose steps the processes take together, and after it.
+        with failing_together():
+            if len(prompts) == 0:
+                raise InputError(
+                    "data: a batch without prompts; give every process at least one row, of weight 0 where none is "
+                    "left, as PreferenceDataModule does"
+                )
+        with failing_together():
+            return sample(self.policy, prompts, self.tokenizer, iteration=iteration, **{**options, **overrides})
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A response to every prompt, as rows for a JSONL file."""

@@ -18,7 +18,7 @@ _E = TypeVar("_E", bound="Experience")
 
 @dataclass
 class Experience:
-    """One iteration's experience; every number fp32 under every precision setting, every field's first axis is B."""
+    """One iteration's experience; every number fp32 (fp64 under ``64-true``), every field's first axis is B."""
 
     tokens: Tensor  # [B, S] int64, right-padded
     lengths: Tensor  # [B] int64, prompt + response

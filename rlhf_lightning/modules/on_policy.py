@@ -19,6 +19,7 @@ from rlhf_lightning.batches import PromptBatch, Rollout, View
 from rlhf_lightning.distributed import (
     all_reduce_max,
     all_reduce_sum,
+    failing_together,
     grad_norm,
     gradient_sync,
     rank,
@@ -144,7 +145,8 @@ class OnPolicyModule(SamplingModule):
         with self.timed("rollout"):
             rollout = self.generate(batch.repeat(self.group_size), iteration=self.iteration)
         with self.timed("score"):
-            scores = check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score")
+            with failing_together():
+                scores = check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score")
             experience = self.collect(rollout, scores, totals)
         with self.timed("update"):
             steps = self.learn(experience, totals)
@@ -259,7 +261,8 @@ class OnPolicyModule(SamplingModule):
         """Held-out prompts, always answered with the same draws, so that two validations differ by the policy alone."""
         temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
         rollout = self.generate(batch, iteration=_VALIDATION, temperature=temperature)
-        scores = check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score")
+        with failing_together():
+            scores = check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score")
         # Greedy samples have no KL: they are of no distribution that log-probs could be taken under.
         now = self.evaluate(rollout, temperature or self.temperature)
         count_rollout(self.held_out_totals, rollout, scores, self.kl_coefficient, now)

@@ -25,7 +25,7 @@ from rlhf_lightning.rewards.base import Reward
 
 
 class ResponseScores(NamedTuple):
-    """What the frozen passes over a rollout give, all float32."""
+    """What the frozen passes over a rollout give, all float32 (float64 under ``64-true``)."""
 
     log_probs: Tensor  # [B, T] of the policy
     reference_log_probs: Tensor  # [B, T]
@@ -137,7 +137,7 @@ class SamplingModule(RLHFModule):
 
     @torch.no_grad()
     def evaluate(self, rollout: Rollout, temperature: float | None = None) -> ResponseScores:
-        """Log-probs of policy and reference, and a critic's values, in micro-batches; fp32, no gradient.
+        """Log-probs of policy and reference, and a critic's values, in micro-batches; no gradient.
 
         ``temperature``: of the log-probs; None is the training temperature.
         """

@@ -60,7 +60,9 @@ def sample(
     device = prompts.tokens.device
     rows = prompts.tokens.shape[0]
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.int64, device=device)
-    log_probs = torch.zeros(rows, max_new_tokens, dtype=torch.float32, device=device)
+    # float32 whatever the weights' precision, but float64 stays float64.
+    precise = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
+    log_probs = torch.zeros(rows, max_new_tokens, dtype=precise, device=device)
     lengths = torch.zeros(rows, dtype=torch.int64, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     ends = torch.tensor(eos_ids, dtype=torch.int64, device=device)
@@ -82,7 +84,7 @@ def sample(
             chosen, chosen_log_probs, _ = sample_tokens(logits, draws[active, step], temperature, top_k, top_p)
             live = ~ended[active]
             tokens[active, step] = torch.where(live, chosen, 0)
-            log_probs[active, step] = torch.where(live, chosen_log_probs.float(), 0.0)
+            log_probs[active, step] = torch.where(live, chosen_log_probs.to(precise), 0.0)
             lengths[active] += live.to(lengths.dtype)
             ended[active] |= torch.isin(chosen, ends) | ~torch.isfinite(chosen_log_probs)  # the latter is told below
             if progress is not None:

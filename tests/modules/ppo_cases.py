@@ -32,7 +32,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     """Train; the whole weights, every iteration's metrics, and what each process sampled."""
     reward = ModelReward(case["reward"]) if case.get("reward") else TokenReward()
     module = make_module(case["policy"], reward, **case["options"])
-    data = PreferenceDataModule(case["data"], batch_size=case["batch_size"], validation_fraction=0.0)
+    held_out = {"val_path": case["data"], "val_batch_size": 3} if case.get("validate") else {"validation_fraction": 0.0}
+    data = PreferenceDataModule(case["data"], batch_size=case["batch_size"], **held_out)
     callbacks = [RunCheckpoint(every_n_batches=1, keep=10)] if case.get("checkpoints") else []
     options = {"devices": 1, "accelerator": "cpu", "max_epochs": 1, "use_distributed_sampler": False, **case["trainer"]}
     trainer = Trainer(
