@@ -4,8 +4,6 @@
 
 #include <ATen/ATen.h>
 
-#include <cmath>
-
 namespace rlhf_lightning {
 
 inline std::string dtype_name(at::ScalarType type) {
@@ -52,9 +50,11 @@ inline void check_device(
       x.device());
 }
 
-inline void check_temperature(const char* op, double temperature) {
+// What float32 can carry: see LEAST_TEMPERATURE in rlhf_lightning/ops/checks.py. greedy: 0 is allowed.
+inline void check_temperature(const char* op, double temperature, bool greedy = false) {
   TORCH_CHECK_VALUE(
-      std::isfinite(temperature) && temperature > 0, op, ": temperature must be a positive number, got ", temperature);
+      (temperature >= 1e-12 && temperature <= 1e12) || (greedy && temperature == 0), op, ": temperature must be ",
+      greedy ? "0 or " : "", "a number in [1e-12, 1e12], got ", temperature);
 }
 
 inline void check_logits(const char* op, const at::Tensor& logits, const at::Tensor& tokens, double temperature) {

@@ -96,6 +96,10 @@ LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options)
   Block block = kept().take(size);
   const bool warm = block.start != nullptr;
   if (!warm) block = map(size);
+  if (block.start == nullptr) {  // the kept blocks may be what stands in the way
+    kept().clear();
+    block = map(size);
+  }
   if (block.start == nullptr) return {at::empty(sizes, options), false};
   c10::profiledCPUMemoryReporter().New(block.start, bytes);
   c10::DataPtr data(block.start, new Block(block), &release, c10::kCPU);

@@ -2,7 +2,6 @@
 
 #include <ATen/Parallel.h>
 
-#include <cmath>
 #include <memory>
 
 #include "check.h"
@@ -60,9 +59,7 @@ void check_sample_tokens(
       "got shape ", logits.sizes());
   check_shape(kName, "draws", draws, logits.sizes().slice(0, 1), "logits without its last dimension");
   check_device(kName, "draws", draws, logits, "logits");
-  TORCH_CHECK_VALUE(
-      std::isfinite(temperature) && temperature >= 0, kName, ": temperature must be a number, 0 or above, got ",
-      temperature);
+  check_temperature(kName, temperature, /*greedy=*/true);
   TORCH_CHECK_VALUE(top_k >= 0, kName, ": top_k must be an integer, 0 or above, got ", top_k);
   TORCH_CHECK_VALUE(top_p > 0 && top_p <= 1, kName, ": top_p must be a number in (0, 1], got ", top_p);
 }
@@ -76,8 +73,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_tokens(
   const auto options = x.options().dtype(compute_type({x}));
   auto tokens = at::empty({rows}, x.options().dtype(at::kLong));
   auto log_probs = at::empty({rows}, options), entropy = at::empty({rows}, options);
-  // A temperature so small that its inverse overflows would make 0 * inf of the largest logit.
-  const double inverse = temperature == 0 ? 1.0 : std::min(1 / temperature, 1e30);
+  const double inverse = temperature == 0 ? 1.0 : 1 / temperature;
   const SampleOptions how{inverse, top_k < x.size(1) ? top_k : 0, top_p, temperature == 0};
   const double* draw = u.const_data_ptr<double>();
   const Kernels& k = kernels();

@@ -9,7 +9,6 @@
 // sorted or stored. Those that pass are then a row of their own, in the same kernel.
 #include "sample_tokens_launch.h"
 
-#include <algorithm>
 #include <type_traits>
 
 #include "device.cuh"
@@ -364,8 +363,7 @@ template <typename T>
 cudaError_t launch_rows(
     const SampleArrays& s, double temperature, int64_t top_k, double top_p, cudaStream_t stream) {
   using A = Compute<T>;
-  // A temperature so small that its inverse overflows would make 0 * inf of the largest logit.
-  const double inverse = temperature == 0 ? 1 : std::min(1 / temperature, 1e30);
+  const double inverse = temperature == 0 ? 1 : 1 / temperature;
   const Arguments<T> arguments{
       static_cast<const T*>(s.logits), static_cast<int>(s.columns), s.stride, s.draws, s.tokens,
       static_cast<A*>(s.log_probs), static_cast<A*>(s.entropy), inverse,

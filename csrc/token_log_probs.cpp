@@ -71,21 +71,21 @@ at::Tensor token_log_probs_backward(
   const auto x = with_dense_rows(logits), t = tokens.contiguous();
   const int64_t rows = t.numel(), vocabulary = x.size(-1);
   check_token_range(kName, t, vocabulary);
-  const auto [out, streaming] = empty_large(x.sizes(), x.options());
+  const LargeResult out = empty_large(x.sizes(), x.options());
   const RowOffsets offset(x);
   const int64_t* token = t.const_data_ptr<int64_t>();
   with_softmax_kernels(x.scalar_type(), [&](const auto& kernel, auto* null) {
     using T = std::remove_pointer_t<decltype(null)>;
     const T* data = static_cast<const T*>(x.const_data_ptr());
-    const bool past_caches = streaming;
-    T* result = static_cast<T*>(out.mutable_data_ptr());
+    const bool past_caches = out.streaming;
+    T* result = static_cast<T*>(out.tensor.mutable_data_ptr());
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         kernel.gradient(data + offset(i), vocabulary, gradients.row(i, token[i]), past_caches, result + i * vocabulary);
       }
     });
   });
-  return out;
+  return out.tensor;
 }
 
 }  // namespace rlhf_lightning

@@ -13,6 +13,12 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# float32 goes from 1e-38 to 3e38. It must carry log2(e) / temperature, the rate of the exponential, and what rounding
+# leaves of it, 7 decades below; 300 * temperature, the largest difference of logits that counts; and the square of
+# 1 / temperature times the incoming gradient and 1 / V, the slope of the entropy's gradient. The square is narrowest:
+# at these limits it leaves 14 decades for the rest either way. csrc/check.h has the same limits.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-12, 1e12
+
 
 def float_tensor(operator: str, name: str, value: object) -> None:
     """``value`` must be a tensor of one of the four dtypes that the operators accept."""
@@ -82,8 +88,17 @@ def number(operator: str, name: str, value: object, words: str, low: float, high
         raise ValueError(f"{operator}: {name} must be {words}, got {value}")
 
 
+def temperature_range(operator: str, value: object, or_zero: bool = False) -> None:
+    """``value`` must be a number that float32 can divide logits by; ``or_zero``: 0 is allowed too, for greedy."""
+    words = f"{'0 or ' if or_zero else ''}a number in [1e-12, 1e12]"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{operator}: temperature must be {words}, got {type(value).__name__}")
+    if not LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE and not (or_zero and value == 0):  # NaN is refused too
+        raise ValueError(f"{operator}: temperature must be {words}, got {value:g}")
+
+
 def language_model_head(operator: str, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float) -> None:
-    """The operands of a fused head: ``hidden`` ``[N, H]``, ``weight`` ``[V, H]``, ``tokens`` ``[N]``, a temperature."""
+    """The operands of a fused head: ``hidden`` ``[N, H]``, ``weight`` ``[V, H]``, ``tokens`` ``[N]``, temperature."""
     float_tensor(operator, "hidden", hidden)
     float_tensor(operator, "weight", weight)
     int64_tensor(operator, "tokens", tokens)
@@ -98,7 +113,7 @@ def language_model_head(operator: str, hidden: Tensor, weight: Tensor, tokens: T
         same_device(operator, name, tensor, hidden.device, "hidden")
     if not torch.is_autocast_enabled(hidden.device.type):  # autocast makes them the same
         same_dtype(operator, "weight", weight, hidden.dtype, "hidden")
-    number(operator, "temperature", temperature, "a positive number", 0.0, float("inf"), open_low=True)
+    temperature_range(operator, temperature)
 
 
 def token_range(operator: str, tokens: Tensor, vocabulary: int) -> None:

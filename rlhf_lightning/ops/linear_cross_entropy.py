@@ -36,7 +36,7 @@ def linear_cross_entropy(
         tokens: ``[N]`` int64 in ``[0, V)``.
         token_weights: ``[N]`` floating point: how much each token counts: 0 for padding, else 1 for a sum or 1 / count
             for a mean. They get no gradient.
-        temperature: a positive number.
+        temperature: a number in ``[1e-12, 1e12]``.
 
     Returns:
         ``(loss, log_probs, entropy)``: the loss a scalar, differentiable in ``hidden`` and ``weight`` (once);
@@ -110,12 +110,18 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     checks.first_order(_NAME)
     if grad_loss is None:  # the loss was not used
         return (None,) * 7
-    # Scaled in place, and so held once, unless the graph is retained and another backward pass may ask for them, or
-    # the pass is being traced for a compiler.
+    # Scaled in place, and so held once, unless the graph is retained and another backward pass may ask for them, the
+    # pass is being traced for a compiler, or there is a whole batch of incoming gradients.
     kept = torch._C._autograd._get_current_graph_task_keep_graph() or type(grad_loss) is not Tensor
+    kept = kept or _is_batched(grad_loss)
     scaled = Tensor.mul if kept else Tensor.mul_
     gradients = [scaled(g, grad_loss) if n else None for g, n in zip(ctx.saved_tensors, ctx.needed, strict=True)]
     return *gradients, None, None, None, None, None
+
+
+def _is_batched(x: Tensor) -> bool:
+    # By torch.vmap, or by torch.autograd.grad's is_grads_batched, which has a vmap of its own.
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 if extension.LOADED:

@@ -28,7 +28,7 @@ def linear_token_log_probs(
         hidden: ``[N, H]`` floating point, last hidden states.
         weight: ``[V, H]``, the head's weight, of the same dtype; under autocast both are cast to the autocast dtype.
         tokens: ``[N]`` int64 in ``[0, V)``.
-        temperature: a positive number.
+        temperature: a number in ``[1e-12, 1e12]``.
 
     Returns:
         ``(log_probs, entropy)``, each ``[N]`` float32 (float64 for float64 operands), in nats, both differentiable in

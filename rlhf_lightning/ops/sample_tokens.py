@@ -27,8 +27,8 @@ def sample_tokens(
     Args:
         logits: ``[B, V]`` floating point; -inf marks an impossible token, which is never drawn.
         draws: ``[B]`` float64 in (0, 1).
-        temperature: logits are divided by it; 0 takes the first of the most probable tokens, and the log-prob and the
-            entropy are then those at temperature 1.
+        temperature: logits are divided by it, in ``[1e-12, 1e12]``; or 0, which takes the first of the most probable
+            tokens, and the log-prob and the entropy are then those at temperature 1.
         top_k: keep the k most probable tokens, and all that tie with the last of them; 0 keeps all.
         top_p: in (0, 1]. Of what top-k leaves, keep the smallest set of most probable tokens whose probability reaches
             it, of equal ones the first (Holtzman et al. 2020, arXiv 1904.09751); 1 keeps all.
@@ -86,7 +86,7 @@ def _check(logits: Tensor, draws: Tensor, temperature: float, top_k: int, top_p:
         raise ValueError(f"{_NAME}: logits must have shape [B, V] with 0 < V < 2^30, got shape {list(logits.shape)}")
     checks.same_shape(_NAME, "draws", draws, logits.shape[:1], "logits without its last dimension")
     checks.same_device(_NAME, "draws", draws, logits.device, "logits")
-    checks.number(_NAME, "temperature", temperature, "a number, 0 or above", 0.0, float("inf"), open_low=False)
+    checks.temperature_range(_NAME, temperature, or_zero=True)
     if isinstance(top_k, bool) or not isinstance(top_k, int):
         raise TypeError(f"{_NAME}: top_k must be an integer, 0 or above, got {type(top_k).__name__}")
     if top_k < 0:

@@ -24,7 +24,7 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
     Args:
         logits: ``[..., V]`` floating point; -inf marks an impossible token.
         tokens: ``[...]`` int64 in ``[0, V)``. There is no ignore index: give padding any valid id and mask the result.
-        temperature: a positive number.
+        temperature: a number in ``[1e-12, 1e12]``.
 
     Returns:
         ``(log_probs, entropy)``, each ``[...]`` float32 (float64 for float64 logits), both differentiable in ``logits``
@@ -57,7 +57,7 @@ def _check(logits: Tensor, tokens: Tensor, temperature: float) -> None:
         raise ValueError(f"{_NAME}: logits must have shape [..., V] with V > 0, got shape {list(logits.shape)}")
     checks.same_shape(_NAME, "tokens", tokens, logits.shape[:-1], "logits without its last dimension")
     checks.same_device(_NAME, "tokens", tokens, logits.device, "logits")
-    checks.number(_NAME, "temperature", temperature, "a positive number", 0.0, float("inf"), open_low=True)
+    checks.temperature_range(_NAME, temperature)
 
 
 def _fake(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +87,46 @@ def test_the_profiler_sees_it():
     with torch.profiler.profile(profile_memory=True) as profile:
         x = gradient(1.0)
     assert max(e.self_cpu_memory_usage for e in profile.events()) >= x.nbytes
+
+
+SHORT_OF_ADDRESSES = """
+import resource
+import torch
+from ops.test_large_memory import VOCABULARY, holds
+
+op = torch.ops.rlhf_lightning
+rows = 24 << 6  # 384 MiB
+logits, tokens = torch.zeros(rows, VOCABULARY), torch.zeros(rows, dtype=torch.int64)
+_, *saved = op.token_log_probs(logits, tokens, 1.0)
+
+
+def gradient(value, rows):
+    ones, few = torch.full((rows,), value), [x[:rows] for x in saved]
+    return op.token_log_probs_backward(ones, torch.zeros(rows), logits[:rows], tokens[:rows], *few, 1.0)
+
+
+kept = gradient(1.0, 16 << 6)  # 256 MiB
+del kept
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (192 << 20), before[1]))
+try:
+    torch.empty(rows, VOCABULARY)
+except RuntimeError:
+    print("torch has no room")
+wanted = gradient(2.0, rows)
+resource.setrlimit(resource.RLIMIT_AS, before)
+assert holds(wanted, 2.0)
+"""
+
+
+def test_the_kept_memory_makes_room_where_the_system_has_no_more():
+    root = Path(__file__).resolve().parents[2]
+    paths = os.pathsep.join([str(root), str(root / "tests")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_ADDRESSES], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "torch has no room\n"

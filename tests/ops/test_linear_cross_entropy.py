@@ -85,6 +85,28 @@ def test_a_retained_graph_gives_the_same_gradient_again(function):
         loss.backward()
 
 
+@pytest.mark.parametrize("retained", [False, True])
+@pytest.mark.parametrize("function", IMPLEMENTATIONS)
+def test_a_batch_of_incoming_gradients_gives_a_batch_of_gradients(function, retained):
+    hidden, weight, tokens, _, token_weights = CrossEntropy.case(3, 4, 9, torch.float32)
+    factors, options = torch.tensor([0.5, -2.0, 0.0]), dict(retain_graph=retained)
+
+    def loss_of_new_operands():
+        leaves = tuple(x.clone().requires_grad_() for x in (hidden, weight))
+        return function(*leaves, tokens, token_weights)[0], leaves
+
+    def by_grad(loss, leaves):
+        return torch.autograd.grad(loss, leaves, factors, is_grads_batched=True, **options)
+
+    def by_vmap(loss, leaves):
+        return torch.vmap(lambda factor: torch.autograd.grad(loss, leaves, factor, **options))(factors)
+
+    plain = torch.autograd.grad(*loss_of_new_operands())
+    for batched in (by_grad, by_vmap):
+        for gradient, once in zip(batched(*loss_of_new_operands()), plain, strict=True):
+            assert_near(gradient, factors[:, None, None] * once, torch.float32)
+
+
 def test_the_token_weights_get_no_gradient():
     hidden, weight, tokens, _, token_weights = CrossEntropy.case(3, 4, 9, torch.float32)
     loss, *_ = linear_cross_entropy(hidden.requires_grad_(), weight, tokens, token_weights.requires_grad_())
@@ -114,7 +136,7 @@ ERRORS = [
         "linear_cross_entropy: token_weights must be on the device of hidden, cpu, got meta",
     ),
     (dict(tokens=torch.tensor([0, 5])), ValueError, "linear_cross_entropy: tokens must be in [0, 5), got 5"),
-    (dict(temperature=-1.0), ValueError, "linear_cross_entropy: temperature must be a positive number, got -1.0"),
+    (dict(temperature=-1.0), ValueError, "linear_cross_entropy: temperature must be a number in [1e-12, 1e12], got -1"),
 ]
 
 

@@ -72,7 +72,11 @@ ERRORS = [
         "got shape [2, 1]",
     ),
     (dict(tokens=torch.tensor([0, 5])), ValueError, "linear_token_log_probs: tokens must be in [0, 5), got 5"),
-    (dict(temperature=-1.0), ValueError, "linear_token_log_probs: temperature must be a positive number, got -1.0"),
+    (
+        dict(temperature=-1.0),
+        ValueError,
+        "linear_token_log_probs: temperature must be a number in [1e-12, 1e12], got -1",
+    ),
 ]
 
 

@@ -249,8 +249,8 @@ ERRORS = [
         ValueError,
         "token_log_probs: tokens must be on the device of logits, cpu, got meta",
     ),
-    (dict(temperature=0.0), ValueError, "token_log_probs: temperature must be a positive number, got 0.0"),
-    (dict(temperature=None), TypeError, "token_log_probs: temperature must be a positive number, got NoneType"),
+    (dict(temperature=0.0), ValueError, "token_log_probs: temperature must be a number in [1e-12, 1e12], got 0"),
+    (dict(temperature=None), TypeError, "token_log_probs: temperature must be a number in [1e-12, 1e12], got NoneType"),
     (dict(tokens=torch.tensor([0, 3])), ValueError, "token_log_probs: tokens must be in [0, 3), got 3"),
     (dict(tokens=torch.tensor([-1, 0])), ValueError, "token_log_probs: tokens must be in [0, 3), got -1"),
 ]
