@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 INSTALLED = HERE.parent.parent / "build" / "peers"
-FOR = {"cpu": ("trl", "verl"), "cuda": ("trl", "verl", "liger", "cce", "flash_attn")}
+FOR = {"cpu": ("trl", "trl_ppo", "verl"), "cuda": ("trl", "trl_ppo", "verl", "liger", "cce", "flash_attn")}
 # flash-attn's own switches: no CUDA kernels, and no download of somebody's build of them.
 WITHOUT_KERNELS = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", "FLASH_ATTENTION_FORCE_BUILD": "TRUE"}
 

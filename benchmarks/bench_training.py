@@ -1,0 +1,108 @@
+"""How long does a training step take, and how much memory, next to other libraries' on the same work?
+
+    python benchmarks/bench_training.py --task ppo|sft|reward_model|dpo --size 16m|smollm2|1.5b [--device cpu|cuda]
+        [--json FILE] [--only SIDE ...] [--rounds 2]
+
+Every side trains the same model on the same rows for the same number of optimizer steps, in a process of its own, the
+sides in turns. Prints a table, where the time goes and how far that is from what the machine could do, and writes FILE
+and beside it a page with the same facts (.md). With ``--only`` and a FILE that is there, the new rounds are added to
+it, so that a machine that is free for a minute at a time can measure one side at a time.
+
+The peers are set up by ``python benchmarks/peers/install.py``; one that is not there is named with the reason. The exit
+code is 1 if ours failed or the sides did not do the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import provenance
+import torch
+from training import report
+from training.entrants import ENTRANTS, OURS
+from training.rounds import Failed, limits, measure, summary
+from training.sizes import SIZES, TASKS, prepare
+
+LIMITS = "limits"
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--size", choices=tuple(SIZES), required=True, help="tiny: does the benchmark itself work?")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of weights and all (default: by device)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="+", choices=(*ENTRANTS, LIMITS), metavar="SIDE")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps of a process that are not timed")
+    parser.add_argument("--timed", type=int, default=5)
+    parser.add_argument("--apart", type=int, default=2, help="further steps, timed by phase")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def start(chosen: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
+    """Results without runs; those of FILE where they are to be added to."""
+    facts = provenance.about(chosen.device, chosen.threads)
+    command = facts.pop("command")
+    fresh = {
+        **{key: work[key] for key in ("task", "size", "device", "precision")},
+        **{"ours": None, "peers": {}, "ratio": {}, "missing": {}, "same_work": True},
+        "about": {**facts, "commands": [command]},
+        **{"versions": {}, "limits": {}, "runs": {}},
+    }
+    if chosen.only is None or chosen.json is None or not chosen.json.exists():
+        return fresh
+    old: dict[str, Any] = json.loads(chosen.json.read_text(encoding="utf-8"))
+    same = all(old[key] == fresh[key] for key in ("task", "size", "device", "precision"))
+    if not same or any(old["about"][key] != facts[key] for key in ("cpu", "cores", "threads", "torch")):
+        raise SystemExit(f"{chosen.json}: measured with another task, size, precision or machine: give another file")
+    commands = old["about"]["commands"]
+    old["about"] = {**facts, "commands": commands if command in commands else [*commands, command]}
+    return old
+
+
+def main() -> int:
+    chosen = options()
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        print("bench_training: no GPU that torch can use", file=sys.stderr)
+        return 1
+    precision = chosen.precision or ("float32" if chosen.device == "cpu" else "bfloat16")
+    work = {"precision": precision, **{key: getattr(chosen, key) for key in ("task", "size", "device", "threads")}}
+    results = start(chosen, work)
+    folder = prepare(chosen.size, chosen.device)
+    wanted = chosen.only or [*(name for name, entrant in ENTRANTS.items() if chosen.task in entrant.tasks), LIMITS]
+    sides = [name for name in wanted if name != LIMITS]
+    steps = (chosen.warm_up, chosen.timed, chosen.apart)
+    for number in range(chosen.rounds):
+        for name in sides if number % 2 == 0 else reversed(sides):
+            reason = ENTRANTS[name].missing()
+            try:
+                if reason is not None:
+                    raise Failed(reason)
+                run = measure(name, {**work, "seed": chosen.seed + number}, folder, steps)
+            except Failed as failure:
+                results["missing"][name] = str(failure)
+                continue
+            results["missing"].pop(name, None)
+            results["versions"][name] = run.pop("versions")
+            results["runs"].setdefault(name, []).append(run)
+    if LIMITS in wanted:
+        results["limits"] = limits(work, folder)
+    summary(results)
+    if chosen.json:
+        report.write(results, chosen.json)
+    for rows in (report.table(results), report.breakdown(results)):
+        print(report.terminal(rows), end="\n\n")
+    print(report.closing(results, chosen.json))
+    return 1 if OURS in results["missing"] or not results["same_work"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

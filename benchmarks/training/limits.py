@@ -1,0 +1,158 @@
+"""The least that a step of ours can take on this machine: its bare matrix products, and the bytes it must move.
+
+    python -m training.limits TASK SIZE DEVICE PRECISION THREADS FOLDER OUT
+
+Measured by the products of the model's own shapes, on no padding at all, each layer with weights of its own and into
+results that are already there; backward passes as two products each; the optimizer's step at the bandwidth of a copy
+(parameter, gradient and two moments in; parameter and moments out). Attention's own products, norms and activations are
+left out, so no program reaches this. On a GPU a decoding step is limited by the bytes of weights and cache.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.sizes import Size, size_of, work
+
+REPEATS = 5
+
+
+class Machine:
+    """The weights of a model, and the times of products with them."""
+
+    def __init__(self, size: Size, device: str, dtype: torch.dtype) -> None:
+        self.size, self.device, self.dtype = size, device, dtype
+        head = size.hidden // size.heads
+        wide, narrow = size.heads * head, size.kv_heads * head
+        shapes = [(wide, size.hidden), (narrow, size.hidden), (narrow, size.hidden), (size.hidden, wide)]
+        shapes += [(size.intermediate, size.hidden)] * 2 + [(size.hidden, size.intermediate)]
+        self.layers = [self._random(*shape) for _ in range(size.layers) for shape in shapes]
+        self.head = self._random(size.vocabulary, size.hidden)
+        self.bytes_a_second = self._bandwidth()
+
+    @property
+    def trunk_bytes(self) -> int:
+        return sum(weight.nbytes for weight in self.layers)
+
+    def parameters(self, head: bool = True) -> int:
+        """Of the products, with the embedding (which is the head, tied)."""
+        return sum(weight.numel() for weight in self.layers) + head * self.head.numel()
+
+    def trunk(self, rows: int, backward: bool = False) -> float:
+        """Seconds of the trunk's products on ``rows`` tokens; with ``backward`` those of both passes."""
+        return self._products(self.layers, rows, backward)
+
+    def logits(self, rows: int, backward: bool = False) -> float:
+        """Seconds of the head's products on ``rows`` tokens."""
+        return self._products([self.head], rows, backward)
+
+    def _products(self, weights: list[Tensor], rows: int, backward: bool) -> float:
+        results = {weight.shape: torch.empty(rows, weight.shape[0], **self._like) for weight in weights}
+        inputs = {weight.shape: self._random(rows, weight.shape[1]) for weight in weights}
+        back = {weight.shape: torch.empty_like(inputs[weight.shape]) for weight in weights} if backward else {}
+        grads = {weight.shape: torch.empty_like(weight) for weight in weights} if backward else {}
+
+        def run() -> None:
+            for weight in weights:
+                torch.mm(inputs[weight.shape], weight.T, out=results[weight.shape])
+            for weight in reversed(weights) if backward else ():
+                torch.mm(results[weight.shape], weight, out=back[weight.shape])
+                torch.mm(results[weight.shape].T, inputs[weight.shape], out=grads[weight.shape])
+
+        return self._seconds(run)
+
+    def _bandwidth(self) -> float:
+        elements = 1 << (28 if self.device != "cpu" else 25)
+        source = torch.ones(elements, device=self.device)
+        target = torch.zeros_like(source)
+        return 2 * source.nbytes / self._seconds(lambda: target.copy_(source))
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        times = []
+        for _ in range(REPEATS + 1):
+            began = time.perf_counter()
+            call()
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[1:])
+
+    def _random(self, rows: int, columns: int) -> Tensor:
+        return (0.05 * torch.randn(rows, columns, device=self.device)).to(self.dtype)
+
+    @property
+    def _like(self) -> dict[str, Any]:
+        return {"device": self.device, "dtype": self.dtype}
+
+
+def of_ppo(machine: Machine, size: Size, rows: dict[str, Any]) -> dict[str, float]:
+    """Seconds by phase."""
+    prompts = [len(row) for row in rows["prompts"]]
+    count, answered = len(prompts), len(prompts) * size.new_tokens
+    tokens = sum(prompts) + answered
+    forward = machine.trunk(tokens)
+    return {
+        "rollout": machine.trunk(sum(prompts)) + machine.logits(count) + _decoding(machine, size, prompts),
+        "reference": forward + machine.logits(answered),
+        "reward": forward,
+        "critic": forward,
+        "update": size.minibatches
+        * (
+            2 * machine.trunk(tokens // size.minibatches, backward=True)
+            + machine.logits(answered // size.minibatches, backward=True)
+            + _step(machine, 2)
+        ),
+    }
+
+
+def _decoding(machine: Machine, size: Size, prompts: list[int]) -> float:
+    steps = size.new_tokens - 1
+    if machine.device == "cpu":
+        return steps * (machine.trunk(len(prompts)) + machine.logits(len(prompts)))
+    width = machine.head.element_size()
+    entry = 2 * size.layers * size.kv_heads * (size.hidden // size.heads) * width  # of a token, keys and values
+    cached = sum(steps * length + steps * (steps + 1) // 2 for length in prompts) * entry
+    return float(steps * (machine.trunk_bytes + machine.head.nbytes) + cached) / machine.bytes_a_second
+
+
+def _step(machine: Machine, models: int) -> float:
+    return models * 7 * machine.parameters() * machine.head.element_size() / machine.bytes_a_second
+
+
+def of_supervised(task: str, machine: Machine, rows: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step of SFT, of a reward model or of DPO, by phase."""
+    if task == "sft":
+        answered = sum(len(response) for _, response in rows["demonstrations"])
+        tokens = answered + sum(len(prompt) for prompt, _ in rows["demonstrations"])
+    else:
+        answered = sum(len(chosen) + len(rejected) for _, chosen, rejected in rows["pairs"])
+        tokens = answered + 2 * sum(len(prompt) for prompt, *_ in rows["pairs"])
+    update = machine.trunk(tokens, backward=True) + _step(machine, 1)
+    if task == "reward_model":
+        return {"update": update}
+    update += machine.logits(answered, backward=True)
+    if task == "sft":
+        return {"update": update}
+    return {"reference": machine.trunk(tokens) + machine.logits(answered), "update": update}
+
+
+def main() -> None:
+    task, name, device, precision, threads, folder, out = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    size, rows = size_of(name, device), work(Path(folder))
+    machine = Machine(size, device, getattr(torch, precision))
+    found = of_ppo(machine, size, rows) if task == "ppo" else of_supervised(task, machine, rows)
+    Path(out).write_text(json.dumps({"seconds": found, "copy_gb_a_second": machine.bytes_a_second / 1e9}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The results for people: the table on the terminal, the JSON, the page."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import provenance
+from operators.report import number
+
+from training.entrants import OURS, PLAIN
+from training.sizes import Size, size_of
+
+GOALS = {"ppo": {"cpu": (3.0, 3.0), "cuda": (5.0, None)}}
+SUPERVISED_GOAL = (1.5, 1.0)
+
+
+def table(results: dict[str, Any]) -> list[list[str]]:
+    """The rows for both, the header first."""
+    rows = [["", "seconds a step", "times ours", "peak, MB", "times ours", "of it libraries", "first and last"]]
+    sides = {OURS: results["ours"], **results["peers"]}
+    for name, row in sides.items():
+        if row is None:
+            continue
+        ratio = results["ratio"].get(name)
+        times = [f"{ratio['time']:.2f}", f"{ratio['memory']:.2f}"] if ratio else ["", ""]
+        memory, quality = results["memory"][name], results["quality"][name]
+        learned = {key.partition(",")[0] for key in quality}
+        shown = "; ".join(
+            f"{key} {quality[key + ', first']:.3f}, {quality[key + ', last']:.3f}" for key in sorted(learned)
+        )
+        libraries = number(memory["libraries"]) if memory["libraries"] else ""
+        rows.append([name, number(row["seconds"]), times[0], number(row["peak_mb"]), times[1], libraries, shown])
+    return rows
+
+
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """The goals, met or missed."""
+    task, device = results["task"], results["device"]
+    if results["size"] == "tiny":
+        return ["tiny: these times mean nothing"]
+    time_goal, memory_goal = GOALS[task][device] if task in GOALS else SUPERVISED_GOAL
+    said = []
+    for name, ratio in results["ratio"].items():
+        if name == PLAIN:
+            continue
+        for what, goal in (("time", time_goal), ("memory", memory_goal)):
+            if goal is not None:
+                met = "met" if ratio[what] >= goal else "missed"
+                said.append(f"{name}, {what}: {ratio[what]:.2f} times ours, goal {goal:g}: {met}")
+    return said
+
+
+def breakdown(results: dict[str, Any]) -> list[list[str]]:
+    """Seconds of the phases, every side's, and beside ours the limit."""
+    parts, floor = results["breakdown"], results["limits"].get("seconds", {})
+    sides = [name for name in parts if parts[name]]
+    phases = list(dict.fromkeys(phase for name in sides for phase in parts[name]))
+    phases.sort(key=lambda phase: phase == "other")
+    rows = [["seconds", *sides, "limit", "ours / limit"]]
+    for phase in phases:
+        ours, least = parts.get(OURS, {}).get(phase), floor.get(phase)
+        cells = [number(parts[name].get(phase)) for name in sides]
+        rows.append([phase, *cells, number(least), f"{ours / least:.2f}" if ours and least else ""])
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    return [lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]]
+
+
+def terminal(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def closing(results: dict[str, Any], path: Path | None) -> str:
+    said = verdicts(results)
+    if not results["same_work"]:
+        said.append(f"NOT THE SAME WORK: {results['work']}")
+    said += [f"missing: {name}: {reason}" for name, reason in results["missing"].items()]
+    said.append(f"written: {path} and the page beside it" if path else "nothing written: no --json")
+    return "\n".join(said)
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    """The JSON at ``path``, the page beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(page(results, path), encoding="utf-8")
+
+
+def page(results: dict[str, Any], path: Path) -> str:
+    """The facts of the JSON in Markdown."""
+    facts, size = results["about"], size_of(results["size"], results["device"])
+    versions = {f"{name} {version}" for found in results["versions"].values() for name, version in found.items()}
+    text = [
+        f"# {TITLES[results['task']]}, {results['size']}, {'a CPU' if results['device'] == 'cpu' else 'a GPU'}",
+        "",
+        *provenance.header({**facts, "command": "\n    ".join(facts["commands"])}, path),
+        f"{', '.join(sorted(versions))}.",
+        "",
+        textwrap.fill(_what(results, size), 120),
+        "",
+        *markdown(table(results)),
+        "",
+        *(f"- {verdict}" for verdict in verdicts(results)),
+        "",
+        textwrap.fill(NOTES, 120),
+        "",
+        *(f"Not there: {name} ({reason})." for name, reason in results["missing"].items()),
+        "" if results["same_work"] else f"**Not the same work: {results['work']}**",
+        "## Where the time goes",
+        "",
+        *markdown(breakdown(results)),
+        "",
+        textwrap.fill(LIMITS, 120),
+        "",
+        "## Memory",
+        "",
+        *markdown(_memory(results)),
+        "",
+    ]
+    return "\n".join(text)
+
+
+def _memory(results: dict[str, Any]) -> list[list[str]]:
+    kinds = ["models", "gradients", "optimizer", "libraries", "step"]
+    rows = [["MB", *kinds]]
+    for name, held in results["memory"].items():
+        rows.append([name, *(number(held[kind]) for kind in kinds)])
+    return rows
+
+
+def _what(results: dict[str, Any], size: Size) -> str:
+    done = next(iter(results["work"].values()), {})
+    weights = "random weights" if size.folder is None else "its own weights"
+    model = (
+        f"A Llama of {size.layers} layers of width {size.hidden}, vocabulary {size.vocabulary}, {weights}, "
+        f"{results['precision']}. "
+    )
+    if results["task"] == "ppo":
+        return model + (
+            f"{size.prompts} prompts of {size.prompt[0]} to {size.prompt[1]} tokens, {size.new_tokens} new tokens to "
+            f"each (no response ends before), {size.minibatches} minibatches, 1 epoch; policy, critic, reference and "
+            f"reward model of the same size, the old log-probs those of the rollout. Each step of every side: "
+            f"{done}."
+        )
+    what = "rows" if results["task"] == "sft" else "pairs"
+    return model + (
+        f"{size.rows} {what} a step, prompts of {size.prompt[0]} to {size.prompt[1]} tokens, responses of "
+        f"{size.response[0]} to {size.response[1]}, the same rows in every step. Each step of every side: {done}."
+    )
+
+
+TITLES = {
+    "ppo": "A PPO iteration",
+    "sft": "A step of SFT",
+    "reward_model": "A step of a reward model",
+    "dpo": "A step of DPO",
+}
+NOTES = """\
+Seconds: the median of the timed steps of all processes of a side, each after a warm-up; one side at a time, in turns.
+Peak: the largest resident set (on a GPU the most allocated) in those steps, less parameters and buffers of the models,
+gradients of what is trained, and optimizer state, all counted from the tensors' shapes. On a CPU it has the interpreter
+and the libraries in it, which are given beside it: what was resident before a model was there. First and last: means
+over the first and the last quarter of the steps of a process, each side's own samples."""
+LIMITS = """\
+Medians of steps that are timed by phase, apart from those above. The limit: the bare matrix products of the phase, on
+no padding, and the optimizer's bytes at the bandwidth of a copy, measured in the same run; attention's own products,
+norms and activations are not in it. "Update" lasts from the first pass with gradients to the end of the step."""
