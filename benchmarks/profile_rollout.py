@@ -27,14 +27,14 @@ import provenance
 import torch
 from lightning import Trainer
 from steps.training import SIZES, EvenTokens, RandomBatches, Size, save_model
-from transformers import DynamicCache
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.ops.sample_tokens import reference, sample_tokens
-from rlhf_lightning.rollout import sampler
+from rlhf_lightning.rollout import NativeEngine, Sampling, decoding
+from rlhf_lightning.rollout.cache import SlotCache
 
 FILTERS = {"no filter": {}, "top_k 50": {"top_k": 50}, "top_p 0.95": {"top_p": 0.95}}
 KINDS = {"reference": reference, "fused": sample_tokens}
@@ -76,20 +76,12 @@ class Timed(PPOModule):
 
 def rollout_times(policy: Policy, batches: RandomBatches, size: Size, clock: Clock, **filters: Any) -> dict[str, float]:
     """Median milliseconds of a rollout and of its parts."""
-    rows = []
+    rows, engine = [], NativeEngine()
     for iteration, batch in enumerate(batches.batches):
         clock.seconds.clear()
         began = time.perf_counter()
-        sampler.sample(
-            policy,
-            batch,
-            batches.tokenizer,
-            max_new_tokens=size.response[1],
-            eos_ids=[],
-            seed=0,
-            iteration=iteration,
-            **filters,
-        )
+        sampling = Sampling(max_new_tokens=size.response[1], eos_ids=[], iteration=iteration, **filters)
+        engine.rollout(policy, batch, batches.tokenizer, sampling)
         t = {"rollout": time.perf_counter() - began, **clock.seconds}
         t["trunk"] = t["decode"] - t["head"] - t["cache"]
         t["rest"] = t["rollout"] - t["decode"] - t["sampling"]
@@ -122,12 +114,12 @@ def measure(size: Size, folder: Path, repeats: int, with_step: bool) -> list[dic
     clock = Clock()
     clock.wrap(Policy, "decode", "decode")
     clock.wrap(Policy, "_logits", "head")
-    clock.wrap(DynamicCache, "update", "cache")
+    clock.wrap(SlotCache, "update", "cache")
     rows = []
     for label, filters in FILTERS.items():
         for kind, function in KINDS.items():
-            sampler.sample_tokens = function
-            clock.wrap(sampler, "sample_tokens", "sampling")
+            decoding.sample_tokens = function
+            clock.wrap(decoding, "sample_tokens", "sampling")
             row = {"filter": label, "sampling by": kind, **rollout_times(policy, batches, size, clock, **filters)}
             rows.append(row | ({"step": step_time(folder, batches, size, **filters)} if with_step else {}))
     return rows

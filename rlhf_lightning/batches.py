@@ -138,6 +138,7 @@ class Rollout(_Batch):
     log_probs: Tensor  # [B, T] float32 (float64 of a float64 policy), of each token as it was sampled; 0 past the end
     truncated: Tensor  # [B] bool, True where the token limit ended the response: no EOS was sampled, none is added
     responses: list[str]  # B decoded responses without special tokens
+    entropy: Tensor | None = None  # [B, T] nats, of the distributions sampled from; None where not known
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

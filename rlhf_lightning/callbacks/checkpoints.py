@@ -57,6 +57,11 @@ class RunCheckpoint(Checkpoint):
         self._stop = self._stop_now = False
         self._old_handler: Any = None
 
+    @property
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint of this run; None without one."""
+        return None if self._folder is None else latest(self._folder)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the run's folder, while all processes are here."""
         self._folder = run_folder(trainer) / "checkpoints"

@@ -33,7 +33,8 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rewards.base import Reward
-from rlhf_lightning.rollout.sampler import sample
+from rlhf_lightning.rollout.engine import Sampling
+from rlhf_lightning.rollout.native import NativeEngine
 
 
 @dataclass(frozen=True)
@@ -214,19 +215,16 @@ def _answers(
 ) -> Answers:
     for reward in rewards.values():
         reward.prepare(tokenizer, torch.device(settings.device))
-    ends = eos_ids(policy.model, tokenizer)
+    engine = NativeEngine()
+    sampling = Sampling(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        eos_ids=eos_ids(policy.model, tokenizer),
+        seed=settings.seed,
+    )
     parts = []
     for batch in batches:
-        rollout = sample(
-            policy,
-            batch,
-            tokenizer,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            eos_ids=ends,
-            seed=settings.seed,
-            iteration=0,
-        )
+        rollout = engine.rollout(policy, batch, tokenizer, sampling)
         parts.append(_measured(rollout, policy, reference, rewards, settings))
     columns = {key: _in_order(batches, [v for part in parts for v in part[key]]) for key in parts[0]}
     return Answers(

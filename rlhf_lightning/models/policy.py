@@ -1,7 +1,7 @@
 """The policy: a causal LM that scores response tokens, with an optional critic on the same trunk, and decodes.
 
-Everything goes through ``forward``, ``cross_entropy`` and ``decode``: their hooks gather sharded parameters (FSDP2), so
-nothing outside may touch ``policy.model``'s weights to compute with them.
+Everything goes through ``forward``, ``cross_entropy``, ``decode`` and ``generate``: their hooks gather sharded
+parameters (FSDP2), so nothing outside may touch ``policy.model``'s weights to compute with them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from rlhf_lightning.errors import InputError
@@ -84,14 +84,6 @@ class Policy(nn.Module):
         assert isinstance(trunk, PreTrainedModel)
         return trunk
 
-    @property
-    def sliding_window(self) -> int | None:
-        """Tokens that sliding-window layers look back; None where every layer sees all. See ``decode``."""
-        config = self.model.config.get_text_config()
-        kinds = getattr(config, "layer_types", None)
-        windowed = "sliding_attention" in kinds if kinds is not None else getattr(config, "use_sliding_window", True)
-        return getattr(config, "sliding_window", None) if windowed else None
-
     def forward(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, temperature: float = 1.0) -> TokenScores:
         """Log-probs, entropies and values at response positions; the LM head never runs on prompt positions.
 
@@ -154,38 +146,37 @@ class Policy(nn.Module):
             )
         return loss, _scatter(log_probs.detach(), mask)
 
-    def decode(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor, cache: Any, last: Tensor) -> Tensor:
+    def decode(
+        self, tokens: Tensor, positions: Tensor, cache: Cache, last: Tensor | None = None, **attention: Any
+    ) -> Tensor:
         """One step of generation, a prefill or a single token: logits at one position of each row.
 
         Args:
-            tokens: ``[B, q]`` int64, not yet in the cache.
-            positions: ``[B, q]`` int64, their places in the row, counted without padding.
-            attention_mask: ``[B, kv]``, nonzero at entries of cache and ``tokens`` together that are real. Padding may
-                stand anywhere, so a prefill may be right-padded and leave a gap.
-            cache: a transformers cache; it is extended by ``tokens``.
-            last: ``[B]`` int64, which of the q positions.
+            tokens: ``[B, q]`` int64, not yet in the cache; right-padded where rows are of different length.
+            positions: ``[B, q]`` int64, their places in the row.
+            cache: takes the tokens' keys and values.
+            last: ``[B]`` int64, which of the q positions; None where q is 1.
+            attention: handed to every layer's attention function.
 
         Returns: ``[B, V]`` float32 (float64 for float64 models).
-
-        Raises:
-            InputError: padding stands between real entries, and the model's sliding window is shorter than kv. Windows
-                are counted in cache entries, so there left-pad the prefill: the real entries are then neighbours.
         """
         assert not (self.training and self.model.is_gradient_checkpointing), (
             "checkpointed layers drop the cache: eval()"
         )
-        window = self.sliding_window
-        if window is not None and attention_mask.shape[1] > window and _has_gap(attention_mask):
-            raise InputError(
-                f"{attention_mask.shape[1]} tokens of prompt and response exceed the sliding window of {window}: "
-                "left-pad the prompts, or lower max_prompt_tokens or max_new_tokens"
-            )
         arguments = {"position_ids": positions} if self._trunk_takes_positions else {}
         states = self._trunk(
-            input_ids=tokens, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **arguments
+            input_ids=tokens, past_key_values=cache, use_cache=True, **arguments, **attention
         ).last_hidden_state
-        logits = self._logits(states[torch.arange(states.shape[0], device=states.device), last])
+        picked = states[:, 0] if last is None else states[torch.arange(states.shape[0], device=states.device), last]
+        logits = self._logits(picked)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def generate(self, tokens: Tensor, **options: Any) -> Tensor:
+        """Transformers' own ``generate``, for models whose caches it alone knows: ``[B, P]`` -> ``[B, P + T]``."""
+        generate: Any = self.model.generate
+        generated = generate(tokens, **options)
+        assert isinstance(generated, Tensor)
+        return generated
 
     def load_critic_head(self, weight: Tensor, bias: float = 0.0) -> None:
         """Start the critic head from a reward model's ``score.weight`` ``[1, H]``; sharded, every process calls it.
@@ -341,8 +332,13 @@ def _probe(model: PreTrainedModel) -> Tensor:
     return torch.arange(min(3, embeddings.shape[0]), device=embeddings.device)[None]
 
 
+def nearly_equal(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways to the same numbers, computed in ``dtype``, differ by no more than rounding."""
+    return bool((ours - theirs).abs().max() <= _ROUNDING[dtype] * theirs.abs().max())
+
+
 def _close(ours: Tensor, theirs: Tensor) -> bool:
-    return bool((ours - theirs).abs().max() <= _ROUNDING[theirs.dtype] * theirs.abs().max())
+    return nearly_equal(ours, theirs, theirs.dtype)
 
 
 def _ratio(ours: Tensor, theirs: Tensor) -> float:
@@ -359,8 +355,3 @@ def _accepts(module: nn.Module, argument: str) -> bool:
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-
-def _has_gap(attention_mask: Tensor) -> bool:
-    real = attention_mask.bool()
-    return bool((real[:, :-1] & ~real[:, 1:]).any())

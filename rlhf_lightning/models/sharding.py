@@ -37,7 +37,7 @@ def shard(module: _Model, mesh: DeviceMesh) -> _Model:
             fully_shard(layer, reshard_after_forward=True, mesh=mesh)
     fully_shard(module, reshard_after_forward=False, mesh=mesh)
     if isinstance(module, Policy):
-        for name in ("decode", "cross_entropy"):
+        for name in ("decode", "cross_entropy", "generate"):
             register_fsdp_forward_method(module, name)
     return module
 
@@ -58,6 +58,16 @@ def unsharded(module: nn.Module) -> Iterator[None]:
         for group in groups:
             group.set_reshard_after_forward(group is not module, recurse=False)
             group.reshard()
+
+
+def gathered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter's name and whole tensor, one after the other, so that never more than one is held besides.
+
+    A collective where the module is sharded: every process goes through all of them.
+    """
+    for name, parameter in module.named_parameters():
+        tensor = parameter.detach()
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def most_anywhere(count: int, mesh: DeviceMesh) -> int:

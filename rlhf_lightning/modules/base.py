@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch, Rollout, View
-from rlhf_lightning.distributed import FSDP2Strategy, any_true, failing_together
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.distributed import FSDP2Strategy, failing_together
+from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layers import checkpoint_activations
 from rlhf_lightning.models.loading import (
@@ -29,7 +29,8 @@ from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import shard
 from rlhf_lightning.modules.optimisation import OptimisedModule
 from rlhf_lightning.modules.totals import Totals
-from rlhf_lightning.rollout.sampler import sample
+from rlhf_lightning.rollout.engine import RolloutEngine, Sampling
+from rlhf_lightning.rollout.native import NativeEngine
 
 # Half or more would say that the labels are worthless or the wrong way round.
 LabelSmoothing = restricted_number_type("LabelSmoothing", float, [(">=", 0), ("<", 0.5)])
@@ -55,6 +56,7 @@ class RLHFModule(OptimisedModule):
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    engine: RolloutEngine
 
     def __init__(
         self,
@@ -71,6 +73,8 @@ class RLHFModule(OptimisedModule):
         self.policy: Policy | None = None
         self.scalar: ScalarModel | None = None
         self.held_out_totals = Totals()  # what is logged after validation
+        self.engine = NativeEngine()
+        self._handed_over: int | None = None  # the optimizer step whose weights the engine has
 
     # Setting up
 
@@ -89,6 +93,7 @@ class RLHFModule(OptimisedModule):
         self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
         given = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         self.tokenizer = given if given is not None else load_tokenizer(self.model, self.trust_remote_code)
+        self._handed_over = None  # a checkpoint may be loaded next
 
     def build_policy(self, folder: str, critic: Literal["head"] | int | None = None, frozen: bool = False) -> Policy:
         """Load a policy, shard it where the strategy does, and ready it for training, or freeze it.
@@ -183,11 +188,11 @@ class RLHFModule(OptimisedModule):
     # The policy's answers
 
     def generate(self, prompts: PromptBatch, iteration: int = 0, **overrides: Any) -> Rollout:
-        """One response to every prompt; ``overrides`` are keywords of `rollout.sampler.sample`.
+        """One response to every prompt by ``engine``; ``overrides`` are fields of `rollout.Sampling`.
 
         Raises:
             InputError: the module trains no policy, or a process has no prompt.
-            TrainingDiverged: logits were NaN or infinite, on whichever process.
+            TrainingDiverged: logits were NaN or infinite, on whichever process; names the last checkpoint.
         """
         if self.policy is None:
             raise InputError(f"{type(self).__name__} has no policy to answer prompts with; use a policy's module")
@@ -198,18 +203,34 @@ class RLHFModule(OptimisedModule):
             "top_p": self.top_p,
             "eos_ids": eos_ids(self.policy.model, self.tokenizer),
             "seed": self.seed,
-            "any_unfinished": any_true if self.device_mesh is not None else None,
-            "progress": lambda done, total: self.report_phase("rollout", done, total),
         }
-        # Before the decode loop, whose steps the processes take together, and after it.
+        # Before the engine's work, which the processes may have to do together, and after it.
         with failing_together():
             if len(prompts) == 0:
                 raise InputError(
                     "data: a batch without prompts; give every process at least one row, of weight 0 where none is "
                     "left, as PreferenceDataModule does"
                 )
+        if self._handed_over != self.trainer.global_step:
+            self.engine.receive(self.policy)
+            self._handed_over = self.trainer.global_step
+        sampling = Sampling(iteration=iteration, **{**options, **overrides})
         with failing_together():
-            return sample(self.policy, prompts, self.tokenizer, iteration=iteration, **{**options, **overrides})
+            try:
+                return self.engine.rollout(self.policy, prompts, self.tokenizer, sampling, self._report_tokens)
+            except TrainingDiverged as error:
+                raise TrainingDiverged(f"{error}; {self._last_checkpoint()}") from error
+
+    def _report_tokens(self, done: int, total: int) -> None:
+        self.report_phase("rollout", done, total)
+
+    def _last_checkpoint(self) -> str:
+        """Where to go on from, as the run's checkpoint callback tells it: this library's, or Lightning's own."""
+        for callback in self.trainer.checkpoint_callbacks:
+            for name in ("newest", "last_model_path", "best_model_path"):
+                if path := getattr(callback, name, None):
+                    return f"the last checkpoint from before is {path}"
+        return "no checkpoint was saved before"
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A response to every prompt, as rows for a JSONL file."""

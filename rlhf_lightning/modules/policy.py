@@ -8,6 +8,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.rollout.engine import RolloutEngine
 
 
 class PolicyModule(RLHFModule):
@@ -20,6 +21,7 @@ class PolicyModule(RLHFModule):
         top_k: sample from the k most probable tokens only; 0 from all.
         top_p: sample from the smallest set of tokens that has this probability; 1 from all.
         seed: of the sampling.
+        engine: what answers prompts; None takes this library's own decode loop, see docs/rollout.md.
         kwargs: the optimizer's and the model's options, see `RLHFModule`.
     """
 
@@ -31,6 +33,7 @@ class PolicyModule(RLHFModule):
         top_k: NonNegativeInt = 0,
         top_p: float = 1.0,
         seed: NonNegativeInt = 0,
+        engine: RolloutEngine | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, **kwargs)
@@ -41,6 +44,8 @@ class PolicyModule(RLHFModule):
         self.top_k = top_k
         self.top_p = top_p
         self.seed = seed
+        if engine is not None:
+            self.engine = engine
 
     def configure_model(self) -> None:
         """Load (and shard) the policy; called again for every stage, so only the first time counts."""

@@ -22,6 +22,7 @@ from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
 from rlhf_lightning.models.policy import Policy, TokenScores
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.rewards.base import Reward
+from rlhf_lightning.rollout.engine import RolloutEngine
 
 
 class ResponseScores(NamedTuple):
@@ -47,6 +48,7 @@ class SamplingModule(RLHFModule):
         micro_batch_tokens: padded tokens in one forward pass at most: what bounds the memory. It does not change
             results.
         seed: of the sampling and of the order of minibatches.
+        engine: what answers prompts; None takes this library's own decode loop, see docs/rollout.md.
         kwargs: the optimizer's and the model's options, see `RLHFModule`.
     """
 
@@ -66,6 +68,7 @@ class SamplingModule(RLHFModule):
         top_p: PositiveFloat = 1.0,
         micro_batch_tokens: PositiveInt = 8192,
         seed: NonNegativeInt = 0,
+        engine: RolloutEngine | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model=model, **kwargs)
@@ -79,6 +82,8 @@ class SamplingModule(RLHFModule):
         self.top_p = top_p
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
+        if engine is not None:
+            self.engine = engine
         self.phase_seconds: dict[str, float] = {}  # of the last iteration, by phase
         self.keep_frozen("reference", None)
 

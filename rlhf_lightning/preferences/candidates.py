@@ -16,7 +16,8 @@ from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.preferences.annotator import SimulatedAnnotator
 from rlhf_lightning.randomness import CANDIDATES, uniform
-from rlhf_lightning.rollout.sampler import sample
+from rlhf_lightning.rollout.engine import Sampling
+from rlhf_lightning.rollout.native import NativeEngine
 
 Quality = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, responses) -> one number a response
 
@@ -66,25 +67,20 @@ def sample_candidates(
         policy: who answers.
         prompts: batches of prompts.
         count: answers a prompt.
-        max_new_tokens, temperature, eos_ids: of the sampling, see `rollout.sampler.sample`.
+        max_new_tokens, temperature, eos_ids: of the sampling, see `rollout.Sampling`.
         seed: of the sampling; the draws differ from those of a training run with the same seed.
         progress: called with (batches answered, batches to answer).
     """
     own_seed = int(uniform(seed, CANDIDATES) * 2**52)
     answers: dict[int, list[str]] = {}
     texts: dict[int, str] = {}
+    engine = NativeEngine()
     for number in range(count):
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=eos_ids, seed=own_seed, iteration=number
+        )
         for place, batch in enumerate(prompts):
-            rollout = sample(
-                policy,
-                batch,
-                tokenizer,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                eos_ids=eos_ids,
-                seed=own_seed,
-                iteration=number,
-            )
+            rollout = engine.rollout(policy, batch, tokenizer, sampling)
             for row, prompt, response in zip(batch.rows.tolist(), batch.prompts, rollout.responses, strict=True):
                 texts[row] = prompt
                 answers.setdefault(row, []).append(response)

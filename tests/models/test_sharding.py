@@ -21,7 +21,7 @@ from rlhf_lightning.models.layers import checkpoint_activations, decoder_layers
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
-from rlhf_lightning.models.sharding import full_state_dict, shard, unsharded
+from rlhf_lightning.models.sharding import full_state_dict, gathered, shard, unsharded
 
 TOKENS = torch.randint(3, 40, (4, 8), generator=torch.Generator().manual_seed(7))
 LENGTHS, PROMPTS = torch.tensor([8, 6, 5, 3]), torch.tensor([3, 2, 4, 3])
@@ -89,18 +89,20 @@ def decode_and_save(rank: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     oracle = make_policy("llama-tied", "head").eval()
     policy = shard(make_policy("llama-tied", "head"), mesh).eval()
-    positions, seen = torch.arange(8).expand(4, 8), torch.ones(4, 8, dtype=torch.bool)
+    positions = torch.arange(8).expand(4, 8)
     with torch.no_grad():
-        expected = oracle.decode(TOKENS, positions, seen, DynamicCache(), LENGTHS - 1)
-        torch.testing.assert_close(policy.decode(TOKENS, positions, seen, DynamicCache(), LENGTHS - 1), expected)
+        expected = oracle.decode(TOKENS, positions, DynamicCache(), LENGTHS - 1)
+        torch.testing.assert_close(policy.decode(TOKENS, positions, DynamicCache(), LENGTHS - 1), expected)
         with unsharded(policy):
             assert not any(isinstance(p, DTensor) for p in policy.parameters())
             # Processes may take different numbers of steps: nothing is communicated in here.
             for _ in range(1 + rank):
-                logits = policy.decode(TOKENS, positions, seen, DynamicCache(), LENGTHS - 1)
+                logits = policy.decode(TOKENS, positions, DynamicCache(), LENGTHS - 1)
                 torch.testing.assert_close(logits, expected)
                 assert not any(isinstance(p, DTensor) for p in policy.parameters())
         assert all(isinstance(p, DTensor) for p in policy.parameters())
+        for name, tensor in gathered(policy):
+            assert torch.equal(tensor, oracle.get_parameter(name)), name
         policy(TOKENS, LENGTHS, PROMPTS)  # leaves the root gathered
         state = full_state_dict(policy)
     if rank == 0:

@@ -41,13 +41,14 @@ def own_rows(rows: int) -> PromptBatch:
 
 
 def bad_logits(policy: Policy) -> None:
-    """The logits of the policy's third step are NaN."""
+    """The logits of every row's third token are NaN."""
     decode, calls = policy.decode, []
 
-    def broken(*arguments: Any) -> Tensor:
-        calls.append(1)
-        logits = decode(*arguments)
-        return logits * math.nan if len(calls) == 3 else logits
+    def broken(tokens: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        logits = decode(tokens, *arguments, **options)
+        if len(tokens) > 1 and tokens.shape[1] == 1:  # not a prompt
+            calls.append(1)
+        return logits * math.nan if len(calls) == 2 else logits
 
     policy.decode = broken  # type: ignore[method-assign]
 

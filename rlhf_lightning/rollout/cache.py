@@ -1,0 +1,178 @@
+"""The decode loop's cache of keys and values, and the attention that reads it.
+
+Shapes: ``R`` slots, of which the first ``n`` are decoded; ``G`` key and value heads of ``D`` numbers; ``C`` entries
+that a slot can hold, of which the first ``kv`` are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import AttentionInterface, Cache, PreTrainedModel
+
+_NAME = "rlhf_lightning_slots"
+
+
+class SlotCache(Cache):
+    """One slot a row, a slot's entries side by side from 0: a row of any length has no gap and no padding before it.
+
+    Allocated once; a step writes each row's new entry at the row's own length, in place. It is a transformers cache, so
+    that a model's own layers fill it, in one of two ways: ``prefill`` takes prompts, and attention is then the
+    model's own; ``step`` takes one token a row, and attention is `slot_attention`.
+
+    Args:
+        slots: R.
+        capacity: C.
+        device: where.
+    """
+
+    def __init__(self, slots: int, capacity: int, device: torch.device) -> None:
+        super().__init__(layers=[])
+        self.slots, self.capacity = slots, capacity
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)  # [R] entries of each slot
+        self._keys: list[Tensor] = []  # [R, G, C, D] for each layer
+        self._values: list[Tensor] = []
+        self._numbers = torch.arange(max(slots, capacity), device=device)
+        self._first = 0  # of the slots that a prefill fills
+        self._rows, self._read = 0, 0  # n and kv of a step; n is 0 in a prefill
+        self._places: dict[int, Tensor] = {}  # where a step's entries go, by number of heads
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    def prefill(self, first: int) -> SlotCache:
+        """The cache, ready to take right-padded prompts into its slots from ``first`` on."""
+        self._first, self._rows = first, 0
+        return self
+
+    def step(self, rows: int, read: int) -> SlotCache:
+        """The cache, ready to take one entry for each of the first ``rows`` slots.
+
+        Args:
+            rows: n.
+            read: kv, more than any of these slots has entries.
+        """
+        self._rows, self._read = rows, read
+        self._places, self._masks = {}, {}
+        return self
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take a layer's new keys and values, ``[n, G, q, D]``; return what its attention reads (see the class)."""
+        key, value = key_states, value_states
+        if not self._rows:
+            if layer_idx == len(self._keys):
+                self._keys.append(self._zeros(key))
+                self._values.append(self._zeros(value))
+            slots = slice(self._first, self._first + key.shape[0])
+            self._keys[layer_idx][slots, :, : key.shape[2]] = key
+            self._values[layer_idx][slots, :, : value.shape[2]] = value
+            return key, value
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        for whole, new in ((keys, key), (values, value)):
+            flat = whole.view(-1, whole.shape[3])
+            flat.index_copy_(0, self._place(whole.shape[1]), new.reshape(-1, whole.shape[3]).to(whole.dtype))
+        return keys[: self._rows, :, : self._read], values[: self._rows, :, : self._read]
+
+    def _zeros(self, new: Tensor) -> Tensor:
+        # Zeros and not whatever the memory holds: what the mask hides is still multiplied, by 0.
+        # Autocast would cast the whole cache in every step, had it another dtype than attention takes.
+        device = new.device.type
+        narrow = torch.is_autocast_enabled(device) and new.dtype == torch.float32
+        dtype = torch.get_autocast_dtype(device) if narrow else new.dtype
+        return new.new_zeros(self.slots, new.shape[1], self.capacity, new.shape[3], dtype=dtype)
+
+    def _place(self, heads: int) -> Tensor:
+        """The entries ``[n * G]`` that a step writes, numbered through slots, heads and capacity."""
+        if heads not in self._places:
+            lines = self._numbers[: self._rows, None] * heads + self._numbers[:heads]
+            self._places[heads] = (lines * self.capacity + self.lengths[: self._rows, None]).view(-1)
+        return self._places[heads]
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """0 at the entries that a step's rows see, their new one included, -inf at others: ``[n, 1, 1, kv]``.
+
+        Args:
+            window: how many of the last entries are seen; None: all.
+            dtype: of the mask.
+        """
+        if (window, dtype) not in self._masks:
+            places, own = self._numbers[: self._read], self.lengths[: self._rows, None]
+            hidden = places > own
+            if window is not None:
+                hidden |= places <= own - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            self._masks[window, dtype] = mask[:, None, None]
+        return self._masks[window, dtype]
+
+    def move(self, source: Tensor, target: Tensor, read: int) -> None:
+        """Copy the first ``read`` entries of the slots ``source`` ``[m]`` to the slots ``target`` ``[m]``."""
+        for whole in (*self._keys, *self._values):
+            whole[target, :, :read] = whole[source, :, :read]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: a prefill starts from nothing, and a step says its positions itself."""
+        return 0
+
+
+def slot_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    slots: SlotCache,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one new token a row over its slot, called by transformers' layers.
+
+    The query heads of one key head are taken as its rows, so keys and values are never repeated in memory.
+
+    Args:
+        query: ``[n, A, 1, D]``, A a multiple of G.
+        key, value: ``[n, G, kv, D]``, from ``slots``.
+        slots: what knows the rows' lengths; handed to the trunk beside its other arguments.
+
+    Returns: ``[n, 1, A, D]``, and no attention weights.
+
+    Raises:
+        NotImplementedError: the layer wants attention sinks or biases.
+    """
+    if s_aux is not None or position_bias is not None:
+        raise NotImplementedError("attention sinks and position biases")
+    rows, heads, _, width = query.shape
+    groups = key.shape[1]
+    query = query.reshape(rows, groups, heads // groups, width).to(key.dtype)
+    mask = slots.mask(sliding_window, key.dtype)
+    if softcap is None:
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    else:
+        scores = query @ key.transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
+        scores = softcap * torch.tanh(scores / softcap) + mask
+        out = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype) @ value
+    return out.reshape(rows, 1, heads, value.shape[3]), None
+
+
+AttentionInterface.register(_NAME, slot_attention)
+
+
+@contextmanager
+def slot_attention_in(model: PreTrainedModel) -> Iterator[None]:
+    """Have the model's layers call `slot_attention`; transformers then makes no masks of its own."""
+    config: Any = model.base_model.config
+    own = config._attn_implementation
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = own

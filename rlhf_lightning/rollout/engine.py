@@ -1,0 +1,190 @@
+"""What answers prompts: the interface that every engine has, and the `Rollout` made of what an engine returns.
+
+Shapes: ``B`` rows, ``P`` prompt tokens, ``S`` prompt + response, ``T`` response tokens. docs/rollout.md shows how to
+write an engine of one's own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.batches import PromptBatch, Rollout, length_mask
+from rlhf_lightning.errors import TrainingDiverged
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.randomness import SAMPLING, uniform
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled."""
+
+    max_new_tokens: int  # a response that reaches it without EOS is truncated
+    eos_ids: Sequence[int]  # token ids that end a response; the one sampled is kept as its last token
+    seed: int = 0  # with the iteration: which draws are used; equal numbers give equal responses
+    iteration: int = 0
+    temperature: float = 1.0  # logits are divided by it; 0 takes the most probable token (greedy)
+    top_k: int = 0  # keep the k most probable tokens; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set of most probable tokens whose probability reaches it; 1 keeps all
+
+    def draws(self, rows: Tensor) -> Tensor:
+        """The uniform numbers that decide: row numbers ``[B]`` -> ``[B, max_new_tokens]`` float64 in (0, 1).
+
+        A draw depends on (seed, iteration, the row's number, the token's position) alone, so neither the process count,
+        nor batching, nor a resumed run changes what is sampled.
+        """
+        positions = torch.arange(self.max_new_tokens, device=rows.device)
+        return uniform(self.seed, SAMPLING, self.iteration, rows[:, None], positions)
+
+
+class Responses(NamedTuple):
+    """What an engine returns, a row for every prompt, in the prompts' order; what stands past an end is ignored."""
+
+    tokens: Tensor  # [B, T] int64, the EOS token included where one was sampled
+    log_probs: Tensor  # [B, T] float32 or float64, of each token under the distribution it was drawn from
+    lengths: Tensor  # [B] int64, response tokens, the EOS token included; 0 where the engine gave none
+    truncated: Tensor  # [B] bool: no EOS was sampled
+    entropy: Tensor | None = None  # [B, T] nats, of the same distributions; None where the engine can't tell
+
+
+class RolloutEngine(ABC):
+    """Answers prompts with a policy; subclasses write ``generate``, and ``receive`` where they keep weights."""
+
+    def receive(self, policy: Policy) -> None:  # noqa: B027  most engines need none
+        """Take the policy's weights over: called before the first ``generate`` after the weights have changed.
+
+        Every process calls it. Nothing to do where ``generate`` computes with the policy itself.
+        """
+
+    @abstractmethod
+    def generate(
+        self, policy: Policy, prompts: PromptBatch, sampling: Sampling, progress: Progress | None = None
+    ) -> Responses:
+        """One response to every prompt.
+
+        Args:
+            policy: the model that answers; on this process's device, its parameters possibly sharded.
+            prompts: B prompts; ``prompts.rows`` number the draws.
+            sampling: how.
+            progress: called with (tokens decoded so far in the longest response, ``sampling.max_new_tokens``).
+        """
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        policy: Policy,
+        prompts: PromptBatch,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        progress: Progress | None = None,
+    ) -> Rollout:
+        """``generate``, checked and made into a `Rollout`.
+
+        Raises:
+            TrainingDiverged: a token's log-prob is NaN or infinite; names iteration and row.
+            ValueError: the engine returned something of another shape than it must.
+        """
+        rows, device = len(prompts), prompts.tokens.device
+        tokens, log_probs, lengths, truncated, entropy = self.generate(policy, prompts, sampling, progress)
+        _check_shapes(type(self).__name__, rows, sampling, tokens, log_probs, lengths, truncated, entropy)
+        longest = int(lengths.max()) if rows else 0
+        inside = length_mask(lengths, longest)
+        # masked_fill, not a product: what stands past the end may be NaN.
+        dtype = torch.promote_types(log_probs.dtype, torch.float32)
+        log_probs = log_probs[:, :longest].to(device, dtype).masked_fill(~inside, 0.0)
+        _check_finite(log_probs, prompts.rows, sampling.iteration)
+        if entropy is not None:
+            entropy = entropy[:, :longest].to(device, dtype).masked_fill(~inside, 0.0)
+        return Rollout(
+            prompts=prompts,
+            tokens=_joined(prompts, tokens, lengths),
+            lengths=prompts.lengths + lengths,
+            prompt_lengths=prompts.lengths,
+            log_probs=log_probs,
+            truncated=truncated,
+            responses=tokenizer.batch_decode(
+                [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)],
+                skip_special_tokens=True,
+            ),
+            entropy=entropy,
+        )
+
+
+@contextmanager
+def ready_to_decode(policy: Policy) -> Iterator[None]:
+    """Evaluation mode, and under autocast each weight cast once for the whole rollout."""
+    training = policy.training
+    policy.eval()  # gradient checkpointing drops the cache in train mode; dropout is off in either
+    try:
+        with _cast_once(next(policy.parameters()).device):
+            yield
+    finally:
+        policy.train(training)
+
+
+@contextmanager
+def _cast_once(device: torch.device) -> Iterator[None]:
+    # Lightning's autocast keeps no casts, so every token would cast the whole model anew, which costs about as much as
+    # the step itself where few rows are decoded.
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    try:
+        with torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=True):
+            yield
+    finally:
+        torch.clear_autocast_cache()  # the next update changes the weights
+
+
+def _check_shapes(
+    engine: str,
+    rows: int,
+    sampling: Sampling,
+    tokens: Tensor,
+    log_probs: Tensor,
+    lengths: Tensor,
+    truncated: Tensor,
+    entropy: Tensor | None,
+) -> None:
+    wide = {"tokens": tokens, "log_probs": log_probs} | ({} if entropy is None else {"entropy": entropy})
+    for name, tensor in wide.items():
+        if tensor.dim() != 2 or tensor.shape != tokens.shape or len(tensor) != rows:
+            raise ValueError(f"{engine}.generate: {name} must be [{rows}, T], got {list(tensor.shape)}")
+    for name, tensor in {"lengths": lengths, "truncated": truncated}.items():
+        if tensor.shape != (rows,):
+            raise ValueError(f"{engine}.generate: {name} must be [{rows}], got {list(tensor.shape)}")
+    most = min(tokens.shape[1], sampling.max_new_tokens)
+    if bool(((lengths < 0) | (lengths > most)).any()):
+        raise ValueError(f"{engine}.generate: lengths must lie between 0 and {most}, got {lengths.tolist()}")
+
+
+def _check_finite(log_probs: Tensor, numbers: Tensor, iteration: int) -> None:
+    bad = ~torch.isfinite(log_probs)
+    if not bool(bad.any()):
+        return
+    step = int(bad.any(dim=0).nonzero()[0])
+    row = int(numbers[bad[:, step]][0])
+    raise TrainingDiverged(
+        f"the policy's logits were NaN or infinite while sampling token {step} of prompt row {row} "
+        f"in iteration {iteration}"
+    )
+
+
+def _joined(prompts: PromptBatch, response: Tensor, lengths: Tensor) -> Tensor:
+    """Prompts and responses side by side: ``[B, P]``, ``[B, T]`` -> ``[B, S]``, zeros past the end."""
+    total = prompts.lengths + lengths
+    tokens = prompts.tokens.new_zeros(len(prompts), int(total.max()) if len(prompts) else 0)
+    in_prompt = length_mask(prompts.lengths, tokens.shape[1])
+    tokens[in_prompt] = prompts.tokens[length_mask(prompts.lengths, prompts.tokens.shape[1])]
+    in_response = length_mask(total, tokens.shape[1]) & ~in_prompt
+    tokens[in_response] = response[length_mask(lengths, response.shape[1])]
+    return tokens

@@ -1,0 +1,103 @@
+"""Steps of the decode loop as CUDA graphs: recorded once for a number of rows and of cache entries, then replayed.
+
+A step of a small model is some hundred kernels that take less time than their launches; a graph launches them at once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.rollout.decoding import Decoding
+from rlhf_lightning.rollout.engine import Sampling
+
+_ENTRIES = 128  # a graph for every so many cache entries
+
+
+def can_capture(policy: Policy) -> bool:
+    """Whether the policy is on a GPU, and whole: sharded weights move between rollouts."""
+    on_gpu = next(policy.parameters()).device.type == "cuda"
+    return on_gpu and not any(isinstance(module, FSDPModule) for module in policy.modules())
+
+
+class StepGraphs:
+    """A `Decoding` and the graphs of its steps, for one rollout after another with the same policy.
+
+    The first step of a kind runs as it is, which also readies the libraries that it calls; the second is recorded.
+    A step that can't be recorded warns, and then all run as they are.
+
+    Args:
+        policy, sampling: as for `Decoding`.
+        rows: of the rollouts, at most.
+        longest: tokens of the longest prompt.
+    """
+
+    def __init__(self, policy: Policy, rows: int, longest: int, sampling: Sampling) -> None:
+        like = next(policy.parameters())
+        entries = -(-(longest + sampling.max_new_tokens) // _ENTRIES) * _ENTRIES
+        self.decoding = Decoding(rows, entries, sampling, like)
+        self._longest = entries - sampling.max_new_tokens
+        self._weights = _addresses(policy)
+        self._autocast = torch.is_autocast_enabled(like.device.type)
+        self._seen: set[tuple[int, int]] = set()
+        self._graphs: dict[tuple[int, int], Callable[[], None]] = {}
+        self._pool: Any = None  # memory that the graphs share: no two run at once
+        self._capturing = True
+
+    def fits(self, policy: Policy, rows: int, longest: int, sampling: Sampling) -> bool:
+        """Whether another rollout can be made with these graphs."""
+        # Autocast's copies of the weights live for one rollout.
+        if self._autocast or torch.is_autocast_enabled(self.decoding.row.device.type):
+            return False
+        own = replace(self.decoding.sampling, seed=sampling.seed, iteration=sampling.iteration)
+        sizes = rows <= self.decoding.cache.slots and longest <= self._longest
+        return sizes and own == sampling and self._weights == _addresses(policy)
+
+    def advance(self, policy: Policy, rows: int, read: int) -> None:
+        """`Decoding.advance` of the next larger kind of step."""
+        key = self.kind(rows, read)
+        if key in self._graphs:
+            self._graphs[key]()
+            return
+        if self._capturing and key in self._seen:
+            try:
+                self._graphs[key] = self.capture(policy, *key)
+            # Whatever the model does that can't be recorded: CUDA's errors have no common base.
+            except Exception as error:
+                self._capturing = False
+                reason = " ".join(str(error).split())[:300]
+                warnings.warn(
+                    f"{type(policy.model).__name__}: its decode step can't be recorded as a CUDA graph ({reason}); "
+                    "decoding goes on without, more slowly",
+                    stacklevel=2,
+                )
+            else:
+                self._graphs[key]()
+                return
+        self._seen.add(key)
+        self.decoding.advance(policy, *key)
+
+    def kind(self, rows: int, read: int) -> tuple[int, int]:
+        """The numbers of rows and entries, of those that graphs are made for, that are enough."""
+        size = self.decoding.cache.slots
+        while (size + 1) // 2 >= rows and size > 1:
+            size = (size + 1) // 2
+        return size, min(-(-read // _ENTRIES) * _ENTRIES, self.decoding.cache.capacity)
+
+    def capture(self, policy: Policy, rows: int, read: int) -> Callable[[], None]:
+        """Record a step without running it; what runs it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self.decoding.advance(policy, rows, read)
+        self._pool = graph.pool()
+        return graph.replay
+
+
+def _addresses(policy: Policy) -> list[int]:
+    return [tensor.data_ptr() for tensor in (*policy.parameters(), *policy.buffers())]

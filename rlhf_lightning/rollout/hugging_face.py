@@ -1,0 +1,91 @@
+"""Transformers' own ``generate`` as an engine, for models whose caches hold more than keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.sharding import unsharded
+from rlhf_lightning.ops.sample_tokens import sample_tokens
+from rlhf_lightning.rollout.engine import Progress, Responses, RolloutEngine, Sampling, ready_to_decode
+
+
+class TransformersEngine(RolloutEngine):
+    """Generation by transformers: for state-space and hybrid models, or to compare with.
+
+    Prompts of the same length are answered together, so that no model ever sees padding. Tokens are drawn as the native
+    loop draws them: both engines give the same responses, but for rounding.
+    """
+
+    @torch.no_grad()
+    def generate(
+        self, policy: Policy, prompts: PromptBatch, sampling: Sampling, progress: Progress | None = None
+    ) -> Responses:
+        """See `RolloutEngine`."""
+        count, width = len(prompts), sampling.max_new_tokens
+        tokens = prompts.tokens.new_zeros(count, width)
+        log_probs = torch.zeros(count, width, dtype=torch.float32, device=tokens.device)
+        entropy = torch.zeros_like(log_probs)
+        lengths = torch.zeros_like(prompts.lengths)
+        truncated = torch.ones(count, dtype=torch.bool, device=tokens.device)
+        draws = sampling.draws(prompts.rows)
+        ends = torch.tensor(list(sampling.eos_ids), dtype=torch.int64, device=tokens.device)
+        with unsharded(policy), ready_to_decode(policy), _plain_generation(policy.model):
+            for length in prompts.lengths.unique().tolist():
+                rows = (prompts.lengths == length).nonzero()[:, 0]
+                drawn = _Draws(sampling, draws[rows], length, progress)
+                found = policy.generate(
+                    prompts.tokens[rows, :length],
+                    attention_mask=torch.ones(len(rows), length, dtype=torch.int64, device=rows.device),
+                    generation_config=GenerationConfig(
+                        max_new_tokens=width, do_sample=False, eos_token_id=ends.tolist() or None, pad_token_id=0
+                    ),
+                    logits_processor=LogitsProcessorList([drawn]),
+                    synced_gpus=False,
+                )[:, length:]
+                steps = found.shape[1]
+                at_end = torch.isin(found, ends)
+                before = at_end.cumsum(dim=1) - at_end.long()  # ends before each token
+                tokens[rows, :steps] = found
+                log_probs[rows, :steps] = torch.stack(drawn.log_probs, dim=1)
+                entropy[rows, :steps] = torch.stack(drawn.entropy, dim=1)
+                lengths[rows] = (before == 0).sum(dim=1)
+                truncated[rows] = ~at_end.any(dim=1)
+        return Responses(tokens, log_probs, lengths, truncated, entropy)
+
+
+class _Draws(LogitsProcessor):
+    """Draws the next tokens, and leaves greedy search no other choice than to take them."""
+
+    def __init__(self, sampling: Sampling, draws: Tensor, prompt: int, progress: Progress | None) -> None:
+        self.sampling, self.draws, self.prompt, self.progress = sampling, draws, prompt, progress
+        self.log_probs: list[Tensor] = []
+        self.entropy: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step, options = input_ids.shape[1] - self.prompt, self.sampling
+        tokens, log_probs, entropy = sample_tokens(
+            scores, self.draws[:, step], options.temperature, options.top_k, options.top_p
+        )
+        self.log_probs.append(log_probs.float())
+        self.entropy.append(entropy.float())
+        if self.progress is not None:
+            self.progress(step + 1, options.max_new_tokens)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """Without the penalties and filters of the model's own generation config, which fills in for what is not given."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

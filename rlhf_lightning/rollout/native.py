@@ -1,0 +1,117 @@
+"""The decode loop: a prefill, then one token a step for all rows that have not ended, over a cache without gaps.
+
+What a row is given depends on the row alone: on its own tokens and draws (`Sampling.draws`).
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from jsonargparse.typing import PositiveInt
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.policy import Policy, nearly_equal
+from rlhf_lightning.models.sharding import unsharded
+from rlhf_lightning.rollout.cache import SlotCache, slot_attention_in
+from rlhf_lightning.rollout.decoding import Decoding
+from rlhf_lightning.rollout.engine import Progress, Responses, RolloutEngine, Sampling, ready_to_decode
+from rlhf_lightning.rollout.graphs import StepGraphs, can_capture
+
+_WINDOWED = {"full_attention", "sliding_attention"}  # the kinds of layers whose caches are keys and values alone
+_PATIENCE = 8  # steps between two looks at who has ended, where a look makes the GPU wait
+
+
+class NativeEngine(RolloutEngine):
+    """This library's own loop over the policy's forward pass; for models whose caches are keys and values alone.
+
+    Args:
+        prefill_tokens: padded prompt tokens in one forward pass at most; it bounds the memory, and changes no result.
+        cuda_graphs: on a GPU, replay recorded steps where the model is not sharded, which spares the launches of single
+            kernels. The cache and what the steps work in then stay on the GPU from one rollout to the next.
+    """
+
+    def __init__(self, prefill_tokens: PositiveInt = 8192, cuda_graphs: bool = True) -> None:
+        self.prefill_tokens = prefill_tokens
+        self.cuda_graphs = cuda_graphs
+        self._checked: weakref.WeakSet[Policy] = weakref.WeakSet()
+        self._graphs: StepGraphs | None = None
+
+    @torch.no_grad()
+    def generate(
+        self, policy: Policy, prompts: PromptBatch, sampling: Sampling, progress: Progress | None = None
+    ) -> Responses:
+        """See `RolloutEngine`.
+
+        Raises:
+            InputError: the model's cache holds something else than keys and values; names the other engine.
+        """
+        count = len(prompts)
+        longest = int(prompts.lengths.max()) if count else 0
+        with unsharded(policy), ready_to_decode(policy):
+            if policy not in self._checked:
+                check_decodes(policy)
+                self._checked.add(policy)
+            if self.cuda_graphs and can_capture(policy):
+                if self._graphs is None or not self._graphs.fits(policy, count, longest, sampling):
+                    self._graphs = None  # its memory first
+                    self._graphs = StepGraphs(policy, count, longest, sampling)
+                decoding, advance, patience = self._graphs.decoding, self._graphs.advance, _PATIENCE
+            else:
+                decoding = Decoding(count, longest + sampling.max_new_tokens, sampling, next(policy.parameters()))
+                advance, patience = decoding.advance, 1
+            decoding.prefill(policy, prompts, sampling, self.prefill_tokens)
+            with slot_attention_in(policy.model):
+                while decoding.steps < sampling.max_new_tokens:
+                    if progress is not None:
+                        progress(decoding.steps, sampling.max_new_tokens)
+                    if decoding.steps % patience in (0, 1) and not decoding.leave():
+                        break
+                    advance(policy, decoding.rows, decoding.longest)
+                    decoding.steps += 1
+            if progress is not None:
+                progress(sampling.max_new_tokens, sampling.max_new_tokens)
+        return decoding.responses(count)
+
+
+def check_decodes(policy: Policy) -> None:
+    """InputError unless a few tokens get the same log-probs through a `SlotCache` as without a cache."""
+    model, name = policy.model, type(policy.model).__name__
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    advice = "set model.engine to rlhf_lightning.rollout.TransformersEngine"
+    if not getattr(model, "_supports_attention_backend", False) or model._is_stateful or not kinds <= _WINDOWED:
+        raise InputError(
+            f"{name}: this library's decode loop keeps keys and values alone, and this model needs "
+            f"something else of its cache or of its attention; {advice}"
+        )
+    device = next(policy.parameters()).device
+    tokens = torch.arange(min(5, config.vocab_size), device=device).flip(0)[None]
+    count = tokens.shape[1]
+    positions, one = torch.arange(count, device=device)[None], torch.ones(1, dtype=torch.int64, device=device)
+    expected = policy(tokens, count * one, one).log_probs[0, 1:]
+    found, cache = [], SlotCache(1, count, device)
+    try:
+        found.append(policy.decode(tokens[:, :2], positions[:, :2], cache.prefill(0), one))
+        with slot_attention_in(model):
+            for place in range(2, count - 1):
+                cache.lengths[:] = place
+                now = slice(place, place + 1)
+                found.append(policy.decode(tokens[:, now], positions[:, now], cache.step(1, place + 1), slots=cache))
+    # Whatever a model does with a cache that it does not expect.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{name}: this library's decode loop cannot run it ({reason}); {advice}") from error
+    got = torch.cat(found).log_softmax(dim=1).gather(1, tokens[0, 2:, None])[:, 0]
+    if bool(expected.isfinite().all()) and not nearly_equal(got, expected, _precision(policy)):
+        raise InputError(f"{name}: this library's decode loop gives other log-probs; {advice}")
+
+
+def _precision(policy: Policy) -> torch.dtype:
+    """What the policy computes in, at its least precise; float64 models have parts that compute in float32."""
+    parameter = next(policy.parameters())
+    device = parameter.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.float32 if parameter.dtype == torch.float64 else parameter.dtype

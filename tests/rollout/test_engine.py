@@ -1,0 +1,116 @@
+"""The interface of engines: what a foreign one must return, what is made of it, and when it is given the weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from ppo_harness import fit, make_module, prompts
+from rollouts import sample
+from torch.utils.data import DataLoader
+
+from rlhf_lightning.errors import TrainingDiverged
+from rlhf_lightning.rollout import NativeEngine, Responses, RolloutEngine
+
+
+class Constant(RolloutEngine):
+    """Answers from a table: row r gets as many tokens as its number says, at most 3."""
+
+    def __init__(self, **changes):
+        self.changes = changes
+
+    def generate(self, policy, prompts, sampling, progress=None):
+        lengths = prompts.rows.clamp(max=3)
+        tokens = torch.arange(5, 8).expand(len(prompts), 3)
+        log_probs = torch.full((len(prompts), 3), -1.0)
+        log_probs[torch.arange(3) >= lengths[:, None]] = torch.nan  # what stands past the end is nobody's business
+        return Responses(tokens, log_probs, lengths, lengths == 3)._replace(**self.changes)
+
+
+def test_a_foreign_engine_may_give_nothing():
+    rollout = sample(None, prompts(5), Constant())
+    assert rollout.response_lengths.tolist() == [0, 1, 2, 3, 3]
+    assert rollout.truncated.tolist() == [False, False, False, True, True]
+    assert rollout.log_probs.tolist() == [[0, 0, 0], [-1, 0, 0], [-1, -1, 0], [-1, -1, -1], [-1, -1, -1]]
+    assert rollout.responses[0] == ""
+    assert rollout.entropy is None
+    for row, length in enumerate(rollout.lengths.tolist()):
+        start = int(rollout.prompt_lengths[row])
+        assert rollout.tokens[row, :start].tolist() == rollout.prompts.tokens[row, :start].tolist()
+        assert rollout.tokens[row, start:].tolist() == [5, 6, 7][: length - start] + [0] * (8 - length)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": torch.zeros(4, 3)}, r"Constant.generate: tokens must be \[5, T\], got \[4, 3\]"),
+        ({"log_probs": torch.zeros(5, 2)}, r"log_probs must be \[5, T\], got \[5, 2\]"),
+        ({"entropy": torch.zeros(5)}, r"entropy must be \[5, T\], got \[5\]"),
+        ({"lengths": torch.zeros(4)}, r"lengths must be \[5\], got \[4\]"),
+        ({"truncated": torch.zeros(5, 1)}, r"truncated must be \[5\]"),
+        ({"lengths": torch.tensor([0, 0, 4, 0, 0])}, r"lengths must lie between 0 and 3, got \[0, 0, 4, 0, 0\]"),
+        ({"lengths": torch.tensor([0, 0, -1, 0, 0])}, "lengths must lie between 0 and 3"),
+    ],
+)
+def test_what_an_engine_returns_is_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        sample(None, prompts(5), Constant(**changes))
+
+
+def test_an_empty_response_trains_like_any_other(tiny_policy_dir):
+    """Scored at the last token of its prompt, of no influence on the others' advantages but through whitening."""
+    module = make_module(tiny_policy_dir, engine=Constant(), kl_coef=0.0, minibatches=2, micro_batch_tokens=16)
+    fit(module, [prompts(8)])
+    [experience] = module.experiences
+    assert experience.mask.sum(dim=1).tolist() == [0, 1, 2, 3, 3, 3, 3, 3]
+    assert torch.isfinite(experience.advantages).all()
+    assert all(torch.isfinite(torch.tensor(list(logged.values()))).all() for logged in module.logged)
+    assert module.logged[-1]["rollout/length"] == pytest.approx(18 / 8)
+
+
+def test_rollouts_of_nothing_but_empty_responses_are_survived(tiny_policy_dir):
+    nothing = Constant(lengths=torch.zeros(4, dtype=torch.int64), truncated=torch.zeros(4, dtype=torch.bool))
+    module = make_module(tiny_policy_dir, engine=nothing)
+    fit(module, [prompts(4)])
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+class Counting(NativeEngine):
+    """Notes the optimizer step of each hand-over, and a weight that came with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = []
+
+    def receive(self, policy):
+        self.weights.append(next(policy.parameters()).detach().clone())
+
+    def generate(self, policy, *args, **kwargs):
+        assert torch.equal(next(policy.parameters()), self.weights[-1]), "stale weights"
+        return super().generate(policy, *args, **kwargs)
+
+
+def test_an_engine_is_handed_the_weights_once_an_iteration(tiny_policy_dir):
+    engine = Counting()
+    module = make_module(tiny_policy_dir, engine=engine, iterations=3, epochs=2, learning_rate=0.05)
+    fit(module)
+    assert len(engine.weights) == 3
+    assert not torch.equal(engine.weights[0], engine.weights[1])
+    module.trainer.validate(module, DataLoader([prompts(4)], batch_size=None), verbose=False)
+    assert len(engine.weights) == 4  # a checkpoint might have been loaded
+
+
+def test_logits_that_are_no_numbers_name_the_last_checkpoint(tiny_policy_dir, tmp_path):
+    class Broken(Counting):
+        def generate(self, policy, *args, **kwargs):
+            if len(self.weights) == 2:
+                policy.model.lm_head.weight.data[3] = torch.nan
+            return super().generate(policy, *args, **kwargs)
+
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True)
+    module = make_module(tiny_policy_dir, engine=Broken(), iterations=3)
+    with pytest.raises(TrainingDiverged, match=r"in iteration 1; the last checkpoint from before is .*\.ckpt"):
+        fit(module, enable_checkpointing=True, callbacks=[saves])
+    module = make_module(tiny_policy_dir, engine=Broken(), iterations=3)
+    with pytest.raises(TrainingDiverged, match="in iteration 1; no checkpoint was saved before"):
+        fit(module)
