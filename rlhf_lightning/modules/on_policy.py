@@ -20,7 +20,6 @@ from rlhf_lightning.distributed import (
     all_reduce_max,
     all_reduce_sum,
     failing_together,
-    grad_norm,
     gradient_sync,
     rank,
     scale_grads,
@@ -100,7 +99,6 @@ class OnPolicyModule(SamplingModule):
         self.eval_temperature = eval_temperature
         self.data_view = View("prompts", steps=iterations)
         self.iteration = 0  # beside weights and optimizer, what a checkpoint holds; draws are functions of it
-        self.grad_norms: dict[str, float] = {}  # of the last optimizer step, by network, before clipping
 
     @property
     def rows_per_prompt(self) -> int:
@@ -236,11 +234,9 @@ class OnPolicyModule(SamplingModule):
         Here and not before the step, because a scaler of fp16 gradients has taken its scale off by now.
         """
         super().on_before_optimizer_step(optimizer)
-        self.grad_norms = {}
         for name, network in self.networks().items():
-            norm = self.grad_norms[name] = grad_norm(network.parameters())
-            if self.max_grad_norm is not None and norm > self.max_grad_norm:
-                scale_grads(network.parameters(), self.max_grad_norm / norm)
+            if self.max_grad_norm is not None and self.grad_norms[name] > self.max_grad_norm:
+                scale_grads(network.parameters(), self.max_grad_norm / self.grad_norms[name])
 
     def finish(self, rollout: Rollout, scores: Tensor, totals: Totals, steps: int) -> dict[str, float]:
         """Log the iteration, and count it as done; returns what was logged."""

@@ -56,7 +56,9 @@ class OptimisedModule(LightningModule):
         self.step_totals = (
             Totals()
         )  # what is logged after an optimizer step: means over its micro-batches and processes
-        self.grad_norm = 0.0  # of the last optimizer step, before Lightning clips
+        # Of the last optimizer step, before anything is clipped: by network, and of all together.
+        self.grad_norms: dict[str, float] = {}
+        self.grad_norm = 0.0
         self._sums = torch.zeros(3, dtype=torch.float64)  # of this optimizer step: count, losses not finite, tokens
         self._counted = False
         self._configured: list[dict[str, Any]] = []  # the options of the optimizer's groups, lr at its peak
@@ -65,6 +67,10 @@ class OptimisedModule(LightningModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups; a group's ``lr`` is its peak learning rate. Frozen parameters are left out."""
         return self.decay_groups([p for p in self.parameters() if p.requires_grad], self.learning_rate)
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The parts whose gradient norms are measured apart, by their names."""
+        return {}
 
     def decay_groups(self, parameters: list[nn.Parameter], learning_rate: float) -> list[dict[str, Any]]:
         """Matrices, with the weight decay, and the rest, without it."""
@@ -174,7 +180,11 @@ class OptimisedModule(LightningModule):
             # DDP and FSDP2 have averaged over the processes, Lightning has divided by its accumulation.
             averaged = world_size() * (self.trainer.accumulate_grad_batches if self.automatic_optimization else 1)
             scale_grads(parameters, averaged / count if count > 0 else 0.0)
-        self.grad_norm = grad_norm(parameters)
+        networks = {name: list(network.parameters()) for name, network in self.networks().items()}
+        measured = {id(p) for network in networks.values() for p in network}
+        self.grad_norms = {name: grad_norm(network) for name, network in networks.items()}
+        rest = grad_norm(p for p in parameters if id(p) not in measured)
+        self.grad_norm = math.hypot(rest, *self.grad_norms.values())
         # With fp16 an overflow is business as usual: the scaler skips the step and lowers its scale.
         if not math.isfinite(self.grad_norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
             raise TrainingDiverged(f"the gradient is NaN or infinite at optimizer step {self.trainer.global_step + 1}")
