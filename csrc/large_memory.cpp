@@ -16,6 +16,8 @@ namespace rlhf_lightning {
 namespace {
 constexpr size_t kHugePage = size_t{1} << 21;
 constexpr size_t kLarge = 8 * kHugePage;
+constexpr size_t kMedium = kHugePage / 2;           // what the allocator keeps: from here on, a block wastes half at most
+constexpr size_t kKeptBytes = size_t{256} << 20;  // kept at most, but for the two newest blocks, whatever their size
 
 // A mapping of whole huge pages, or none.
 struct Block {
@@ -57,9 +59,13 @@ class Kept {
     if (madvise(block.start, block.size, MADV_FREE) != 0 || door_.test_and_set(std::memory_order_acquire)) {
       return unmap(block);
     }
-    for (Block& kept : blocks_) {  // the newest first; where no place is empty the oldest falls out
-      std::swap(kept, block);
-      if (block.start == nullptr) break;
+    size_t bytes = 0;
+    for (size_t i = 0; i < blocks_.size(); ++i) {  // the newest first, up to the first empty place
+      if (block.start != nullptr) std::swap(blocks_[i], block);
+      bytes += blocks_[i].size;
+      if (i < 2 || bytes <= kKeptBytes) continue;
+      bytes -= blocks_[i].size;
+      unmap(std::exchange(blocks_[i], {}));
     }
     door_.clear(std::memory_order_release);
     unmap(block);
@@ -73,7 +79,7 @@ class Kept {
 
  private:
   std::atomic_flag door_ = ATOMIC_FLAG_INIT;
-  std::array<Block, 2> blocks_;
+  std::array<Block, 32> blocks_;
 };
 
 Kept& kept() {
@@ -87,12 +93,13 @@ void release(void* context) {
   kept().give(*block);
   delete block;
 }
-}  // namespace
 
-LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
-  if (bytes < kLarge) return {at::empty(sizes, options), false};
-  const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+struct Allocation {
+  at::DataPtr data;  // none, where the system has no more
+  bool warm = false;
+};
+
+Allocation allocate(size_t bytes, size_t size) {
   Block block = kept().take(size);
   const bool warm = block.start != nullptr;
   if (!warm) block = map(size);
@@ -100,9 +107,35 @@ LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options)
     kept().clear();
     block = map(size);
   }
-  if (block.start == nullptr) return {at::empty(sizes, options), false};
+  if (block.start == nullptr) return {};
   c10::profiledCPUMemoryReporter().New(block.start, bytes);
-  c10::DataPtr data(block.start, new Block(block), &release, c10::kCPU);
+  return {at::DataPtr(block.start, new Block(block), &release, c10::kCPU), warm};
+}
+
+class KeepingAllocator final : public c10::Allocator {
+ public:
+  explicit KeepingAllocator(c10::Allocator* plain) : plain_(plain) {}
+
+  at::DataPtr allocate(size_t bytes) override {
+    if (bytes < kMedium) return plain_->allocate(bytes);
+    // Few sizes, so that blocks find takers: eight to a doubling, in whole huge pages.
+    size_t step = kHugePage;
+    while (16 * step <= bytes) step *= 2;
+    auto allocation = rlhf_lightning::allocate(bytes, (bytes + step - 1) / step * step);
+    return allocation.data ? std::move(allocation.data) : plain_->allocate(bytes);
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { plain_->copy_data(to, from, bytes); }
+
+ private:
+  c10::Allocator* plain_;
+};
+}  // namespace
+
+LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  if (bytes < kLarge) return {at::empty(sizes, options), false};
+  auto [data, warm] = allocate(bytes, (bytes + kHugePage - 1) / kHugePage * kHugePage);
+  if (!data) return {at::empty(sizes, options), false};
   const auto storage = c10::make_intrusive<c10::StorageImpl>(
       c10::StorageImpl::use_byte_size_t(), bytes, std::move(data), c10::GetCPUAllocator(), /*resizable=*/true);
   auto tensor = at::empty({0}, options).set_(c10::Storage(storage));
@@ -111,8 +144,16 @@ LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options)
 }
 
 void release_kept_memory() { kept().clear(); }
+
+void keep_memory(bool on) {
+  static c10::Allocator* const plain = c10::GetCPUAllocator();
+  static c10::Allocator* const keeping = new KeepingAllocator(plain);  // for ever, as the blocks
+  c10::SetCPUAllocator(on ? keeping : plain);
+}
 #else
 void release_kept_memory() {}
+
+void keep_memory(bool) {}
 
 LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return {at::empty(sizes, options), false};

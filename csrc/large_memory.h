@@ -1,5 +1,5 @@
 // Memory for large results. What a kernel writes into fresh memory costs more in page faults, and in the zeros that the
-// system writes first, than in arithmetic. So such results get huge pages, and when they are freed two of them are kept for
+// system writes first, than in arithmetic. So such results get huge pages, and when they are freed some of them are kept for
 // the next ones of about their size, marked as free: the system takes their pages back whenever it runs short.
 #pragma once
 
@@ -16,5 +16,9 @@ LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options)
 
 // Gives what is kept back to the system at once, as torch.cuda.empty_cache() does on a GPU.
 void release_kept_memory();
+
+// From now on, or no longer, the same for every CPU tensor of at least 1 MiB, whoever makes it: a training allocates the same
+// sizes in every step. Not thread-safe.
+void keep_memory(bool on);
 
 }  // namespace rlhf_lightning

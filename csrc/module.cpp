@@ -50,5 +50,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "release_kept_memory", &rlhf_lightning::release_kept_memory,
       "Gives the memory of large results, kept for the next ones, back to the system.");
+  m.def(
+      "keep_memory", &rlhf_lightning::keep_memory, py::arg("on"),
+      "Whether the memory of large CPU tensors is kept, when they are freed, for the next ones.");
   m.def("build_info", &build_info, "What this library was built with and for.");
 }

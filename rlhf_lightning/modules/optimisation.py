@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf_lightning.distributed import all_reduce_sum, grad_norm, scale_grads, world_size
 from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.modules.totals import Totals
+from rlhf_lightning.ops.extension import keep_memory
 
 
 class OptimisedModule(LightningModule):
@@ -127,6 +128,16 @@ class OptimisedModule(LightningModule):
                 f"model.schedule: {self.schedule} needs an end; set trainer.max_steps or max_epochs, or constant"
             )
         return min(limits)
+
+    def on_fit_start(self) -> None:
+        """Training on the CPU keeps the memory of large tensors from step to step."""
+        if self.device.type == "cpu":
+            keep_memory(True)
+
+    def on_fit_end(self) -> None:
+        """And gives it back."""
+        if self.device.type == "cpu":
+            keep_memory(False)
 
     def on_train_start(self) -> None:
         """The configured optimizer options win over a checkpoint's; a schedule without an end is refused now."""

@@ -70,6 +70,20 @@ _NATIVE = {(operator, device): _has_kernel(operator, device) for operator in OPE
 _said: set[str] = set()
 
 
+def keep_memory(on: bool) -> None:
+    """Keep the memory of large CPU tensors for the next ones of their size, or stop it and give back what is kept.
+
+    On Linux, fresh memory costs a page fault for every page and the system's zeros in it, in each step of a training
+    anew. At most 256 MiB are kept, or two blocks, and the system may take their pages back. Without the extension it
+    does nothing.
+    """
+    if LOADED:
+        library = importlib.import_module("rlhf_lightning._C")
+        library.keep_memory(on)
+        if not on:
+            library.release_kept_memory()
+
+
 @functools.cache
 def _covered(index: int | None) -> bool:
     # Asked when a GPU's tensor first comes, not on import, which must not start CUDA.

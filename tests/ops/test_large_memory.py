@@ -12,6 +12,8 @@ import pytest
 import torch
 from ops.support import needs_native
 
+from rlhf_lightning.ops.extension import keep_memory
+
 pytestmark = [needs_native, pytest.mark.skipif(sys.platform != "linux", reason="kept on Linux only")]
 
 ROWS, VOCABULARY = 64, 1 << 16  # 16 MiB, the smallest that is large
@@ -87,6 +89,49 @@ def test_the_profiler_sees_it():
     with torch.profiler.profile(profile_memory=True) as profile:
         x = gradient(1.0)
     assert max(e.self_cpu_memory_usage for e in profile.events()) >= x.nbytes
+
+
+@pytest.fixture
+def kept():
+    keep_memory(True)
+    yield
+    keep_memory(False)
+
+
+def test_any_large_tensor_is_kept_while_that_is_on(kept: None):
+    first = torch.zeros(1 << 20)
+    address = first.data_ptr()
+    assert address % (1 << 21) == 0
+    del first
+    again = torch.zeros(1 << 20)  # what was in the block is gone
+    assert again.data_ptr() == address and not again.any()
+    assert torch.zeros(1 << 10).data_ptr() % (1 << 21) != 0
+
+
+def test_tensors_outlive_it_and_grow(kept: None):
+    x = torch.ones(1 << 20)
+    keep_memory(False)
+    later = [torch.zeros(1 << 20) for _ in range(4)]
+    assert all(y.data_ptr() != x.data_ptr() for y in later) and bool((x == 1).all())
+    x.resize_(3 << 20)
+    assert bool((x[: 1 << 20] == 1).all())
+    x.share_memory_()
+    assert bool((x[: 1 << 20] == 1).all())
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_is_kept_has_a_bound_and_is_given_back(kept: None):
+    before = resident()
+    tensors = [torch.ones(16 << 20) for _ in range(12)]  # 64 MiB each
+    assert resident() - before > 700 << 20
+    tensors.clear()
+    assert resident() - before < 300 << 20
+    keep_memory(False)
+    assert resident() - before < 40 << 20
 
 
 SHORT_OF_ADDRESSES = """
