@@ -7,6 +7,8 @@
 
 #include <array>
 #include <atomic>
+#include <mutex>
+#include <unordered_map>
 #include <utility>
 #endif
 
@@ -87,11 +89,36 @@ Kept& kept() {
   return *blocks;
 }
 
-void release(void* context) {
-  Block* block = static_cast<Block*>(context);
-  c10::profiledCPUMemoryReporter().Delete(block->start);
-  kept().give(*block);
-  delete block;
+// The blocks in use. By their addresses, because whoever frees memory may have nothing but the pointer.
+class Used {
+ public:
+  void add(Block block) {
+    const std::lock_guard<std::mutex> lock(door_);
+    sizes_.emplace(block.start, block.size);
+  }
+
+  Block remove(void* start) {
+    const std::lock_guard<std::mutex> lock(door_);
+    const auto found = sizes_.find(start);
+    if (found == sizes_.end()) return {};
+    const Block block{static_cast<char*>(start), found->second};
+    sizes_.erase(found);
+    return block;
+  }
+
+ private:
+  std::mutex door_;
+  std::unordered_map<void*, size_t> sizes_;
+};
+
+Used& used() {
+  static Used* const blocks = new Used;
+  return *blocks;
+}
+
+void release(void* start) {
+  c10::profiledCPUMemoryReporter().Delete(start);
+  kept().give(used().remove(start));
 }
 
 struct Allocation {
@@ -108,26 +135,40 @@ Allocation allocate(size_t bytes, size_t size) {
     block = map(size);
   }
   if (block.start == nullptr) return {};
+  used().add(block);
   c10::profiledCPUMemoryReporter().New(block.start, bytes);
-  return {at::DataPtr(block.start, new Block(block), &release, c10::kCPU), warm};
+  return {at::DataPtr(block.start, block.start, &release, c10::kCPU), warm};
 }
 
+std::atomic<bool> keeping{false};
+
+// Stands in for torch's allocator for good, once it was asked for: what came from either of them is freed by this one, also
+// by oneDNN, which frees by the pointer alone and keeps memory as long as it likes.
 class KeepingAllocator final : public c10::Allocator {
  public:
-  explicit KeepingAllocator(c10::Allocator* plain) : plain_(plain) {}
-
   at::DataPtr allocate(size_t bytes) override {
-    if (bytes < kMedium) return plain_->allocate(bytes);
+    if (bytes < kMedium || !keeping) return plain().allocate(bytes);
     // Few sizes, so that blocks find takers: eight to a doubling, in whole huge pages.
     size_t step = kHugePage;
     while (16 * step <= bytes) step *= 2;
     auto allocation = rlhf_lightning::allocate(bytes, (bytes + step - 1) / step * step);
-    return allocation.data ? std::move(allocation.data) : plain_->allocate(bytes);
+    return allocation.data ? std::move(allocation.data) : plain().allocate(bytes);
   }
-  void copy_data(void* to, const void* from, size_t bytes) const override { plain_->copy_data(to, from, bytes); }
+  c10::DeleterFnPtr raw_deleter() const override { return &free; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { plain().copy_data(to, from, bytes); }
+
+  static c10::Allocator& plain() {
+    static c10::Allocator* const allocator = c10::GetCPUAllocator();
+    return *allocator;
+  }
 
  private:
-  c10::Allocator* plain_;
+  static void free(void* start) {
+    const Block block = used().remove(start);
+    if (block.start == nullptr) return plain().raw_deallocate(start);
+    c10::profiledCPUMemoryReporter().Delete(start);
+    kept().give(block);
+  }
 };
 }  // namespace
 
@@ -146,9 +187,14 @@ LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options)
 void release_kept_memory() { kept().clear(); }
 
 void keep_memory(bool on) {
-  static c10::Allocator* const plain = c10::GetCPUAllocator();
-  static c10::Allocator* const keeping = new KeepingAllocator(plain);  // for ever, as the blocks
-  c10::SetCPUAllocator(on ? keeping : plain);
+  static KeepingAllocator* const allocator = [] {
+    KeepingAllocator::plain();  // found before it is replaced
+    auto* const made = new KeepingAllocator;
+    c10::SetCPUAllocator(made);
+    return made;
+  }();
+  (void)allocator;
+  keeping = on;
 }
 #else
 void release_kept_memory() {}

@@ -119,6 +119,19 @@ def test_tensors_outlive_it_and_grow(kept: None):
     assert bool((x[: 1 << 20] == 1).all())
 
 
+def test_memory_that_is_freed_by_its_address_alone(kept: None):
+    # oneDNN holds the packed weight, and frees it when keeping has long been off.
+    weight, x = torch.randn(2048, 1024, dtype=torch.bfloat16), torch.randn(8, 1024, dtype=torch.bfloat16)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+    keep_memory(False)
+    before = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+    keep_memory(True)
+    for one in (packed, before):
+        out = torch.ops.mkldnn._linear_pointwise(x, one, None, "none", [], "")
+        assert torch.allclose(out.float(), (x.float() @ weight.float().T), rtol=2e-2, atol=0.5)
+    del one, packed, before
+
+
 def resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
