@@ -117,13 +117,19 @@ class PromptBatch(_Batch):
         if times == 1:
             return self
         copies = torch.arange(len(self), device=self.rows.device).repeat_interleave(times)
+        numbers = self.rows[copies] * times + torch.arange(times, device=self.rows.device).repeat(len(self))
+        return replace(self.take(copies), rows=numbers)
+
+    def take(self, rows: Tensor) -> PromptBatch:
+        """The given rows, in that order."""
+        places = rows.tolist()
         return PromptBatch(
-            tokens=self.tokens[copies],
-            lengths=self.lengths[copies],
-            rows=self.rows[copies] * times + torch.arange(times, device=self.rows.device).repeat(len(self)),
-            weights=self.weights[copies],
-            prompts=[prompt for prompt in self.prompts for _ in range(times)],
-            columns={name: [cell for cell in cells for _ in range(times)] for name, cells in self.columns.items()},
+            tokens=self.tokens[rows],
+            lengths=self.lengths[rows],
+            rows=self.rows[rows],
+            weights=self.weights[rows],
+            prompts=[self.prompts[place] for place in places],
+            columns={name: [cells[place] for place in places] for name, cells in self.columns.items()},
         )
 
 
@@ -142,6 +148,18 @@ class Rollout(_Batch):
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def take(self, rows: Tensor) -> Rollout:
+        """The given rows, in that order; as wide as before."""
+        return Rollout(
+            prompts=self.prompts.take(rows),
+            tokens=self.tokens[rows],
+            lengths=self.lengths[rows],
+            prompt_lengths=self.prompt_lengths[rows],
+            log_probs=self.log_probs[rows],
+            truncated=self.truncated[rows],
+            responses=[self.responses[row] for row in rows.tolist()],
+        )
 
     @property
     def response_lengths(self) -> Tensor:

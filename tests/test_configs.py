@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,28 @@ from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.distributed import FSDP2Strategy
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.grpo import GRPOModule
+from rlhf_lightning.modules.online_dpo import OnlineDPOModule
 from rlhf_lightning.modules.ppo import PPOModule
+from rlhf_lightning.modules.reinforce import ReinforcePlusPlusModule
+from rlhf_lightning.modules.rejection_sampling import RejectionSamplingModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
+from rlhf_lightning.modules.rloo import RLOOModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.rewards import Ensemble, FunctionReward, ModelReward, WeightedSum
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_lightning"
-STAGES = {"sft.yaml": SFTModule, "reward_model.yaml": RewardModelModule, "ppo.yaml": PPOModule, "dpo.yaml": DPOModule}
+STAGES = {
+    "sft.yaml": SFTModule,
+    "reward_model.yaml": RewardModelModule,
+    "ppo.yaml": PPOModule,
+    "dpo.yaml": DPOModule,
+    "grpo.yaml": GRPOModule,
+    "rloo.yaml": RLOOModule,
+    "reinforce.yaml": ReinforcePlusPlusModule,
+    "rejection_sampling.yaml": RejectionSamplingModule,
+    "online_dpo.yaml": OnlineDPOModule,
+}
 OVERLAYS = ("fsdp.yaml",)
 EXPOSED = (
     *STAGES.values(),
@@ -66,6 +83,18 @@ def test_shipped_configs_parse(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     module = STAGES[Path(name).name if name not in OVERLAYS else "sft.yaml"]
     assert options.model.class_path.endswith(f".{module.__name__}")
     assert options.model.init_args.model == "MODEL"
+
+
+COMMANDS = re.findall(
+    r"^    python -m rlhf_lightning (fit .+)$", (PACKAGE.parent / "docs/methods.md").read_text(), re.M
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_methods_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = parse(*shlex.split(command))
+    assert options.run  # the method's name, in the config or the command
 
 
 EXAMPLES = sorted((PACKAGE.parent / "examples" / "smollm2").glob("*.yaml"))

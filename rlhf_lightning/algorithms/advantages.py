@@ -1,4 +1,7 @@
-"""From one score a response to a reward for every token: where the score lands, and what KL and truncation cost."""
+"""From one score a response to what each token earns: rewards with and without a critic, and advantages of groups.
+
+Groups: ``B`` rows are ``B / group_size`` prompts with ``group_size`` responses each, a prompt's rows beside each other.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from rlhf_lightning.algorithms.masked import Reduce, masked_variance
 from rlhf_lightning.batches import length_mask
+from rlhf_lightning.ops.gae import gae
 
 ScorePosition = Literal["last_token", "after_eos"]
 
@@ -58,6 +62,49 @@ def token_rewards(
     rewards[:, :width] = torch.where(on_token, -kl_coef * kl.to(dtype), 0.0)
     rewards.scatter_add_(1, (steps - 1).clamp(min=0)[:, None], torch.where(steps > 0, scores.to(dtype), 0.0)[:, None])
     return TokenRewards(rewards, length_mask(steps, width + 1))
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """``sum_{k >= t} gamma^(k - t) reward_k``: what is still to come at each counted step, 0 elsewhere; ``[B, T]``.
+
+    This is GAE with lambda 1 and a critic that says 0.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+def group_advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Tensor:
+    """``(reward - mean) / std`` within each group: GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2).
+
+    Args:
+        rewards: ``[B]``.
+        group_size: at least 2.
+        scale: divide by the deviation; without it this is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3.1).
+
+    Returns: ``[B]``; the deviation is that of a sample (divided by ``group_size - 1``, which the paper leaves
+        open) plus 1e-6, so that a group of equal rewards gets 0.
+    """
+    groups = rewards.double().reshape(-1, group_size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    if scale:
+        centred = centred / (groups.std(dim=1, keepdim=True) + 1e-6)
+    return centred.flatten().to(rewards.dtype)
+
+
+def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """Each reward less the mean of the group's others; ``[B]`` -> ``[B]``. ``group_size`` is at least 2.
+
+    RLOO: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024, arXiv 2402.14740,
+    section 2.3.
+    """
+    groups = rewards.double().reshape(-1, group_size)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten().to(rewards.dtype)
+
+
+def varied_groups(scores: Tensor, group_size: int) -> Tensor:
+    """``[B]`` bool: whether the row's group has different scores. One of equal scores teaches nothing about them."""
+    groups = scores.reshape(-1, group_size)
+    return (groups.amax(dim=1) > groups.amin(dim=1)).repeat_interleave(group_size)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:

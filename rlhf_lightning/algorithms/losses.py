@@ -6,13 +6,42 @@ step, which only they know.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 PreferenceLoss = Literal["sigmoid", "ipo", "ipo_sum", "hinge"]
+LossNormalisation = Literal["token", "sequence", "constant"]
+
+
+class TokenShares(NamedTuple):
+    """A batch's loss is ``(weights * token_loss).sum() / total``; both add up over parts of it, and over processes."""
+
+    weights: Tensor  # [B, T] float32, 0 where a token does not count
+    total: Tensor  # scalar float32
+
+
+def token_shares(mask: Tensor, normalisation: LossNormalisation, constant: int) -> TokenShares:
+    """How much each token counts in a mean of per-token losses.
+
+    - ``token``: the mean over all tokens, so a long response counts more (Yu et al. 2025, arXiv 2503.14476, eq. 12).
+    - ``sequence``: the mean over responses of the mean over their tokens (Shao et al. 2024, arXiv 2402.03300, eq. 3).
+    - ``constant``: the mean over responses of the sum over their tokens, divided by a constant (Liu et al. 2025, arXiv
+      2503.20783, section 3.1).
+
+    Args:
+        mask: ``[B, T]`` bool, the tokens that count; a response without any is none of the responses.
+        normalisation: which.
+        constant: what ``constant`` divides by, usually the most tokens a response may have.
+    """
+    weights = mask.float()
+    if normalisation == "token":
+        return TokenShares(weights, weights.sum())
+    lengths = mask.sum(dim=1, keepdim=True)
+    over = lengths.clamp(min=1) if normalisation == "sequence" else constant
+    return TokenShares(weights / over, (lengths > 0).sum().float())
 
 
 def negative_log_likelihood(log_probs: Tensor, mask: Tensor) -> Tensor:

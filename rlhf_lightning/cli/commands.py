@@ -20,7 +20,7 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 _TRAINING = "rlhf_lightning.cli.training"  # takes the subcommand itself as its first argument
 # name -> (module with main(argv) -> int, what --help says)
 _COMMANDS = {
-    "fit": (_TRAINING, "train: --config sft.yaml, reward_model.yaml, ppo.yaml or dpo.yaml"),
+    "fit": (_TRAINING, "train: --config sft.yaml, reward_model.yaml, ppo.yaml, grpo.yaml, dpo.yaml, ..."),
     "validate": (_TRAINING, "the validation metrics of a model or a checkpoint"),
     "test": (_TRAINING, "the same on test data"),
     "predict": (_TRAINING, "answer prompts, one JSON line a prompt (--output FILE)"),

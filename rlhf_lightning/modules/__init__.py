@@ -2,8 +2,24 @@
 
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.grpo import GRPOModule
+from rlhf_lightning.modules.online_dpo import OnlineDPOModule
 from rlhf_lightning.modules.ppo import PPOModule
+from rlhf_lightning.modules.reinforce import ReinforcePlusPlusModule
+from rlhf_lightning.modules.rejection_sampling import RejectionSamplingModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
+from rlhf_lightning.modules.rloo import RLOOModule
 from rlhf_lightning.modules.sft import SFTModule
 
-__all__ = ["DPOModule", "PPOModule", "RLHFModule", "RewardModelModule", "SFTModule"]
+__all__ = [
+    "DPOModule",
+    "GRPOModule",
+    "OnlineDPOModule",
+    "PPOModule",
+    "RLHFModule",
+    "RLOOModule",
+    "ReinforcePlusPlusModule",
+    "RejectionSamplingModule",
+    "RewardModelModule",
+    "SFTModule",
+]

@@ -13,20 +13,17 @@ from torch import Tensor
 
 from rlhf_lightning.models.positions import response_mask
 
-_E = TypeVar("_E", bound="Experience")
+_R = TypeVar("_R", bound="Sampled")
 
 
 @dataclass
-class Experience:
-    """One iteration's experience; every number fp32 (fp64 under ``64-true``), every field's first axis is B."""
+class Sampled:
+    """Prompts with the responses to learn from; every field's first axis is B."""
 
     tokens: Tensor  # [B, S] int64, right-padded
     lengths: Tensor  # [B] int64, prompt + response
     prompt_lengths: Tensor  # [B] int64
-    weights: Tensor  # [B] float32, 0 at filler rows
-    log_probs: Tensor  # [B, T] of the policy before the update
-    reference_log_probs: Tensor  # [B, T]
-    advantages: Tensor  # [B, T], whitened where that is asked for
+    weights: Tensor  # [B] float32, 0 at rows that are not learnt from
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -41,9 +38,10 @@ class Experience:
         """[B] int64, the tokens that a row puts into a forward pass."""
         return self.lengths
 
-    def take(self: _E, rows: Tensor) -> _E:
+    def take(self: _R, rows: Tensor) -> _R:
         """The given rows, cut to the longest of them: no padding is computed that the group does not need."""
-        cut = int((self.lengths - self.prompt_lengths)[rows].max()) - self.log_probs.shape[1]
+        steps = self.lengths - self.prompt_lengths
+        cut = int(steps[rows].max()) - int(steps.max())
         taken = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -54,9 +52,18 @@ class Experience:
             taken[field.name] = value[rows]
         return type(self)(**taken)
 
-    def uncounted(self: _E) -> _E:
+    def uncounted(self: _R) -> _R:
         """The same rows, none of which counts in any loss or metric."""
         return replace(self, weights=torch.zeros_like(self.weights))
+
+
+@dataclass
+class Experience(Sampled):
+    """With what a policy gradient is made of, fp32 under every precision setting but ``64-true``."""
+
+    log_probs: Tensor  # [B, T] of the policy before the update
+    reference_log_probs: Tensor  # [B, T]
+    advantages: Tensor  # [B, T], whitened where that is asked for
 
 
 @dataclass
@@ -70,3 +77,29 @@ class CriticExperience(Experience):
     def uncounted(self) -> CriticExperience:
         """See `Experience.uncounted`."""
         return replace(super().uncounted(), value_mask=torch.zeros_like(self.value_mask))
+
+
+@dataclass
+class Pairs:
+    """Two responses to each of B prompts, the first preferred to the second."""
+
+    tokens: Tensor  # [B, 2, S] int64, right-padded
+    lengths: Tensor  # [B, 2] int64, prompt + response
+    prompt_lengths: Tensor  # [B, 2] int64
+    weights: Tensor  # [B] float32, 0 at pairs that are not learnt from
+    reference_log_probs: Tensor  # [B, 2], of the whole responses
+
+    @property
+    def sizes(self) -> Tensor:
+        """[B] int64, the tokens that a pair puts into a forward pass, padding of the shorter one included."""
+        return 2 * self.lengths.amax(dim=1)
+
+    def take(self, rows: Tensor) -> Pairs:
+        """The given pairs, cut to the longest response of them."""
+        taken = {field.name: getattr(self, field.name)[rows] for field in fields(self)}
+        taken["tokens"] = taken["tokens"][:, :, : int(taken["lengths"].max())]
+        return Pairs(**taken)
+
+    def uncounted(self) -> Pairs:
+        """The same pairs, none of which counts."""
+        return replace(self, weights=torch.zeros_like(self.weights))

@@ -105,6 +105,12 @@ class OnPolicyModule(SamplingModule):
         """Rows of an experience that a prompt makes."""
         return self.group_size
 
+    def checked_group(self, size: int) -> int:
+        """InputError where ``size`` responses make no group to compare within."""
+        if size < 2:
+            raise InputError(f"model.group_size: expected at least 2 responses to each prompt, got {size}")
+        return size
+
     def setup(self, stage: str) -> None:
         """Checks that need the data; see `SamplingModule.setup`.
 

@@ -12,6 +12,7 @@ from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval, PositiveFloa
 from torch import Tensor
 
 from rlhf_lightning.algorithms.kl import Estimator, adapt_kl_coefficient, kl_estimate
+from rlhf_lightning.algorithms.losses import LossNormalisation, TokenShares, token_shares
 from rlhf_lightning.batches import Rollout
 from rlhf_lightning.distributed import all_reduce_sum
 from rlhf_lightning.errors import InputError
@@ -41,6 +42,8 @@ class PolicyGradientModule(OnPolicyModule):
         clip_high: and from above at ``1 + clip_high``; larger than ``clip_low`` it is DAPO's clip-higher.
         dual_clip: bounds the loss of negative advantages at ``-dual_clip * A``; above 1, None for no bound.
         entropy_coef: weight of an entropy bonus.
+        loss_normalisation: of the policy's loss: the mean over a minibatch's tokens (``token``); over its responses, of
+            the mean over their tokens (``sequence``) or of the sum divided by ``max_new_tokens`` (``constant``).
         old_log_probs: ``recompute`` them by a training pass, so that the first ratio is 1; or take the ``rollout``'s.
         kwargs: the loop, models, sampling, optimizer: see `OnPolicyModule`.
 
@@ -62,6 +65,7 @@ class PolicyGradientModule(OnPolicyModule):
         clip_high: PositiveFloat = 0.2,
         dual_clip: PositiveFloat | None = None,
         entropy_coef: NonNegativeFloat = 0.0,
+        loss_normalisation: LossNormalisation = "token",
         old_log_probs: Literal["recompute", "rollout"] = "recompute",
         **kwargs: Any,
     ) -> None:
@@ -76,7 +80,7 @@ class PolicyGradientModule(OnPolicyModule):
         self.kl_target, self.kl_horizon = kl_target, kl_horizon
         self.kl_loss_coef, self.kl_loss_estimator, self.kl_stop = kl_loss_coef, kl_loss_estimator, kl_stop
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
-        self.entropy_coef = entropy_coef
+        self.entropy_coef, self.loss_normalisation = entropy_coef, loss_normalisation
         self.old_log_probs = old_log_probs
         self.kl_coefficient = kl_coef
 
@@ -93,10 +97,28 @@ class PolicyGradientModule(OnPolicyModule):
         """The log-probs ``[B, T]`` that the ratios are taken to."""
         return rollout.log_probs if self.old_log_probs == "rollout" else now.log_probs
 
-    def surrogate(self, log_probs: Tensor, entropy: Tensor, e: Experience, totals: Totals, moved: Totals) -> Tensor:
-        """The clipped surrogate, with KL and entropy terms, summed over a micro-batch's tokens; ``[B, T]`` each.
+    def response_rewards(self, scores: Tensor, rollout: Rollout, now: ResponseScores) -> Tensor:
+        """The shaped scores less the KL penalty of the whole response, ``[B]``: the response as a single action."""
+        kl = kl_estimate(self.sampling_log_probs(rollout, now), now.reference_log_probs, self.kl_estimator)
+        return self.shaped(scores, rollout) - self.kl_coefficient * kl.masked_fill(~rollout.response_mask, 0.0).sum(1)
 
-        Schulman et al. 2017, arXiv 1707.06347, equation 7.
+    def experience(self, rollout: Rollout, now: ResponseScores, advantages: Tensor, weights: Tensor) -> Experience:
+        """The rollout with advantages ``[B, T]``; rows of weight 0 are not learnt from."""
+        return Experience(
+            tokens=rollout.tokens,
+            lengths=rollout.lengths,
+            prompt_lengths=rollout.prompt_lengths,
+            weights=weights,
+            log_probs=self.sampling_log_probs(rollout, now),
+            reference_log_probs=now.reference_log_probs,
+            advantages=advantages,
+        )
+
+    def surrogate(self, log_probs: Tensor, entropy: Tensor, e: Experience, totals: Totals, moved: Totals) -> Tensor:
+        """The clipped surrogate of ``[B, T]`` tokens, with KL and entropy terms, summed over a micro-batch.
+
+        Each token counts by `token_shares`; `counts` has what the sum is to be divided by. Schulman et al. 2017, arXiv
+        1707.06347, equation 7.
         """
         mask = e.mask
         loss, clipped = clipped_policy_loss(
@@ -113,14 +135,18 @@ class PolicyGradientModule(OnPolicyModule):
         totals.add("val/ratio", change.exp(), mask)
         totals.add("val/ratio_squared", (2 * change).exp(), mask)
         totals.add("loss/policy", token_loss, mask)
-        return torch.where(mask, token_loss, 0.0).sum()
+        return (torch.where(mask, token_loss, 0.0) * self.shares(mask).weights).sum()
+
+    def shares(self, mask: Tensor) -> TokenShares:
+        """How much each of ``[B, T]`` tokens counts in the policy's loss."""
+        return token_shares(mask, self.loss_normalisation, self.max_new_tokens)
 
     def counts(self, experience: Any, rows: Tensor) -> Tensor:
-        """Tokens."""
-        return experience.mask[rows].sum()[None]
+        """What the policy's loss is divided by: tokens or responses."""
+        return self.shares(experience.mask[rows]).total[None]
 
     def loss(self, micro: Any, counts: Tensor, totals: Totals, moved: Totals) -> Tensor:
-        """The surrogate a token."""
+        """The surrogate, normalised."""
         now = self.token_scores(micro.tokens, micro.lengths, micro.prompt_lengths, self.temperature)
         return self.surrogate(now.log_probs, now.entropy, micro, totals, moved) / counts[0]
 

@@ -7,7 +7,12 @@ import math
 import pytest
 import torch
 
-from rlhf_lightning.algorithms.losses import bradley_terry_loss, negative_log_likelihood, preference_loss
+from rlhf_lightning.algorithms.losses import (
+    bradley_terry_loss,
+    negative_log_likelihood,
+    preference_loss,
+    token_shares,
+)
 
 F = torch.float64
 
@@ -79,3 +84,22 @@ def test_at_the_reference_the_sigmoid_gradient_is_half_beta() -> None:
     ratios = torch.zeros(1, dtype=F, requires_grad=True)
     preference_loss(ratios, torch.zeros(1, dtype=F), 0.3).sum().backward()
     torch.testing.assert_close(ratios.grad, tensor(-0.15))
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "expected"),
+    [
+        ("token", (1 + 2 + 3 + 10) / 4),  # four tokens
+        ("sequence", ((1 + 2 + 3) / 3 + 10) / 2),  # two responses; the third has no token
+        ("constant", ((1 + 2 + 3) / 8 + 10 / 8) / 2),
+    ],
+)
+def test_the_normalisations_of_a_mean_over_tokens(normalisation, expected) -> None:
+    losses = torch.tensor([[1.0, 2.0, 3.0], [10.0, 90.0, 90.0], [90.0, 90.0, 90.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+    shares = token_shares(mask, normalisation, 8)
+    assert ((losses * shares.weights).sum() / shares.total).item() == pytest.approx(expected)
+    # Both add up over parts of the batch.
+    parts = [token_shares(mask[rows], normalisation, 8) for rows in ([0], [1, 2])]
+    assert sum(part.total for part in parts) == shares.total
+    assert torch.equal(torch.cat([part.weights for part in parts]), shares.weights)

@@ -1,4 +1,4 @@
-"""Runs of PPO with the real DataModule; run by test_ppo_processes.py in one process and, as a script, in two."""
+"""Runs of PPO and its relatives with the real DataModule, in one process and, as a script, in two."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from ppo_harness import TokenReward, make_module
+from ppo_harness import LastTokenReward, TokenReward, make_module
 from processes import run_cases
 
+from rlhf_lightning import modules
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.distributed import all_gather_objects
@@ -30,8 +31,10 @@ def write_prompts(path: Path, rows: int = 10) -> None:
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """Train; the whole weights, every iteration's metrics, and what each process sampled."""
-    reward = ModelReward(case["reward"]) if case.get("reward") else TokenReward()
-    module = make_module(case["policy"], reward, **case["options"])
+    own = LastTokenReward() if case.get("coarse") else TokenReward()
+    reward = ModelReward(case["reward"]) if case.get("reward") else own
+    method = getattr(modules, case.get("method", "PPOModule"))
+    module = make_module(case["policy"], reward, method, **case["options"])
     held_out = {"val_path": case["data"], "val_batch_size": 3} if case.get("validate") else {"validation_fraction": 0.0}
     data = PreferenceDataModule(case["data"], batch_size=case["batch_size"], **held_out)
     callbacks = [RunCheckpoint(every_n_batches=1, keep=10)] if case.get("checkpoints") else []
@@ -52,7 +55,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     ]
     gathered = all_gather_objects(samples)
     weights = {f"policy.{name}": value.clone() for name, value in full_state_dict(module.policy).items()}
-    if module.critic is not None:
+    if getattr(module, "critic", None) is not None:
         weights |= {f"critic.{name}": value.clone() for name, value in full_state_dict(module.critic).items()}
     merged = [{k: v for part in parts for k, v in part.items()} for parts in zip(*gathered, strict=True)]
     return {"weights": weights, "metrics": module.logged, "samples": merged}

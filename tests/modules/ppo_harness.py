@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.batches import PromptBatch, Rollout, length_mask
-from rlhf_lightning.modules.experience import Experience
+from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.rewards import Reward
 
@@ -27,23 +27,30 @@ class TokenReward(Reward):
         return even.float().sum(dim=1)
 
 
-class Recorder(PPOModule):
-    """Keeps what each iteration sampled, scored and learnt from."""
+class LastTokenReward(Reward):
+    """1 where a response's last token has an even id: many responses score the same."""
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        return (rollout.tokens.gather(1, rollout.lengths[:, None] - 1)[:, 0] % 2 == 0).float()
+
+
+class Recording:
+    """Keeps what each iteration sampled, scored and learnt from; stands before the module's class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rollouts: list[Rollout] = []
-        self.experiences: list[Experience] = []
+        self.experiences: list[Any] = []
         self.logged: list[dict[str, float]] = []
         self.stepped_rows: list[Tensor] = []
 
-    def collect(self, rollout: Rollout, scores: Tensor, totals: Any) -> Experience:
+    def collect(self, rollout: Rollout, scores: Tensor, totals: Any) -> Any:
         experience = super().collect(rollout, scores, totals)
         self.rollouts.append(rollout)
         self.experiences.append(experience)
         return experience
 
-    def step(self, experience: Experience, rows: Tensor, totals: Any) -> bool:
+    def step(self, experience: Any, rows: Tensor, totals: Any) -> bool:
         self.stepped_rows.append(rows)
         return super().step(experience, rows, totals)
 
@@ -52,7 +59,13 @@ class Recorder(PPOModule):
         super().log_dict(dictionary, *args, **kwargs)
 
 
-def make_module(policy: Path | str, reward: Reward | None = None, **options: Any) -> Recorder:
+class Recorder(Recording, PPOModule):
+    """PPO with a record."""
+
+
+def make_module(
+    policy: Path | str, reward: Reward | None = None, method: type[OnPolicyModule] = PPOModule, **options: Any
+) -> Any:
     """A recorder of 1 iteration, 1 epoch, 1 minibatch and short responses, unless the options say otherwise."""
     values: dict[str, Any] = {
         "iterations": 1,
@@ -62,7 +75,8 @@ def make_module(policy: Path | str, reward: Reward | None = None, **options: Any
         "learning_rate": 1e-3,
         "micro_batch_tokens": 64,
     }
-    return Recorder(str(policy), reward if reward is not None else TokenReward(), **{**values, **options})
+    cls = Recorder if method is PPOModule else type(f"Recorded{method.__name__}", (Recording, method), {})
+    return cls(str(policy), reward if reward is not None else TokenReward(), **{**values, **options})
 
 
 def prompts(rows: int = 8, start: int = 0, padding: int = 0) -> PromptBatch:
@@ -83,7 +97,7 @@ def prompts(rows: int = 8, start: int = 0, padding: int = 0) -> PromptBatch:
 
 
 def fit(
-    module: PPOModule,
+    module: OnPolicyModule,
     batches: list[PromptBatch] | None = None,
     **trainer: Any,
 ) -> Trainer:

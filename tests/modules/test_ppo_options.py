@@ -73,6 +73,7 @@ OTHER: dict[str, dict] = {
     "clip_value": {"clip_value": 0.001},
     "value_coef": {"value_coef": 1.0},
     "entropy_coef": {"entropy_coef": 0.1},
+    "loss_normalisation": {"loss_normalisation": "sequence"},
     "whiten_advantages": {"whiten_advantages": False},
     "whiten_rewards": {"whiten_rewards": True},
     "score_clip": {"score_clip": 2.0},

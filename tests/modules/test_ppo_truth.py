@@ -2,86 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from bandit import BETA, EOS, PROMPT, Bandit, BanditReward, repeated_prompt, save_small_policy
 from ppo_harness import fit, make_module, prompts
-from tiny_models import make_config, make_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
-from rlhf_lightning.batches import PromptBatch, Rollout
+from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.models.positions import response_states
-from rlhf_lightning.rewards import Reward
-
-EOS, VOCABULARY, BETA = 1, 8, 0.5
-PROMPT = [4, 5]
-
-
-@dataclass
-class Bandit:
-    """Every response of at most two tokens to one prompt, with its probability and its reward."""
-
-    responses: list[list[int]]
-    rewards: Tensor  # [number of responses] float64
-
-    @classmethod
-    def make(cls) -> Bandit:
-        long = [[a, b] for a, b in itertools.product(range(VOCABULARY), repeat=2) if a != EOS]
-        responses = [[EOS], *long]
-        # Ending at once is worth 0; otherwise the tokens' worth: 1.5 for a 6 first, 1 for an EOS after it.
-        rewards = [0.0] + [1.5 * (a == 6) + 1.0 * (b == EOS) - 0.5 * (b == a) for a, b in long]
-        return cls(responses, torch.tensor(rewards, dtype=torch.float64))
-
-    @torch.no_grad()
-    def log_probs(self, model: LlamaForCausalLM) -> Tensor:
-        """Log-probability of each response as a whole, float64, by the stock model."""
-        totals = []
-        for response in self.responses:
-            tokens = torch.tensor([PROMPT + response])
-            table = model(tokens).logits[0].double().log_softmax(-1)
-            totals.append(sum(table[len(PROMPT) - 1 + t, token] for t, token in enumerate(response)))
-        return torch.stack(totals)
-
-    def objective(self, model: LlamaForCausalLM, reference: Tensor) -> float:
-        """E[reward] - beta KL(policy || reference), summed over all responses."""
-        log_probs = self.log_probs(model)
-        return (log_probs.exp() * (self.rewards - BETA * (log_probs - reference))).sum().item()
-
-
-class BanditReward(Reward):
-    def __init__(self, bandit: Bandit) -> None:
-        super().__init__()
-        self.worth = {
-            tuple(response): reward for response, reward in zip(bandit.responses, bandit.rewards, strict=True)
-        }
-
-    def forward(self, rollout: Rollout) -> Tensor:
-        rows = zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True)
-        return torch.stack([self.worth[tuple(tokens[start:end])] for tokens, start, end in rows]).float()
-
-
-def repeated_prompt(rows: int, iteration: int) -> PromptBatch:
-    return PromptBatch(
-        tokens=torch.tensor([PROMPT] * rows),
-        lengths=torch.full((rows,), len(PROMPT)),
-        rows=torch.arange(rows),
-        weights=torch.ones(rows),
-        prompts=["prompt"] * rows,
-        columns={},
-    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_finds_the_optimum_and_its_value_of_a_small_known_problem(tmp_path, seed):
     """With the KL in the reward the optimal policy is reference * exp(reward / beta) / Z, and the value of the prompt
     under it is beta log Z (Ziegler et al. 2019, section 2; the soft value of the exactly enumerated problem)."""
-    torch.manual_seed(seed)
-    LlamaForCausalLM(make_config(vocab_size=VOCABULARY, initializer_range=0.1)).save_pretrained(tmp_path)
-    small_tokenizer().save_pretrained(tmp_path)
+    save_small_policy(tmp_path, seed)
     bandit = Bandit.make()
     reference = bandit.log_probs(LlamaForCausalLM.from_pretrained(tmp_path))
     torch.testing.assert_close(reference.exp().sum().item(), 1.0)
@@ -124,18 +62,6 @@ def test_ppo_finds_the_optimum_and_its_value_of_a_small_known_problem(tmp_path, 
             module.critic(torch.tensor([[*PROMPT, 6, EOS]]), torch.tensor([4])), torch.tensor([2]), torch.tensor([4])
         )
     assert values[0, 1].item() == pytest.approx(after_six, abs=0.2)
-
-
-def small_tokenizer():
-    tokenizer = make_tokenizer("<pad>")
-    words = [
-        token for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]) if index < VOCABULARY
-    ]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
-    )
 
 
 # ---------------------------------------------------------------- the same work, split otherwise

@@ -1,0 +1,31 @@
+"""The best of several responses to each prompt, and how far that moves the answers from the policy's own.
+
+Shapes: ``B`` rows are ``B / group_size`` prompts with ``group_size`` responses each, a prompt's rows beside each other
+(`PromptBatch.repeat`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def best_rows(scores: Tensor, group_size: int, keep: int = 1) -> Tensor:
+    """The row numbers of each group's highest scores: ``[B]`` -> ``[B / group_size, keep]`` int64, the best first.
+
+    Of equal scores the earlier row comes first, on any device.
+    """
+    groups = scores.reshape(-1, group_size)
+    places = torch.argsort(groups, dim=1, descending=True, stable=True)[:, :keep]
+    return torch.arange(len(groups), device=scores.device)[:, None] * group_size + places
+
+
+def best_of_kl(count: int) -> float:
+    """``log n - (n - 1) / n``: nats by which best-of-n differs from the policy at most.
+
+    Stiennon et al. 2020, arXiv 2009.01325, appendix G.3; that it is an upper bound, and tight where no two responses
+    are likely to be the same: Beirami et al. 2024, arXiv 2401.01879.
+    """
+    return math.log(count) - (count - 1) / count

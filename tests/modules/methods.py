@@ -1,0 +1,36 @@
+"""The methods that sample and need no critic, by name, with options that make each do all that it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_lightning import modules
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "grpo": ("GRPOModule", {"group_size": 4}),
+    "dr_grpo": ("GRPOModule", {"group_size": 4, "scale_by_std": False, "loss_normalisation": "constant"}),
+    "dapo": (
+        "GRPOModule",
+        {
+            "group_size": 2,
+            "clip_high": 0.28,
+            "loss_normalisation": "token",
+            "dynamic_sampling": True,
+            "kl_loss_coef": 0.0,
+        },
+    ),
+    "rloo": ("RLOOModule", {"group_size": 4, "kl_coef": 0.3}),
+    "reinforce": ("ReinforcePlusPlusModule", {"kl_coef": 0.3, "gamma": 0.9}),
+    "reinforce_baseline": ("ReinforcePlusPlusModule", {"kl_coef": 0.3, "group_size": 4, "baseline": "group_mean"}),
+    "rejection_sampling": ("RejectionSamplingModule", {"group_size": 4, "keep": 2}),
+    "online_dpo": ("OnlineDPOModule", {"group_size": 3, "beta": 0.3}),
+}
+
+
+COARSE = ("dapo",)  # tested with a reward that often is the same for a whole group
+
+
+def method(name: str) -> tuple[type, dict[str, Any]]:
+    """The module's class and the options."""
+    cls, options = METHODS[name]
+    return getattr(modules, cls), options
