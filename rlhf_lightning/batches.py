@@ -159,6 +159,7 @@ class Rollout(_Batch):
             log_probs=self.log_probs[rows],
             truncated=self.truncated[rows],
             responses=[self.responses[row] for row in rows.tolist()],
+            entropy=None if self.entropy is None else self.entropy[rows],
         )
 
     @property

@@ -1,14 +1,15 @@
 """Several policies on the same held-out prompts: answers, rewards, KL to a reference, win rates over a baseline.
 
 Every policy answers every prompt once, from the same random draws: two equal policies answer alike and tie everywhere.
+Best-of-n is one more way of answering: of n answers the one that the first reward likes best.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rewards.base import Reward
+from rlhf_lightning.rollout.best_of import best_of_kl, best_rows
 from rlhf_lightning.rollout.engine import Sampling
 from rlhf_lightning.rollout.native import NativeEngine
 
@@ -61,8 +63,17 @@ class Answers:
     scores: dict[str, Tensor] = field(default_factory=dict)  # by reward: [N] float32
     k1: Tensor | None = None  # [N] float64, nats; None without a reference of the same vocabulary
     k3: Tensor | None = None
+    best_of: int = 1  # how many answers each is the best of; k1 and k3 are then the policy's own at the chosen answers
     perplexity: float | None = None  # on the held-out text; None without one
     seconds: float = 0.0
+
+    @property
+    def kl(self) -> float | None:
+        """Nats from the reference, the mean of k1; for best-of-n, whose log-probs nobody knows, a bound from above.
+
+        KL(best-of-n || reference) is KL(best-of-n || policy), at most `best_of_kl`, and the mean k1 of the chosen.
+        """
+        return None if self.k1 is None else float(self.k1.mean()) + best_of_kl(self.best_of)
 
 
 @dataclass
@@ -103,7 +114,9 @@ class Comparison:
             "seconds": round(answers.seconds, 2),
             "rewards": {reward: _spread(scores) for reward, scores in answers.scores.items()},
         }
-        if answers.k1 is not None and answers.k3 is not None:
+        if answers.best_of > 1:
+            numbers["best_of"], numbers["kl_bound"] = answers.best_of, answers.kl
+        elif answers.k1 is not None and answers.k3 is not None:
             numbers["kl"], numbers["kl_standard_error"] = mean_and_error(answers.k1)
             numbers["kl_k3"] = float(answers.k3.mean())
         if name != self.baseline:
@@ -130,6 +143,7 @@ def compare(
     baseline: str | None = None,
     reference: str | Path | None = None,
     text: Sequence[Record] = (),
+    best_of: Mapping[str, int] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Let every policy answer the prompts, and measure the answers.
@@ -141,6 +155,8 @@ def compare(
         baseline: the policy that win rates are over; the first where None.
         reference: the folder of the model that KL is measured to; the baseline's where None.
         text: held-out records with responses, for perplexity.
+        best_of: policies that also answer as the best of so many by the first reward, each as one more policy, named
+            by `best_of_name`.
         say: is told, a line at a time, what has been done.
 
     Raises:
@@ -161,23 +177,29 @@ def compare(
     reference_policy = _load(reference_folder, reference_tokenizer, settings)
     texts: list[str] = []
     found = {}
-    for name, folder in policies.items():
+    ways = [(name, 1) for name in names] + [(name, count) for name, count in (best_of or {}).items()]
+    for name, count in ways:
         start = time.perf_counter()
-        tokenizer = tokenizers[name]
+        folder, tokenizer = policies[name], tokenizers[name]
         policy = _load(folder, tokenizer, settings)
         encoder = Encoder(tokenizer, chat=settings.chat)
         batches = _batches(encoder, prompts, "prompts", settings)
         check_length(policy.model, max(b.tokens.shape[1] for b in batches) + settings.max_new_tokens, folder)
         texts = texts or _in_order(batches, [p for batch in batches for p in batch.prompts])
-        measured = _answers(
-            policy, reference_policy if comparable[name] else None, tokenizer, batches, rewards, settings
-        )
-        if text:
+        known = reference_policy if comparable[name] else None
+        measured = _answers(policy, known, tokenizer, batches, rewards, settings, count)
+        if text and count == 1:  # the best of n has no probabilities
             measured.perplexity = perplexity(policy, _batches(encoder, text, "demonstrations", settings))
         measured.seconds = time.perf_counter() - start
-        found[name] = measured
-        say(f"{name}: {len(measured.responses)} prompts answered in {measured.seconds:.1f} s")
+        shown = best_of_name(name, count)
+        found[shown] = measured
+        say(f"{shown}: {len(measured.responses)} prompts answered in {measured.seconds:.1f} s")
     return Comparison(texts, found, baseline, tuple(rewards), settings)
+
+
+def best_of_name(policy: str, count: int) -> str:
+    """What the comparison calls a policy that answers with the best of ``count``; its own name for 1."""
+    return policy if count == 1 else f"{policy} best of {count}"
 
 
 def _check_reference(reference: str | Path, policies: Mapping[str, str | Path], comparable: Mapping[str, bool]) -> None:
@@ -212,6 +234,7 @@ def _answers(
     batches: Sequence[PromptBatch],
     rewards: Mapping[str, Reward],
     settings: Settings,
+    best_of: int,
 ) -> Answers:
     for reward in rewards.values():
         reward.prepare(tokenizer, torch.device(settings.device))
@@ -223,8 +246,12 @@ def _answers(
         seed=settings.seed,
     )
     parts = []
-    for batch in batches:
-        rollout = engine.rollout(policy, batch, tokenizer, sampling)
+    # With n answers to each prompt, an n-th of the prompts at a time.
+    for batch in _cut(batches, max(1, settings.batch_size // best_of)):
+        rollout = engine.rollout(policy, batch.repeat(best_of), tokenizer, sampling)
+        if best_of > 1:
+            judged = next(iter(rewards.values()))(rollout)
+            rollout = replace(rollout.take(best_rows(judged, best_of)[:, 0]), prompts=batch)
         parts.append(_measured(rollout, policy, reference, rewards, settings))
     columns = {key: _in_order(batches, [v for part in parts for v in part[key]]) for key in parts[0]}
     return Answers(
@@ -235,7 +262,15 @@ def _answers(
         scores={name: torch.tensor(columns[f"score {name}"]) for name in rewards},
         k1=torch.tensor(columns["k1"], dtype=torch.float64) if "k1" in columns else None,
         k3=torch.tensor(columns["k3"], dtype=torch.float64) if "k3" in columns else None,
+        best_of=best_of,
     )
+
+
+def _cut(batches: Sequence[PromptBatch], rows: int) -> Iterator[PromptBatch]:
+    """The same prompts in the same order, at most so many at a time."""
+    for batch in batches:
+        for part in torch.arange(len(batch), device=batch.rows.device).split(rows):
+            yield batch.take(part)
 
 
 def _measured(

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.baseline is not None and options.baseline not in policies:
         raise InputError(f"--baseline {options.baseline}: no such policy: it must be one of {', '.join(policies)}")
     _check_numbers(options)
+    best_of = _best_of(options, policies)
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: a file, where a folder is expected")
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         baseline=options.baseline,
         reference=options.reference,
         text=text,
+        best_of=best_of,
         say=lambda line: print(line, flush=True),
     )
     seconds = time.perf_counter() - start
@@ -112,6 +114,13 @@ def _parser() -> argparse.ArgumentParser:
         help="reward model folders, and functions as file.py:function (the file is run: name only code you trust)",
     )
     add("--baseline", metavar="NAME", help="the policy that win rates are over (default: the first)")
+    add(
+        "--best_of",
+        nargs="+",
+        default=[],
+        metavar="NAME=N",
+        help="policies that also answer with the best of N by the first --reward, each a row of its own",
+    )
     add("--reference", metavar="DIR", help="the model that KL is measured to (default: the baseline)")
     add(
         "--text",
@@ -154,6 +163,21 @@ def _named(given: Sequence[str], option: str) -> list[tuple[str, str]]:
             raise InputError(f"{option}: two are named {name!r}: give each its own, as in NAME=DIR")
         pairs.append((name, what))
     return pairs
+
+
+def _best_of(options: argparse.Namespace, policies: dict[str, str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, count in _named(options.best_of, "--best_of"):
+        if name not in policies:
+            raise InputError(f"--best_of {name}={count}: no such policy: it must be one of {', '.join(policies)}")
+        if not (count.isascii() and count.isdigit() and int(count) > 1):
+            raise InputError(f"--best_of {name}={count}: expected a number of at least 2")
+        counts[name] = int(count)
+    if counts and not options.reward:
+        raise InputError("--best_of: there is no --reward to tell which answer is the best")
+    if counts and options.temperature == 0:
+        raise InputError("--best_of: at --temperature 0 all answers to a prompt are the same")
+    return counts
 
 
 def _own_name(what: str) -> str:

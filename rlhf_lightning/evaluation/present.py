@@ -36,7 +36,8 @@ def comparison_table(comparison: Comparison, labels: Mapping[str, str] | None = 
     rows = [[labels.get(name, name), *_cells(comparison, name, has_kl, has_text)] for name in comparison.answers]
     note = (
         "Intervals hold with 95% confidence, and the dashed line is one half; a tie counts half. Length-controlled: "
-        "the win rate at equal length in characters. KL: mean over answers of the summed k1, to the reference. Cut "
+        "the win rate at equal length in characters. KL: mean over answers of the summed k1, to the reference; of the "
+        "best of n a bound, log n - (n - 1) / n more. Cut "
         f"off: the answer reached {comparison.settings.max_new_tokens} tokens without an end."
     )
     return Table(columns, rows, note=note)
@@ -52,7 +53,8 @@ def _cells(comparison: Comparison, name: str, has_kl: bool, has_text: bool) -> l
             cells.append(None if own else _interval(comparison.win_rate(name, reward)))
             cells.append(None if own else _interval(comparison.length_controlled(name, reward)))
     if has_kl:
-        cells.append(None if answers.k1 is None else float(answers.k1.mean()))
+        bounded = answers.kl is not None and answers.best_of > 1
+        cells.append(f"at most {answers.kl:.2f}" if bounded else answers.kl)
     cells += [f"{float(answers.lengths.double().mean()):.1f}", _share(float(answers.truncated.double().mean()))]
     cells.append(_share(float(answers.repetition.mean())))
     return cells + [answers.perplexity] * has_text

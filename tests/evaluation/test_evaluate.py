@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,25 @@ def test_equal_policies_tie_everywhere_and_batching_changes_nothing(
     assert (tmp_path / "a" / "samples.jsonl").read_text() == (tmp_path / "b" / "samples.jsonl").read_text()
 
 
+def test_the_best_of_n_is_a_row_of_its_own(
+    tmp_path: Path, prompts: Path, judge: str, tiny_policy_dir: Path, other_policy_dir: Path
+) -> None:
+    options = ("--reward", judge, "--best_of", "sft=8", "flat=2")
+    both = [f"sft={tiny_policy_dir}", f"flat={other_policy_dir}"]
+    report = evaluate(prompts, tmp_path / "a", *options, policies=both)
+    assert list(report["policies"]) == ["sft", "flat", "sft best of 8", "flat best of 2"]
+    sft, flat, best_sft, best_flat = report["policies"].values()
+    assert best_sft["rewards"]["count"]["mean"] > sft["rewards"]["count"]["mean"]
+    assert best_sft["kl_bound"] == pytest.approx(math.log(8) - 7 / 8)  # the policy is the reference
+    assert "kl" not in best_sft
+    # Of another policy the bound has its own distance from the reference, as measured at the chosen answers.
+    assert best_flat["kl_bound"] == pytest.approx(math.log(2) - 1 / 2 + flat["kl"], abs=10 * flat["kl_standard_error"])
+    again = evaluate(prompts, tmp_path / "b", *options, "--batch_size", "3", policies=both)
+    assert again["policies"]["sft best of 8"]["rewards"] == best_sft["rewards"]
+    assert (tmp_path / "a" / "samples.jsonl").read_text() == (tmp_path / "b" / "samples.jsonl").read_text()
+    assert "at most 1.20" in (tmp_path / "a" / "report.html").read_text()
+
+
 def test_reward_of_another_vocabulary_scores_every_policy(
     tmp_path: Path, prompts: Path, tiny_policy_dir: Path, tiny_reward_dir: Path
 ) -> None:
@@ -179,6 +199,9 @@ def _renumbered(folder: Path, to: Path) -> None:
         (["--policies", "a={policy}", "--text", "{prompts}"], "prompts.jsonl:1"),
         (["--policies", "a={policy}", "--out", "{prompts}"], "a file, where a folder"),
         (["--policies", "a={policy}", "--device", "cuda:99"], "cuda:99"),
+        (["--policies", "a={policy}", "--best_of", "b=4"], "--best_of b=4: no such policy"),
+        (["--policies", "a={policy}", "--reward", "x.py:f", "--best_of", "a=1"], "a number of at least 2"),
+        (["--policies", "a={policy}", "--best_of", "a=4"], "no --reward"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
