@@ -86,7 +86,7 @@ def test_shipped_configs_parse(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 COMMANDS = re.findall(
-    r"^    python -m rlhf_lightning (fit .+)$", (PACKAGE.parent / "docs/methods.md").read_text(), re.M
+    r"^    python -m rlhf_lightning ((?:fit|predict) .+)$", (PACKAGE.parent / "docs/methods.md").read_text(), re.M
 )
 
 

@@ -78,7 +78,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Te
     Args:
         rewards: ``[B]``.
         group_size: at least 2.
-        scale: divide by the deviation; without it this is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3.1).
+        scale: divide by the deviation; without it this is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3).
 
     Returns: ``[B]``; the deviation is that of a sample (divided by ``group_size - 1``, which the paper leaves
         open) plus 1e-6, so that a group of equal rewards gets 0.
@@ -93,8 +93,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Te
 def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """Each reward less the mean of the group's others; ``[B]`` -> ``[B]``. ``group_size`` is at least 2.
 
-    RLOO: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024, arXiv 2402.14740,
-    section 2.3.
+    RLOO: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024, arXiv 2402.14740.
     """
     groups = rewards.double().reshape(-1, group_size)
     others = (groups.sum(dim=1, keepdim=True) - groups) / (group_size - 1)

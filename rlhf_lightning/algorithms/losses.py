@@ -29,7 +29,7 @@ def token_shares(mask: Tensor, normalisation: LossNormalisation, constant: int) 
     - ``token``: the mean over all tokens, so a long response counts more (Yu et al. 2025, arXiv 2503.14476, eq. 12).
     - ``sequence``: the mean over responses of the mean over their tokens (Shao et al. 2024, arXiv 2402.03300, eq. 3).
     - ``constant``: the mean over responses of the sum over their tokens, divided by a constant (Liu et al. 2025, arXiv
-      2503.20783, section 3.1).
+      2503.20783, section 3).
 
     Args:
         mask: ``[B, T]`` bool, the tokens that count; a response without any is none of the responses.

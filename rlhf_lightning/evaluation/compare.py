@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rewards.base import Reward
-from rlhf_lightning.rollout.best_of import best_of_kl, best_rows
+from rlhf_lightning.rollout.best_of import best_of_kl, best_responses
 from rlhf_lightning.rollout.engine import Sampling
 from rlhf_lightning.rollout.native import NativeEngine
 
@@ -234,7 +234,7 @@ def _answers(
     batches: Sequence[PromptBatch],
     rewards: Mapping[str, Reward],
     settings: Settings,
-    best_of: int,
+    count: int,
 ) -> Answers:
     for reward in rewards.values():
         reward.prepare(tokenizer, torch.device(settings.device))
@@ -247,11 +247,10 @@ def _answers(
     )
     parts = []
     # With n answers to each prompt, an n-th of the prompts at a time.
-    for batch in _cut(batches, max(1, settings.batch_size // best_of)):
-        rollout = engine.rollout(policy, batch.repeat(best_of), tokenizer, sampling)
-        if best_of > 1:
-            judged = next(iter(rewards.values()))(rollout)
-            rollout = replace(rollout.take(best_rows(judged, best_of)[:, 0]), prompts=batch)
+    for batch in _cut(batches, max(1, settings.batch_size // count)):
+        rollout = engine.rollout(policy, batch.repeat(count), tokenizer, sampling)
+        if count > 1:
+            rollout = best_responses(rollout, next(iter(rewards.values()))(rollout), batch)
         parts.append(_measured(rollout, policy, reference, rewards, settings))
     columns = {key: _in_order(batches, [v for part in parts for v in part[key]]) for key in parts[0]}
     return Answers(
@@ -262,7 +261,7 @@ def _answers(
         scores={name: torch.tensor(columns[f"score {name}"]) for name in rewards},
         k1=torch.tensor(columns["k1"], dtype=torch.float64) if "k1" in columns else None,
         k3=torch.tensor(columns["k3"], dtype=torch.float64) if "k3" in columns else None,
-        best_of=best_of,
+        best_of=count,
     )
 
 

@@ -232,9 +232,13 @@ class RLHFModule(OptimisedModule):
                     return f"the last checkpoint from before is {path}"
         return "no checkpoint was saved before"
 
+    def answer(self, prompts: PromptBatch) -> Rollout:
+        """What ``predict`` says to the prompts."""
+        return self.generate(prompts)
+
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """A response to every prompt, as rows for a JSONL file."""
-        rollout = self.generate(batch)
+        rollout = self.answer(batch)
         return [
             {
                 "row": int(batch.rows[index]),

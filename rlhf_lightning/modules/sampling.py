@@ -15,13 +15,14 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from rlhf_lightning.batches import Rollout, micro_batches
-from rlhf_lightning.distributed import all_reduce_max
+from rlhf_lightning.batches import PromptBatch, Rollout, micro_batches
+from rlhf_lightning.distributed import all_reduce_max, failing_together
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
 from rlhf_lightning.models.policy import Policy, TokenScores
 from rlhf_lightning.modules.base import RLHFModule
-from rlhf_lightning.rewards.base import Reward
+from rlhf_lightning.rewards.base import Reward, check_scores
+from rlhf_lightning.rollout.best_of import best_responses
 from rlhf_lightning.rollout.engine import RolloutEngine
 
 
@@ -48,6 +49,7 @@ class SamplingModule(RLHFModule):
         micro_batch_tokens: padded tokens in one forward pass at most: what bounds the memory. It does not change
             results.
         seed: of the sampling and of the order of minibatches.
+        best_of: in ``predict`` each answer is the best by reward of so many; training does not use it.
         engine: what answers prompts; None takes this library's own decode loop, see docs/rollout.md.
         kwargs: the optimizer's and the model's options, see `RLHFModule`.
     """
@@ -68,6 +70,7 @@ class SamplingModule(RLHFModule):
         top_p: PositiveFloat = 1.0,
         micro_batch_tokens: PositiveInt = 8192,
         seed: NonNegativeInt = 0,
+        best_of: PositiveInt = 1,
         engine: RolloutEngine | None = None,
         **kwargs: Any,
     ) -> None:
@@ -82,6 +85,7 @@ class SamplingModule(RLHFModule):
         self.top_p = top_p
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
+        self.best_of = best_of
         if engine is not None:
             self.engine = engine
         self.phase_seconds: dict[str, float] = {}  # of the last iteration, by phase
@@ -130,6 +134,15 @@ class SamplingModule(RLHFModule):
         """One score a response, ``[B]``; asks ``reward``. Override it for a reward of your own."""
         assert self.reward is not None
         return self.reward(rollout)
+
+    def answer(self, prompts: PromptBatch) -> Rollout:
+        """What ``predict`` says to the prompts: the best of ``best_of`` responses to each."""
+        if self.best_of == 1:
+            return super().answer(prompts)
+        rollout = self.generate(prompts.repeat(self.best_of))
+        with failing_together():
+            scores = check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score")
+        return best_responses(rollout, scores, prompts)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -7,9 +7,12 @@ Shapes: ``B`` rows are ``B / group_size`` prompts with ``group_size`` responses 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+
+from rlhf_lightning.batches import PromptBatch, Rollout
 
 
 def best_rows(scores: Tensor, group_size: int, keep: int = 1) -> Tensor:
@@ -20,6 +23,18 @@ def best_rows(scores: Tensor, group_size: int, keep: int = 1) -> Tensor:
     groups = scores.reshape(-1, group_size)
     places = torch.argsort(groups, dim=1, descending=True, stable=True)[:, :keep]
     return torch.arange(len(groups), device=scores.device)[:, None] * group_size + places
+
+
+def best_responses(rollout: Rollout, scores: Tensor, prompts: PromptBatch) -> Rollout:
+    """The highest-scored response to each prompt.
+
+    Args:
+        rollout: responses to ``prompts.repeat(n)``, for any n.
+        scores: one for each of them.
+        prompts: the prompts themselves, whose numbers the result has.
+    """
+    best = best_rows(scores, len(rollout) // len(prompts))[:, 0]
+    return replace(rollout.take(best), prompts=prompts)
 
 
 def best_of_kl(count: int) -> float:

@@ -220,6 +220,17 @@ def test_the_kept_responses_are_the_best(tiny_policy_dir):
     assert module.logged[0]["objective/scores"] == pytest.approx(scores.mean().item())
 
 
+def test_predict_answers_with_the_best_of_n(tiny_policy_dir):
+    module = trained(tiny_policy_dir, "rloo", iterations=1, best_of=3)
+    batch = prompts(4, start=20)
+    everything = module.generate(batch.repeat(3))
+    scores = TokenReward()(everything).tolist()
+    best = [max(range(3 * row, 3 * row + 3), key=lambda place: scores[place]) for row in range(4)]
+    answers = module.predict_step(batch, 0)
+    assert [answer["response"] for answer in answers] == [everything.responses[place] for place in best]
+    assert [answer["row"] for answer in answers] == batch.rows.tolist()
+
+
 @pytest.mark.parametrize("name", ["rloo", "rejection_sampling", "online_dpo"])
 def test_the_metrics_have_the_names_of_ppos(tiny_policy_dir, name):
     ppo = make_module(tiny_policy_dir)

@@ -78,7 +78,7 @@ def grpo(groups: Groups) -> Tensor:
 
 
 def dr_grpo(groups: Groups) -> Tensor:
-    """Liu et al. 2025, section 3.1: neither the deviation nor the response's length divides."""
+    """Liu et al. 2025, section 3: neither the deviation nor the response's length divides."""
     return -mean(
         [
             mean([(a * r.ratio - 0.04 * k3(r)).sum() / LONGEST for a, r in zip(relative(g), g, strict=True)])

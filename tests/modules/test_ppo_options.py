@@ -91,8 +91,8 @@ AGAINST: dict[str, dict] = {
     "old_log_probs": {"top_k": 5},
 }
 # Shown elsewhere: model and reward by every test; critic_from below; micro-batches and gradient checkpointing must not
-# change the result (test_ppo_truth.py, and below); eval_temperature by checklist item 37; trust_remote_code is
-# transformers' own.
+# change the result (test_ppo_truth.py, and below); eval_temperature by checklist item 37; engine by
+# tests/rollout/test_engine.py; best_of by test_methods.py; trust_remote_code is transformers' own.
 ELSEWHERE = {
     "model",
     "reward",
@@ -100,6 +100,8 @@ ELSEWHERE = {
     "micro_batch_tokens",
     "gradient_checkpointing",
     "eval_temperature",
+    "engine",
+    "best_of",
     "trust_remote_code",
 }
 
