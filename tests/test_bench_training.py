@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from training import meter, rounds  # noqa: E402
+from training import meter, ours, rounds, sizes  # noqa: E402
 
 
 def test_state_is_counted_from_shapes() -> None:
@@ -67,3 +67,32 @@ def test_every_side_does_the_same_work_and_missing_peers_are_named(tmp_path: Pat
     assert all(results["limits"]["seconds"][part] > 0 for part in parts)
     assert {"score, first", "score, last"} <= set(results["quality"]["plain PyTorch"])
     assert results["about"]["torch"] == torch.__version__ and results["about"]["commands"][0] in page
+
+
+@pytest.mark.parametrize("task", ["sft", "reward_model", "dpo"])
+def test_supervised_steps_are_counted(task: str, tmp_path: Path) -> None:
+    size = sizes.SIZES["tiny"]
+    sizes.fill(size, tmp_path)
+    seen = meter.Meter("cpu", 1, 2, 1, rest="update")
+    measured = ours.run(task, size, tmp_path, "cpu", "float32", seen, seed=0)
+    rows = sizes.work(tmp_path)
+    if task == "sft":
+        tokens = sum(len(prompt) + len(response) for prompt, response in rows["demonstrations"])
+    else:
+        tokens = sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in rows["pairs"])
+    counts = [{name: step[name] for name in ("tokens", "optimizer_steps")} for step in measured["work"]]
+    assert counts == [{"tokens": float(tokens), "optimizer_steps": 1.0}] * 4
+    assert measured["work"][-1]["loss"] < measured["work"][0]["loss"]  # the same rows in every step
+    assert len(measured["seconds"]) == 2 and measured["phases"][0]["update"] > 0
+    assert ("reference" in measured["phases"][0]) == (task == "dpo")
+
+
+def test_reward_at_equal_kl() -> None:
+    pytest.importorskip("yaml")
+    import demo_against_trl as script
+
+    def line(kl: float, gain: float) -> list[dict[str, float]]:
+        return [{"kl": kl * step, "score": gain * kl * step} for step in range(21)]
+
+    found = script.equal_kl({"ours": line(0.5, 2.0), "peer": line(1.0, 1.5)})
+    assert found == pytest.approx({"kl": 9.0, "ours": 18.0, "peer": 13.5})  # the mean of the last five of 0 to 10

@@ -27,18 +27,20 @@ class Meter:
     Args:
         device: ``cpu`` or ``cuda``.
         warm_up, timed, apart: how many steps of each kind.
+        rest: what the part of a step outside all phases is called.
     """
 
-    def __init__(self, device: str, warm_up: int, timed: int, apart: int) -> None:
+    def __init__(self, device: str, warm_up: int, timed: int, apart: int, rest: str = "other") -> None:
+        self.rest = rest
         self.device, self.warm_up, self.timed, self.apart = device, warm_up, timed, apart
         self.steps = 0  # that have ended
         self.seconds: list[float] = []  # of the timed steps
         self.phases: list[dict[str, float]] = []  # of the steps taken apart
-        self.work: list[dict[str, float]] = []  # of every step: what was done in it
+        self.work: list[dict[str, Any]] = []  # of every step: what was done in it
         self.peak_bytes: int | None = None
         self.library_bytes = 0 if device != "cpu" else resident("VmRSS")  # before the models are there
         self._now: dict[str, float] = defaultdict(float)
-        self._done: dict[str, float] = defaultdict(float)
+        self._done: dict[str, Any] = defaultdict(float)
 
     @property
     def total(self) -> int:
@@ -50,8 +52,8 @@ class Meter:
         self._prepare()
         self._began = self.clock()
 
-    def add(self, **amounts: float) -> None:
-        """Note work of this step: tokens, optimizer steps, scores."""
+    def add(self, **amounts: float | Tensor) -> None:
+        """Note work of this step: tokens, optimizer steps, scores; tensors are read when all steps are done."""
         for name, amount in amounts.items():
             self._done[name] += amount
 
@@ -63,7 +65,7 @@ class Meter:
         if self.warm_up <= number < self.warm_up + self.timed:
             self.seconds.append(took)
         elif number >= self.warm_up + self.timed:
-            self.phases.append({**self._now, "other": took - sum(self._now.values())})
+            self.phases.append({**self._now, self.rest: took - sum(self._now.values())})
         self.work.append(dict(self._done))
         self._now.clear()
         self._done.clear()
@@ -102,7 +104,7 @@ class Meter:
             "libraries_mb": self.library_bytes / MIB,
             "state_mb": {name: size / MIB for name, size in held.items()},
             "phases": self.phases,
-            "work": self.work,
+            "work": [{name: float(amount) for name, amount in step.items()} for step in self.work],
         }
 
 

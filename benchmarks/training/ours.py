@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rlhf_lightning.batches import PromptBatch, Rollout
-from rlhf_lightning.modules import PPOModule
+from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch, Rollout
+from rlhf_lightning.modules import DPOModule, PPOModule, RewardModelModule, SFTModule
 from rlhf_lightning.rewards import ModelReward
 from training.meter import Meter
 from training.sizes import Size, work
@@ -77,6 +77,45 @@ class MeteredPPO(PPOModule):
         self.meter.add(score=float(metrics["objective/scores"]), kl=float(metrics["objective/kl"]))
 
 
+class Supervised:
+    """Notes the loss and the tokens of each step; put before a module's class."""
+
+    meter: Meter
+    ends: Ends
+
+    def configure_model(self) -> None:
+        super().configure_model()  # type: ignore[misc]
+        reference = getattr(self, "reference", None)
+        if reference is not None and "forward" not in vars(reference):
+            forward = reference.forward
+
+            def clocked(*args: Any, **kwargs: Any) -> Any:
+                with self.meter.phase("reference"):
+                    return forward(*args, **kwargs)
+
+            reference.forward = clocked
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        sides = (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch,)
+        self.meter.add(tokens=sum(side.lengths.sum() for side in sides))
+        return super().training_step(batch, batch_idx)  # type: ignore[misc]
+
+    def log_dict(self, metrics: dict[str, Any], **kwargs: Any) -> None:
+        self.meter.add(loss=metrics["train/loss"])
+
+
+class MeteredSFT(Supervised, SFTModule):
+    """SFT for the meter."""
+
+
+class MeteredRewardModel(Supervised, RewardModelModule):
+    """A reward model for the meter."""
+
+
+class MeteredDPO(Supervised, DPOModule):
+    """DPO for the meter."""
+
+
 class Same(LightningDataModule):
     """The same batch in every step."""
 
@@ -95,7 +134,7 @@ def run(
     from transformers import AutoTokenizer
 
     warnings.filterwarnings("ignore")
-    module, batch = _ppo(size, folder, meter, seed, **options)
+    module, batch = MAKERS[task](size, folder, meter, seed, **options)
     ends = Ends(meter)
     module.meter, module.ends = meter, ends
     trainer = Trainer(
@@ -103,6 +142,7 @@ def run(
         devices=1,
         max_epochs=1,
         precision="32-true" if precision == "float32" else "bf16-true",
+        gradient_clip_val=None if task == "ppo" else 1.0,  # the Hugging Face trainer's default
         logger=False,
         callbacks=[ends],
         enable_checkpointing=False,
@@ -112,7 +152,8 @@ def run(
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     trainer.fit(module, datamodule=Same(tokenizer, batch, meter.total))
-    models = (module.policy, module.reference, module.critic, module.reward)
+    names = ("policy", "reference", "critic", "reward", "scalar")
+    models = [model for name in names if (model := getattr(module, name, None)) is not None]
     return meter.result(models, trainer.optimizers[0])
 
 
@@ -147,3 +188,35 @@ def _ppo(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> t
     rows = len(lengths)
     batch = PromptBatch(tokens, lengths, torch.arange(rows), torch.ones(rows), [""] * rows, {})
     return module, batch
+
+
+def _sft(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> tuple[Any, Any]:
+    module = MeteredSFT(str(folder / "policy"), learning_rate=size.learning_rate["sft"], **options)
+    return module, _demonstrations(work(folder)["demonstrations"])
+
+
+def _reward_model(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> tuple[Any, Any]:
+    rate = size.learning_rate["reward_model"]
+    module = MeteredRewardModel(str(folder / "reward"), head="trained", normalise="none", learning_rate=rate, **options)
+    return module, _pairs(folder)
+
+
+def _dpo(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> tuple[Any, Any]:
+    module = MeteredDPO(str(folder / "policy"), learning_rate=size.learning_rate["dpo"], **options)
+    return module, _pairs(folder)
+
+
+def _demonstrations(rows: list[list[list[int]]]) -> DemonstrationBatch:
+    tokens, lengths = padded([prompt + response for prompt, response in rows])
+    prompt_lengths = torch.tensor([len(prompt) for prompt, _ in rows])
+    return DemonstrationBatch(tokens, lengths, prompt_lengths, torch.ones(len(rows)))
+
+
+def _pairs(folder: Path) -> PreferenceBatch:
+    rows = work(folder)["pairs"]
+    chosen = _demonstrations([[prompt, response] for prompt, response, _ in rows])
+    rejected = _demonstrations([[prompt, response] for prompt, _, response in rows])
+    return PreferenceBatch(chosen, rejected, torch.zeros(len(rows)), torch.ones(len(rows)))
+
+
+MAKERS = {"ppo": _ppo, "sft": _sft, "reward_model": _reward_model, "dpo": _dpo}

@@ -71,16 +71,21 @@ def prepare(name: str, device: str) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    fill(size, folder)
+    (folder / "stamp").write_text(stamp)
+    return folder
+
+
+def fill(size: Size, folder: Path) -> None:
+    """Write the models and the rows."""
     if size.folder is None:
         _save_random(size, folder / "policy")
     elif size.folder.is_dir():
         (folder / "policy").symlink_to(size.folder.resolve())
     else:
-        raise SystemExit(f"{name}: {size.folder.relative_to(ROOT)} is not there: make it with `make smollm2`")
+        raise SystemExit(f"{size.folder.relative_to(ROOT)} is not there: make it with `make smollm2`")
     _save_reward(size, folder)
     (folder / "work.json").write_text(json.dumps(_work(size)))
-    (folder / "stamp").write_text(stamp)
-    return folder
 
 
 def work(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def main() -> None:
     entrant = ENTRANTS[name]
     side = importlib.import_module(f"training.{entrant.module}")
     versions = entrant.versions()
-    meter = Meter(device, int(warm_up), int(timed), int(apart))
+    meter = Meter(device, int(warm_up), int(timed), int(apart), "other" if task == "ppo" else "update")
     measured = side.run(
         task, size_of(size, device), Path(folder), device, precision, meter, int(seed), **entrant.options
     )
