@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def run(options: argparse.Namespace, way: str, folder: Path) -> dict[str, Any]:
     """What `work` measures, in a process of its own."""
     command = [sys.executable, __file__, "--task", options.task, "--size", options.size, "--way", way]
-    command += ["--threads", str(options.threads), "--steps", str(options.steps)]
+    command += ["--precision", options.precision, "--threads", str(options.threads), "--steps", str(options.steps)]
     path = folder / "measured.json"
     done = subprocess.run(
         [*command, "--model", str(folder), "--json", str(path)],
@@ -154,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("ppo", "sft", "dpo"), required=True)
     parser.add_argument("--size", choices=SIZES, default="16m")
+    parser.add_argument("--precision", help="of Lightning's Trainer; the size's own by default")
     parser.add_argument("--steps", type=int, default=4, help="bare steps of a process; as many with the clock on")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each way")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -161,12 +163,15 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # a process of its own for one of them
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    chosen = SIZES[options.size]
+    options.precision = options.precision or chosen.precision
+    chosen = replace(chosen, precision=options.precision)
     if options.way:
         torch.set_num_threads(options.threads)
-        measured = work(options.task, SIZES[options.size], options.model, options.way, options.steps)
+        measured = work(options.task, chosen, options.model, options.way, options.steps)
         options.json.write_text(json.dumps(measured))
         return
-    size = {"name": options.size, **vars(SIZES[options.size])}
+    size = {"name": options.size, **vars(chosen)}
     steps = options.rounds * options.steps
     facts = {**provenance.about("cpu", options.threads), "task": options.task, "size": size, "steps": steps}
     ways = measure(options)

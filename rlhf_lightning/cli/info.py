@@ -34,20 +34,32 @@ def main(arguments: Sequence[str]) -> int:
 def gather() -> dict[str, Any]:
     """Everything that ``info`` shows, as plain values.
 
-    Keys: ``rlhf_lightning``, ``python``, ``system``, ``cpu_threads``, ``packages`` (name to version, None where it is
-    not installed), ``cuda`` (what torch was built with, None for a CPU build), ``gpus`` (their names), and
-    ``operators``, see ``ops.extension.status``.
+    Keys: ``rlhf_lightning``, ``python``, ``system``, ``cpu_threads``, ``cpu_bf16`` (what this CPU
+    has for products of bfloat16, None where torch cannot tell), ``packages`` (name to version, None where it is not
+    installed), ``cuda`` (what torch was built with, None for a CPU build), ``gpus`` (their names), and ``operators``,
+    see ``ops.extension.status``.
     """
     return {
         "rlhf_lightning": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_threads": torch.get_num_threads(),
+        "cpu_bf16": _bf16_products(),
         "packages": {"torch": torch.__version__, **{name: _version(name) for name in _PACKAGES}},
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "operators": extension.status(),
     }
+
+
+def _bf16_products() -> list[str] | None:
+    """Without them products of bfloat16 are converted first, and slower than float32's."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if capabilities is None:
+        return None
+    found = capabilities()
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
+    return [shown for name, shown in names.items() if found.get(name)]
 
 
 def _version(package: str) -> str | None:
@@ -63,11 +75,20 @@ def _as_text(gathered: dict[str, Any]) -> str:
     lines = [
         f"rlhf_lightning  {gathered['rlhf_lightning']}",
         f"python          {gathered['python']} on {gathered['system']}, {gathered['cpu_threads']} CPU threads",
+        f"CPU bfloat16    {_bf16_line(gathered['cpu_bf16'])}",
         f"packages        {packages}",
         f"GPUs            {gpus} (torch is built with {'CUDA ' + gathered['cuda'] if gathered['cuda'] else 'no CUDA'})",
         *_operator_lines(gathered["operators"]),
     ]
     return "\n".join(lines)
+
+
+def _bf16_line(products: list[str] | None) -> str:
+    if products is None:
+        return "not told by this version of torch"
+    if not products:
+        return "no products of its own: train with --trainer.precision 32-true"
+    return f"products by {', '.join(products)}: --trainer.precision bf16-mixed uses them"
 
 
 def _operator_lines(status: dict[str, Any]) -> list[str]:
