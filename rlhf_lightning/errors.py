@@ -22,6 +22,14 @@ class TrainingDiverged(RuntimeError):
     """
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch got no memory. On a GPU that is a class of its own; on the CPU the words of a RuntimeError tell."""
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 class CommandParser(argparse.ArgumentParser):
     """An ``ArgumentParser`` that raises `InputError` in one line where the plain one prints its usage and exits.
 

@@ -17,6 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.cli import main
+from rlhf_lightning.models import policy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -289,6 +290,18 @@ def test_a_loss_that_is_nan_exits_with_1_and_saves_nothing(sft: list[str], capsy
         weights = torch.load(path, weights_only=True)["state_dict"]
         assert all(torch.isfinite(weight).all() for weight in weights.values())
     assert not Path("runs/sft/model").exists()
+
+
+def test_memory_that_runs_out_exits_with_1_and_names_the_options(
+    sft: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(policy, "linear_cross_entropy", starved)
+    assert main(["fit", *sft]) == 1
+    told = error_of(capsys)
+    assert "out of memory" in told and "vocabulary 64" in told and "--data.batch_size (4)" in told
 
 
 def test_checkpoints_hold_no_class_and_load_with_weights_only(sft: list[str]) -> None:

@@ -42,7 +42,7 @@ STAGES = {
     "rejection_sampling.yaml": RejectionSamplingModule,
     "online_dpo.yaml": OnlineDPOModule,
 }
-OVERLAYS = ("fsdp.yaml",)
+OVERLAYS = ("fsdp.yaml", "lora.yaml")
 EXPOSED = (
     *STAGES.values(),
     RLHFModule,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from rlhf_lightning import __version__
 from rlhf_lightning.cli.suggestions import did_you_mean
-from rlhf_lightning.errors import InputError, TrainingDiverged
+from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
 from rlhf_lightning.text import printable
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -34,8 +34,8 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0 done; 1 failed (a loss that is not finite, too); 2 the input is at fault, said in one line; 130 and 143 stopped by
-    SIGINT and SIGTERM. Errors that are neither the user's input nor a divergence are ours: they keep their traceback.
+    0 done; 1 failed (also a loss that is not finite, or memory that ran out); 2 the input is at fault, in one line; 130
+    and 143 stopped by SIGINT and SIGTERM. Errors that are none of these are ours: they keep their traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -44,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say_error(error)
         return BAD_INPUT
     except TrainingDiverged as error:
+        _say_error(error)
+        return FAILED
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         _say_error(error)
         return FAILED
     except KeyboardInterrupt:

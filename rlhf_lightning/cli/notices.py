@@ -66,7 +66,9 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
 
 def _sizes(module: RLHFModule) -> str:
     """The parameters of every model, and of how many of them are trained."""
-    sizes = [f"{_millions(_count(module.parameters()))} parameters trained"]
+    trained, own = _count(p for p in module.parameters() if p.requires_grad), _count(module.parameters())
+    rest = f", {_millions(own - trained)} beside them frozen" if trained < own else ""
+    sizes = [f"{_millions(trained)} parameters trained{rest}"]
     for name in ("reference", "reward"):
         frozen = getattr(module, name, None)
         if isinstance(frozen, nn.Module) and (count := _count(frozen.parameters())):

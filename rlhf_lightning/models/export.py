@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import eos_ids, quiet_transformers
+from rlhf_lightning.models.lora import merged
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import full_state_dict
@@ -29,6 +30,8 @@ _NEW_PAD = "<|pad|>"
 
 def export_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write the causal LM (no critic) and the tokenizer: ``AutoModelForCausalLM.from_pretrained(folder)``.
+
+    An adapter is added to the weights, here and in `export_scalar`: the folder needs no peft.
 
     The generation config tells ``generate`` every token that ends a response here.
 
@@ -121,7 +124,8 @@ def _export(
 
 def _model_state(module: Policy | ScalarModel) -> dict[str, Tensor]:
     prefix = "model."
-    return {k.removeprefix(prefix): v for k, v in full_state_dict(module).items() if k.startswith(prefix)}
+    state = {k.removeprefix(prefix): v for k, v in full_state_dict(module).items() if k.startswith(prefix)}
+    return dict(merged(state.items(), module.model))
 
 
 def _with_own_configs(model: PreTrainedModel) -> PreTrainedModel:

@@ -6,9 +6,11 @@ parameters (FSDP2), so nothing outside may touch ``policy.model``'s weights to c
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +23,8 @@ from transformers.utils import ModelOutput
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.layers import decoder_layers, embedding_weight, linear_in_full_precision
 from rlhf_lightning.models.loading import draw_head
+from rlhf_lightning.models.lora import adapter_off
+from rlhf_lightning.models.passes import note
 from rlhf_lightning.models.positions import response_mask
 from rlhf_lightning.ops.linear_cross_entropy import linear_cross_entropy
 from rlhf_lightning.ops.linear_token_log_probs import linear_token_log_probs
@@ -36,6 +40,9 @@ class TokenScores(NamedTuple):
     log_probs: Tensor  # [B, T] nats, of softmax(logits / temperature) at the tokens
     entropy: Tensor  # [B, T] nats, of the same distribution
     values: Tensor | None  # [B, T + 1] the critic before each token, and after the last; None without a critic
+
+
+Reference = Callable[..., TokenScores]  # called as a policy: a frozen one, or the trained one without its adapter
 
 
 class Policy(nn.Module):
@@ -84,7 +91,15 @@ class Policy(nn.Module):
         assert isinstance(trunk, PreTrainedModel)
         return trunk
 
-    def forward(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, temperature: float = 1.0) -> TokenScores:
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        prompt_lengths: Tensor,
+        temperature: float = 1.0,
+        *,
+        adapted: bool = True,
+    ) -> TokenScores:
         """Log-probs, entropies and values at response positions; the LM head never runs on prompt positions.
 
         Args:
@@ -92,6 +107,7 @@ class Policy(nn.Module):
             lengths: ``[B]`` int64, prompt + response.
             prompt_lengths: ``[B]`` int64, at least 1.
             temperature: logits are divided by it.
+            adapted: False: as the model was loaded, with its adapter switched off, and without a critic.
 
         Returns: ``TokenScores``, T the longest response.
 
@@ -101,10 +117,11 @@ class Policy(nn.Module):
         mask = response_mask(prompt_lengths, lengths)
         rows, slots = mask.nonzero(as_tuple=True)
         columns = prompt_lengths[rows] - 1 + slots
-        below, last = self._states(tokens)
+        with contextlib.nullcontext() if adapted else adapter_off(self):
+            below, last = self._states(tokens)
         log_probs, entropy = self._score(last[rows, columns], tokens[rows, columns + 1], temperature)
         values = None
-        if self.critic_head is not None:
+        if self.critic_head is not None and adapted:
             states = last if self.branch is None else self._branch_states(below)
             # One state more than there are response tokens: a truncated response is bootstrapped from the one after.
             known = response_mask(prompt_lengths, lengths + 1)
@@ -163,6 +180,7 @@ class Policy(nn.Module):
         assert not (self.training and self.model.is_gradient_checkpointing), (
             "checkpointed layers drop the cache: eval()"
         )
+        note(self.model, tokens)
         arguments = {"position_ids": positions} if self._trunk_takes_positions else {}
         states = self._trunk(
             input_ids=tokens, past_key_values=cache, use_cache=True, **arguments, **attention
@@ -173,6 +191,7 @@ class Policy(nn.Module):
 
     def generate(self, tokens: Tensor, **options: Any) -> Tensor:
         """Transformers' own ``generate``, for models whose caches it alone knows: ``[B, P]`` -> ``[B, P + T]``."""
+        note(self.model, tokens)
         generate: Any = self.model.generate
         generated = generate(tokens, **options)
         assert isinstance(generated, Tensor)
@@ -206,6 +225,7 @@ class Policy(nn.Module):
         No attention mask: in a causal model the real tokens of a right-padded row never see the padding after them, and
         without a mask the attention kernels take their fast causal path.
         """
+        note(self.model, tokens)
         output = self._trunk(
             input_ids=tokens, use_cache=False, output_hidden_states=self.branch is not None, **self._positions(tokens)
         )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.layers import linear_in_full_precision
+from rlhf_lightning.models.passes import note
 
 
 class ScalarModel(nn.Module):
@@ -40,6 +41,7 @@ class ScalarModel(nn.Module):
             lengths: int64; positions from there on are 0.
             normalise: False gives the raw scores, the ones that stock transformers gives.
         """
+        note(self.model, tokens)
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         positions = {"position_ids": places} if self._takes_positions else {}
         states = self.model.base_model(input_ids=tokens, use_cache=False, **positions).last_hidden_state

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from rlhf_lightning.models.layers import decoder_layers
+from rlhf_lightning.models.lora import merged
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
 
@@ -63,11 +64,12 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 def gathered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter's name and whole tensor, one after the other, so that never more than one is held besides.
 
-    A collective where the module is sharded: every process goes through all of them.
+    An adapter is added to the weights beside it, whose names are those without one. A collective where the module is
+    sharded: every process goes through all of them.
     """
-    for name, parameter in module.named_parameters():
-        tensor = parameter.detach()
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    parameters = ((name, parameter.detach()) for name, parameter in module.named_parameters())
+    whole = ((name, t.full_tensor() if isinstance(t, DTensor) else t) for name, t in parameters)
+    yield from merged(whole, module)
 
 
 def most_anywhere(count: int, mesh: DeviceMesh) -> int:

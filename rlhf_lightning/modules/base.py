@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import restricted_number_type
+from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch, Rollout, View
 from rlhf_lightning.distributed import FSDP2Strategy, failing_together
@@ -24,9 +27,11 @@ from rlhf_lightning.models.loading import (
     load_scalar_model,
     load_tokenizer,
 )
-from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.lora import add_adapter
+from rlhf_lightning.models.policy import Policy, Reference
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.modules.memory import ExplainMemory
 from rlhf_lightning.modules.optimisation import OptimisedModule
 from rlhf_lightning.modules.totals import Totals
 from rlhf_lightning.rollout.engine import RolloutEngine, Sampling
@@ -43,7 +48,14 @@ class RLHFModule(OptimisedModule):
         model: folder (or hub id) of the model to train.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         trust_remote_code: let transformers run Python code that comes with the model.
+        lora_rank: train low-rank adapters of this rank instead of the weights (LoRA); None trains all weights. A head
+            that gives scores or values is trained too. Checkpoints hold what is trained, and resume from the same
+            ``model``; exported models have the adapter added to their weights.
+        lora_alpha: the adapters' output is scaled by lora_alpha / lora_rank; None takes twice the rank.
+        lora_targets: endings of the names of the layers to adapt (``q_proj``); None: all linear layers but the head.
         kwargs: the optimizer's options, see `OptimisedModule`.
+
+    Raises: InputError when options contradict each other.
     """
 
     automatic = True  # automatic optimisation; PPO turns it off
@@ -63,9 +75,16 @@ class RLHFModule(OptimisedModule):
         model: str,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
+        lora_rank: PositiveInt | None = None,
+        lora_alpha: PositiveFloat | None = None,
+        lora_targets: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        for name, value in (("lora_alpha", lora_alpha), ("lora_targets", lora_targets)):
+            if value is not None and lora_rank is None:
+                raise InputError(f"model.{name}: {value} has no meaning without model.lora_rank; set both, or none")
+        self.lora_rank, self.lora_alpha, self.lora_targets = lora_rank, lora_alpha, lora_targets
         self.automatic_optimization = self.automatic
         self.model = model
         self.gradient_checkpointing = gradient_checkpointing
@@ -95,6 +114,10 @@ class RLHFModule(OptimisedModule):
         self.tokenizer = given if given is not None else load_tokenizer(self.model, self.trust_remote_code)
         self._handed_over = None  # a checkpoint may be loaded next
 
+    def configure_callbacks(self) -> list[Callback]:
+        """What explains the memory that a pass did not get."""
+        return [ExplainMemory()]
+
     def build_policy(self, folder: str, critic: Literal["head"] | int | None = None, frozen: bool = False) -> Policy:
         """Load a policy, shard it where the strategy does, and ready it for training, or freeze it.
 
@@ -103,6 +126,8 @@ class RLHFModule(OptimisedModule):
         model = load_causal_lm(folder, trust_remote_code=self.trust_remote_code)
         check_vocabularies(self.tokenizer, model, folder)
         check_length(model, self.longest_sequence(sampled=True), folder)
+        if not frozen:
+            self._add_adapter(model)
         with torch.device("cpu"):  # its checks run the model where it is; Lightning's default device is another
             policy = Policy(model, critic)
         return self._prepare(policy, frozen)
@@ -112,7 +137,25 @@ class RLHFModule(OptimisedModule):
         model = load_scalar_model(folder, fresh_head=fresh_head, seed=seed, trust_remote_code=self.trust_remote_code)
         check_vocabularies(self.tokenizer, model, folder)
         check_length(model, self.longest_sequence(sampled=self.data_view.kind == "prompts"), folder)
+        if not frozen:
+            self._add_adapter(model)
+            model.score.requires_grad_(True)
         return self._prepare(ScalarModel(model), frozen)
+
+    def build_reference(self, folder: str | None) -> Reference:
+        """What a KL or a log-ratio is measured against; keep it with `keep_frozen`.
+
+        The frozen model in ``folder``. None: the trained one as it is at the start, which under LoRA is the policy with
+        its adapter switched off, so that no second copy of the weights is held.
+        """
+        if folder is None and self.lora_rank is not None:
+            assert self.policy is not None
+            return partial(self.policy, adapted=False)
+        return self.build_policy(folder or self.model, frozen=True)
+
+    def _add_adapter(self, model: PreTrainedModel) -> None:
+        if self.lora_rank is not None:
+            add_adapter(model, self.lora_rank, self.lora_alpha or 2.0 * self.lora_rank, self.lora_targets, self.seed)
 
     def longest_sequence(self, sampled: bool) -> int:
         """Tokens of the longest sequence in the data, or to be sampled; 0 where the data cannot tell."""
@@ -133,9 +176,40 @@ class RLHFModule(OptimisedModule):
             built = self.trainer.precision_plugin.convert_module(built).to(self.trainer.strategy.root_device)
         return built
 
-    def keep_frozen(self, name: str, module: nn.Module | None) -> None:
+    def keep_frozen(self, name: str, module: nn.Module | Reference | None) -> None:
         """Set an attribute outside the module tree: it is in no checkpoint, no optimizer and no gradient reduction."""
         object.__setattr__(self, name, module)
+
+    # What a checkpoint holds
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """All weights; under LoRA those that are trained, because the others are in ``model``'s folder."""
+        state = super().state_dict(*args, **kwargs)
+        for name in self._loaded_from_folders() & state.keys():
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The counterpart of `state_dict`.
+
+        Raises:
+            InputError: under LoRA, the checkpoint's adapters are of other layers.
+            RuntimeError: the checkpoint is of another model.
+        """
+        expected = self._loaded_from_folders()
+        keys = super().load_state_dict(state_dict, strict=strict and not expected, assign=assign)
+        wrong = [*sorted(set(keys.missing_keys) - expected), *keys.unexpected_keys]
+        if strict and wrong:
+            raise InputError(
+                f"the checkpoint does not fit the model ({wrong[0]}): resume with the lora_rank, lora_targets and "
+                "other options that it was made with"
+            )
+        return keys
+
+    def _loaded_from_folders(self) -> set[str]:
+        if self.lora_rank is None:
+            return set()
+        return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
     # Measuring
 
@@ -215,6 +289,7 @@ class RLHFModule(OptimisedModule):
             self.engine.receive(self.policy)
             self._handed_over = self.trainer.global_step
         sampling = Sampling(iteration=iteration, **{**options, **overrides})
+        self._report_tokens(0, sampling.max_new_tokens)
         with failing_together():
             try:
                 return self.engine.rollout(self.policy, prompts, self.tokenizer, sampling, self._report_tokens)

@@ -15,7 +15,7 @@ from rlhf_lightning.algorithms.losses import PreferenceLoss, negative_log_likeli
 from rlhf_lightning.batches import PreferenceBatch, View
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
-from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.policy import Reference
 from rlhf_lightning.models.positions import response_mask
 from rlhf_lightning.modules.base import LabelSmoothing
 from rlhf_lightning.modules.pairs import as_rows, weighted_sum
@@ -74,7 +74,7 @@ class DPOModule(PolicyModule):
         self.loss = loss
         self.label_smoothing = label_smoothing
         self.sft_coef = sft_coef
-        self.reference: Policy | None
+        self.reference: Reference | None
         self.keep_frozen("reference", None)
 
     def configure_model(self) -> None:
@@ -91,7 +91,7 @@ class DPOModule(PolicyModule):
             raise InputError(
                 f"model.reference: {folder} has another vocabulary than {self.model}; give one with the same"
             )
-        self.keep_frozen("reference", self.build_policy(folder, frozen=True))
+        self.keep_frozen("reference", self.build_reference(self.reference_folder))
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the pairs' losses."""

@@ -19,7 +19,7 @@ from rlhf_lightning.batches import PromptBatch, Rollout, micro_batches
 from rlhf_lightning.distributed import all_reduce_max, failing_together
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
-from rlhf_lightning.models.policy import Policy, TokenScores
+from rlhf_lightning.models.policy import Reference, TokenScores
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.rewards.base import Reward, check_scores
 from rlhf_lightning.rollout.best_of import best_responses
@@ -41,7 +41,7 @@ class SamplingModule(RLHFModule):
         model: folder (or hub id) of the policy to train.
         reward: what scores a response; None where a subclass's ``score`` needs none.
         reference: folder of the frozen model that the KL is measured against; None takes ``model`` as it is at the
-            start.
+            start; under LoRA that is the policy with its adapter switched off, with no weights of its own.
         max_new_tokens: response tokens at most.
         temperature: of sampling, and of every log-prob that is trained on or measured.
         top_k: sample from the k most probable tokens only; 0 from all. Log-probs stay those of the full distribution.
@@ -56,7 +56,7 @@ class SamplingModule(RLHFModule):
 
     automatic = False
     reward: Reward | None  # both frozen, and kept out of the module tree
-    reference: Policy
+    reference: Reference
     trunk_critic: Literal["head"] | int | None = None  # a critic that shares the policy's trunk
 
     def __init__(
@@ -98,7 +98,7 @@ class SamplingModule(RLHFModule):
         if self.policy is not None:
             return
         self.policy = self.build_policy(self.model, critic=self.trunk_critic)
-        self.keep_frozen("reference", self.build_policy(self.reference_folder or self.model, frozen=True))
+        self.keep_frozen("reference", self.build_reference(self.reference_folder))
         if self.reward is not None:
             mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
             self.reward.prepare(self.tokenizer, self.trainer.strategy.root_device, mesh)

@@ -11,7 +11,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 
 from rlhf_lightning.batches import PromptBatch
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, out_of_memory
 from rlhf_lightning.models.policy import Policy, nearly_equal
 from rlhf_lightning.models.sharding import unsharded
 from rlhf_lightning.rollout.cache import SlotCache, slot_attention_in
@@ -101,6 +101,8 @@ def check_decodes(policy: Policy) -> None:
                 found.append(policy.decode(tokens[:, now], positions[:, now], cache.step(1, place + 1), slots=cache))
     # Whatever a model does with a cache that it does not expect.
     except Exception as error:
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name}: this library's decode loop cannot run it ({reason}); {advice}") from error
     got = torch.cat(found).log_softmax(dim=1).gather(1, tokens[0, 2:, None])[:, 0]

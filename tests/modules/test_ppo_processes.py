@@ -15,6 +15,7 @@ KINDS = {
     "own-critic": {"critic": "model"},
     "head": {"critic": "head"},
     "branch": {"critic": 1},
+    "lora": {"critic": "head", "lora_rank": 4},
     "one-row": {"minibatches": 1},  # fewer prompts than processes, in training and in the last batch of validation
 }
 ROWS = {"one-row": 1}  # of an iteration; else 5: two processes have three and two

@@ -37,7 +37,9 @@ class CrashAfter(Callback):
 
 
 def fit(kind: str, folder: Path, run: Path, *callbacks: Callback, **options: object) -> tuple[dict, RLHFModule]:
-    module = MODULES[kind](str(folder), learning_rate=0.01, schedule="linear", warmup_steps=2)
+    kind, _, adapter = kind.partition("-")
+    lora = {"lora_rank": 4} if adapter else {}
+    module = MODULES[kind](str(folder), learning_rate=0.01, schedule="linear", warmup_steps=2, **lora)
     resume = options.pop("ckpt_path", None)
     data = SmallData(folder, BATCHES, held_out=bool(options.pop("held_out", False)))
     settings = {
@@ -115,7 +117,7 @@ def test_resume_with_the_real_data_and_validation(crash_after: int, tiny_policy_
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("kind", ["reward_model", "dpo"])
+@pytest.mark.parametrize("kind", ["reward_model", "dpo", "dpo-lora"])
 def test_resume_under_fsdp2_from_a_folder_of_shards(kind: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
     try:
         expected, _ = fit(kind, tiny_policy_dir, tmp_path / "straight", strategy="fsdp2")

@@ -11,7 +11,7 @@ from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
 
-MODULES = {"sft": SFTModule, "reward_model": RewardModelModule, "dpo": DPOModule}
+MODULES = {"sft": SFTModule, "reward_model": RewardModelModule, "dpo": DPOModule, "dpo-lora": DPOModule}
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:

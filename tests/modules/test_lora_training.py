@@ -1,0 +1,151 @@
+"""Training adapters: what moves, what is held, what a checkpoint has, the reference without weights of its own."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ppo_harness import fit, make_module
+from small_data import SmallData, train
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.models.lora import adapted_layers
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.reward_model import RewardModelModule
+from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.rewards import ModelReward
+
+LORA = {"lora_rank": 2, "learning_rate": 0.02}
+BATCHES = [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+
+
+def weights_at_the_start(folder: Path) -> dict[str, Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def check_moved(module: Any, start: dict[str, Tensor], head: str | None = None) -> None:
+    """The loaded weights are as they were; every B and the head that is trained beside it have moved."""
+    trained = module.policy if module.policy is not None else module.scalar
+    state = {name.replace(".base_layer.", "."): value for name, value in trained.model.state_dict().items()}
+    for name, value in start.items():
+        if name in state:
+            assert torch.equal(state[name], value), name
+    moved = [p for name, p in trained.named_parameters() if ".lora_B." in name]
+    assert len(moved) == 14 and all(bool((p != 0).any()) for p in moved)
+    names = {name for name, p in trained.named_parameters() if p.requires_grad and ".lora_" not in name}
+    assert names == ({head} if head else set())
+
+
+def test_sft_moves_the_adapter_alone(tiny_policy_dir: Path) -> None:
+    module = SFTModule(str(tiny_policy_dir), **LORA)
+    train(module, SmallData(tiny_policy_dir, BATCHES))
+    check_moved(module, weights_at_the_start(tiny_policy_dir))
+    assert all(layer.scaling == {"default": 2.0} for layer in adapted_layers(module.policy).values())
+
+
+def test_a_reward_model_moves_its_adapter_and_head(tiny_policy_dir: Path) -> None:
+    module = RewardModelModule(str(tiny_policy_dir), lora_alpha=8.0, **LORA)
+    train(module, SmallData(tiny_policy_dir, BATCHES))
+    check_moved(module, weights_at_the_start(tiny_policy_dir), "model.score.weight")
+    assert all(layer.scaling == {"default": 4.0} for layer in adapted_layers(module.scalar).values())
+
+
+def test_dpo_with_the_adapter_switched_off_is_dpo_with_a_frozen_copy(tiny_policy_dir: Path) -> None:
+    trained, metrics = [], []
+    for reference in (None, str(tiny_policy_dir)):
+        module = DPOModule(str(tiny_policy_dir), reference=reference, beta=0.5, **LORA)
+        trained.append(train(module, SmallData(tiny_policy_dir, BATCHES, held_out=True)))
+        logged = module.trainer.callback_metrics
+        metrics.append({name: float(value) for name, value in logged.items() if "per_second" not in name})
+        check_moved(module, weights_at_the_start(tiny_policy_dir))
+    assert metrics[0] == metrics[1] and metrics[0]["val/margin"] != 0.0
+    assert all(torch.equal(trained[1][name], value) for name, value in trained[0].items())
+
+
+@pytest.mark.parametrize("critic", ["model", "head", 1])
+def test_ppo_with_the_adapter_switched_off_is_ppo_with_a_frozen_copy(
+    critic: object, tiny_policy_dir: Path, tiny_reward_dir: Path
+) -> None:
+    runs = []
+    for reference in (None, str(tiny_policy_dir)):
+        options = {"critic": critic, "iterations": 2, "minibatches": 2, "reference": reference, **LORA}
+        module = make_module(tiny_policy_dir, ModelReward(str(tiny_reward_dir)), **options)
+        fit(module)
+        runs.append(module)
+    first, second = runs
+    for name in ("objective/kl", "objective/entropy", "policy/approxkl", "policy/grad_norm"):
+        assert [m[name] for m in first.logged] == [m[name] for m in second.logged], name
+    assert first.logged[1]["objective/kl"] != 0.0
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+    frozen = Policy(load_causal_lm(tiny_policy_dir))
+    rollout = first.rollouts[-1]
+    with torch.no_grad():
+        inputs = rollout.tokens, rollout.lengths, rollout.prompt_lengths
+        assert torch.equal(first.reference(*inputs).log_probs, frozen(*inputs).log_probs)
+    trained = {name for name, p in first.named_parameters() if p.requires_grad and ".lora_" not in name}
+    heads = (
+        {"critic.model.score.weight"} if critic == "model" else {f"policy.critic_head.{x}" for x in ("weight", "bias")}
+    )
+    assert trained == heads
+
+
+def parameters_alive() -> int:
+    gc.collect()
+    return sum(x.numel() for x in gc.get_objects() if type(x) is nn.Parameter)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+def test_no_second_copy_of_the_weights_is_held(kind: str, tiny_policy_dir: Path) -> None:
+    size = sum(p.numel() for p in load_causal_lm(tiny_policy_dir).parameters())
+    before = parameters_alive()
+    if kind == "dpo":
+        module = DPOModule(str(tiny_policy_dir), **LORA)
+        train(module, SmallData(tiny_policy_dir, BATCHES[:1]))
+    else:
+        module = make_module(tiny_policy_dir, critic="head", **LORA)
+        fit(module)
+    held = parameters_alive() - before
+    own = sum(p.numel() for p in module.parameters())
+    assert size < own < 1.2 * size
+    assert held == own
+    moments = module.trainer.optimizers[0].state_dict()["state"].values()
+    assert sum(state["exp_avg"].numel() for state in moments) == sum(
+        p.numel() for p in module.parameters() if p.requires_grad
+    )
+
+
+def fit_saved(folder: Path, run: Path, steps: int, resume: Path | None = None, **options: Any) -> DPOModule:
+    module = DPOModule(str(folder), beta=0.5, **{**LORA, **options})
+    callbacks = [RunCheckpoint(every_n_batches=1, keep=9)]
+    data = SmallData(folder, BATCHES * 2)
+    settings = {"default_root_dir": run, "callbacks": callbacks, "enable_checkpointing": True, "max_steps": steps}
+    train(module, data, ckpt_path=None if resume is None else str(resume), **settings)
+    return module
+
+
+def test_a_checkpoint_holds_what_is_trained_and_resumes_bit_for_bit(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    straight = fit_saved(tiny_policy_dir, tmp_path / "straight", 5)
+    fit_saved(tiny_policy_dir, tmp_path / "broken", 2)
+    checkpoint = latest(tmp_path / "broken" / "checkpoints")
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert saved.keys() == {name for name, p in straight.named_parameters() if p.requires_grad}
+    resumed = fit_saved(tiny_policy_dir, tmp_path / "broken", 5, checkpoint)
+    for (name, got), expected in zip(resumed.named_parameters(), straight.parameters(), strict=True):
+        assert torch.equal(got, expected), name
+    with pytest.raises(InputError, match=r"the checkpoint does not fit the model \(policy.*lora_targets"):
+        fit_saved(tiny_policy_dir, tmp_path / "other", 5, checkpoint, lora_targets=["q_proj"])
+
+
+def test_options_of_adapters_need_a_rank(tiny_policy_dir: Path) -> None:
+    for name, value in (("lora_alpha", 8.0), ("lora_targets", ["q_proj"])):
+        with pytest.raises(InputError, match=f"model.{name}: .* has no meaning without model.lora_rank"):
+            SFTModule(str(tiny_policy_dir), **{name: value})

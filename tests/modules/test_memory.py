@@ -1,0 +1,101 @@
+"""Memory that runs out: the error names the sizes of the pass and the options, whatever the module and the pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ppo_harness import fit, make_module
+from small_data import SmallData, train
+from torch import nn
+
+from rlhf_lightning.errors import out_of_memory
+from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.reward_model import RewardModelModule
+from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.rewards import ModelReward
+
+ROWS = [[0, 1, 2]]
+
+
+def starve(model: nn.Module, after: int = 0, grad: bool | None = None) -> None:
+    """The trunk's pass number ``after`` (of those with a gradient, or without one) gets no memory."""
+    trunk, passes = model.base_model, []
+    forward = trunk.forward
+
+    def starved(*args: Any, **kwargs: Any) -> Any:
+        if grad is None or torch.is_grad_enabled() == grad:
+            passes.append(1)
+        if len(passes) > after:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(*args, **kwargs)
+
+    trunk.forward = starved
+
+
+@pytest.mark.parametrize(("cls", "rows"), [(SFTModule, 3), (DPOModule, 6), (RewardModelModule, 6)])
+def test_offline_modules_name_their_batch(cls: type, rows: int, tiny_policy_dir: Path) -> None:
+    class Starved(cls):
+        def configure_model(self) -> None:
+            super().configure_model()
+            starve((self.policy or self.scalar).model)
+
+    module, data = Starved(str(tiny_policy_dir)), SmallData(tiny_policy_dir, ROWS)
+    data.batch_size, data.batch_tokens = 3, 512
+    with pytest.raises(torch.OutOfMemoryError) as told:
+        train(module, data)
+    words = str(told.value)
+    width = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in data.pairs[:3])
+    if cls is SFTModule:
+        width = max(len(pair.prompt) + len(pair.chosen) for pair in data.pairs[:3])
+    assert f"the last forward pass was of {rows} rows x {width} tokens, vocabulary 64, float32" in words
+    assert "--data.batch_tokens (512) or --data.batch_size (3)" in words
+    assert "--model.gradient_checkpointing true" in words and "Tried to allocate 2.00 GiB" in words
+
+
+@pytest.mark.parametrize(
+    ("phase", "knobs"),
+    [
+        ("rollout", ["in rollout", "--data.batch_size", "--model.max_new_tokens (6)"]),
+        ("score", ["in score", "--model.micro_batch_tokens (64)"]),
+        ("update", ["in update", "--model.micro_batch_tokens (64)", "--model.gradient_checkpointing true"]),
+        ("reward", ["--model.micro_batch_tokens (64)", "lower micro_batch_tokens of the reward model"]),
+    ],
+)
+def test_ppo_names_the_part_of_the_step_and_its_options(
+    phase: str, knobs: list[str], tiny_policy_dir: Path, tiny_reward_dir: Path
+) -> None:
+    module = make_module(tiny_policy_dir, ModelReward(str(tiny_reward_dir)), critic="head")
+    build, generate, evaluate = module.configure_model, module.generate, module.evaluate
+
+    def configured() -> None:
+        build()
+        if phase == "update":
+            starve(module.policy.model, grad=True)
+        if phase == "reward":
+            starve(module.reward.scalar.model)
+
+    def starving(pass_name: str, stock: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if phase == pass_name:
+                starve(module.policy.model, after=1)
+            return stock(*args, **kwargs)
+
+        return run
+
+    module.configure_model = configured
+    module.generate, module.evaluate = starving("rollout", generate), starving("score", evaluate)
+    with pytest.raises(torch.OutOfMemoryError) as told:
+        fit(module)
+    words = str(told.value)
+    assert all(knob in words for knob in knobs), words
+    assert " rows x " in words and "vocabulary 64, float32" in words
+
+
+def test_the_cpus_own_error_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as told:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert out_of_memory(told.value)
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
