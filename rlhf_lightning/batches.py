@@ -81,6 +81,21 @@ class DemonstrationBatch(_Batch):
         """[B, S] bool, True on real tokens."""
         return length_mask(self.lengths, self.tokens.shape[1])
 
+    @property
+    def response_weights(self) -> Tensor:
+        """[B, T] float32, how much each response token counts: its row's weight, and 0 past the end."""
+        steps = self.lengths - self.prompt_lengths
+        return length_mask(steps, int(steps.max())) * self.weights[:, None]
+
+    def take(self, rows: Tensor) -> DemonstrationBatch:
+        """The given rows, cut to the longest of them."""
+        return DemonstrationBatch(
+            tokens=self.tokens[rows, : int(self.lengths[rows].max())],
+            lengths=self.lengths[rows],
+            prompt_lengths=self.prompt_lengths[rows],
+            weights=self.weights[rows],
+        )
+
 
 @dataclass
 class PreferenceBatch(_Batch):
@@ -105,12 +120,15 @@ class PromptBatch(_Batch):
     weights: Tensor  # [B] float32; 0 marks a filler row
     prompts: list[str]  # B raw prompts as the user wrote them (chat prompts: the last user message)
     columns: dict[str, list[Any]]  # the rows' other columns, each a list of B; handed to reward functions by name
+    # B rows, what people answered to the same prompts: an empty response of weight 0 where the data has none
+    demonstrations: DemonstrationBatch | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def repeat(self, times: int) -> PromptBatch:
         """Every prompt ``times`` times in a row; copy k of row r is numbered ``r * times + k``, so each draws its own.
+        Demonstrations are left behind.
 
         ``[B]`` rows -> ``[B * times]`` rows.
         """
@@ -179,3 +197,5 @@ class View:
 
     kind: Literal["demonstrations", "pairs", "prompts"]
     steps: int | None = None  # prompts only: serve this many batches, going round the prompts; None: each row once
+    # prompts only: beside them, the best response that their rows have, where they have any
+    demonstrations: Literal["none", "held_out", "all"] = "none"

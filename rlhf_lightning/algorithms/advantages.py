@@ -106,6 +106,21 @@ def varied_groups(scores: Tensor, group_size: int) -> Tensor:
     return (groups.amax(dim=1) > groups.amin(dim=1)).repeat_interleave(group_size)
 
 
+def length_adaptive_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, alpha: float) -> Tensor:
+    """GAE with ``lambda = 1 - 1 / (alpha * l)`` in a row of l steps, and 0 where that is negative.
+
+    Lambda's weights then reach about ``alpha * l`` steps far in short and in long responses alike: length-adaptive GAE,
+    Yue et al. 2025, arXiv 2504.05118, who take 0.05 for responses of thousands of tokens. Arguments but ``alpha`` and
+    the result as `ops.gae`'s.
+    """
+    steps = mask.sum(dim=1)
+    advantages = torch.zeros_like(rewards)
+    for length in steps.unique().tolist():
+        rows, lam = steps == length, max(0.0, 1.0 - 1.0 / (alpha * max(length, 1)))
+        advantages[rows] = gae(rewards[rows], values[rows], mask[rows], gamma, lam)[0].to(advantages.dtype)
+    return advantages
+
+
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
     """``1 - Var(returns - values) / Var(returns)`` over the counted entries; 1 is a perfect critic, 0 a constant one.
 

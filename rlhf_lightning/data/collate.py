@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from rlhf_lightning.data.tokenization import Example, Kind
 Batch = DemonstrationBatch | PreferenceBatch | PromptBatch
 
 
-def collate(examples: Sequence[Example], kind: Kind, pad_id: int, columns: Sequence[str] = ()) -> Batch:
-    """One batch of ``B = len(examples)`` rows; ``columns`` names the columns that a prompt batch carries."""
+def collate(
+    examples: Sequence[Example], kind: Kind, pad_id: int, columns: Sequence[str] = (), demonstrations: bool = False
+) -> Batch:
+    """One batch of ``B = len(examples)`` rows; ``columns`` names the columns that a prompt batch carries, and
+    ``demonstrations`` says whether it carries the rows' responses."""
     if kind == "pairs":
         return PreferenceBatch(
             chosen=_side(examples, 0, pad_id),
@@ -33,6 +37,7 @@ def collate(examples: Sequence[Example], kind: Kind, pad_id: int, columns: Seque
         weights=_weights(examples),
         prompts=[example.record.text for example in examples],
         columns={name: [example.record.columns.get(name) for example in examples] for name in columns},
+        demonstrations=_demonstrations(examples, pad_id) if demonstrations else None,
     )
 
 
@@ -42,6 +47,13 @@ def column_names(examples: Sequence[Example]) -> list[str]:
     for example in examples:
         names.update(example.record.columns)
     return sorted(names)
+
+
+def _demonstrations(examples: Sequence[Example], pad_id: int) -> DemonstrationBatch:
+    """The responses of prompts, where they have one; an empty one of weight 0 keeps the row's place."""
+    empty = torch.zeros(0, dtype=torch.int32)
+    filled = [e if e.responses else replace(e, responses=(empty,), weight=0.0) for e in examples]
+    return _side(filled, 0, pad_id)
 
 
 def _side(examples: Sequence[Example], side: int, pad_id: int) -> DemonstrationBatch:

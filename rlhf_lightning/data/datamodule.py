@@ -146,12 +146,18 @@ class PreferenceDataModule(LightningDataModule):
         else:
             train, rest = split_by_prompt(records.rows, self.validation_fraction, self.seed)
             records, held_out = replace(records, rows=train), replace(records, rows=rest)
-        self.train = self._encode(encoder, records, "train on") if stage == "fit" else []
+        learnt, watched = view.demonstrations == "all", view.demonstrations != "none"
+        self.train = self._encode(encoder, records, "train on", learnt) if stage == "fit" else []
         wanted = self.val_path is not None or self.validation_fraction > 0
-        self.held_out = self._encode(encoder, held_out, "validate on") if wanted else []
+        self.held_out = self._encode(encoder, held_out, "validate on", watched) if wanted else []
+        if learnt and stage == "fit" and not any(example.responses for example in self.train):
+            raise InputError(
+                f"{', '.join(records.paths)}: no row to train on has a response, and the module learns from "
+                "demonstrations beside its prompts; give rows with 'chosen' or 'completion', or set model.ptx_coef to 0"
+            )
         if stage == "fit":
             self._fingerprint = records.fingerprint()
-            self._encoding = _encoding(self.train)
+            self._encoding = _encoding(self.train, self.kind)
             self._check_resumed()
         rank_zero_info(self.summary())
         return self
@@ -207,8 +213,8 @@ class PreferenceDataModule(LightningDataModule):
             long_responses=self.long_responses,
         )
 
-    def _encode(self, encoder: Encoder, records: Records, purpose: str) -> list[Example]:
-        examples, dropped = encoder.encode(records.rows, self.kind)
+    def _encode(self, encoder: Encoder, records: Records, purpose: str, demonstrations: bool = False) -> list[Example]:
+        examples, dropped = encoder.encode(records.rows, self.kind, demonstrations)
         self.dropped.update(dropped)
         if not examples:
             raise InputError(
@@ -278,11 +284,11 @@ class PreferenceDataModule(LightningDataModule):
         return ", ".join(f"{reason}: {count:,}" for reason, count in sorted(self.dropped.items())) or "nothing dropped"
 
 
-def _encoding(examples: list[Example]) -> str:
-    """Changes when any token of any example changes."""
+def _encoding(examples: list[Example], kind: Kind) -> str:
+    """Changes when any token of any example changes; demonstrations beside prompts may come and go."""
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:
-        for ids in (example.prompt, *example.responses):
+        for ids in (example.prompt, *(() if kind == "prompts" else example.responses)):
             digest.update(len(ids).to_bytes(4, "little") + ids.numpy().tobytes())
     return digest.hexdigest()
 
@@ -301,6 +307,8 @@ class Loader:
         self.bins = [] if stepped else make_bins(self.examples, size, data.batch_tokens)
         self.columns = column_names(data.train + data.held_out)
         self.pad_id = data.pad_id
+        # Whether any of the rows has a response: the same answer on every process, whatever its own rows have.
+        self.demonstrated = data.kind == "prompts" and any(example.responses for example in self.examples)
 
     def __len__(self) -> int:
         """Batches in a whole epoch, also when this one is resumed in its middle."""
@@ -312,7 +320,7 @@ class Loader:
         order = [] if self.steps is not None else self._order(epoch)
         for number in range(start, len(self)):
             batch = [self.examples[i] for i in order[number]] if order else self._stepped(epoch, number)
-            yield collate(share(batch, rank, world), self.data.kind, self.pad_id, self.columns)
+            yield collate(share(batch, rank, world), self.data.kind, self.pad_id, self.columns, self.demonstrated)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the Trainer knows the position. To Lightning, a loader that has this method can resume."""

@@ -32,7 +32,8 @@ class Example:
     """One encoded demonstration, pair or prompt."""
 
     prompt: Tensor  # [prompt tokens] int32
-    responses: tuple[Tensor, ...]  # each [response tokens] int32, EOS included: none, the response, or chosen, rejected
+    # each [response tokens] int32, EOS included: none; the response to imitate; or chosen, rejected
+    responses: tuple[Tensor, ...]
     margin: float
     weight: float
     row: int  # number in the whole set
@@ -90,11 +91,14 @@ class Encoder:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
-    def encode(self, records: Sequence[Record], kind: Kind) -> tuple[list[Example], Counter[str]]:
+    def encode(
+        self, records: Sequence[Record], kind: Kind, demonstrations: bool = False
+    ) -> tuple[list[Example], Counter[str]]:
         """The examples of one kind in the records' order, and what was dropped, by reason.
 
         ``demonstrations``: each record's best response. ``pairs``: every pair. ``prompts``: each distinct prompt once,
-        with the columns of the first row that has it.
+        with the columns of the first row that has it; with ``demonstrations`` also that row's best response, where it
+        has one that is not too long.
 
         Raises:
             InputError: a record without what ``kind`` needs, chat rows without a template, or an over-long text whose
@@ -103,7 +107,7 @@ class Encoder:
         dropped: Counter[str] = Counter()
         if kind == "prompts":
             records = list({record.key: record for record in reversed(records)}.values())[::-1]
-        wanted = [(record, _wanted(record, kind)) for record in records]
+        wanted = [(record, _wanted(record, kind, demonstrations)) for record in records]
         prompts = self._prompt_ids(records, dropped)
         texts = {
             (record.form == "transcript" and self.chat, record.responses[i])
@@ -126,6 +130,10 @@ class Encoder:
                 responses = tuple(encoded[key, record.responses[i]] for i in choice)
                 longest = max(map(len, responses), default=0)
                 if self.max_response_tokens is not None and longest > self.max_response_tokens:
+                    if kind == "prompts":
+                        dropped["demonstration over max_response_tokens, its prompt kept"] += 1
+                        examples.append(Example(prompt, (), record.margin, record.weight, len(examples), record))
+                        continue
                     too_long.append((record, longest))
                     continue
                 examples.append(Example(prompt, responses, record.margin, record.weight, len(examples), record))
@@ -271,10 +279,10 @@ class Encoder:
             )
 
 
-def _wanted(record: Record, kind: Kind) -> tuple[tuple[int, ...], ...]:
+def _wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int, ...], ...]:
     """Which of the record's responses each example takes."""
     if kind == "prompts":
-        return ((),)
+        return ((0,),) if demonstrations and record.responses else ((),)
     if kind == "demonstrations":
         if not record.responses:
             problem = "there is no response to imitate; add key 'completion', or leave the row out"

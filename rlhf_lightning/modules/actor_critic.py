@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any, Literal, cast
 
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rlhf_lightning.batches import Rollout
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, same_vocabulary
 from rlhf_lightning.models.policy import TokenScores
 from rlhf_lightning.models.positions import response_states
@@ -35,7 +37,12 @@ class ActorCriticModule(PolicyGradientModule):
         critic_from: folder of a reward model that the critic starts from; None takes the reward's own model where there
             is one of the same vocabulary, and otherwise the policy's trunk with a fresh head.
         critic_learning_rate: peak learning rate of the critic's own parameters; None takes ``learning_rate``.
+        critic_warmup: iterations at the start in which only the critic's own parameters learn: a policy that follows a
+            critic that knows nothing yet forgets first (value pretraining in Yue et al. 2025, arXiv 2504.05118). They
+            are among ``iterations``, and their optimizer steps among those of the schedule.
         kwargs: the policy's loss, the loop, models, sampling, optimizer: see `PolicyGradientModule`.
+
+    Raises: InputError when the critic's warm-up would leave the policy no iteration.
     """
 
     def __init__(
@@ -45,12 +52,19 @@ class ActorCriticModule(PolicyGradientModule):
         critic: CriticKind | PositiveInt = "model",
         critic_from: str | None = None,
         critic_learning_rate: PositiveFloat | None = None,
+        critic_warmup: NonNegativeInt = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, reward, **kwargs)
+        if critic_warmup >= self.iterations:
+            raise InputError(
+                f"model.critic_warmup: after {critic_warmup} iterations of the critic alone none of the "
+                f"{self.iterations} are left for the policy; raise model.iterations or lower it"
+            )
         self.trunk_critic = None if critic == "model" else cast("Literal['head'] | int", critic)
         self.critic_from = critic_from
         self.critic_learning_rate = critic_learning_rate
+        self.critic_warmup = critic_warmup
         self.critic: ScalarModel | None = None
 
     # ------------------------------------------------------------------ building the models
@@ -84,15 +98,37 @@ class ActorCriticModule(PolicyGradientModule):
         if self.critic_from is not None or head.shape == self.policy.critic_head.weight.shape:
             self.policy.load_critic_head(head / start.reward_std, -start.reward_mean / start.reward_std)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The critic's own parameters with their own learning rate."""
+    def own_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """What is trained of the policy, and of the critic alone; a trunk that they share is the policy's."""
         assert self.policy is not None
         parts = [part for part in (self.critic, self.policy.branch, self.policy.critic_head) if part is not None]
         critic = [p for part in parts for p in part.parameters() if p.requires_grad]
         own = {id(p) for p in critic}
-        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in own]
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in own], critic
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The critic's own parameters with their own learning rate."""
+        policy, critic = self.own_parameters()
         rate = self.critic_learning_rate or self.learning_rate
-        return self.decay_groups(rest, self.learning_rate) + self.decay_groups(critic, rate)
+        return self.decay_groups(policy, self.learning_rate) + self.decay_groups(critic, rate)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """See `OnPolicyModule.on_before_optimizer_step`; while the critic warms up the policy has no gradient.
+
+        None, and not 0: AdamW passes over such parameters, where it would decay others, and count the step. Their state
+        is made all the same, as it is before a first step: a sharded checkpoint must have every parameter's.
+        """
+        if self.iteration < self.critic_warmup:
+            for parameter in self.own_parameters()[0]:
+                parameter.grad = None
+                if parameter not in optimizer.state:
+                    place = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
+                    optimizer.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=place),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        super().on_before_optimizer_step(optimizer)
 
     def networks(self) -> dict[str, nn.Module]:
         """The policy, and a critic that is a model of its own."""

@@ -6,11 +6,12 @@ Shapes: ``B`` rows of this process, ``S`` prompt + response tokens, ``T`` respon
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from rlhf_lightning.batches import DemonstrationBatch
 from rlhf_lightning.models.positions import response_mask
 
 _R = TypeVar("_R", bound="Sampled")
@@ -42,9 +43,12 @@ class Sampled:
         """The given rows, cut to the longest of them: no padding is computed that the group does not need."""
         steps = self.lengths - self.prompt_lengths
         cut = int(steps[rows].max()) - int(steps.max())
-        taken = {}
+        taken: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
+            if not isinstance(value, Tensor):
+                taken[field.name] = None if value is None else value.take(rows)
+                continue
             if field.name == "tokens":
                 value = value[:, : int(self.lengths[rows].max())]
             elif value.dim() == 2:  # T wide, or T + 1
@@ -73,10 +77,20 @@ class CriticExperience(Experience):
     values: Tensor  # [B, T + 1] of the critic before the update
     value_mask: Tensor  # [B, T + 1] bool, the states that the critic is trained on
     returns: Tensor  # [B, T + 1]
+    demonstrations: DemonstrationBatch | None = None  # B rows, to the same prompts; a row of weight 0 has none
+
+    @property
+    def sizes(self) -> Tensor:
+        """See `Experience.sizes`: a row's demonstration goes with it."""
+        return self.lengths if self.demonstrations is None else self.lengths + self.demonstrations.lengths
 
     def uncounted(self) -> CriticExperience:
         """See `Experience.uncounted`."""
-        return replace(super().uncounted(), value_mask=torch.zeros_like(self.value_mask))
+        demonstrations = self.demonstrations
+        if demonstrations is not None:
+            demonstrations = replace(demonstrations, weights=torch.zeros_like(demonstrations.weights))
+        value_mask = torch.zeros_like(self.value_mask)
+        return replace(super().uncounted(), value_mask=value_mask, demonstrations=demonstrations)
 
 
 @dataclass

@@ -80,4 +80,4 @@ class GRPOModule(PolicyGradientModule):
         totals.add("rollout/equal_groups", ~varied, weights > 0)
         if self.dynamic_sampling:
             weights = weights * varied
-        return self.experience(rollout, now, advantages[:, None].expand_as(now.log_probs), weights)
+        return self.experience(rollout, now, advantages[:, None].expand_as(now.log_probs), weights, totals)

@@ -6,11 +6,13 @@ iteration. A method says what it keeps of a rollout (`collect`) and what a micro
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, TypeVar
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,7 +21,6 @@ from rlhf_lightning.batches import PromptBatch, Rollout, View
 from rlhf_lightning.distributed import (
     all_reduce_max,
     all_reduce_sum,
-    failing_together,
     gradient_sync,
     rank,
     scale_grads,
@@ -28,9 +29,10 @@ from rlhf_lightning.distributed import (
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.on_policy_metrics import count_rollout, iteration_metrics
 from rlhf_lightning.modules.sampling import SamplingModule
+from rlhf_lightning.modules.shaping import ScoreShaping
 from rlhf_lightning.modules.totals import Totals
 from rlhf_lightning.randomness import MINIBATCHES, permutation
-from rlhf_lightning.rewards.base import Reward, check_scores
+from rlhf_lightning.rewards.base import Reward
 
 # The iteration number that validation's draws are made under: no training iteration has it.
 _VALIDATION = -1
@@ -65,8 +67,11 @@ class OnPolicyModule(SamplingModule):
         iterations: how often to sample; each time takes ``data.batch_size`` prompts.
         epochs: passes over an iteration's responses.
         minibatches: optimizer steps in a pass.
-        score_clip: bound on the absolute score; None for none.
+        normalise_scores: give the scores mean 0 and variance 1 over all of the training so far, before anything else.
         missing_eos_penalty: taken off the score of a response that did not end by EOS.
+        length_penalty: taken off the score for every response token past ``length_threshold``.
+        length_threshold: response tokens that cost nothing; see `ScoreShaping`.
+        score_clip: bound on the absolute score that is then left; None for none.
         max_grad_norm: clip the gradient norm, of the policy and of a critic of its own each; None for no clipping.
         eval_temperature: of the samples in validation; 0 is greedy, None the training temperature.
         kwargs: models, sampling, optimizer: see `SamplingModule` and `RLHFModule`.
@@ -86,18 +91,23 @@ class OnPolicyModule(SamplingModule):
         iterations: PositiveInt = 100,
         epochs: PositiveInt = 1,
         minibatches: PositiveInt = 1,
-        score_clip: PositiveFloat | None = None,
+        normalise_scores: bool = False,
         missing_eos_penalty: NonNegativeFloat = 0.0,
+        length_penalty: NonNegativeFloat = 0.0,
+        length_threshold: NonNegativeInt = 0,
+        score_clip: PositiveFloat | None = None,
         max_grad_norm: PositiveFloat | None = 1.0,
         eval_temperature: NonNegativeFloat | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, reward, learning_rate=learning_rate, adam_eps=adam_eps, **kwargs)
         self.iterations, self.epochs, self.minibatches = iterations, epochs, minibatches
-        self.score_clip, self.missing_eos_penalty = score_clip, missing_eos_penalty
+        self.shaped = ScoreShaping(
+            normalise_scores, missing_eos_penalty, length_penalty, length_threshold, score_clip, self.max_new_tokens
+        )
         self.max_grad_norm = max_grad_norm
         self.eval_temperature = eval_temperature
-        self.data_view = View("prompts", steps=iterations)
+        self.data_view = View("prompts", steps=iterations, demonstrations="held_out")
         self.iteration = 0  # beside weights and optimizer, what a checkpoint holds; draws are functions of it
 
     @property
@@ -135,10 +145,11 @@ class OnPolicyModule(SamplingModule):
         return self.iterations * self.epochs * self.minibatches
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["on_policy"] = {"iteration": self.iteration}
+        checkpoint["on_policy"] = {"iteration": self.iteration, **self.shaped.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.iteration = checkpoint["on_policy"]["iteration"]
+        self.shaped.load(checkpoint["on_policy"])
 
     # ------------------------------------------------------------------ an iteration
 
@@ -149,17 +160,12 @@ class OnPolicyModule(SamplingModule):
         with self.timed("rollout"):
             rollout = self.generate(batch.repeat(self.group_size), iteration=self.iteration)
         with self.timed("score"):
-            with failing_together():
-                scores = check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score")
+            rollout, scores = self.scored(rollout, totals, self.group_size)
+            self.shaped.observe(scores, rollout.prompts.weights > 0)
             experience = self.collect(rollout, scores, totals)
         with self.timed("update"):
             steps = self.learn(experience, totals)
         self.finish(rollout, scores, totals, steps)
-
-    def shaped(self, scores: Tensor, rollout: Rollout) -> Tensor:
-        """The scores as the algorithm sees them: less the missing-EOS penalty, then clipped; ``[B]``."""
-        scores = scores - self.missing_eos_penalty * rollout.truncated.float()
-        return scores if self.score_clip is None else scores.clamp(-self.score_clip, self.score_clip)
 
     def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Learnable:
         """What stays fixed during the update; the rows of prompt i are ``i * rows_per_prompt`` and those after it."""
@@ -185,8 +191,8 @@ class OnPolicyModule(SamplingModule):
     def learn(self, experience: Learnable, totals: Totals) -> int:
         """``epochs`` passes of ``minibatches`` optimizer steps each; a pass is a fresh permutation of all rows.
 
-        Returns: the steps made, fewer than epochs x minibatches only where `too_far` ended them, or where fewer rows
-            than minibatches have a weight.
+        Returns: the steps made, fewer than epochs x minibatches only where `too_far` ended them, or where a minibatch
+            has nothing that counts: fewer rows with a weight than minibatches, or no token in any of its responses.
         """
         group, world = self.rows_per_prompt, world_size()
         # Prompt i of the iteration lies with process i % world: the minibatches are the same for any number of them.
@@ -200,11 +206,12 @@ class OnPolicyModule(SamplingModule):
         for epoch in range(self.epochs):
             order = counted[permutation(len(counted), self.seed, MINIBATCHES, self.iteration, epoch)]
             for minibatch in torch.tensor_split(order, self.minibatches):
-                if len(minibatch) == 0:
-                    continue
                 prompts = minibatch // group
                 own = (prompts // world * group + minibatch % group)[prompts % world == rank()]
-                if not self.step(experience, own.to(experience.weights.device), totals):
+                own = own.to(experience.weights.device)
+                if not bool(all_reduce_sum(self.counts(experience, own)).any()):
+                    continue  # a step without a loss would still move the weights, by the optimizer's momentum
+                if not self.step(experience, own, totals):
                     return steps
                 steps += 1
         return steps
@@ -214,7 +221,8 @@ class OnPolicyModule(SamplingModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer) and isinstance(scheduler, LRScheduler)
         optimizer.zero_grad()
-        counts = all_reduce_sum(self.counts(experience, rows)).clamp(min=1)
+        counts = all_reduce_sum(self.counts(experience, rows))
+        counts = torch.where(counts > 0, counts, 1)
         moved = Totals()
         for group, counted, last in self.rounds(experience.sizes, rows, "update"):
             micro = experience.take(group)
@@ -254,6 +262,9 @@ class OnPolicyModule(SamplingModule):
         metrics["lr"] = optimizer.param_groups[0]["lr"]
         metrics |= {f"time/{phase}": seconds for phase, seconds in self.phase_seconds.items()}
         metrics["rollout/tokens_per_second"] = metrics.pop("rollout/tokens") / self.phase_seconds["rollout"]
+        if not bool(all_reduce_sum((rollout.prompts.weights > 0).sum())):
+            rank_zero_warn(f"iteration {self.iteration}: the reward left no response to learn from; no step was made")
+            metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
         self.log_dict(metrics)
         self.report_samples(rollout, {"score": scores})
         self.iteration += 1
@@ -263,11 +274,12 @@ class OnPolicyModule(SamplingModule):
         """Held-out prompts, always answered with the same draws, so that two validations differ by the policy alone."""
         temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
         rollout = self.generate(batch, iteration=_VALIDATION, temperature=temperature)
-        with failing_together():
-            scores = check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score")
+        rollout, scores = self.scored(rollout, self.held_out_totals)
         # Greedy samples have no KL: they are of no distribution that log-probs could be taken under.
         now = self.evaluate(rollout, temperature or self.temperature)
         count_rollout(self.held_out_totals, rollout, scores, self.kl_coefficient, now)
+        if batch.demonstrations is not None:
+            self.watch(batch.demonstrations, self.held_out_totals)
         self.report_samples(rollout, {"score": scores})
 
     def _log_held_out(self, stage: str) -> None:
@@ -278,7 +290,10 @@ class OnPolicyModule(SamplingModule):
         self.held_out_totals = Totals()
         prefix = "eval" if stage == "val" else stage
         # The same numbers everywhere already; syncing tells Lightning so.
-        self.log_dict({f"{prefix}/{new}": means[old] for old, new in names.items()}, sync_dist=True)
+        measured = {f"{prefix}/{new}": means[old] for old, new in names.items()}
+        if "demonstrations/loss" in means:
+            measured[f"{prefix}/perplexity"] = math.exp(min(means["demonstrations/loss"], 700.0))
+        self.log_dict(measured, sync_dist=True)
 
     # `test` and `validate` measure the same things, on the split that each names.
     test_step = validation_step

@@ -11,6 +11,7 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, OpenUnitInterval, PositiveFloat
 from torch import Tensor
 
+from rlhf_lightning.algorithms.importance import truncated_importance_weights
 from rlhf_lightning.algorithms.kl import Estimator, adapt_kl_coefficient, kl_estimate
 from rlhf_lightning.algorithms.losses import LossNormalisation, TokenShares, token_shares
 from rlhf_lightning.batches import Rollout
@@ -45,6 +46,9 @@ class PolicyGradientModule(OnPolicyModule):
         loss_normalisation: of the policy's loss: the mean over a minibatch's tokens (``token``); over its responses, of
             the mean over their tokens (``sequence``) or of the sum divided by ``max_new_tokens`` (``constant``).
         old_log_probs: ``recompute`` them by a training pass, so that the first ratio is 1; or take the ``rollout``'s.
+        importance_cap: multiply a token's advantage by how much likelier the policy finds it than the rollout's engine
+            did, at most by this: corrects for an engine that computes other probabilities, or has older weights. None
+            takes the rollout as the policy's own.
         kwargs: the loop, models, sampling, optimizer: see `OnPolicyModule`.
 
     Raises: InputError when options contradict each other.
@@ -67,6 +71,7 @@ class PolicyGradientModule(OnPolicyModule):
         entropy_coef: NonNegativeFloat = 0.0,
         loss_normalisation: LossNormalisation = "token",
         old_log_probs: Literal["recompute", "rollout"] = "recompute",
+        importance_cap: PositiveFloat | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, reward, **kwargs)
@@ -76,12 +81,17 @@ class PolicyGradientModule(OnPolicyModule):
             raise InputError(
                 "model.kl_target: adapts kl_coef by factors, which leave 0 at 0; set a kl_coef to start from"
             )
+        if importance_cap is not None and old_log_probs == "rollout":
+            raise InputError(
+                f"model.importance_cap: {importance_cap} has no effect with old_log_probs: rollout, whose ratios "
+                "are to the rollout's probabilities already; leave one of the two out"
+            )
         self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
         self.kl_target, self.kl_horizon = kl_target, kl_horizon
         self.kl_loss_coef, self.kl_loss_estimator, self.kl_stop = kl_loss_coef, kl_loss_estimator, kl_stop
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.entropy_coef, self.loss_normalisation = entropy_coef, loss_normalisation
-        self.old_log_probs = old_log_probs
+        self.old_log_probs, self.importance_cap = old_log_probs, importance_cap
         self.kl_coefficient = kl_coef
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -102,8 +112,23 @@ class PolicyGradientModule(OnPolicyModule):
         kl = kl_estimate(self.sampling_log_probs(rollout, now), now.reference_log_probs, self.kl_estimator)
         return self.shaped(scores, rollout) - self.kl_coefficient * kl.masked_fill(~rollout.response_mask, 0.0).sum(1)
 
-    def experience(self, rollout: Rollout, now: ResponseScores, advantages: Tensor, weights: Tensor) -> Experience:
-        """The rollout with advantages ``[B, T]``; rows of weight 0 are not learnt from."""
+    def corrected(self, advantages: Tensor, rollout: Rollout, now: ResponseScores, totals: Totals) -> Tensor:
+        """The advantages ``[B, T]`` times the importance weights of their tokens; the loss is linear in them.
+
+        Logs the mean of the weights and the share that the cap has cut.
+        """
+        if self.importance_cap is None:
+            return advantages
+        weights = truncated_importance_weights(now.log_probs, rollout.log_probs, self.importance_cap)
+        mask = rollout.response_mask & (rollout.prompts.weights > 0)[:, None]
+        totals.add("importance/weight", weights, mask)
+        totals.add("importance/capped", weights >= self.importance_cap, mask)
+        return advantages * weights
+
+    def experience(
+        self, rollout: Rollout, now: ResponseScores, advantages: Tensor, weights: Tensor, totals: Totals
+    ) -> Experience:
+        """The rollout with `corrected` advantages ``[B, T]``; rows of weight 0 are not learnt from."""
         return Experience(
             tokens=rollout.tokens,
             lengths=rollout.lengths,
@@ -111,7 +136,7 @@ class PolicyGradientModule(OnPolicyModule):
             weights=weights,
             log_probs=self.sampling_log_probs(rollout, now),
             reference_log_probs=now.reference_log_probs,
-            advantages=advantages,
+            advantages=self.corrected(advantages, rollout, now, totals),
         )
 
     def surrogate(self, log_probs: Tensor, entropy: Tensor, e: Experience, totals: Totals, moved: Totals) -> Tensor:
@@ -157,8 +182,8 @@ class PolicyGradientModule(OnPolicyModule):
     def finish(self, rollout: Rollout, scores: Tensor, totals: Totals, steps: int) -> dict[str, float]:
         """Log the iteration, count it as done, and adapt the KL coefficient."""
         metrics = super().finish(rollout, scores, totals, steps)
-        if self.kl_target is not None:
-            episodes = int(all_reduce_sum((rollout.prompts.weights > 0).sum()))
+        episodes = int(all_reduce_sum((rollout.prompts.weights > 0).sum()))
+        if self.kl_target is not None and episodes > 0:
             self.kl_coefficient = adapt_kl_coefficient(
                 self.kl_coefficient, metrics["objective/kl"], self.kl_target, self.kl_horizon, episodes
             )

@@ -69,4 +69,4 @@ class ReinforcePlusPlusModule(PolicyGradientModule):
         )
         returns = discounted_returns(rewards, mask, self.gamma)
         advantages = whiten(returns, mask, all_reduce_sum)[:, :-1]
-        return self.experience(rollout, now, advantages, rollout.prompts.weights)
+        return self.experience(rollout, now, advantages, rollout.prompts.weights, totals)

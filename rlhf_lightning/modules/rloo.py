@@ -52,4 +52,5 @@ class RLOOModule(PolicyGradientModule):
         now = self.evaluate(rollout)
         count_rollout(totals, rollout, scores, self.kl_coefficient, now)
         advantages = leave_one_out_advantages(self.response_rewards(scores, rollout, now), self.group_size)
-        return self.experience(rollout, now, advantages[:, None].expand_as(now.log_probs), rollout.prompts.weights)
+        tokenwise = advantages[:, None].expand_as(now.log_probs)
+        return self.experience(rollout, now, tokenwise, rollout.prompts.weights, totals)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,12 +16,13 @@ from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from rlhf_lightning.batches import PromptBatch, Rollout, micro_batches
-from rlhf_lightning.distributed import all_reduce_max, failing_together
+from rlhf_lightning.batches import DemonstrationBatch, PromptBatch, Rollout, micro_batches
+from rlhf_lightning.distributed import all_reduce_max, all_reduce_sum, failing_together
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
 from rlhf_lightning.models.policy import Reference, TokenScores
 from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.totals import Totals
 from rlhf_lightning.rewards.base import Reward, check_scores
 from rlhf_lightning.rollout.best_of import best_responses
 from rlhf_lightning.rollout.engine import RolloutEngine
@@ -135,6 +137,28 @@ class SamplingModule(RLHFModule):
         assert self.reward is not None
         return self.reward(rollout)
 
+    def scored(self, rollout: Rollout, totals: Totals, group_size: int = 1) -> tuple[Rollout, Tensor]:
+        """The rollout with its checked scores ``[B]``, and what the reward noted added to ``totals``.
+
+        Where the reward may skip, a response without a score has score 0 and weight 0 from here on, and with it the
+        others to the same prompt: a group is compared as a whole. ``reward/skipped`` counts them, over all processes.
+
+        Raises: InputError on all processes when the scores of one are wrong.
+        """
+        may_skip = self.reward is not None and self.reward.may_skip
+        with failing_together():
+            scores = check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score", may_skip)
+        if may_skip:
+            weights = rollout.prompts.weights
+            missing = torch.isnan(scores).reshape(-1, group_size).any(dim=1).repeat_interleave(group_size)
+            totals.add("reward/skipped", all_reduce_sum((missing & (weights > 0)).sum()))
+            rollout = replace(rollout, prompts=replace(rollout.prompts, weights=weights.masked_fill(missing, 0.0)))
+            scores = scores.masked_fill(missing, 0.0)
+        for part in self.reward.modules() if self.reward is not None else ():
+            for name, values in part.noted.items() if isinstance(part, Reward) else ():
+                totals.add(f"reward/{name}", values, rollout.prompts.weights > 0)
+        return rollout, scores
+
     def answer(self, prompts: PromptBatch) -> Rollout:
         """What ``predict`` says to the prompts: the best of ``best_of`` responses to each."""
         if self.best_of == 1:
@@ -176,6 +200,18 @@ class SamplingModule(RLHFModule):
                 if now.values is not None:
                     values[part, : steps + 1], valued = now.values, True
         return ResponseScores(log_probs, reference_log_probs, values if valued else None)
+
+    @torch.no_grad()
+    def watch(self, demonstrations: DemonstrationBatch, totals: Totals) -> None:
+        """Add the policy's negative log-likelihood of what people answered, a token, to ``totals``: it rises as the
+        policy forgets. At temperature 1, as in supervised fine-tuning."""
+        assert self.policy is not None
+        everything = torch.arange(len(demonstrations), device=demonstrations.lengths.device)
+        for rows, counted, _ in self.rounds(demonstrations.lengths, everything, "perplexity"):
+            part = demonstrations.take(rows)
+            weights = part.response_weights if counted else torch.zeros_like(part.response_weights)
+            log_probs = self.policy(part.tokens, part.lengths, part.prompt_lengths).log_probs
+            totals.add("demonstrations/loss", -log_probs, weights)
 
     def token_scores(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, temperature: float) -> TokenScores:
         """The policy's log-probs and entropies of right-padded rows ``[B, S]``, and a critic's values with them."""

@@ -16,7 +16,7 @@ from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.distributed import all_gather_objects
 from rlhf_lightning.models.sharding import full_state_dict
-from rlhf_lightning.rewards import ModelReward
+from rlhf_lightning.rewards import FunctionReward, ModelReward
 
 WORDS = ["the", "one", "two", "three", "cat", "dog", "bird", "fish", "sees", "likes", "big", "small", "old", "new"]
 WORDS += ["red", "green", "blue"]
@@ -33,6 +33,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     """Train; the whole weights, every iteration's metrics, and what each process sampled."""
     own = LastTokenReward() if case.get("coarse") else TokenReward()
     reward = ModelReward(case["reward"]) if case.get("reward") else own
+    if "function" in case:
+        reward = FunctionReward(case["function"], on_error="skip")
     method = getattr(modules, case.get("method", "PPOModule"))
     module = make_module(case["policy"], reward, method, **case["options"])
     held_out = {"val_path": case["data"], "val_batch_size": 3} if case.get("validate") else {"validation_fraction": 0.0}

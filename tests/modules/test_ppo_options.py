@@ -60,6 +60,10 @@ OTHER: dict[str, dict] = {
     "minibatches": {"minibatches": 4},
     "gamma": {"gamma": 0.8},
     "lam": {"lam": 0.5},
+    "critic_lam": {"critic_lam": 0.5},
+    "lam_alpha": {"lam_alpha": 0.5},
+    "critic_warmup": {"critic_warmup": 1},
+    "importance_cap": {"importance_cap": 0.9},
     "kl_coef": {"kl_coef": 1.0},
     "kl_estimator": {"kl_estimator": "k3", "kl_coef": 1.0},
     "kl_target": {"kl_target": 0.01},
@@ -79,6 +83,9 @@ OTHER: dict[str, dict] = {
     "score_clip": {"score_clip": 2.0},
     "score_position": {"score_position": "after_eos"},
     "missing_eos_penalty": {"missing_eos_penalty": 2.0},
+    "length_penalty": {"length_penalty": 1.0},
+    "length_threshold": {"length_penalty": 1.0, "length_threshold": 3},
+    "normalise_scores": {"normalise_scores": True},
     "bootstrap_truncated": {"bootstrap_truncated": True},
     "old_log_probs": {"old_log_probs": "rollout", "top_k": 5},
     "max_grad_norm": {"max_grad_norm": 0.01},
@@ -89,10 +96,11 @@ AGAINST: dict[str, dict] = {
     "kl_horizon": {"kl_target": 0.01},
     "kl_loss_estimator": {"kl_loss_coef": 1.0},
     "old_log_probs": {"top_k": 5},
+    "length_threshold": {"length_penalty": 1.0},
 }
 # Shown elsewhere: model and reward by every test; critic_from below; micro-batches and gradient checkpointing must not
-# change the result (test_ppo_truth.py, and below); eval_temperature by checklist item 37; engine by
-# tests/rollout/test_engine.py; best_of by test_methods.py; trust_remote_code is transformers' own.
+# change the result (test_ppo_truth.py, and below); eval_temperature by checklist item 37; ptx_coef by test_ppo_ptx.py;
+# engine by tests/rollout/test_engine.py; best_of by test_methods.py; trust_remote_code is transformers' own.
 ELSEWHERE = {
     "model",
     "reward",
@@ -100,6 +108,7 @@ ELSEWHERE = {
     "micro_batch_tokens",
     "gradient_checkpointing",
     "eval_temperature",
+    "ptx_coef",
     "engine",
     "best_of",
     "trust_remote_code",
@@ -176,6 +185,10 @@ def test_the_critic_starts_from_the_named_reward_model(tiny_policy_dir, tiny_rew
         ({"dual_clip": 0.9}, "model.dual_clip: expected a number above 1, got 0.9"),
         ({"top_p": 1.5}, "model.top_p"),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "model.kl_target: adapts kl_coef by factors"),
+        ({"critic_warmup": 1}, "model.critic_warmup: after 1 iterations of the critic alone none of the 1 are left"),
+        ({"importance_cap": 2.0, "old_log_probs": "rollout"}, "model.importance_cap: 2.0 has no effect with old_log"),
+        ({"length_threshold": 3}, "model.length_threshold: 3 has no effect without a penalty"),
+        ({"length_threshold": 6, "length_penalty": 0.1}, "no response is longer than max_new_tokens 6"),
         ({"minibatches": 9}, "model.minibatches: 9 minibatches cannot be made of 8 responses"),
     ],
 )

@@ -1,0 +1,118 @@
+"""PPO's options from later papers, each against its formula: critic warm-up, decoupled and length-adaptive lambdas,
+importance weights for a foreign engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ppo_cases import run, write_prompts
+from ppo_harness import Recorder, TokenReward, fit, make_module
+
+CRITICS = ["model", "head", 1]
+
+
+# ---------------------------------------------------------------- critic warm-up
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_the_critic_learns_alone_while_it_warms_up(tiny_policy_dir, critic):
+    options = {"iterations": 3, "critic_warmup": 2, "epochs": 2, "minibatches": 2, "weight_decay": 0.1}
+    module = make_module(tiny_policy_dir, critic=critic, **options)
+    seen = []
+
+    def keep(*_):
+        seen.append([[p.detach().clone() for p in part] for part in module.own_parameters()])
+
+    module.on_train_batch_start = lambda *_: seen or keep()
+    module.on_train_batch_end = keep
+    fit(module)
+    for iteration in (1, 2):
+        assert all(torch.equal(a, b) for a, b in zip(seen[0][0], seen[iteration][0], strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(seen[iteration - 1][1], seen[iteration][1], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(seen[2][0], seen[3][0], strict=True))
+    # The policy's optimizer starts after the warm-up: it has not counted the critic's steps.
+    optimizer = module.trainer.optimizers[0]
+    policy, own = module.own_parameters()
+    assert {int(optimizer.state[p]["step"]) for p in policy} == {4}
+    assert {int(optimizer.state[p]["step"]) for p in own} == {12}
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_a_run_resumed_in_the_warm_up_goes_on_exactly(tiny_policy_dir, tmp_path, strategy):
+    write_prompts(tmp_path / "prompts.jsonl")
+    options = {"iterations": 3, "critic_warmup": 2, "minibatches": 2}
+    case = {"policy": str(tiny_policy_dir), "data": str(tmp_path / "prompts.jsonl"), "batch_size": 5}
+    case |= {"options": options, "trainer": {"strategy": strategy}, "folder": str(tmp_path / "whole")}
+    try:
+        whole = run({**case, "checkpoints": True})
+        first = min((tmp_path / "whole").rglob("batch-*.ckpt"))
+        resumed = run({**case, "resume": str(first)})
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert all(torch.equal(resumed["weights"][name], weight) for name, weight in whole["weights"].items())
+
+
+# ---------------------------------------------------------------- lambdas
+
+
+def advantages_by_definition(module: Recorder, lam_of_length) -> list[torch.Tensor]:
+    """``sum_k lam^k delta[t + k]`` in float64, a row at a time; gamma 1, no KL."""
+    e, rollout, rows = module.experiences[0], module.rollouts[0], []
+    for row, steps in enumerate(rollout.response_lengths.tolist()):
+        rewards = torch.zeros(steps, dtype=torch.float64)
+        rewards[-1] = TokenReward()(rollout)[row]
+        values = torch.cat([e.values[row, :steps].double(), torch.zeros(1, dtype=torch.float64)])
+        deltas = rewards + values[1:] - values[:-1]
+        powers = lam_of_length(steps) ** torch.arange(steps, dtype=torch.float64)
+        rows.append(torch.stack([(powers[: steps - t] * deltas[t:]).sum() for t in range(steps)]))
+    return rows
+
+
+@pytest.mark.parametrize("alpha", [None, 0.4])
+def test_critic_and_policy_have_a_lambda_each(tiny_policy_dir, alpha):
+    options = {"kl_coef": 0.0, "whiten_advantages": False, "lam": 0.9, "critic_lam": 1.0, "lam_alpha": alpha}
+    module = make_module(tiny_policy_dir, max_new_tokens=12, **options)
+    fit(module)
+    e = module.experiences[0]
+    # VAPO: lambda = 1 - 1 / (alpha l); responses of two tokens or fewer would get one below 0 here.
+    policy_lam = (lambda steps: 0.9) if alpha is None else (lambda steps: max(0.0, 1 - 1 / (alpha * steps)))
+    assert len(set(module.rollouts[0].response_lengths.tolist())) > 2
+    for row, expected in enumerate(advantages_by_definition(module, policy_lam)):
+        got = e.advantages[row, : len(expected)].double()
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    for row, expected in enumerate(advantages_by_definition(module, lambda steps: 1.0)):
+        steps = len(expected)
+        returns = expected + e.values[row, :steps].double()
+        torch.testing.assert_close(e.returns[row, :steps].double(), returns, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- importance weights
+
+
+class Foreign(Recorder):
+    """An engine whose probabilities are not the policy's."""
+
+    def generate(self, prompts, iteration=0, **overrides):
+        rollout = super().generate(prompts, iteration, **overrides)
+        places = torch.arange(rollout.log_probs.numel(), dtype=torch.float64).reshape(rollout.log_probs.shape)
+        return replace(rollout, log_probs=(rollout.log_probs + 0.6 * torch.sin(places)).float())
+
+
+def test_advantages_are_weighted_by_the_truncated_ratio_to_the_engine(tiny_policy_dir):
+    options = {"max_new_tokens": 6, "iterations": 1, "minibatches": 1, "epochs": 1, "learning_rate": 1e-12}
+    plain = Foreign(str(tiny_policy_dir), TokenReward(), **options)
+    weighted = Foreign(str(tiny_policy_dir), TokenReward(), importance_cap=1.3, **options)
+    fit(plain)
+    fit(weighted)
+    a, b, rollout = plain.experiences[0], weighted.experiences[0], weighted.rollouts[0]
+    ratio = (b.log_probs.double() - rollout.log_probs.double()).exp()
+    expected = a.advantages.double() * ratio.clamp(max=1.3)
+    torch.testing.assert_close(b.advantages.double(), torch.where(b.mask, expected, 0.0), atol=1e-5, rtol=1e-5)
+    logged = weighted.logged[0]
+    assert logged["importance/weight"] == pytest.approx(ratio.clamp(max=1.3)[b.mask].mean().item(), rel=1e-5)
+    assert logged["importance/capped"] == pytest.approx((ratio >= 1.3)[b.mask].double().mean().item())
+    assert 0 < logged["importance/capped"] < 1
+    assert torch.equal(a.returns, b.returns)  # the critic learns what came, unweighted
