@@ -139,10 +139,14 @@ class ActorCriticModule(PolicyGradientModule):
     def token_scores(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, temperature: float) -> TokenScores:
         """See `SamplingModule.token_scores`; with the critic's values ``[B, T + 1]``."""
         now = super().token_scores(tokens, lengths, prompt_lengths, temperature)
+        return now if self.critic is None else now._replace(values=self.own_values(tokens, lengths, prompt_lengths))
+
+    def own_values(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> Tensor | None:
+        """See `SamplingModule.own_values`."""
         if self.critic is None:
-            return now
+            return None
         # One state more than there are response tokens: the one after the last, which a bootstrap needs.
-        return now._replace(values=response_states(self.critic(tokens, lengths), prompt_lengths, lengths + 1))
+        return response_states(self.critic(tokens, lengths), prompt_lengths, lengths + 1)
 
 
 def values_at_the_cut(rollout: Rollout, values: Tensor) -> Tensor:

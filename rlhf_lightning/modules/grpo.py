@@ -71,7 +71,7 @@ class GRPOModule(PolicyGradientModule):
     @torch.no_grad()
     def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Experience:
         """A response's advantage, the same at each of its tokens, is its reward relative to its group's."""
-        now = self.evaluate(rollout)
+        now = self.assess(rollout)
         count_rollout(totals, rollout, scores, self.kl_coefficient, now)
         rewards = self.response_rewards(scores, rollout, now)
         advantages = group_advantages(rewards, self.group_size, self.scale_by_std)

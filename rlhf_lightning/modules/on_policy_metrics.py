@@ -22,7 +22,7 @@ def count_rollout(totals: Totals, rollout: Rollout, scores: Tensor, kl_coef: flo
 
     ``objective/kl`` is k1, ``objective/kl_k3`` k3; ``objective/entropy`` the summed -log p of the sampled tokens (an
     unbiased estimate of the entropy); ``rollout/logprob_gap`` the mean absolute difference between the log-probs of
-    sampling and those of the training pass, which top-k, top-p or an inexact engine would show up in.
+    sampling and those of the training pass, where there was one: top-k, top-p or an inexact engine would show up in it.
     """
     present = rollout.prompts.weights > 0
     mask = rollout.response_mask & present[:, None]
@@ -40,7 +40,8 @@ def count_rollout(totals: Totals, rollout: Rollout, scores: Tensor, kl_coef: flo
     totals.add("rollout/length", rollout.response_lengths, present)
     totals.add("rollout/truncated", rollout.truncated, present)
     totals.add("val/num_eos_tokens", ~rollout.truncated, present)
-    totals.add("rollout/logprob_gap", (rollout.log_probs - now.log_probs).abs(), mask)
+    if now.log_probs is not rollout.log_probs:
+        totals.add("rollout/logprob_gap", (rollout.log_probs - now.log_probs).abs(), mask)
 
 
 def iteration_metrics(totals: Totals, rollout: Rollout, scores: Tensor) -> dict[str, float]:

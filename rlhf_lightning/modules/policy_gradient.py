@@ -45,7 +45,8 @@ class PolicyGradientModule(OnPolicyModule):
         entropy_coef: weight of an entropy bonus.
         loss_normalisation: of the policy's loss: the mean over a minibatch's tokens (``token``); over its responses, of
             the mean over their tokens (``sequence``) or of the sum divided by ``max_new_tokens`` (``constant``).
-        old_log_probs: ``recompute`` them by a training pass, so that the first ratio is 1; or take the ``rollout``'s.
+        old_log_probs: ``recompute`` them by a training pass, so that the first ratio is 1; or take the ``rollout``'s,
+            which spares the pass and leaves ``rollout/logprob_gap`` unknown.
         importance_cap: multiply a token's advantage by how much likelier the policy finds it than the rollout's engine
             did, at most by this: corrects for an engine that computes other probabilities, or has older weights. None
             takes the rollout as the policy's own.
@@ -103,13 +104,13 @@ class PolicyGradientModule(OnPolicyModule):
         if self.kl_target is not None:
             self.kl_coefficient = checkpoint["on_policy"]["kl_coefficient"]
 
-    def sampling_log_probs(self, rollout: Rollout, now: ResponseScores) -> Tensor:
-        """The log-probs ``[B, T]`` that the ratios are taken to."""
-        return rollout.log_probs if self.old_log_probs == "rollout" else now.log_probs
+    def assess(self, rollout: Rollout) -> ResponseScores:
+        """See `evaluate`; its log-probs are the ones that the ratios are taken to."""
+        return self.evaluate(rollout, known=rollout.log_probs if self.old_log_probs == "rollout" else None)
 
     def response_rewards(self, scores: Tensor, rollout: Rollout, now: ResponseScores) -> Tensor:
         """The shaped scores less the KL penalty of the whole response, ``[B]``: the response as a single action."""
-        kl = kl_estimate(self.sampling_log_probs(rollout, now), now.reference_log_probs, self.kl_estimator)
+        kl = kl_estimate(now.log_probs, now.reference_log_probs, self.kl_estimator)
         return self.shaped(scores, rollout) - self.kl_coefficient * kl.masked_fill(~rollout.response_mask, 0.0).sum(1)
 
     def corrected(self, advantages: Tensor, rollout: Rollout, now: ResponseScores, totals: Totals) -> Tensor:
@@ -134,7 +135,7 @@ class PolicyGradientModule(OnPolicyModule):
             lengths=rollout.lengths,
             prompt_lengths=rollout.prompt_lengths,
             weights=weights,
-            log_probs=self.sampling_log_probs(rollout, now),
+            log_probs=now.log_probs,
             reference_log_probs=now.reference_log_probs,
             advantages=self.corrected(advantages, rollout, now, totals),
         )

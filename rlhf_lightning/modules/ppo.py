@@ -97,13 +97,12 @@ class PPOModule(ActorCriticModule):
                 f"model.ptx_coef: {self.ptx_coef} asks for demonstrations and the batches carry none; serve them with "
                 "PreferenceDataModule, or set it to 0"
             )
-        now = self.evaluate(rollout)
+        now = self.assess(rollout)
         assert now.values is not None
         mask = rollout.response_mask & (rollout.prompts.weights > 0)[:, None]
-        old = self.sampling_log_probs(rollout, now)
         rewards, value_mask = token_rewards(
             scores=self.shaped(scores, rollout),
-            kl=kl_estimate(old, now.reference_log_probs, self.kl_estimator),
+            kl=kl_estimate(now.log_probs, now.reference_log_probs, self.kl_estimator),
             lengths=rollout.response_lengths,
             truncated=rollout.truncated,
             weights=rollout.prompts.weights,
@@ -126,7 +125,7 @@ class PPOModule(ActorCriticModule):
             lengths=rollout.lengths,
             prompt_lengths=rollout.prompt_lengths,
             weights=rollout.prompts.weights,
-            log_probs=old,
+            log_probs=now.log_probs,
             reference_log_probs=now.reference_log_probs,
             advantages=advantages,
             values=now.values,

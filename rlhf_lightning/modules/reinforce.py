@@ -53,7 +53,7 @@ class ReinforcePlusPlusModule(PolicyGradientModule):
     @torch.no_grad()
     def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Experience:
         """A token's advantage is the discounted reward from it on, KL penalties and final score, whitened."""
-        now = self.evaluate(rollout)
+        now = self.assess(rollout)
         count_rollout(totals, rollout, scores, self.kl_coefficient, now)
         shaped = self.shaped(scores, rollout)
         if self.baseline == "group_mean":
@@ -61,7 +61,7 @@ class ReinforcePlusPlusModule(PolicyGradientModule):
             shaped = (groups - groups.mean(dim=1, keepdim=True)).flatten()
         rewards, mask = token_rewards(
             scores=shaped,
-            kl=kl_estimate(self.sampling_log_probs(rollout, now), now.reference_log_probs, self.kl_estimator),
+            kl=kl_estimate(now.log_probs, now.reference_log_probs, self.kl_estimator),
             lengths=rollout.response_lengths,
             truncated=rollout.truncated,
             weights=rollout.prompts.weights,

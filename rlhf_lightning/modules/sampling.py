@@ -178,10 +178,15 @@ class SamplingModule(RLHFModule):
     # ------------------------------------------------------------------ passes over responses
 
     @torch.no_grad()
-    def evaluate(self, rollout: Rollout, temperature: float | None = None) -> ResponseScores:
+    def evaluate(
+        self, rollout: Rollout, temperature: float | None = None, known: Tensor | None = None
+    ) -> ResponseScores:
         """Log-probs of policy and reference, and a critic's values, in micro-batches; no gradient.
 
-        ``temperature``: of the log-probs; None is the training temperature.
+        Args:
+            rollout: the responses.
+            temperature: of the log-probs; None is the training temperature.
+            known: the policy's log-probs ``[B, T]``, taken instead of a pass of its own; None where they are not known.
         """
         temperature = self.temperature if temperature is None else temperature
         rows, width = len(rollout), rollout.log_probs.shape[1]
@@ -191,15 +196,19 @@ class SamplingModule(RLHFModule):
         for part, counted, _ in self.rounds(rollout.lengths, everything, "score"):
             longest = int(rollout.lengths[part].max())
             inputs = rollout.tokens[part, :longest], rollout.lengths[part], rollout.prompt_lengths[part]
-            now = self.token_scores(*inputs, temperature)
+            if known is None or self.trunk_critic is not None:  # such a critic has no pass of its own
+                own, _, state_values = self.token_scores(*inputs, temperature)
+            else:
+                own, state_values = None, self.own_values(*inputs)
             reference = self.reference(*inputs, temperature).log_probs
             if counted:
-                steps = now.log_probs.shape[1]
-                log_probs[part, :steps] = now.log_probs
+                steps = reference.shape[1]
+                if own is not None:
+                    log_probs[part, :steps] = own
                 reference_log_probs[part, :steps] = reference
-                if now.values is not None:
-                    values[part, : steps + 1], valued = now.values, True
-        return ResponseScores(log_probs, reference_log_probs, values if valued else None)
+                if state_values is not None:
+                    values[part, : steps + 1], valued = state_values, True
+        return ResponseScores(log_probs if known is None else known, reference_log_probs, values if valued else None)
 
     @torch.no_grad()
     def watch(self, demonstrations: DemonstrationBatch, totals: Totals) -> None:
@@ -217,6 +226,10 @@ class SamplingModule(RLHFModule):
         """The policy's log-probs and entropies of right-padded rows ``[B, S]``, and a critic's values with them."""
         assert self.policy is not None
         return self.policy(tokens, lengths, prompt_lengths, temperature)
+
+    def own_values(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> Tensor | None:
+        """The values ``[B, T + 1]`` of a critic that is a model of its own; None without one."""
+        return None
 
     def rounds(self, lengths: Tensor, rows: Tensor, phase: str) -> Iterator[tuple[Tensor, bool, bool]]:
         """The given rows in micro-batches, as (row numbers, whether they count, whether it is the last round).

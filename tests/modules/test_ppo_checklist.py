@@ -202,6 +202,25 @@ def test_15_the_first_ratio_is_one_and_the_gap_to_the_rollout_is_logged(tiny_pol
     assert narrow["rollout/logprob_gap"] > 0.1  # the truncated distribution's log-probs are not the model's
 
 
+@pytest.mark.parametrize("critic", ["model", "head"])
+def test_15_the_rollouts_own_log_probs_spare_a_pass_of_the_policy(tiny_policy_dir, critic, monkeypatch):
+    """Its critic's values are the same; a critic on the policy's trunk needs the trunk."""
+    options = {"critic": critic, "epochs": 1, "minibatches": 1, "micro_batch_tokens": 10**6}
+    plain = one_iteration(tiny_policy_dir, **options)
+    calls, forward = [], Policy.forward
+    monkeypatch.setattr(
+        Policy, "forward", lambda self, *args: calls.append((self, len(args[0]))) or forward(self, *args)
+    )
+    module = one_iteration(tiny_policy_dir, old_log_probs="rollout", **options)
+    # One in the update; the decode loop tries itself on a single row.
+    assert sum(policy is module.policy and rows > 1 for policy, rows in calls) == (1 if critic == "model" else 2)
+    old, recomputed = module.experiences[0], plain.experiences[0]
+    assert old.log_probs is module.rollouts[0].log_probs and "rollout/logprob_gap" not in module.logged[0]
+    torch.testing.assert_close(old.log_probs, recomputed.log_probs, atol=1e-5, rtol=0)
+    assert torch.equal(old.values, recomputed.values)
+    assert torch.equal(old.reference_log_probs, recomputed.reference_log_probs)
+
+
 def test_16_a_row_ends_with_its_eos(tiny_policy_dir):
     rollout = one_iteration(tiny_policy_dir, max_new_tokens=40).rollouts[0]
     ended = ~rollout.truncated
