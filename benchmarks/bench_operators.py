@@ -1,12 +1,13 @@
 """How long do the operators take, next to the limit of the machine and to what others ship?
 
-    python benchmarks/bench_operators.py [--device cpu|cuda] [--json FILE] [--only OPERATOR ...] [--no-sweeps] [--quick]
+    python benchmarks/bench_operators.py [--device cpu|cuda] [--json FILE] [--only OPERATOR ...]
+        [--no-peers] [--no-sweeps] [--quick] [--threads COUNT]
 
 Every operator and every peer, each in a process of its own; each result is checked against float64 before it is
 timed; the median of at least 20 calls after warm-up, in turns, on fresh random inputs. The limit is measured in the
 same turns: a copy of as many bytes, or the bare matrix products. Prints a table, and writes FILE, beside it a page with
-the same facts (.md) and plots of time and memory against N, V and T (.png); a part of the whole (--only, --no-sweeps,
---quick) is written only where --json says. The peers are set up by
+the same facts (.md) and plots of time and memory against N, V and T (.png); a part of the whole (--only, --no-peers,
+--no-sweeps, --quick) is written only where --json says. The peers are set up by
 ``python benchmarks/peers/install.py``; one that is not there is named with the reason. The exit code is 1 if one of our
 own operators could not be timed.
 """
@@ -35,6 +36,7 @@ def options() -> argparse.Namespace:
         "--json", type=Path, help="the results (default, of the whole: under benchmarks/results, by hardware and date)"
     )
     parser.add_argument("--only", nargs="+", choices=OPERATORS, default=OPERATORS, metavar="OPERATOR")
+    parser.add_argument("--no-peers", action="store_true", help="ours and the limit alone")
     parser.add_argument("--no-sweeps", action="store_true", help="leave out the points of the plots")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does the benchmark itself work?")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -51,11 +53,13 @@ def main() -> int:
     points = [] if chosen.no_sweeps else cases.sweeps(chosen.device)
     if chosen.quick:
         table, points = cases.quick(table), cases.quick(points)
+    if chosen.no_peers:
+        table, points = cases.alone(table), cases.alone(points)
     table = [case for case in table if case.operator in chosen.only]
     points = [case for case in points if case.operator in chosen.only]
 
     about = {**provenance.about(chosen.device, chosen.threads), "quick": chosen.quick}
-    whole = not (chosen.quick or chosen.no_sweeps) and set(chosen.only) == set(OPERATORS)
+    whole = not (chosen.quick or chosen.no_peers or chosen.no_sweeps) and set(chosen.only) == set(OPERATORS)
     path = chosen.json or (RESULTS / f"operators_{provenance.slug(about)}.json" if whole else None)
     workers = Workers(table + points, chosen.device, chosen.threads)
     if chosen.quick:

@@ -28,7 +28,9 @@ SHAPES = {
     "gae": {"B": 3, "T": 17},
     "clipped_policy_loss": {"N": 200},
     "clipped_value_loss": {"N": 200},
+    "sample_tokens": {"B": 5, "V": 33},
 }
+SAMPLING = [{"B": 40, "V": 1000}, {"B": 40, "V": 1000, "top_k": 50}, {"B": 40, "V": 1000, "top_p": 0.9}]
 PEERS = [
     ("token_log_probs", cases.CROSS_ENTROPY),
     ("token_log_probs", cases.GATHER),
@@ -37,12 +39,13 @@ PEERS = [
     ("gae", cases.SCAN),
     ("clipped_policy_loss", cases.EAGER),
     ("clipped_value_loss", cases.EAGER),
+    ("sample_tokens", cases.MULTINOMIAL),
     *((operator, OURS) for operator in SHAPES),
 ]
 
 
 def case_of(operator: str, dtype: str = "float32", passes: str | None = None, **more: object) -> cases.Case:
-    passes = passes or (cases.FORWARD if operator == "gae" else cases.BOTH)
+    passes = passes or (cases.FORWARD if operator in ("gae", "sample_tokens") else cases.BOTH)
     return cases.Case(operator, SHAPES[operator], dtype, passes, (), **more)
 
 
@@ -74,6 +77,25 @@ def test_a_wrong_result_and_a_wrong_gradient_are_found(operator: str) -> None:
         assert max(errors(inputs, outputs, wrong).values()) > TOLERANCE["float32"], number
 
 
+@pytest.mark.parametrize("shape", SAMPLING)
+@pytest.mark.parametrize("name", [OURS, cases.MULTINOMIAL])
+def test_sampling_is_checked_with_its_filters(shape: dict[str, float], name: str) -> None:
+    case = cases.Case("sample_tokens", shape, "float32", cases.FORWARD, ())
+    inputs = allocate(case, "cpu")
+    inputs.draw(1)
+    outputs = ENTRANTS[name].builder("sample_tokens")(inputs)()
+    assert max(errors(inputs, outputs, ()).values()) < TOLERANCE["float32"]
+    # Another filter's result, and a token that no filter keeps.
+    for other in SAMPLING:
+        if other != shape:
+            inputs.case = cases.Case("sample_tokens", other, "float32", cases.FORWARD, ())
+            assert max(errors(inputs, outputs, ()).values()) > TOLERANCE["float32"]
+    if len(shape) > 2:
+        inputs.case = case
+        wrong = {**outputs, "tokens": inputs["logits"].argmin(-1)}
+        assert errors(inputs, wrong, ())["tokens"] > TOLERANCE["float32"]
+
+
 def test_a_wrong_peer_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from operators import worker
 
@@ -90,6 +112,9 @@ def test_bytes_and_products_by_hand() -> None:
     # Backward: logits read, the gradient written, and for each row its token, 3 kept numbers and 2 gradients.
     assert limits.bytes_moved(cases.Case("token_log_probs", shape, "float32", cases.BACKWARD, ())) == 320 + 4 * 28
     assert limits.bytes_moved(cases.Case("gae", {"B": 2, "T": 3}, "float32", cases.FORWARD, ())) == 6 * 17
+    # Sampling: the logits and a draw of 8 bytes in, a token of 8 bytes and two numbers of 4 out, for each of 4 rows.
+    sampling = cases.Case("sample_tokens", {"B": 4, "V": 10, "top_k": 3}, "bfloat16", cases.FORWARD, ())
+    assert limits.bytes_moved(sampling) == 4 * (20 + 24)
     head = {"N": 2, "H": 3, "V": 5}
     four = limits.work(cases.Case("linear_token_log_probs", head, "float32", cases.BOTH, ()), "cpu")
     three = limits.work(cases.Case("linear_cross_entropy", head, "float32", cases.BOTH, ()), "cpu")
@@ -170,7 +195,8 @@ def gpu_stand_in(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("passes", [cases.FORWARD, cases.BACKWARD, cases.BOTH])
 @pytest.mark.parametrize("operator", SHAPES)
 def test_the_gpus_side_of_the_clock_on_a_stand_in(operator: str, passes: str, gpu_stand_in: str) -> None:
-    if (operator, passes) in {("gae", cases.BACKWARD), ("gae", cases.BOTH), ("linear_token_log_probs", cases.BACKWARD)}:
+    without_gradient = operator in ("gae", "sample_tokens") and passes != cases.FORWARD
+    if without_gradient or (operator, passes) == ("linear_token_log_probs", cases.BACKWARD):
         return  # not among the cases
     for name in (OURS, cases.LIMIT):
         run = Run(name, case_of(operator, passes=passes), gpu_stand_in, seed=0)

@@ -82,15 +82,57 @@ def test_the_cross_entropy_as_people_write_it_is_the_same_function() -> None:
         assert_near(plain, ours.detach(), torch.float32, times=10)
 
 
-def test_what_a_step_gains_is_nothing_where_steps_differ_as_much_by_themselves() -> None:
-    def way(steps: list[float], spent: float) -> dict:
-        taken = {"calls": 1, "forward_ms": spent, "backward_ms": 0.0}
-        return {"step_ms": steps, "peak_mib": 1.0, "phases_ms": {}, "operators": {"gae": taken}}
-
-    still = {
-        "native": way([90.0] * 4, 5.0),
-        "reference": way([100.0] * 4, 15.0),
-        "plain": way([60, 90, 110, 140], 15.0),
+def way(bare: list[float], clocked: list[float], spent: float) -> dict:
+    taken = {"calls": 1, "forward_ms": spent, "backward_ms": 0.0}
+    return {
+        "step_ms": bare,
+        "clocked_step_ms": clocked,
+        "peak_mib": 1.0,
+        "phases_ms": {},
+        "operators": {"gae": taken},
     }
-    (row,) = [line for line in table(still) if line.startswith("| gae")]
-    assert row.endswith("| +10% | nothing |")
+
+
+def rows(ways: dict) -> dict[str, list[str]]:
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(ways) if line]
+    return {name: rest for name, *rest in cells}
+
+
+def test_shares_are_of_the_clocked_steps_and_the_gain_is_of_the_bare_ones() -> None:
+    found = rows(
+        {
+            "native": way([90.0] * 4, [95.0] * 4, 9.5),
+            "reference": way([100.0] * 4, [110.0] * 4, 33.0),
+            "plain": way([120.0] * 4, [125.0] * 4, 25.0),
+        }
+    )
+    # 9.5 of 95, 33 of 110, 25 of 125; saved are 23.5 of 110 and 15.5 of 125.
+    assert found["gae"] == ["1", "9.50 (10.0%)", "33.00 (30.0%)", "25.00 (20.0%)", "+21%", "+12%"]
+    assert found["the native step gained"] == ["", "+10%", "+25%"]
+    assert found["all else"][1:4] == ["86", "77", "100"]
+
+
+def test_a_gain_is_nothing_where_steps_differ_as_much_by_themselves() -> None:
+    scattered = [60.0, 90.0, 110.0, 140.0]
+    found = rows(
+        {
+            "native": way([90.0] * 4, [90.0] * 4, 5.0),
+            "reference": way([100.0] * 4, [100.0] * 4, 15.0),
+            "plain": way(scattered, scattered, 15.0),
+        }
+    )
+    assert found["gae"][-2:] == ["+10%", "nothing"]
+    assert found["the native step gained"] == ["", "+10%", "nothing"]
+
+
+def test_a_way_whose_clocked_and_bare_steps_differ_is_called_unsteady() -> None:
+    found = rows(
+        {
+            "native": way([90.0] * 4, [95.0] * 4, 9.5),
+            "reference": way([100.0] * 4, [105.0] * 4, 21.0),
+            "plain": way([220.0] * 4, [100.0] * 4, 20.0),
+        }
+    )
+    assert found["gae"] == ["1", "9.50 (10.0%)", "21.00 (20.0%)", "20.00 (unsteady)", "+11%", "unsteady"]
+    assert found["the native step gained"] == ["", "+10%", "unsteady"]
+    assert found["clocked step, ms"] == ["95", "105", "100 (unsteady)"]

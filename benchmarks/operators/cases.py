@@ -27,10 +27,12 @@ VERL_LOOP = "verl's loop, whitens too"
 COMPILED_LOOP = "torch.compile, loop"
 ROW_KERNEL = "one thread a row (Triton)"
 SCAN = "log-step scan (torch)"
+MULTINOMIAL = "softmax, multinomial"
 EAGER = "eager"
 COMPILED = "torch.compile"
 COMPILES = (COMPILED_CROSS_ENTROPY, COMPILED_BF16_CROSS_ENTROPY, COMPILED_LOOP, COMPILED)
 
+FILTERS = ("top_k", "top_p")  # in the shape of a case, but no sizes
 LIMIT = "limit"  # as an entrant, and in goals
 
 
@@ -38,12 +40,13 @@ LIMIT = "limit"  # as an entrant, and in goals
 class Case:
     """One row of the results.
 
-    ``goals``: the factor by which each peer's time must exceed ours; under ``limit`` the factor by which ours may
-    exceed the limit's time. ``memory_goal``: MiB that a call may hold beyond its inputs and results.
+    ``shape``: the sizes, and the filters of sampling. ``goals``: the factor by which each peer's time must exceed ours;
+    under ``limit`` the factor by which ours may exceed the limit's time. ``memory_goal``: MiB that a call may hold
+    beyond its inputs and results.
     """
 
     operator: str
-    shape: dict[str, int]
+    shape: dict[str, float]
     dtype: str
     passes: str
     peers: tuple[str, ...]
@@ -54,6 +57,13 @@ class Case:
 
 def _bytes(shape: dict[str, int], dtype: str) -> int:
     return shape["N"] * shape["V"] * (4 if dtype == "float32" else 2)
+
+
+def _sampling(rows: int, columns: int, dtype: str) -> list[Case]:
+    """The tokens of one step of a rollout, drawn without a filter and with each of the two."""
+    filters: tuple[dict[str, float], ...] = ({}, {"top_k": 50}, {"top_p": 0.9})
+    shapes = [{"B": rows, "V": columns, **chosen} for chosen in filters]
+    return [Case("sample_tokens", shape, dtype, FORWARD, (MULTINOMIAL,)) for shape in shapes]
 
 
 def cpu_cases() -> list[Case]:
@@ -81,7 +91,7 @@ def cpu_cases() -> list[Case]:
     for operator in ("clipped_policy_loss", "clipped_value_loss"):
         goals = {EAGER: 5.0, COMPILED: 1.2}
         cases.append(Case(operator, {"N": 65536}, "float32", BOTH, (EAGER, COMPILED), goals))
-    return cases
+    return cases + _sampling(16, 49152, "float32")
 
 
 def cuda_cases() -> list[Case]:
@@ -111,7 +121,7 @@ def cuda_cases() -> list[Case]:
         for passes in (FORWARD, BACKWARD):
             goals = {LIMIT: 1 / 0.9, EAGER: 1.0, COMPILED: 1.0}
             cases.append(Case(operator, {"N": 2**20}, "float32", passes, (EAGER, COMPILED), goals))
-    return cases
+    return cases + _sampling(256, 128256, "bfloat16")
 
 
 def sweeps(device: str) -> list[Case]:
@@ -133,11 +143,17 @@ def sweeps(device: str) -> list[Case]:
     return [case for number, case in enumerate(cases) if case not in cases[:number]]  # the middle is on both lines
 
 
+def alone(cases: list[Case]) -> list[Case]:
+    """The same rows without peers and the goals against them."""
+    limits = [{name: goal for name, goal in case.goals.items() if name == LIMIT} for case in cases]
+    return [replace(case, peers=(), goals=goals) for case, goals in zip(cases, limits, strict=True)]
+
+
 def quick(cases: list[Case]) -> list[Case]:
     """The same rows at a 64th of each size, without what must be compiled: does the benchmark itself work?"""
     small = []
     for case in cases:
-        shape = {name: max(2, size // 64) for name, size in case.shape.items()}
+        shape = {name: size if name in FILTERS else max(2, size // 64) for name, size in case.shape.items()}
         peers = tuple(name for name in case.peers if name not in COMPILES)
         small.append(replace(case, shape=shape, peers=peers, memory_goal=None))
     return small

@@ -62,6 +62,7 @@ OPERATORS = (
     "gae",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "sample_tokens",
 )
 ENTRANTS = {
     OURS: Entrant("ours", {name: name for name in OPERATORS}),
@@ -75,6 +76,7 @@ ENTRANTS = {
     cases.TRL_LOOP: _torch("trl_loop"),
     cases.COMPILED_LOOP: _torch("compiled_loop"),
     cases.SCAN: _torch("log_step_scan"),
+    cases.MULTINOMIAL: _torch("multinomial"),
     cases.EAGER: _losses("eager"),
     cases.COMPILED: _losses("compiled"),
     cases.ROW_KERNEL: Entrant("triton_peers", {"": "thread_per_row"}, distributions=("triton", "pytorch-triton")),

@@ -17,6 +17,7 @@ GAMMA, LAM, CLIP, ENTROPY_WEIGHT = 0.99, 0.95, 0.2, 0.1
 # summed in bfloat16 reach 2e-2), far below what a missing term would make.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 4e-2}
 ROWS = 1024  # of logits that the truth holds in float64 at a time
+EDGE = 1e-6  # nearer than this in mass to a token's edge float32 may draw, or keep, its neighbour
 MARGIN = 1e-5  # nearer than this to a clip boundary float32 may choose the other branch
 
 
@@ -51,8 +52,10 @@ class Inputs:
         """New random values."""
         generator = torch.Generator(next(iter(self.tensors.values())).device).manual_seed(seed)
         operator, tensors = self.case.operator, self.tensors
-        if operator == "token_log_probs":
+        if operator in ("token_log_probs", "sample_tokens"):
             tensors["logits"].normal_(0, 3, generator=generator)
+            if "draws" in tensors:
+                tensors["draws"].uniform_(generator=generator)
         elif operator.startswith("linear"):
             tensors["hidden"].normal_(generator=generator)
             tensors["weight"].normal_(0, 0.05, generator=generator)
@@ -82,6 +85,9 @@ def allocate(case: Case, device: str) -> Inputs:
         size = (shape["B"], shape["T"])
         tensors = {"rewards": empty(*size), "values": empty(*size), "mask": empty(*size, dtype=torch.bool)}
         leaves = ()
+    elif case.operator == "sample_tokens":
+        draws = empty(shape["B"], dtype=torch.float64)
+        tensors, leaves = {"logits": empty(shape["B"], shape["V"]), "draws": draws}, ()
     elif case.operator.startswith("clipped"):
         tensors = {"now": empty(shape["N"], leaf=True), "old": empty(shape["N"]), "target": empty(shape["N"])}
         leaves = (tensors["now"],)
@@ -122,6 +128,8 @@ def errors(inputs: Inputs, outputs: dict[str, Tensor], gradients: tuple[Tensor, 
             return {f"{name}, not finite": float("inf")}
     if inputs.case.operator == "gae":
         return _gae_errors(inputs, outputs)
+    if inputs.case.operator == "sample_tokens":
+        return _sampling_errors(inputs, outputs)
     if inputs.case.operator.startswith("clipped"):
         return _loss_errors(inputs, outputs, gradients)
     return _log_prob_errors(inputs, outputs, gradients)
@@ -181,6 +189,39 @@ def _gae_errors(inputs: Inputs, outputs: dict[str, Tensor]) -> dict[str, float]:
     found = Errors()
     for name, value in outputs.items():
         found.add(name, value[mask], truths[name])
+    return found.relative()
+
+
+def _sampling_errors(inputs: Inputs, outputs: dict[str, Tensor]) -> dict[str, float]:
+    """The kept tokens by sorting, the draw by its place in their cumulative mass, on rows where float32 can tell both.
+
+    A peer draws by random numbers of its own: its token must be one of those kept, and its probabilities, which may
+    keep another of equal logits, are compared in their order.
+    """
+    shape, logits = inputs.case.shape, inputs["logits"].double()
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    kept = ordered >= ordered[:, shape.get("top_k", logits.shape[1]) - 1, None]
+    mass = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
+    clear = torch.ones_like(kept[:, 0])
+    if "top_p" in shape:
+        before = mass.cumsum(-1) - mass
+        clear = ((before - shape["top_p"]).abs() > EDGE).all(-1)
+        kept &= before < shape["top_p"]
+        mass = mass * kept / (mass * kept).sum(-1, keepdim=True)
+    tokens, found = outputs["tokens"], Errors()
+    if "probabilities" in outputs:
+        least = ordered.masked_fill(~kept, torch.inf).amin(-1)
+        right = logits.gather(-1, tokens[:, None])[:, 0] >= least
+        found.add("probabilities", outputs["probabilities"].sort(-1, descending=True).values[clear], mass[clear])
+    else:
+        cumulative = torch.zeros_like(mass).scatter(-1, order, mass).cumsum(-1)
+        clear &= ((cumulative - inputs["draws"][:, None]).abs() > EDGE).all(-1)
+        token = (cumulative <= inputs["draws"][:, None]).sum(-1)
+        right = tokens == token
+        log_p = torch.zeros_like(mass).scatter(-1, order, mass.log()).gather(-1, token[:, None])[:, 0]
+        found.add("log_probs", outputs["log_probs"][clear], log_p[clear])
+        found.add("entropy", outputs["entropy"][clear], torch.special.entr(mass).sum(-1)[clear])
+    found.add("tokens", right[clear].double(), torch.ones_like(mass[clear, 0]))
     return found.relative()
 
 

@@ -27,6 +27,8 @@ def bytes_moved(case: Case) -> int:
         return _by_pass(case, logits + tokens * (8 + 4 * 4), 2 * logits + tokens * (8 + 5 * 4))
     if case.operator == "gae":  # rewards, values, mask in; advantages, returns out
         return shape["B"] * shape["T"] * (2 * width + 1 + 2 * 4)
+    if case.operator == "sample_tokens":  # logits and draws in; token, log-probability and entropy out
+        return shape["B"] * (shape["V"] * width + 8 + 8 + 2 * 4)
     # Forward: three tensors in; loss, clipped and slope out. Backward: slope and the gradient in, the gradient out.
     return _by_pass(case, shape["N"] * (3 * width + 4 + 1 + 4), shape["N"] * (4 + 4 + width))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from operators.cases import FILTERS
 from operators.inputs import CLIP, GAMMA, LAM, Inputs
 from operators.torch_peers import Forward
 from rlhf_lightning import ops
@@ -51,3 +52,9 @@ def clipped_policy_loss(inputs: Inputs) -> Forward:
 def clipped_value_loss(inputs: Inputs) -> Forward:
     now, old, target = inputs["now"], inputs["old"], inputs["target"]
     return lambda: dict(zip(("loss", "clipped"), ops.clipped_value_loss(now, old, target, CLIP), strict=True))
+
+
+def sample_tokens(inputs: Inputs) -> Forward:
+    filters = {name: inputs.case.shape[name] for name in FILTERS if name in inputs.case.shape}
+    names = ("tokens", "log_probs", "entropy")
+    return lambda: dict(zip(names, ops.sample_tokens(inputs["logits"], inputs["draws"], **filters), strict=True))

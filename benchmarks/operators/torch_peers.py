@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from operators.cases import FILTERS
 from operators.inputs import CLIP, GAMMA, LAM, Inputs
 
 Forward = Callable[[], dict[str, Tensor]]
@@ -82,6 +83,25 @@ def log_step_scan(inputs: Inputs) -> Forward:
             advantages = torch.add(advantages, functional.pad(advantages[:, step:], (0, step)), alpha=factor)
             step, factor = 2 * step, factor * factor
         return {"advantages": advantages, "returns": advantages + values}
+
+    return forward
+
+
+def multinomial(inputs: Inputs) -> Forward:
+    """The filters, the softmax and the draw; neither log-probability nor entropy."""
+    top_k, top_p = (inputs.case.shape.get(name) for name in FILTERS)
+
+    def forward() -> dict[str, Tensor]:
+        logits = inputs["logits"].float()
+        if top_k:
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        if top_p:
+            ordered, order = logits.sort(descending=True)
+            mass = ordered.softmax(-1)
+            out = mass.cumsum(-1) - mass >= top_p
+            logits = logits.masked_fill(out.scatter(-1, order, out), -torch.inf)
+        probabilities = logits.softmax(-1)
+        return {"tokens": torch.multinomial(probabilities, 1)[:, 0], "probabilities": probabilities}
 
     return forward
 

@@ -10,6 +10,7 @@ from typing import Any
 import provenance
 
 WAYS = ("native", "reference", "plain")
+STEADY = 0.1  # by so much clocked and bare steps may differ
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:
@@ -22,35 +23,73 @@ def spent(way: dict[str, Any], name: str) -> float:
     return taken["forward_ms"] + taken["backward_ms"]
 
 
-def verdict(ways: dict[str, Any], before: str, name: str) -> str:
-    """What the step gained by this operator alone, unless steps differ as much by themselves."""
-    low, step, high = quartiles(ways[before]["step_ms"])
-    gain = (spent(ways[before], name) - spent(ways["native"], name)) / step
-    if abs(gain) < max(0.01, (high - low) / 2 / step):
-        return "nothing"
-    return f"{100 * gain:+.0f}%"
+def steady(way: dict[str, Any]) -> bool:
+    """Whether the steps with the clock on took what the bare ones took: else shares of a step say nothing."""
+    bare, clocked = statistics.median(way["step_ms"]), statistics.median(way["clocked_step_ms"])
+    return max(bare, clocked) <= (1 + STEADY) * min(bare, clocked)
+
+
+def share(ms: float, ways: dict[str, Any], *names: str) -> float | None:
+    """``ms`` over the clocked steps of the last of ``names``; None where one of these ways was unsteady."""
+    if not all(steady(ways[name]) for name in names):
+        return None
+    return ms / statistics.median(ways[names[-1]]["clocked_step_ms"])
+
+
+def gain(part: float | None, noise: float) -> str:
+    """A gain in words: nothing below 1%, or below what steps differ by themselves."""
+    if part is None:
+        return "unsteady"
+    return "nothing" if abs(part) < max(0.01, noise) else f"{100 * part:+.0f}%"
+
+
+def noise(times: list[float]) -> float:
+    """Half the distance of the quartiles, relative to the median."""
+    low, middle, high = quartiles(times)
+    return (high - low) / 2 / middle
+
+
+def step_gain(ways: dict[str, Any], before: str) -> str:
+    """By how much the native step is shorter: from bare steps alone."""
+    was, native = ways[before], ways["native"]
+    if not (steady(was) and steady(native)):
+        return "unsteady"
+    part = 1 - statistics.median(native["step_ms"]) / statistics.median(was["step_ms"])
+    return gain(part, max(noise(was["step_ms"]), noise(native["step_ms"])))
+
+
+def saved(ways: dict[str, Any], before: str, name: str) -> str:
+    """What the native operator saves of a step: from clocked steps alone."""
+    part = share(spent(ways[before], name) - spent(ways["native"], name), ways, "native", before)
+    return gain(part, noise(ways[before]["clocked_step_ms"]))
 
 
 def table(ways: dict[str, Any]) -> list[str]:
     """Markdown: the steps, and the operators in them."""
     steps = {way: quartiles(ways[way]["step_ms"]) for way in WAYS}
+    clocked = {way: statistics.median(ways[way]["clocked_step_ms"]) for way in WAYS}
+    marks = {way: "" if steady(ways[way]) else " (unsteady)" for way in WAYS}
     native = steps["native"][1]
     rows = [
         ["", *WAYS],
         ["---", *["---:"] * len(WAYS)],
         ["step, ms", *(f"{middle:.0f} ({low:.0f} to {high:.0f})" for low, middle, high in steps.values())],
+        ["clocked step, ms", *(f"{clocked[way]:.0f}{marks[way]}" for way in WAYS)],
         ["times native", *(f"{middle / native:.2f}" for _, middle, _ in steps.values())],
+        ["the native step gained", "", *(step_gain(ways, before) for before in WAYS[1:])],
     ]
     for phase in ways["native"]["phases_ms"]:
         rows.append([f"{phase}, ms", *(f"{ways[way]['phases_ms'][phase]:.0f}" for way in WAYS)])
     rows.append(["peak, MiB", *(f"{ways[way]['peak_mib']:.0f}" for way in WAYS)])
-    rows += [[], ["operator", "calls", *(f"{way}, ms" for way in WAYS), *(f"gain over {way}" for way in WAYS[1:])]]
+    rows += [[], ["operator", "calls", *(f"{way}, ms" for way in WAYS), *(f"saved over {way}" for way in WAYS[1:])]]
     rows.append(["---", *["---:"] * (len(rows[-1]) - 1)])
     for name, taken in ways["native"]["operators"].items():
-        times = [f"{spent(ways[way], name):.2f} ({100 * spent(ways[way], name) / steps[way][1]:.1f}%)" for way in WAYS]
-        gains = [verdict(ways, before, name) for before in WAYS[1:]]
-        rows.append([name, f"{taken['calls']:.0f}", *times, *gains])
-    rest = [steps[way][1] - sum(spent(ways[way], name) for name in ways[way]["operators"]) for way in WAYS]
+        times = []
+        for way in WAYS:
+            part = share(spent(ways[way], name), ways, way)
+            times.append(f"{spent(ways[way], name):.2f} ({'unsteady' if part is None else f'{100 * part:.1f}%'})")
+        rows.append([name, f"{taken['calls']:.0f}", *times, *(saved(ways, before, name) for before in WAYS[1:])])
+    rest = [clocked[way] - sum(spent(ways[way], name) for name in ways[way]["operators"]) for way in WAYS]
     rows.append(["all else", "", *(f"{ms:.0f}" for ms in rest), *[""] * len(WAYS[1:])])
     return ["| " + " | ".join(cells) + " |" if cells else "" for cells in rows]
 
@@ -63,11 +102,13 @@ def page(facts: dict[str, Any], ways: dict[str, Any], path: Path) -> str:
         f"A Llama of random weights, {size['layers']} layers of width {size['hidden']}, vocabulary "
         f"{size['vocabulary']}, {size['precision']}; {size['rows'][task]} {'pairs' if task == 'dpo' else 'rows'} a "
         f"step, prompts of {size['prompt'][0]} to {size['prompt'][1]} tokens, responses of {responses}. Milliseconds: "
-        f"the median of {facts['steps']} steps and, in brackets, their quartiles; an operator's forward and backward "
-        "together, in as many other steps, and its share of the median step. `native`: as installed; `reference`: the "
-        "operators in plain PyTorch; `plain`: those, and the head as people write it, with all logits of the responses "
-        "held. The last columns say what the native operator gains the step; what is less than 1%, or less than "
-        "steps differ by themselves, is nothing. `peak` is the process's largest resident memory, PyTorch and model "
+        f"the median of {facts['steps']} bare steps and, in brackets, their quartiles. As many others are clocked: "
+        "an operator's forward and backward together, and its share of the median clocked step. `native`: as "
+        "installed; `reference`: the operators in plain PyTorch; `plain`: those, and the head as people write it, with "
+        "all logits of the responses held. What the native step gained is from bare steps alone; what an operator "
+        "saved of the step, in the last columns, from clocked ones alone; what is less than 1%, or less than steps "
+        f"differ by themselves, is nothing. Where bare and clocked steps of a way differ by more than {STEADY:.0%}, "
+        "the run was unsteady and no share is told. `peak` is the process's largest resident memory, PyTorch and model "
         "included."
     )
     title = f"# The operators in a whole {task.upper()} step: {size['name']}"
