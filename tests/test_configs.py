@@ -21,13 +21,16 @@ from rlhf_lightning.distributed import FSDP2Strategy
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.grpo import GRPOModule
+from rlhf_lightning.modules.kto import KTOModule
 from rlhf_lightning.modules.online_dpo import OnlineDPOModule
+from rlhf_lightning.modules.orpo import ORPOModule
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reinforce import ReinforcePlusPlusModule
 from rlhf_lightning.modules.rejection_sampling import RejectionSamplingModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.rloo import RLOOModule
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.modules.simpo import SimPOModule
 from rlhf_lightning.rewards import Ensemble, FunctionReward, ModelReward, WeightedSum
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_lightning"
@@ -41,6 +44,9 @@ STAGES = {
     "reinforce.yaml": ReinforcePlusPlusModule,
     "rejection_sampling.yaml": RejectionSamplingModule,
     "online_dpo.yaml": OnlineDPOModule,
+    "kto.yaml": KTOModule,
+    "orpo.yaml": ORPOModule,
+    "simpo.yaml": SimPOModule,
 }
 OVERLAYS = ("fsdp.yaml", "lora.yaml")
 EXPOSED = (

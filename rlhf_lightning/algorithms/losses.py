@@ -118,3 +118,51 @@ def preference_loss(
     if kind == "hinge":
         return relu(1.0 - beta * ahead)
     return torch.square(ahead - 1.0 / (2.0 * beta))
+
+
+def kto_loss(log_ratios: Tensor, baseline: Tensor, beta: float, *, desirable: bool) -> Tensor:
+    """``1 - sigmoid(beta (r - z0))`` of a desirable response, ``1 - sigmoid(beta (z0 - r))`` of an undesirable one.
+
+    Args:
+        log_ratios: ``[B]``, r: the response's log-prob under the policy less that under the reference, in nats.
+        baseline: scalar, z0: what r is compared with, at least 0.
+        beta: how fast the value saturates.
+        desirable: which of the two all responses are.
+
+    Returns: ``[B]``, between 0 and 1. Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8 with weights of 1.
+    """
+    ahead = beta * (log_ratios - baseline)
+    return torch.sigmoid(-ahead if desirable else ahead)
+
+
+def log_odds(log_probs: Tensor) -> Tensor:
+    """``log(p / (1 - p))`` from ``log p``; a p nearer to 1 than rounding counts as that near, so all stays finite.
+
+    Shape kept. Hong et al. 2024, arXiv 2403.07691, eq. 4.
+    """
+    below_one = log_probs.clamp(max=-torch.finfo(log_probs.dtype).eps)
+    return below_one - torch.log(-torch.expm1(below_one))
+
+
+def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """``-log sigmoid(log(odds(chosen) / odds(rejected)))``, the penalty of ORPO.
+
+    Args:
+        chosen, rejected: ``[B]``, mean log-prob of the response's tokens, in nats.
+
+    Returns: ``[B]``, in nats. Hong et al. 2024, arXiv 2403.07691, eq. 7.
+    """
+    return -logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """``-log sigmoid(beta chosen - beta rejected - gamma)``.
+
+    Args:
+        chosen, rejected: ``[B]``, mean log-prob of the response's tokens, in nats.
+        beta: scale of the reward.
+        gamma: the margin by which the chosen one's reward should be ahead.
+
+    Returns: ``[B]``, in nats. Meng et al. 2024, arXiv 2405.14734, eq. 6.
+    """
+    return -logsigmoid(beta * (chosen - rejected) - gamma)

@@ -270,6 +270,12 @@ class PreferenceDataModule(LightningDataModule):
         return max((len(example.prompt) for example in self.train + self.held_out), default=0)
 
     @property
+    def longest_response(self) -> int:
+        """Tokens of the longest response, EOS included; 0 where there is none."""
+        examples = self.train + self.held_out
+        return max((len(response) for example in examples for response in example.responses), default=0)
+
+    @property
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence: prompt and response, or the prompt alone where there is no response."""
         return max((width for example in self.train + self.held_out for width in example.widths), default=0)

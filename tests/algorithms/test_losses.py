@@ -9,7 +9,9 @@ import torch
 
 from rlhf_lightning.algorithms.losses import (
     bradley_terry_loss,
+    log_odds,
     negative_log_likelihood,
+    odds_ratio_loss,
     preference_loss,
     token_shares,
 )
@@ -103,3 +105,15 @@ def test_the_normalisations_of_a_mean_over_tokens(normalisation, expected) -> No
     parts = [token_shares(mask[rows], normalisation, 8) for rows in ([0], [1, 2])]
     assert sum(part.total for part in parts) == shares.total
     assert torch.equal(torch.cat([part.weights for part in parts]), shares.weights)
+
+
+def test_log_odds_by_hand() -> None:
+    p = tensor(0.5, 0.9, 1e-9)
+    torch.testing.assert_close(log_odds(p.log()), tensor(0.0, math.log(9.0), math.log(1e-9) + 1e-9))
+
+
+def test_a_certain_response_leaves_the_odds_ratio_finite() -> None:
+    certain = torch.zeros(1, requires_grad=True)  # float32: each token's probability rounds to 1
+    loss = odds_ratio_loss(certain, torch.tensor([-2.0])) + odds_ratio_loss(torch.tensor([-2.0]), certain)
+    loss.sum().backward()
+    assert loss.isfinite().all() and certain.grad.isfinite().all()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch
@@ -38,6 +38,13 @@ def make_pairs(count: int, seed: int = 0) -> list[Pair]:
     return [
         Pair(ids(1, 6), [*ids(1, 8), 1], [*ids(1, 8), 1], 0.25 * (i % 3), 1.0 + 0.5 * (i % 2)) for i in range(count)
     ]
+
+
+def log_prob(model: nn.Module, prompt: list[int], response: list[int]) -> Tensor:
+    """Of the response, summed over its tokens: the plainest way, with gradient."""
+    ids = torch.tensor([prompt + response])
+    log_probs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    return log_probs[-len(response) :].sum()
 
 
 def side(rows: list[Pair], name: str, weights: Tensor, extra: int) -> DemonstrationBatch:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import Pair, SmallData, make_pairs, train
+from small_data import SmallData, log_prob, make_pairs, train
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -18,32 +18,12 @@ DESCENT = {"learning_rate": 1.0, "adam_eps": 1e6}  # plain gradient descent in e
 ALL = list(range(6))
 
 
-@pytest.fixture(scope="module")
-def other_policy_dir(tiny_policy_dir: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path_factory) -> Path:
-    """Another policy of the same vocabulary, so that log-ratios are not 0."""
-    folder = tmp_path_factory.mktemp("other") / "policy"
-    model = AutoModelForCausalLM.from_pretrained(tiny_policy_dir)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
-def log_prob(model: torch.nn.Module, pair: Pair, response: list[int]) -> Tensor:
-    ids = torch.tensor([pair.prompt + response])
-    log_probs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
-    return log_probs[-len(response) :].sum()
-
-
 def loss_by_hand(kind: str, policy: torch.nn.Module, reference: torch.nn.Module, beta: float, sft: float) -> Tensor:
     total, weights = torch.zeros((), dtype=torch.float64), 0.0
     for pair in (make_pairs(24)[i] for i in ALL):
-        chosen = log_prob(policy, pair, pair.chosen)
-        a = chosen - log_prob(reference, pair, pair.chosen)
-        b = log_prob(policy, pair, pair.rejected) - log_prob(reference, pair, pair.rejected)
+        chosen = log_prob(policy, pair.prompt, pair.chosen)
+        a = chosen - log_prob(reference, pair.prompt, pair.chosen)
+        b = log_prob(policy, pair.prompt, pair.rejected) - log_prob(reference, pair.prompt, pair.rejected)
         if kind == "sigmoid":
             loss = torch.log1p(torch.exp(-beta * (a - b)))
         elif kind == "hinge":

@@ -17,6 +17,9 @@ ARGUMENTS = {
     "reward_model": {**OPTIMIZER, "label_smoothing": 0.1, "centring": 0.01, "seed": 3},
     "dpo": {**OPTIMIZER, "beta": 0.5, "sft_coef": 0.1},
     "dpo-lora": {**OPTIMIZER, "beta": 0.5, "lora_rank": 4},
+    "kto": {**OPTIMIZER, "beta": 0.5, "desirable_weight": 1.5},
+    "orpo": {**OPTIMIZER, "odds_coef": 0.5},
+    "simpo": OPTIMIZER,
 }
 # The last batch has one row: with two processes one of them gets a filler.
 BATCHES = [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11], [12]]

@@ -1,4 +1,4 @@
-"""One training of SFT, a reward model or DPO; test_processes.py runs it in one process and, as a script, in two."""
+"""One training of SFT, a reward model or a method on pairs; test_processes.py runs it in one process and in two."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from processes import run_cases
 from small_data import SmallData, train
 
 from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.kto import KTOModule
+from rlhf_lightning.modules.orpo import ORPOModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.modules.simpo import SimPOModule
 
-MODULES = {"sft": SFTModule, "reward_model": RewardModelModule, "dpo": DPOModule, "dpo-lora": DPOModule}
+MODULES = {
+    "sft": SFTModule,
+    "reward_model": RewardModelModule,
+    "dpo": DPOModule,
+    "dpo-lora": DPOModule,
+    "kto": KTOModule,
+    "orpo": ORPOModule,
+    "simpo": SimPOModule,
+}
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""What the methods that learn from pairs alone share: one pass over both responses, the reference, the metrics.
+
+Shapes: ``B`` pairs of this process, ``T`` response tokens. A pair's two rows stand apart: row ``b`` of ``2B`` is pair
+``b``'s chosen response, row ``B + b`` its rejected one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.algorithms.losses import negative_log_likelihood
+from rlhf_lightning.batches import PreferenceBatch, View
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
+from rlhf_lightning.models.policy import Reference
+from rlhf_lightning.models.positions import response_mask
+from rlhf_lightning.modules.pairs import Rows, weighted_sum
+from rlhf_lightning.modules.policy import PolicyModule
+from rlhf_lightning.modules.reward_model import wins
+from rlhf_lightning.modules.totals import Totals
+
+
+class PairTerms(NamedTuple):
+    """What the loss and the metrics of the pairs are made of."""
+
+    losses: Tensor  # [B]
+    rewards: Tensor  # [2B] what the method takes for the responses' rewards; no gradient is asked of these
+    log_probs: Tensor  # [2B] summed over the response, under the policy
+    more: Mapping[str, Tensor] = MappingProxyType({})  # other metrics, [B] each, by name
+
+
+class RowScores(NamedTuple):
+    """Both responses of every pair under the policy."""
+
+    rows: Rows
+    mask: Tensor  # [2B, T] bool
+    log_probs: Tensor  # [2B] summed over the response
+
+    @property
+    def tokens(self) -> Tensor:
+        """``[2B]`` int64, tokens of the response; 1 where it has none, so that it can be divided by."""
+        return self.mask.sum(dim=1).clamp(min=1)
+
+
+class PreferenceModule(PolicyModule):
+    """The base of the methods without sampling and without a reward model; a method says what its ``terms`` are.
+
+    Logs ``train/loss``, ``train/accuracy``, ``train/margin``, ``rewards/chosen``, ``rewards/rejected``,
+    ``logps/chosen`` and ``logps/rejected``; held out ``val/loss``, ``val/accuracy``, ``val/margin`` and so on. The loss
+    is the mean over the pairs of an optimizer step, each weighted by its weight.
+    """
+
+    data_view = View("pairs")
+
+    def terms(self, batch: PreferenceBatch) -> PairTerms:
+        """Losses, rewards and log-probs of the pairs."""
+        raise NotImplementedError
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """The weighted sum of the pairs' losses."""
+        terms = self.terms(batch)
+        loss = weighted_sum(terms.losses, batch.weights)
+        self.count(batch.weights.sum(), loss, tokens=batch.chosen.lengths.sum() + batch.rejected.lengths.sum())
+        self._add_metrics(batch, terms, self.step_totals, "train/", ("rewards/", "logps/"))
+        return loss
+
+    def measure(self, batch: PreferenceBatch, totals: Totals) -> None:
+        """Loss, accuracy and margin of the rewards, and the rewards and log-probs themselves."""
+        self._add_metrics(batch, self.terms(batch), totals, "", ("rewards_", "logps_"))
+
+    def row_scores(self, rows: Rows) -> RowScores:
+        """The rows of any pairs in one forward pass."""
+        assert self.policy is not None
+        mask = response_mask(rows.prompt_lengths, rows.lengths)
+        return RowScores(rows, mask, -negative_log_likelihood(self.policy(*rows).log_probs, mask))
+
+    def _add_metrics(
+        self, batch: PreferenceBatch, terms: PairTerms, totals: Totals, prefix: str, groups: tuple[str, str]
+    ) -> None:
+        counted = batch.weights > 0
+        chosen, rejected = terms.rewards.chunk(2)
+        totals.add(f"{prefix}loss", terms.losses, batch.weights)
+        totals.add(f"{prefix}accuracy", wins(chosen, rejected), counted)
+        totals.add(f"{prefix}margin", chosen - rejected, counted)
+        for group, values in zip(groups, (terms.rewards, terms.log_probs), strict=True):
+            chosen, rejected = values.chunk(2)
+            totals.add(f"{group}chosen", chosen, counted)
+            totals.add(f"{group}rejected", rejected, counted)
+        for name, values in terms.more.items():
+            totals.add(prefix + name, values, counted)
+
+
+class ReferencedModule(PreferenceModule):
+    """A method that holds the policy near a frozen reference.
+
+    Args:
+        model: folder of the policy to train: usually the SFT policy.
+        reference: folder of the frozen model that the policy is kept near; None takes ``model`` as it is at the start.
+        kwargs: sampling, the optimizer's and the model's options, see `PolicyModule` and `RLHFModule`.
+    """
+
+    def __init__(self, model: str, reference: str | None = None, **kwargs: Any) -> None:
+        super().__init__(model=model, **kwargs)
+        self.reference_folder = reference
+        self.reference: Reference | None
+        self.keep_frozen("reference", None)
+
+    def configure_model(self) -> None:
+        """Load (and shard) the policy and its reference, which share nothing; only the first call counts.
+
+        Raises:
+            InputError: the two have different vocabularies.
+        """
+        super().configure_model()
+        if self.reference is not None:
+            return
+        folder = self.reference_folder or self.model
+        if folder != self.model and not same_vocabulary(self.tokenizer, load_tokenizer(folder, self.trust_remote_code)):
+            raise InputError(
+                f"model.reference: {folder} has another vocabulary than {self.model}; give one with the same"
+            )
+        self.keep_frozen("reference", self.build_reference(self.reference_folder))
+
+    def log_ratios(self, scores: RowScores) -> Tensor:
+        """``[2B]``, the responses' summed log-probs under the policy less those under the reference."""
+        assert self.reference is not None
+        with torch.no_grad():
+            reference = -negative_log_likelihood(self.reference(*scores.rows).log_probs, scores.mask)
+        return scores.log_probs - reference
