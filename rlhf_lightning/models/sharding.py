@@ -43,6 +43,11 @@ def shard(module: _Model, mesh: DeviceMesh) -> _Model:
     return module
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard` has been here."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
 @contextlib.contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
     """Keep all parameters of ``module`` gathered, so that a decode loop gathers once and not once a token.

@@ -6,7 +6,7 @@ entries read of each. A row has a slot, and the first slots are the batch: a row
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from rlhf_lightning.ops.sample_tokens import sample_tokens
 from rlhf_lightning.rollout.cache import SlotCache
 from rlhf_lightning.rollout.engine import Responses, Sampling
 
+Decode = Callable[..., Tensor]  # `Policy.decode`, or the same compiled
 _PADDING = 1.25  # padded tokens of a prefill, at most this many times its real ones
 
 
@@ -79,7 +80,7 @@ class Decoding:
             self._sample(logits, first, last)
         self.place += 1
 
-    def advance(self, policy: Policy, rows: int, read: int) -> None:
+    def advance(self, decode: Decode, rows: int, read: int) -> None:
         """One more token for each of the first ``rows`` slots, reading ``read`` cache entries of each.
 
         Both may be more than needed: what a row that has ended is given is dropped, and what no row sees is masked.
@@ -87,7 +88,7 @@ class Decoding:
         it can be replayed.
         """
         lengths, tokens = self.cache.lengths[:rows, None], self.token[:rows, None]
-        logits = policy.decode(tokens, lengths, self.cache.step(rows, read), slots=self.cache)
+        logits = decode(tokens, lengths, self.cache.step(rows, read), slots=self.cache)
         self._sample(logits, 0, rows)
         self.cache.lengths[:rows] += 1
         self.place += 1

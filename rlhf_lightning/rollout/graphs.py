@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from rlhf_lightning.models.policy import Policy
-from rlhf_lightning.rollout.decoding import Decoding
+from rlhf_lightning.models.sharding import is_sharded
+from rlhf_lightning.rollout.decoding import Decode, Decoding
 from rlhf_lightning.rollout.engine import Sampling
 
 _ENTRIES = 128  # a graph for every so many cache entries
@@ -22,8 +22,7 @@ _ENTRIES = 128  # a graph for every so many cache entries
 
 def can_capture(policy: Policy) -> bool:
     """Whether the policy is on a GPU, and whole: sharded weights move between rollouts."""
-    on_gpu = next(policy.parameters()).device.type == "cuda"
-    return on_gpu and not any(isinstance(module, FSDPModule) for module in policy.modules())
+    return next(policy.parameters()).device.type == "cuda" and not is_sharded(policy)
 
 
 class StepGraphs:
@@ -59,7 +58,7 @@ class StepGraphs:
         sizes = rows <= self.decoding.cache.slots and longest <= self._longest
         return sizes and own == sampling and self._weights == _addresses(policy)
 
-    def advance(self, policy: Policy, rows: int, read: int) -> None:
+    def advance(self, decode: Decode, rows: int, read: int) -> None:
         """`Decoding.advance` of the next larger kind of step."""
         key = self.kind(rows, read)
         if key in self._graphs:
@@ -67,21 +66,21 @@ class StepGraphs:
             return
         if self._capturing and key in self._seen:
             try:
-                self._graphs[key] = self.capture(policy, *key)
+                self._graphs[key] = self.capture(decode, *key)
             # Whatever the model does that can't be recorded: CUDA's errors have no common base.
             except Exception as error:
                 self._capturing = False
                 reason = " ".join(str(error).split())[:300]
                 warnings.warn(
-                    f"{type(policy.model).__name__}: its decode step can't be recorded as a CUDA graph ({reason}); "
-                    "decoding goes on without, more slowly",
+                    f"this model's decode step can't be recorded as a CUDA graph ({reason}); decoding goes on without, "
+                    "more slowly",
                     stacklevel=2,
                 )
             else:
                 self._graphs[key]()
                 return
         self._seen.add(key)
-        self.decoding.advance(policy, *key)
+        self.decoding.advance(decode, *key)
 
     def kind(self, rows: int, read: int) -> tuple[int, int]:
         """The numbers of rows and entries, of those that graphs are made for, that are enough."""
@@ -90,11 +89,11 @@ class StepGraphs:
             size = (size + 1) // 2
         return size, min(-(-read // _ENTRIES) * _ENTRIES, self.decoding.cache.capacity)
 
-    def capture(self, policy: Policy, rows: int, read: int) -> Callable[[], None]:
+    def capture(self, decode: Decode, rows: int, read: int) -> Callable[[], None]:
         """Record a step without running it; what runs it."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            self.decoding.advance(policy, rows, read)
+            self.decoding.advance(decode, rows, read)
         self._pool = graph.pool()
         return graph.replay
 

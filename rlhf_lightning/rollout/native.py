@@ -5,17 +5,20 @@ What a row is given depends on the row alone: on its own tokens and draws (`Samp
 
 from __future__ import annotations
 
+import warnings
 import weakref
+from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
+from torch import Tensor
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import InputError, out_of_memory
 from rlhf_lightning.models.policy import Policy, nearly_equal
-from rlhf_lightning.models.sharding import unsharded
+from rlhf_lightning.models.sharding import is_sharded, unsharded
 from rlhf_lightning.rollout.cache import SlotCache, slot_attention_in
-from rlhf_lightning.rollout.decoding import Decoding
+from rlhf_lightning.rollout.decoding import Decode, Decoding
 from rlhf_lightning.rollout.engine import Progress, Responses, RolloutEngine, Sampling, ready_to_decode
 from rlhf_lightning.rollout.graphs import StepGraphs, can_capture
 
@@ -30,13 +33,19 @@ class NativeEngine(RolloutEngine):
         prefill_tokens: padded prompt tokens in one forward pass at most; it bounds the memory, and changes no result.
         cuda_graphs: on a GPU, replay recorded steps where the model is not sharded, which spares the launches of single
             kernels. The cache and what the steps work in then stay on the GPU from one rollout to the next.
+        compile_steps: let torch.compile make a step's many small kernels into few. That takes a while in the first
+            rollout; not for sharded weights, nor under autocast, which would cast all weights in every step.
     """
 
-    def __init__(self, prefill_tokens: PositiveInt = 8192, cuda_graphs: bool = True) -> None:
+    def __init__(
+        self, prefill_tokens: PositiveInt = 8192, cuda_graphs: bool = True, compile_steps: bool = False
+    ) -> None:
         self.prefill_tokens = prefill_tokens
         self.cuda_graphs = cuda_graphs
+        self.compile_steps = compile_steps
         self._checked: weakref.WeakSet[Policy] = weakref.WeakSet()
         self._graphs: StepGraphs | None = None
+        self._compiled: tuple[Policy, Decode] | None = None
 
     @torch.no_grad()
     def generate(
@@ -45,7 +54,8 @@ class NativeEngine(RolloutEngine):
         """See `RolloutEngine`.
 
         Raises:
-            InputError: the model's cache holds something else than keys and values; names the other engine.
+            InputError: the model's cache holds something else than keys and values; names the other engine. Or
+                ``compile_steps`` under autocast, or on sharded weights.
         """
         count = len(prompts)
         longest = int(prompts.lengths.max()) if count else 0
@@ -62,17 +72,46 @@ class NativeEngine(RolloutEngine):
                 decoding = Decoding(count, longest + sampling.max_new_tokens, sampling, next(policy.parameters()))
                 advance, patience = decoding.advance, 1
             decoding.prefill(policy, prompts, sampling, self.prefill_tokens)
+            decode = self._step_of(policy)
             with slot_attention_in(policy.model):
                 while decoding.steps < sampling.max_new_tokens:
                     if progress is not None:
                         progress(decoding.steps, sampling.max_new_tokens)
                     if decoding.steps % patience in (0, 1) and not decoding.leave():
                         break
-                    advance(policy, decoding.rows, decoding.longest)
+                    advance(decode, decoding.rows, decoding.longest)
                     decoding.steps += 1
             if progress is not None:
                 progress(sampling.max_new_tokens, sampling.max_new_tokens)
         return decoding.responses(count)
+
+    def _step_of(self, policy: Policy) -> Decode:
+        """What makes a step: ``policy.decode``, compiled where that is asked for and can be done."""
+        if not self.compile_steps:
+            return policy.decode
+        if is_sharded(policy) or torch.is_autocast_enabled(next(policy.parameters()).device.type):
+            raise InputError(
+                "model.engine.compile_steps: works on whole weights in the precision that they are computed in: take "
+                "trainer.precision bf16-true or 32-true and a strategy that does not shard, or leave it off"
+            )
+        if self._compiled is None or self._compiled[0] is not policy:
+            self._compiled = policy, torch.compile(policy.decode, fullgraph=True, dynamic=True)
+
+        def step(*inputs: Any, **attention: Any) -> Tensor:
+            assert self._compiled is not None
+            try:
+                return self._compiled[1](*inputs, **attention)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = " ".join(str(error).split())[:300]
+                warnings.warn(
+                    f"{type(policy.model).__name__}: its decode step can't be compiled ({reason}); decoding goes on "
+                    "without, more slowly",
+                    stacklevel=2,
+                )
+                self._compiled = policy, policy.decode
+                return policy.decode(*inputs, **attention)
+
+        return step
 
 
 def check_decodes(policy: Policy) -> None:

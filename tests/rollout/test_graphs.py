@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
+import functools
 
 import pytest
 import torch
 from rollouts import EOS, sample, small_policy, small_prompts
 from tolerances import assert_near
 
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.rollout import NativeEngine, graphs, native
 
 
 class Recorded:
     """What stands for a graph: the step, and the addresses that it was recorded with."""
 
-    def __init__(self, steps, policy, kind):
-        self.steps, self.policy, self.kind = steps, weakref.proxy(policy), kind
+    def __init__(self, steps, decode, kind):
+        self.steps, self.decode, self.kind = steps, decode, kind
         self.addresses = self.tensors()
 
     def tensors(self):
@@ -26,7 +27,7 @@ class Recorded:
 
     def __call__(self):
         assert self.tensors() == self.addresses
-        self.steps.decoding.advance(self.policy, *self.kind)
+        self.steps.decoding.advance(self.decode, *self.kind)
         assert self.tensors() == self.addresses
 
 
@@ -35,9 +36,9 @@ def recording(monkeypatch):
     """The engine as it is on a GPU, but for the recording; the kinds of steps that were recorded."""
     kinds = []
 
-    def capture(steps, policy, *kind):
+    def capture(steps, decode, *kind):
         kinds.append(kind)
-        return Recorded(steps, policy, kind)
+        return Recorded(steps, decode, kind)
 
     monkeypatch.setattr(native, "can_capture", lambda policy: True)
     monkeypatch.setattr(graphs, "_ENTRIES", 8)
@@ -82,7 +83,7 @@ def test_other_options_or_weights_elsewhere_are_recorded_anew(recording):
 
 
 def test_what_can_not_be_recorded_is_told_and_runs_as_it_is(recording, monkeypatch):
-    def capture(steps, policy, *kind):
+    def capture(steps, decode, *kind):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
     policy = small_policy("llama")
@@ -98,3 +99,37 @@ def test_steps_on_a_cpu_are_not_recorded():
     policy, engine = small_policy("llama"), NativeEngine()
     sample(policy, small_prompts(), engine)
     assert engine._graphs is None
+
+
+def test_compiled_steps_give_the_same_responses(recording, monkeypatch):
+    """A few graphs for all numbers of rows and entries; traced, but run as they are: generating code takes too long."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    policy, engine = small_policy("llama"), NativeEngine(compile_steps=True)
+    torch._dynamo.utils.counters.clear()
+    for seed in (0, 1):
+        options = {"seed": seed, "eos_ids": [EOS, 9], "max_new_tokens": 20}
+        found, expected = (sample(policy, small_prompts(9), e, **options) for e in (engine, NativeEngine()))
+        assert torch.equal(found.tokens, expected.tokens)
+        assert_near(found.log_probs, expected.log_probs, torch.float32)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4 < len(set(recording))
+
+
+def test_what_can_not_be_compiled_is_told_and_runs_as_it_is():
+    policy, engine = small_policy("llama"), NativeEngine(compile_steps=True)
+    expected = sample(policy, small_prompts())
+    policy.model.model.layers[1].register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    with pytest.warns(
+        UserWarning, match="LlamaForCausalLM: its decode step can't be compiled .* more slowly"
+    ) as warned:
+        found = [sample(policy, small_prompts(), engine) for _ in range(2)]
+    assert len(warned) == 1
+    assert all(torch.equal(rollout.tokens, expected.tokens) for rollout in found)
+
+
+def test_compiling_under_autocast_is_refused():
+    policy = small_policy("llama").float()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(InputError, match=r"compile_steps: .* bf16-true or 32-true"),
+    ):
+        sample(policy, small_prompts(), NativeEngine(compile_steps=True))

@@ -1,0 +1,138 @@
+"""Tokens per second of a rollout by each engine, and its share of what the memory's bandwidth allows.
+
+    python benchmarks/bench_rollout.py [--size tiny|16m|smollm2|1.5b] [--device cpu|cuda] [--weights float32|bfloat16]
+        [--engines native ...] [--json FILE]
+
+The models and prompts are those of ``bench_training.py`` (random weights but for smollm2); no token ends a response, so
+that every row decodes all its tokens. The engines take turns; a number is the median of the repeats, after one rollout
+to warm up. The limit: in each step the weights and the cache entries that are real are read once, at the bandwidth of a
+copy measured in the same run; prompts are free in it. Prints a table, and writes FILE and a page beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import provenance
+import torch
+from training import sizes
+from transformers import AutoTokenizer
+
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.rollout import NativeEngine, RolloutEngine, Sampling, TransformersEngine
+
+ENGINES: dict[str, Callable[[], RolloutEngine]] = {
+    "plain steps": lambda: NativeEngine(cuda_graphs=False),
+    "native": NativeEngine,
+    "compiled": lambda: NativeEngine(compile_steps=True),
+    "transformers": TransformersEngine,
+}
+
+
+def prompt_batch(folder: Path, device: torch.device) -> PromptBatch:
+    """The folder's prompts."""
+    rows = sizes.work(folder)["prompts"]
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = torch.tensor(row)
+    weights = torch.ones(len(rows))
+    return PromptBatch(tokens, lengths, torch.arange(len(rows)), weights, [""] * len(rows), {}).to(device)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.ones(2**26 if device.type == "cpu" else 2**29, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(seconds(device, lambda: target.copy_(source)) for _ in range(6))
+
+
+def seconds(device: torch.device, function: Callable[[], Any]) -> float:
+    """Of one call, the device's work included."""
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def bytes_of_decoding(policy: Policy, prompts: PromptBatch, new_tokens: int) -> float:
+    """What the steps after the prefill read: all weights in each, and each row's entries."""
+    config, parameter = policy.model.config, next(policy.parameters())
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    entry = 2 * config.num_hidden_layers * config.num_key_value_heads * width * parameter.element_size()
+    weights = sum(p.nbytes for p in policy.parameters())
+    entries = sum(int(prompts.lengths.sum()) + len(prompts) * step for step in range(1, new_tokens))
+    return (new_tokens - 1) * weights + entry * entries
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of every repeat by engine, and the limit."""
+    device = torch.device(options.device)
+    folder, size = sizes.prepare(options.size, options.device), sizes.size_of(options.size, options.device)
+    policy = Policy(load_causal_lm(folder / "policy", dtype=getattr(torch, options.weights))).to(device)
+    tokenizer, prompts = AutoTokenizer.from_pretrained(folder / "policy"), prompt_batch(folder, device)
+    engines = {name: ENGINES[name]() for name in options.engines}
+    found: dict[str, list[float]] = {name: [] for name in engines}
+    for repeat in range(options.repeats + 1):
+        for name, engine in engines.items():
+            sampling = Sampling(max_new_tokens=size.new_tokens, eos_ids=[], iteration=repeat)
+            found[name].append(seconds(device, lambda: engine.rollout(policy, prompts, tokenizer, sampling)))  # noqa: B023
+    bandwidth = copy_bandwidth(device)
+    return {
+        "rows": len(prompts),
+        "new_tokens": size.new_tokens,
+        "weights": options.weights,
+        "copy_gb_a_second": bandwidth / 1e9,
+        "limit_seconds": bytes_of_decoding(policy, prompts, size.new_tokens) / bandwidth,
+        "seconds": {name: times[1:] for name, times in found.items()},
+        "first_seconds": {name: times[0] for name, times in found.items()},
+    }
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Markdown, a line an engine."""
+    head = ("engine", "seconds", "tokens a second", "share of the limit", "first rollout, seconds")
+    lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * 4 + "|"]
+    for name, times in found["seconds"].items():
+        middle = statistics.median(times)
+        rate, share = found["rows"] * found["new_tokens"] / middle, found["limit_seconds"] / middle
+        lines.append(f"| {name} | {middle:.3f} | {rate:,.0f} | {share:.0%} | {found['first_seconds'][name]:.2f} |")
+    return lines
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sizes.SIZES, default="16m")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["native", "transformers"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write the numbers here, and a page beside it")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    about, found = provenance.about(options.device, options.threads), measure(options)
+    what = f"{options.size}, {found['rows']} rows of {found['new_tokens']} new tokens, weights in {found['weights']}. "
+    what += f"A copy moves {found['copy_gb_a_second']:.1f} GB a second: {found['limit_seconds']:.3f} s at least."
+    lines = [what, "", *table(found)]
+    print("\n".join(lines))
+    if options.json:
+        page = [f"# Rollouts: {options.size}", "", *provenance.header(about, options.json), *lines, ""]
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"about": about, "size": options.size, **found}, indent=1) + "\n")
+        options.json.with_suffix(".md").write_text("\n".join(page))
+
+
+if __name__ == "__main__":
+    main()
