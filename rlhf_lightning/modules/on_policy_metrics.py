@@ -21,7 +21,8 @@ def count_rollout(totals: Totals, rollout: Rollout, scores: Tensor, kl_coef: flo
     """Add what is known of a rollout before its update: scores, KL, entropy, lengths.
 
     ``objective/kl`` is k1, ``objective/kl_k3`` k3; ``objective/entropy`` the summed -log p of the sampled tokens (an
-    unbiased estimate of the entropy); ``rollout/logprob_gap`` the mean absolute difference between the log-probs of
+    unbiased estimate of the entropy); ``rollout/entropy`` the mean entropy of the distributions that tokens were drawn
+    from, where the engine tells it; ``rollout/logprob_gap`` the mean absolute difference between the log-probs of
     sampling and those of the training pass, where there was one: top-k, top-p or an inexact engine would show up in it.
     """
     present = rollout.prompts.weights > 0
@@ -40,6 +41,8 @@ def count_rollout(totals: Totals, rollout: Rollout, scores: Tensor, kl_coef: flo
     totals.add("rollout/length", rollout.response_lengths, present)
     totals.add("rollout/truncated", rollout.truncated, present)
     totals.add("val/num_eos_tokens", ~rollout.truncated, present)
+    if rollout.entropy is not None:
+        totals.add("rollout/entropy", rollout.entropy, mask)
     if now.log_probs is not rollout.log_probs:
         totals.add("rollout/logprob_gap", (rollout.log_probs - now.log_probs).abs(), mask)
 

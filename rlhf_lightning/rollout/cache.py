@@ -89,7 +89,7 @@ class SlotCache(Cache):
     def _place(self, heads: int) -> Tensor:
         """The entries ``[n * G]`` that a step writes, numbered through slots, heads and capacity."""
         if heads not in self._places:
-            lines = self._numbers[: self._rows, None] * heads + self._numbers[:heads]
+            lines = self._numbers[: self._rows, None] * heads + torch.arange(heads, device=self.lengths.device)
             self._places[heads] = (lines * self.capacity + self.lengths[: self._rows, None]).view(-1)
         return self._places[heads]
 

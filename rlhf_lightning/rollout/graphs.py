@@ -92,7 +92,8 @@ class StepGraphs:
     def capture(self, decode: Decode, rows: int, read: int) -> Callable[[], None]:
         """Record a step without running it; what runs it."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may use the GPU meanwhile, as those that load data do.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self.decoding.advance(decode, rows, read)
         self._pool = graph.pool()
         return graph.replay

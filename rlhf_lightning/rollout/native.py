@@ -47,7 +47,6 @@ class NativeEngine(RolloutEngine):
         self._graphs: StepGraphs | None = None
         self._compiled: tuple[Policy, Decode] | None = None
 
-    @torch.no_grad()
     def generate(
         self, policy: Policy, prompts: PromptBatch, sampling: Sampling, progress: Progress | None = None
     ) -> Responses:
@@ -59,7 +58,8 @@ class NativeEngine(RolloutEngine):
         """
         count = len(prompts)
         longest = int(prompts.lengths.max()) if count else 0
-        with unsharded(policy), ready_to_decode(policy):
+        # Tensors that are made here while Lightning validates must serve training too, which may not change its kind.
+        with torch.inference_mode(False), torch.no_grad(), unsharded(policy), ready_to_decode(policy):
             if policy not in self._checked:
                 check_decodes(policy)
                 self._checked.add(policy)
@@ -77,7 +77,7 @@ class NativeEngine(RolloutEngine):
                 while decoding.steps < sampling.max_new_tokens:
                     if progress is not None:
                         progress(decoding.steps, sampling.max_new_tokens)
-                    if decoding.steps % patience in (0, 1) and not decoding.leave():
+                    if decoding.steps % patience == 0 and not decoding.leave():
                         break
                     advance(decode, decoding.rows, decoding.longest)
                     decoding.steps += 1

@@ -522,6 +522,7 @@ def test_36_the_usual_panel_is_logged(tiny_policy_dir):
         "val/ratio_var",
         "val/num_eos_tokens",
         "val/explained_variance",
+        "rollout/entropy",
         "rollout/length",
         "rollout/max_length",
         "rollout/truncated",

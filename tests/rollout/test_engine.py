@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ppo_harness import fit, make_module, prompts
+from methods import COARSE, METHODS, method
+from ppo_harness import LastTokenReward, fit, make_module, prompts
 from rollouts import sample
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.errors import TrainingDiverged
+from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rollout import NativeEngine, Responses, RolloutEngine
 
 
@@ -73,6 +76,26 @@ def test_rollouts_of_nothing_but_empty_responses_are_survived(tiny_policy_dir):
     module = make_module(tiny_policy_dir, engine=nothing)
     fit(module, [prompts(4)])
     assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_takes_empty_responses(tiny_policy_dir, name):
+    cls, own = method(name)
+    reward = LastTokenReward() if name in COARSE else None
+    module = make_module(tiny_policy_dir, reward, cls, **{**own, "minibatches": 1, "engine": Constant()})
+    fit(module, [prompts(8)])
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    assert all(torch.isfinite(torch.tensor(list(logged.values()))).all() for logged in module.logged)
+
+
+def test_the_entropy_that_is_logged_is_that_of_the_draws(tiny_policy_dir):
+    module = make_module(tiny_policy_dir, temperature=0.8)
+    fit(module, [prompts(8)])
+    [rollout] = module.rollouts
+    with torch.no_grad():
+        exact = Policy(load_causal_lm(tiny_policy_dir))(rollout.tokens, rollout.lengths, rollout.prompt_lengths, 0.8)
+    mean = exact.entropy[rollout.response_mask].mean().item()
+    assert module.logged[-1]["rollout/entropy"] == pytest.approx(mean, rel=1e-4)
 
 
 class Counting(NativeEngine):

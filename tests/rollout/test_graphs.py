@@ -82,6 +82,17 @@ def test_other_options_or_weights_elsewhere_are_recorded_anew(recording):
     assert engine._graphs is not kept[-1]
 
 
+def test_what_validation_makes_serves_training(recording):
+    """Lightning validates in inference mode, whose tensors may not be changed outside of it."""
+    policy, engine = small_policy("llama"), NativeEngine()
+    with torch.inference_mode():
+        first = sample(policy, small_prompts(), engine)
+    kept = engine._graphs
+    again = sample(policy, small_prompts(), engine)
+    assert kept is engine._graphs
+    assert torch.equal(first.tokens, again.tokens)
+
+
 def test_what_can_not_be_recorded_is_told_and_runs_as_it_is(recording, monkeypatch):
     def capture(steps, decode, *kind):
         raise RuntimeError("operation not permitted\nwhen stream is capturing")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from ppo_harness import prompts
 from rollouts import EOS, continued, sample, small_policy, small_prompts
+from tiny_models import make_config
 from tolerances import assert_near
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.models.layers import checkpoint_activations
@@ -48,6 +49,15 @@ def test_greedy_tokens_are_those_of_generate(name):
         )[0]
         assert rollout.tokens[row, : rollout.lengths[row]].tolist() == expected.tolist()
         assert bool(rollout.truncated[row]) == (expected[-1] != EOS)
+
+
+def test_one_row_of_many_heads():
+    """More heads than there are rows, or tokens."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(make_config(num_attention_heads=16, num_key_value_heads=16, head_dim=4)).double()
+    batch = small_prompts(1)
+    rollout = sample(Policy(model), batch, temperature=0, eos_ids=[], max_new_tokens=4)
+    assert rollout.tokens[0, 2:].tolist() == continued(model, batch.tokens[0, :2], 4)
 
 
 @pytest.mark.parametrize("name", WINDOWED)
