@@ -182,14 +182,16 @@ FUNCTION = ["--model.reward", "FunctionReward", "--model.reward.function"]
         (["--data.batch_size", "2", "--model.minibatches", "4"], "4 minibatches cannot be made of 2 responses"),
         ([*FUNCTION, "no.py:f"], "function file no.py does not exist"),
         ([*FUNCTION, "mine.py:short"], "expected one score for each of 4 responses"),
+        ([*FUNCTION, "mine.py:hang", "--model.reward.timeout", "1"], "did not answer within 1 s"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_bad_input_of_ppo_is_one_line_and_leaves_nothing(
     ppo: list[str], options: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The last one is found at the first rollout, when there are a config and an event file.
-    Path("mine.py").write_text("def short(prompts, responses):\n    return [1.0]\n", encoding="utf-8")
+    # The last two are found at the first rollout, when there are a config and an event file.
+    hang = "def hang(prompts, responses):\n    import time\n    time.sleep(60)\n"
+    Path("mine.py").write_text(f"def short(prompts, responses):\n    return [1.0]\n{hang}", encoding="utf-8")
     assert main(["fit", *ppo, *options]) == 2
     assert said in error_of(capsys)
     assert not Path("runs").exists()

@@ -137,18 +137,31 @@ class SamplingModule(RLHFModule):
         assert self.reward is not None
         return self.reward(rollout)
 
-    def scored(self, rollout: Rollout, totals: Totals, group_size: int = 1) -> tuple[Rollout, Tensor]:
-        """The rollout with its checked scores ``[B]``, and what the reward noted added to ``totals``.
+    def answer(self, prompts: PromptBatch) -> Rollout:
+        """What ``predict`` says to the prompts: the best of ``best_of`` responses to each."""
+        if self.best_of == 1:
+            return super().answer(prompts)
+        rollout = self.generate(prompts.repeat(self.best_of))
+        scores = self.checked_scores(rollout)
+        return best_responses(rollout, scores.masked_fill(torch.isnan(scores), -torch.inf), prompts)
 
-        Where the reward may skip, a response without a score has score 0 and weight 0 from here on, and with it the
-        others to the same prompt: a group is compared as a whole. ``reward/skipped`` counts them, over all processes.
+    def checked_scores(self, rollout: Rollout) -> Tensor:
+        """The scores ``[B]``, finite, or NaN for none where the reward may skip.
 
         Raises: InputError on all processes when the scores of one are wrong.
         """
         may_skip = self.reward is not None and self.reward.may_skip
         with failing_together():
-            scores = check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score", may_skip)
-        if may_skip:
+            return check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score", may_skip)
+
+    def scored(self, rollout: Rollout, totals: Totals, group_size: int = 1) -> tuple[Rollout, Tensor]:
+        """The rollout with its checked scores ``[B]``, and what the reward noted added to ``totals``.
+
+        Where the reward may skip, a response without a score has score 0 and weight 0 from here on, and with it the
+        others to the same prompt: a group is compared as a whole. ``reward/skipped`` counts them, over all processes.
+        """
+        scores = self.checked_scores(rollout)
+        if self.reward is not None and self.reward.may_skip:
             weights = rollout.prompts.weights
             missing = torch.isnan(scores).reshape(-1, group_size).any(dim=1).repeat_interleave(group_size)
             totals.add("reward/skipped", all_reduce_sum((missing & (weights > 0)).sum()))
@@ -158,15 +171,6 @@ class SamplingModule(RLHFModule):
             for name, values in part.noted.items() if isinstance(part, Reward) else ():
                 totals.add(f"reward/{name}", values, rollout.prompts.weights > 0)
         return rollout, scores
-
-    def answer(self, prompts: PromptBatch) -> Rollout:
-        """What ``predict`` says to the prompts: the best of ``best_of`` responses to each."""
-        if self.best_of == 1:
-            return super().answer(prompts)
-        rollout = self.generate(prompts.repeat(self.best_of))
-        with failing_together():
-            scores = check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score")
-        return best_responses(rollout, scores, prompts)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

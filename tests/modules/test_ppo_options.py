@@ -108,9 +108,9 @@ ELSEWHERE = {
     "micro_batch_tokens",
     "gradient_checkpointing",
     "eval_temperature",
-    "ptx_coef",
     "engine",
     "best_of",
+    "ptx_coef",
     "trust_remote_code",
 }
 

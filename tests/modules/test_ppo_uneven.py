@@ -162,3 +162,12 @@ def test_a_group_with_a_skipped_response_is_left_out_whole(tiny_policy_dir, name
     fit(without, [only(prompts(5), [0, 1, 3, 4])])
     torch.testing.assert_close(weights_of(skipping), weights_of(without), atol=1e-6, rtol=1e-4)
     assert skipping.logged[0]["reward/skipped"] == group
+
+
+def test_the_best_of_several_is_never_a_skipped_one(tiny_policy_dir):
+    module = make_module(tiny_policy_dir, best_of=3)
+    fit(module)
+    module.reward.forward = Skipping(0, 2, 3, 5).forward  # of rows 0 to 5, three to each of two prompts
+    module.reward.may_skip = True
+    everything = module.generate(prompts(2).repeat(3)).responses
+    assert module.answer(prompts(2)).responses == [everything[1], everything[4]]
