@@ -3,11 +3,11 @@
     python benchmarks/demo_against_trl.py [--seeds 0 1 2 3 4] [--quick] [--out runs/against_trl] [--json FILE]
 
 For each seed the demo's SFT and reward model are trained once (`rlhf_lightning demo`'s own stages). Both sides then
-start from them, with the settings of configs/demo/ppo.yaml; the deviation of the reward model's scores is folded into
-its head, since TRL takes the raw score. Reward at equal KL is read from the training's own samples: the score, averaged
-over a few iterations, where the KL first passes the largest value that both sides reach. Beside it the trained policies
-on held-out questions: KL to the SFT model, proxy and gold reward, from the same draws. A seed that is in FILE already
-is not run again.
+start from them, with the settings of configs/demo/ppo.yaml; for TRL, which takes raw scores, the reward model's mean
+and deviation are put into its head. Reward at equal KL is read from the training's own samples: the score, averaged
+over a few iterations, where the KL first passes the largest value that both sides reach. Beside it the trained
+policies on held-out questions: KL to the SFT model, proxy and gold reward, from the same draws. A seed that is in
+FILE already is not run again.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ import torch
 import yaml
 from training.entrants import ENTRANTS, INSTALLED, TRL_PPO
 
-from rlhf_lightning.cli import training
 from rlhf_lightning.data.batching import prompt_batches
 from rlhf_lightning.data.records import load_records
 from rlhf_lightning.demo import stages
 from rlhf_lightning.evaluation.compare import Settings, compare
 from rlhf_lightning.evaluation.curves import read_curves
-from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer
+from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.rewards import FunctionReward, ModelReward
 
 HERE = Path(__file__).resolve().parent
@@ -51,11 +50,10 @@ def run(seed: int, root: Path, size: stages.Size, threads: int) -> dict[str, Any
     stages.train("sft", folder, size, seed)
     stages.rank(folder, size, seed)
     stages.train("reward_model", folder, size, seed)
-    reward = _folded(folder)
-    settings = _settings(folder, size, seed, threads, reward)
+    settings = _settings(folder, size, seed, threads)
     seconds = {}
     began = time.monotonic()
-    _train_ours(folder, size, seed, reward)
+    stages.train("ppo", folder, size, seed)
     seconds[OURS] = time.monotonic() - began
     began = time.monotonic()
     _train_trl(root, settings)
@@ -73,7 +71,7 @@ def run(seed: int, root: Path, size: stages.Size, threads: int) -> dict[str, Any
         load_records(str(folder.data("demonstrations_held_out"))).rows,
         {
             "gold": FunctionReward("rlhf_lightning.demo.gold:gold_reward"),
-            "proxy": ModelReward(str(reward)),
+            "proxy": ModelReward(str(folder.model("reward_model"))),
         },
         Settings(stages.MAX_NEW_TOKENS, stages.TEMPERATURE, seed, batch_size=128),
     ).summary()
@@ -106,19 +104,7 @@ def _score_at(points: list[dict[str, float]], kl: float) -> float:
     return before["score"]
 
 
-def _folded(folder: stages.Folder) -> Path:
-    """The reward model with its deviation divided out of the head, for both sides."""
-    model = load_scalar_model(folder.model("reward_model"), fresh_head=False)
-    with torch.no_grad():
-        model.score.weight.div_(model.config.reward_std)
-    model.config.reward_mean, model.config.reward_std = 0.0, 1.0
-    target = folder.root / "reward"
-    model.save_pretrained(target)
-    load_tokenizer(folder.model("reward_model")).save_pretrained(target)
-    return target
-
-
-def _settings(folder: stages.Folder, size: stages.Size, seed: int, threads: int, reward: Path) -> dict[str, Any]:
+def _settings(folder: stages.Folder, size: stages.Size, seed: int, threads: int) -> dict[str, Any]:
     """What TRL's side is told: the numbers of configs/demo/ppo.yaml, as the demo's size changes them."""
     config = yaml.safe_load((HERE.parent / "configs" / "demo" / "ppo.yaml").read_text())
     own = config["model"]["init_args"]
@@ -138,25 +124,12 @@ def _settings(folder: stages.Folder, size: stages.Size, seed: int, threads: int,
         "rows": int(changed.get("--data.batch_size", config["data"]["batch_size"])),
         "max_new_tokens": stages.MAX_NEW_TOKENS,
         "policy": str(folder.model("sft")),
-        "reward": str(reward),
+        "reward": str(folder.model("reward_model")),
         "prompts": prompts,
         "seed": seed,
         "threads": threads,
         "out": str(folder.root / "trl"),
     }
-
-
-def _train_ours(folder: stages.Folder, size: stages.Size, seed: int, reward: Path) -> None:
-    """The demo's PPO stage, against the folded reward model."""
-    training.main(
-        [
-            *("fit", "--config", "demo/ppo.yaml", "--runs", str(folder.root), "--seed_everything", str(seed)),
-            *("--model.model", str(folder.model("sft")), "--model.seed", str(seed), "--data.seed", str(seed)),
-            *("--data.path", str(folder.data("demonstrations"))),
-            *("--data.val_path", str(folder.data("demonstrations_held_out"))),
-            *("--model.reward.path", str(reward), *size.options.get("ppo", ())),
-        ]
-    )
 
 
 def _train_trl(root: Path, settings: dict[str, Any]) -> None:
@@ -175,7 +148,7 @@ def page(results: dict[str, Any], path: Path) -> str:
     seeds = results["seeds"]
     text = ["# Our PPO and TRL 1.12.0's on the demo task", "", *provenance.header(results["about"], path)]
     text += [
-        f"Size: {results['size']}. The rewards are in deviations of the reward model's scores; gold in points.",
+        f"Size: {results['size']}. Scores and proxy are in deviations of the reward model's scores, gold is in points.",
         "",
     ]
     text += ["| seed | equal KL, nats | ours: score | TRL: score | ours held out: KL / proxy / gold | TRL held out |"]

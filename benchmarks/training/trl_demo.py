@@ -29,15 +29,25 @@ class Curve(TrainerCallback):
         self.points.append({"score": logs["objective/scores"], "kl": logs["objective/kl"]})
 
 
+def _scalar(folder: str) -> Any:
+    """The reward model, its head giving (score - mean) / deviation."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).float()
+    mean, deviation = model.config.reward_mean, model.config.reward_std
+    head = torch.nn.Linear(model.score.in_features, 1)
+    with torch.no_grad():
+        head.weight.copy_(model.score.weight / deviation)
+        head.bias.fill_(-mean / deviation)
+    model.score = head
+    return model
+
+
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(settings["threads"])
     out = Path(settings["out"])
     tokenizer = AutoTokenizer.from_pretrained(settings["policy"], padding_side="left")
     policy, reference = (AutoModelForCausalLM.from_pretrained(settings["policy"]).float() for _ in range(2))
-    reward, critic = (
-        AutoModelForSequenceClassification.from_pretrained(settings["reward"], num_labels=1).float() for _ in range(2)
-    )
+    reward, critic = (_scalar(settings["reward"]) for _ in range(2))
     rates = (settings["learning_rate"], settings["critic_learning_rate"])
     groups = [{"params": list(m.parameters()), "lr": r} for m, r in zip((policy, critic), rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
