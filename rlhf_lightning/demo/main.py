@@ -1,4 +1,4 @@
-"""``python -m rlhf_lightning demo``: SFT, reward model, PPO and DPO on a built-in world, offline, in minutes."""
+"""``python -m rlhf_lightning demo``: SFT, reward model, PPO, DPO and more on a built-in world, offline, in minutes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from rlhf_lightning.demo.methods import BEST_OF, DEFAULT, METHODS
 from rlhf_lightning.errors import CommandParser, InputError
 
 if TYPE_CHECKING:
@@ -18,12 +20,13 @@ if TYPE_CHECKING:
 
 _R = TypeVar("_R")
 _MARK = ".demo"  # in a folder that a demo made
-_LEFT = ("start", "data", "sft", "reward_model", "ppo", "dpo", "report.json", "report.html")
+_LEFT = ("start", "data", "sft", "reward_model", *METHODS, "report.json", "report.html")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the report is written, InputError where the options are at fault."""
     options = _parser().parse_args(list(sys.argv[1:] if argv is None else argv))
+    methods = _methods(options.methods)
     root = Path(options.out)
     if options.seed < 0:
         raise InputError(f"--seed {options.seed}: expected a number of at least 0")
@@ -37,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rlhf_lightning.demo.report import terminal_table
     from rlhf_lightning.demo.stages import FULL, QUICK
 
-    results = run(root, QUICK if options.quick else FULL, options.seed)
+    results = run(root, QUICK if options.quick else FULL, options.seed, methods)
     Console(width=None if sys.stdout.isatty() else 120).print(terminal_table(results))
     reward_model = results.numbers()["reward_model"]
     print(
@@ -61,7 +64,7 @@ def _clear(root: Path) -> None:
     mark.touch()
 
 
-def run(root: Path, size: Size, seed: int) -> Results:
+def run(root: Path, size: Size, seed: int, methods: Sequence[str] = DEFAULT) -> Results:
     """All stages in order, each with its heading and its time; leaves runs, models and the report under ``root``."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -77,30 +80,29 @@ def run(root: Path, size: Size, seed: int) -> Results:
     folder = stages.Folder(root)
     seconds: dict[str, float] = {}
 
+    trained = [name for name in methods if METHODS[name].kind != "untrained"]
+    last = 5 + len(trained)
+
     def stage(name: str, heading: str, work: Callable[[], _R]) -> _R:
         start = time.monotonic()
-        print(f"\n=== {heading}", flush=True)
+        print(f"\n=== {len(seconds) + 1}/{last} {heading}", flush=True)
         result = work()
         seconds[name] = time.monotonic() - start
         print(f"=== {name}: {seconds[name]:.1f} s", flush=True)
         return result
 
-    stage("data", "1/7 data, tokenizer and an untrained model", lambda: stages.prepare(folder, size, seed))
-    stage("sft", "2/7 SFT: imitate the demonstrations", lambda: stages.train("sft", folder, size, seed))
-    held_out = stage(
-        "rankings", "3/7 candidates, ranked by a simulated annotator", lambda: stages.rank(folder, size, seed)
-    )
-    stage(
-        "reward_model", "4/7 reward model, from the rankings", lambda: stages.train("reward_model", folder, size, seed)
-    )
-    stage("ppo", "5/7 PPO against the reward model", lambda: stages.train("ppo", folder, size, seed))
-    stage("dpo", "6/7 DPO, from the rankings", lambda: stages.train("dpo", folder, size, seed))
+    stage("data", "data, tokenizer and an untrained model", lambda: stages.prepare(folder, size, seed))
+    stage("sft", "SFT: imitate the demonstrations", lambda: stages.train("sft", folder, size, seed))
+    held_out = stage("rankings", "candidates, ranked by a simulated annotator", lambda: stages.rank(folder, size, seed))
+    stage("reward_model", "reward model, from the rankings", lambda: stages.train("reward_model", folder, size, seed))
+    for name in trained:
+        stage(name, METHODS[name].doing, partial(stages.train, name, folder, size, seed))
     questions = load_records(str(folder.data("demonstrations_held_out"))).rows
     comparison = stage(
         "comparison",
-        "7/7 comparison on held-out questions",
+        "comparison on held-out questions",
         lambda: compare(
-            {name: folder.model(name) for name in ("sft", "ppo", "dpo")},
+            {name: folder.model(name) for name in ("sft", *trained)},
             questions,
             {
                 "gold": FunctionReward("rlhf_lightning.demo.gold:gold_reward"),
@@ -108,6 +110,8 @@ def run(root: Path, size: Size, seed: int) -> Results:
             },
             Settings(stages.MAX_NEW_TOKENS, stages.TEMPERATURE, seed, batch_size=128),
             text=questions,
+            best_of={"sft": BEST_OF} if "best_of_n" in methods else None,
+            judge="proxy",
             say=lambda line: print(line, flush=True),
         ),
     )
@@ -116,11 +120,12 @@ def run(root: Path, size: Size, seed: int) -> Results:
         seed=seed,
         seconds=seconds,
         comparison=comparison,
-        curves=read_all_curves(root),
+        curves=read_all_curves(root, trained),
         label_ceiling=stages.annotator(seed).label_ceiling([pair for ranking in held_out for pair in ranking.pairs()]),
         notes={
             "command": f"python -m rlhf_lightning demo --seed {seed} --out {root}"
-            + (" --quick" if size is stages.QUICK else ""),
+            + (" --quick" if size is stages.QUICK else "")
+            + (f" --methods {' '.join(methods)}" if tuple(methods) != DEFAULT else ""),
             "wall time": "\n".join(f"{name}: {spent:.1f} s" for name, spent in seconds.items()),
             "annotator": f"Plackett-Luce at temperature {stages.ANNOTATOR_TEMPERATURE} of gold reward, "
             f"{stages.ANNOTATOR_LAPSE:.0%} of rankings at random",
@@ -128,6 +133,14 @@ def run(root: Path, size: Size, seed: int) -> Results:
     )
     write(results, root)
     return results
+
+
+def _methods(given: Sequence[str]) -> tuple[str, ...]:
+    """The default ones and those asked for, in the table's order."""
+    unknown = [name for name in given if name not in METHODS and name != "all"]
+    if unknown:
+        raise InputError(f"--methods {unknown[0]}: no such method: it must be all, or some of {', '.join(METHODS)}")
+    return tuple(name for name in METHODS if name in (*DEFAULT, *given) or "all" in given)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,6 +151,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
     parser.add_argument(
         "--out", default="runs/demo", metavar="DIR", help="folder of the runs and the report (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"methods to compare beside {' and '.join(DEFAULT)}, or all: "
+        f"{', '.join(name for name in METHODS if name not in DEFAULT)}",
     )
     parser.add_argument("--quick", action="store_true", help="a reduced size, as a check that everything works")
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,14 +15,19 @@ from rich.table import Table as TerminalTable
 
 from rlhf_lightning import __version__
 from rlhf_lightning.demo.gold import BEST
+from rlhf_lightning.demo.methods import BEST_OF, DEFAULT, METHODS
 from rlhf_lightning.evaluation.charts import Figure, Series, line_chart, trajectory_chart
-from rlhf_lightning.evaluation.compare import Comparison
+from rlhf_lightning.evaluation.compare import Comparison, best_of_name
 from rlhf_lightning.evaluation.curves import Curves, path_over, read_curves, series
 from rlhf_lightning.evaluation.present import sections
 from rlhf_lightning.evaluation.report import Highlight, Report, Section, write_report
 
-LABELS = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO", "gold": "gold", "proxy": "reward model"}
-_COLOR = {"sft": 0, "ppo": 1, "dpo": 2}
+# A method's name, and what the comparison calls its policy.
+_POLICIES = {name: best_of_name("sft", BEST_OF) if name == "best_of_n" else name for name in METHODS}
+_METHOD = {policy: name for name, policy in _POLICIES.items()}
+LABELS = {"sft": "SFT", "gold": "gold", "proxy": "reward model"} | {
+    policy: METHODS[name].label for name, policy in _POLICIES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -50,22 +56,24 @@ class Results:
                 "calibration_error": reward_model["val/calibration_error"][1][-1],
             },
         }
-        for policy in ("ppo", "dpo"):
-            rate, kl = self.comparison.win_rate(policy, "gold"), answers[policy].k1
+        for policy in answers:
+            if policy == "sft":
+                continue
+            rate, kl = self.comparison.win_rate(policy, "gold"), answers[policy].kl
             assert kl is not None  # the demo's policies all have one vocabulary
-            found[policy] = {
+            found[_METHOD[policy]] = {
                 "gold_reward": _mean(self.comparison, policy, "gold"),
                 "proxy_reward": _mean(self.comparison, policy, "proxy"),
-                "kl": float(kl.mean()),
+                "kl": kl,  # of the best of n a bound from above
                 "win_rate_vs_sft": rate.value,
                 "win_rate_ci": [rate.low, rate.high],
             }
         return found
 
 
-def read_all_curves(root: Path) -> dict[str, Curves]:
-    """The metrics of the four training runs, by stage."""
-    return {stage: read_curves(root / stage / "metrics.jsonl") for stage in ("sft", "reward_model", "ppo", "dpo")}
+def read_all_curves(root: Path, methods: Sequence[str]) -> dict[str, Curves]:
+    """The metrics of the training runs, by stage."""
+    return {stage: read_curves(root / stage / "metrics.jsonl") for stage in ("sft", "reward_model", *methods)}
 
 
 def write(results: Results, folder: Path) -> None:
@@ -123,11 +131,14 @@ def _over_optimisation(results: Results) -> Section:
         "on the SFT model's preferred answers.",
         counting="iteration",
     )
+    sampling = [name for name in results.curves if name in METHODS and METHODS[name].kind == "samples"]
+    paths = [path_over(results.curves[name], "objective/kl", "gold/train", METHODS[name].label) for name in sampling]
+    every = trajectory_chart("Gold reward over KL, along each method", paths, "KL to SFT, nats", "gold reward")
     return Section(
         "Does the reward model stay right?",
         "A policy can learn to please the reward model (the proxy) without getting better. As long as both rise with "
         f"the distance from the SFT model, optimising the proxy pays. The best possible gold reward is {BEST:g}.",
-        figures=[chart],
+        figures=[chart, *([every] if len(paths) > 1 else [])],
     )
 
 
@@ -145,11 +156,20 @@ def _learning(curves: dict[str, Curves]) -> Section:
         _curves("PPO: explained variance of the critic", [series(ppo, "val/explained_variance", color=1)], "share"),
         _curves("DPO: accuracy", [_smooth(series(dpo, "train/accuracy", color=2))], "share of pairs"),
     ]
+    for name in [name for name in curves if name in METHODS and name not in DEFAULT]:
+        method = METHODS[name]
+        if method.kind == "samples":
+            score = series(curves[name], "objective/scores")
+            figures.append(_curves(f"{method.label}: score of the reward model", [score], "score", "iteration"))
+        else:
+            accuracy = _smooth(series(curves[name], "train/accuracy"))
+            figures.append(_curves(f"{method.label}: accuracy", [accuracy], "share of pairs"))
     return Section("Learning curves", "Everything the runs logged is in their metrics.jsonl.", figures=figures)
 
 
-def _curves(title: str, lines: list[Series], y_label: str) -> Figure:
-    return line_chart(title, lines, "optimizer step" if not title.startswith("PPO") else "iteration", y_label)
+def _curves(title: str, lines: list[Series], y_label: str, across: str | None = None) -> Figure:
+    across = across or ("iteration" if title.startswith("PPO") else "optimizer step")
+    return line_chart(title, lines, across, y_label)
 
 
 def _smooth(line: Series, over: int = 9) -> Series:
@@ -170,13 +190,13 @@ def terminal_table(results: Results) -> TerminalTable:
         trained = policy != "sft"
         rate = "\u2013"
         if trained:
-            low, high = numbers[policy]["win_rate_ci"]
-            rate = f"{numbers[policy]['win_rate_vs_sft']:.3f} [{low:.3f}, {high:.3f}]"
+            low, high = numbers[_METHOD[policy]]["win_rate_ci"]
+            rate = f"{numbers[_METHOD[policy]]['win_rate_vs_sft']:.3f} [{low:.3f}, {high:.3f}]"
         table.add_row(
             LABELS[policy],
             f"{_mean(results.comparison, policy, 'gold'):.2f}",
             f"{_mean(results.comparison, policy, 'proxy'):.2f}",
-            f"{numbers[policy]['kl']:.1f}" if trained else "\u2013",
+            f"{'at most ' * (answers.best_of > 1)}{numbers[_METHOD[policy]]['kl']:.1f}" if trained else "\u2013",
             rate,
             f"{float(answers.lengths.double().mean()):.1f}",
         )

@@ -1,4 +1,4 @@
-"""The demo's stages before the comparison: the data, four training runs by the command line, and the annotation.
+"""The demo's stages before the comparison: the data, the training runs by the command line, and the annotation.
 
 The training runs are the ones anybody can start: ``python -m rlhf_lightning fit --config demo/ppo.yaml ...``, and each
 prints its command.
@@ -17,6 +17,7 @@ from rlhf_lightning.data.batching import prompt_batches
 from rlhf_lightning.data.records import load_records
 from rlhf_lightning.demo.corpus import Question, build_corpus
 from rlhf_lightning.demo.gold import gold_reward
+from rlhf_lightning.demo.methods import METHODS
 from rlhf_lightning.demo.start import save_start, train_tokenizer
 from rlhf_lightning.models.loading import eos_ids, load_causal_lm, load_tokenizer
 from rlhf_lightning.models.policy import Policy
@@ -55,9 +56,13 @@ QUICK = Size(
     layers=2,
     options={
         "sft": ("--trainer.max_steps", "250"),
-        "reward_model": (),
+        # Fewer iterations, of 64 responses.
         "ppo": ("--model.iterations", "15", "--data.batch_size", "64"),
-        "dpo": (),
+        "grpo": ("--model.iterations", "15", "--data.batch_size", "16"),
+        "rloo": ("--model.iterations", "15", "--data.batch_size", "16"),
+        "reinforce": ("--model.iterations", "15", "--data.batch_size", "64"),
+        "online_dpo": ("--model.iterations", "15", "--data.batch_size", "32"),
+        "rejection_sampling": ("--model.iterations", "15", "--data.batch_size", "16"),
     },
 )
 
@@ -103,13 +108,14 @@ def _write_demonstrations(path: Path, questions: Sequence[Question], answers: Se
 
 def train(stage: str, folder: Folder, size: Size, seed: int) -> None:
     """Run a stage's training: what its printed command does."""
-    data = "rankings" if stage in ("reward_model", "dpo") else "demonstrations"
+    kind = METHODS[stage].kind if stage in METHODS else "pairs" if stage == "reward_model" else "demonstrations"
+    data = "rankings" if kind == "pairs" else "demonstrations"
     start = folder.start if stage == "sft" else folder.model("sft")
     options = [
         *("--config", f"demo/{stage}.yaml", "--runs", str(folder.root), "--seed_everything", str(seed)),
         *("--model.model", str(start), "--model.seed", str(seed), "--data.seed", str(seed)),
         *("--data.path", str(folder.data(data)), "--data.val_path", str(folder.data(f"{data}_held_out"))),
-        *(("--model.reward.path", str(folder.model("reward_model"))) if stage == "ppo" else ()),
+        *(("--model.reward.path", str(folder.model("reward_model"))) if kind == "samples" else ()),
         *size.options.get(stage, ()),
     ]
     print(f"$ python -m rlhf_lightning fit {shlex.join(options)}", flush=True)

@@ -144,6 +144,7 @@ def compare(
     reference: str | Path | None = None,
     text: Sequence[Record] = (),
     best_of: Mapping[str, int] | None = None,
+    judge: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Let every policy answer the prompts, and measure the answers.
@@ -155,8 +156,8 @@ def compare(
         baseline: the policy that win rates are over; the first where None.
         reference: the folder of the model that KL is measured to; the baseline's where None.
         text: held-out records with responses, for perplexity.
-        best_of: policies that also answer as the best of so many by the first reward, each as one more policy, named
-            by `best_of_name`.
+        best_of: policies that also answer as the best of so many, each as one more policy, named by `best_of_name`.
+        judge: the reward that tells which is the best; the first where None.
         say: is told, a line at a time, what has been done.
 
     Raises:
@@ -187,7 +188,9 @@ def compare(
         check_length(policy.model, max(b.tokens.shape[1] for b in batches) + settings.max_new_tokens, folder)
         texts = texts or _in_order(batches, [p for batch in batches for p in batch.prompts])
         known = reference_policy if comparable[name] else None
-        measured = _answers(policy, known, tokenizer, batches, rewards, settings, count)
+        measured = _answers(
+            policy, known, tokenizer, batches, rewards, judge or next(iter(rewards), ""), settings, count
+        )
         if text and count == 1:  # the best of n has no probabilities
             measured.perplexity = perplexity(policy, _batches(encoder, text, "demonstrations", settings))
         measured.seconds = time.perf_counter() - start
@@ -233,6 +236,7 @@ def _answers(
     tokenizer: PreTrainedTokenizerBase,
     batches: Sequence[PromptBatch],
     rewards: Mapping[str, Reward],
+    judge: str,
     settings: Settings,
     count: int,
 ) -> Answers:
@@ -250,7 +254,7 @@ def _answers(
     for batch in _cut(batches, max(1, settings.batch_size // count)):
         rollout = engine.rollout(policy, batch.repeat(count), tokenizer, sampling)
         if count > 1:
-            rollout = best_responses(rollout, next(iter(rewards.values()))(rollout), batch)
+            rollout = best_responses(rollout, rewards[judge](rollout), batch)
         parts.append(_measured(rollout, policy, reference, rewards, settings))
     columns = {key: _in_order(batches, [v for part in parts for v in part[key]]) for key in parts[0]}
     return Answers(

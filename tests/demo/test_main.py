@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_lightning.cli.configs import shipped_configs
 from rlhf_lightning.demo import main as demo
 from rlhf_lightning.demo.stages import Size
 from rlhf_lightning.errors import InputError
@@ -27,35 +28,39 @@ MICRO = Size(
         "reward_model": ("--data.batch_size", "8", "--model.warmup_steps", "1"),
         "ppo": ("--model.iterations", "2", "--data.batch_size", "8"),
         "dpo": ("--data.batch_size", "8", "--model.warmup_steps", "1"),
+        "rloo": ("--model.iterations", "2", "--data.batch_size", "2"),
+        "kto": ("--data.batch_size", "8", "--model.warmup_steps", "1"),
     },
 )
+METHODS = ("ppo", "rloo", "dpo", "kto", "best_of_n")  # one of each kind beside the default ones
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("demo") / "out"
-    demo.run(root, MICRO, seed=7)
+    demo.run(root, MICRO, seed=7, methods=METHODS)
     return root
 
 
 def test_report_json_has_exactly_the_promised_keys(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     aligned = {"gold_reward", "proxy_reward", "kl", "win_rate_vs_sft", "win_rate_ci"}
-    assert set(report) == {"seed", "versions", "wall_seconds", "sft", "reward_model", "ppo", "dpo"}
+    assert set(report) == {"seed", "versions", "wall_seconds", "sft", "reward_model", *METHODS}
     assert set(report["sft"]) == {"perplexity", "gold_reward"}
     assert set(report["reward_model"]) == {"accuracy", "label_ceiling", "calibration_error"}
-    assert set(report["ppo"]) == set(report["dpo"]) == aligned
+    assert all(set(report[method]) == aligned for method in METHODS)
     assert report["seed"] == 7
-    numbers = [report["sft"], report["reward_model"], report["ppo"], report["dpo"], report["wall_seconds"]]
+    numbers = [report[part] for part in ("sft", "reward_model", *METHODS, "wall_seconds")]
     values = [value for part in numbers for value in part.values() if not isinstance(value, list)]
     assert all(isinstance(value, float) and math.isfinite(value) for value in values)
-    for policy in ("ppo", "dpo"):
+    for policy in METHODS:
         low, high = report[policy]["win_rate_ci"]
         assert 0 <= low <= report[policy]["win_rate_vs_sft"] <= high <= 1
     assert 0.5 <= report["reward_model"]["label_ceiling"] <= 1
+    assert max(METHODS, key=lambda method: report[method]["proxy_reward"]) == "best_of_n"  # it is chosen by it
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "rloo", "dpo", "kto"])
 def test_every_stage_leaves_a_normal_run_folder(folder: Path, stage: str) -> None:
     run = folder / stage
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "model"} <= {path.name for path in run.iterdir()}
@@ -66,7 +71,8 @@ def test_every_stage_leaves_a_normal_run_folder(folder: Path, stage: str) -> Non
 
 def test_the_page_shows_what_was_promised(folder: Path) -> None:
     html = (folder / "report.html").read_text(encoding="utf-8")
-    for title in ("Learning curves", "Proxy and gold reward over KL", "Rewards by gold", "Samples"):
+    titles = ("Learning curves", "Proxy and gold reward over KL", "Rewards by gold", "Samples")
+    for title in (*titles, "Gold reward over KL, along each method", "RLOO: score", "KTO: accuracy", "best of 8"):
         assert title in html
     assert "http://" not in html.replace("http://www.w3.org", "") and "<script" not in html
 
@@ -90,8 +96,23 @@ def test_bad_options_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match=r"--out .*: a file"):
         demo.main(["--out", str(tmp_path / "file")])
+    with pytest.raises(InputError, match="--methods grop: no such method: it must be all, or some of ppo, grpo"):
+        demo.main(["--methods", "grpo", "grop"])
     with pytest.raises(InputError, match="--seed -1"):
         demo.main(["--seed", "-1"])
+
+
+def test_methods_come_beside_the_default_ones() -> None:
+    assert demo._methods([]) == ("ppo", "dpo")
+    assert demo._methods(["kto", "grpo", "ppo"]) == ("ppo", "grpo", "dpo", "kto")
+    assert demo._methods(["all"]) == tuple(demo.METHODS)
+
+
+def test_every_method_that_trains_has_a_config() -> None:
+    trained = {f"demo/{name}.yaml" for name, method in demo.METHODS.items() if method.kind != "untrained"}
+    assert trained | {"demo/sft.yaml", "demo/reward_model.yaml"} == {
+        name for name in shipped_configs() if name.startswith("demo/")
+    }
 
 
 def test_help_imports_nothing_heavy() -> None:
