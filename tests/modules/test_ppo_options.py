@@ -89,6 +89,9 @@ OTHER: dict[str, dict] = {
     "bootstrap_truncated": {"bootstrap_truncated": True},
     "old_log_probs": {"old_log_probs": "rollout", "top_k": 5},
     "max_grad_norm": {"max_grad_norm": 0.01},
+    "lora_rank": {"lora_rank": 2},
+    "lora_alpha": {"lora_rank": 2, "lora_alpha": 8.0},
+    "lora_targets": {"lora_rank": 2, "lora_targets": ["q_proj"]},
 }
 # What an option is compared with where it matters only beside another one.
 AGAINST: dict[str, dict] = {
@@ -97,6 +100,8 @@ AGAINST: dict[str, dict] = {
     "kl_loss_estimator": {"kl_loss_coef": 1.0},
     "old_log_probs": {"top_k": 5},
     "length_threshold": {"length_penalty": 1.0},
+    "lora_alpha": {"lora_rank": 2},
+    "lora_targets": {"lora_rank": 2},
 }
 # Shown elsewhere: model and reward by every test; critic_from below; micro-batches and gradient checkpointing must not
 # change the result (test_ppo_truth.py, and below); eval_temperature by checklist item 37; ptx_coef by test_ppo_ptx.py;

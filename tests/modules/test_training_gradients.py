@@ -78,7 +78,7 @@ def ppo_loss(model: PreTrainedModel, weight: Tensor, bias: Tensor, experiences: 
     tokens = states = moved = far = 0
     for experience in experiences:
         for index in range(len(experience["tokens"])):
-            e = SimpleNamespace(**{name: value[index] for name, value in experience.items()})
+            e = SimpleNamespace(**{name: value[index] for name, value in experience.items() if value is not None})
             end, start = int(e.lengths), int(e.prompt_lengths)
             steps = end - start
             ids, advantages = e.tokens[:end].tolist(), e.advantages[:steps].double()
