@@ -28,8 +28,8 @@ inline void check_float(const char* op, const char* name, const at::Tensor& x) {
 
 inline void check_dtype(const char* op, const char* name, const at::Tensor& x, at::ScalarType type) {
   TORCH_CHECK_TYPE(
-      x.scalar_type() == type, op, ": ", name, " must be a ", dtype_name(type), " tensor, got ",
-      dtype_name(x.scalar_type()));
+      x.scalar_type() == type, op, ": ", name, " must be ", type == at::kLong ? "an " : "a ", dtype_name(type),
+      " tensor, got ", dtype_name(x.scalar_type()));
 }
 
 inline void check_dimensions(const char* op, const char* name, const at::Tensor& x, const char* shape, int64_t count) {
@@ -85,6 +85,15 @@ inline void check_language_model_head(
       weight.scalar_type() == hidden.scalar_type(), op, ": weight must have the dtype of hidden, ",
       dtype_name(hidden.scalar_type()), ", got ", dtype_name(weight.scalar_type()));
   check_temperature(op, temperature);
+}
+
+// What the backward of the two above is given of each row; `whose` is the operand that is `first`.
+inline void check_rows(
+    const char* op, at::TensorList rows, const at::Tensor& tokens, const at::Tensor& first, const char* whose) {
+  for (const auto& x : rows) {
+    check_shape(op, "a gradient or saved result", x, tokens.sizes(), "tokens");
+    check_device(op, "a gradient or saved result", x, first, whose);
+  }
 }
 
 // float64 if any operand is, else float32.

@@ -92,7 +92,7 @@ struct ClippedLossFunction : torch::autograd::Function<ClippedLossFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     TORCH_CHECK_NOT_IMPLEMENTED(
         !at::GradMode::is_enabled(), ctx->saved_data["op"].toStringRef(),
-        ": gradients are first order only, this one was asked for with create_graph=True");
+        ": gradients are first order, reverse mode only, this one was asked for with create_graph=True");
     if (!grads[0].defined()) return {at::Tensor(), at::Tensor(), at::Tensor()};
     static const auto op = operation<decltype(clipped_loss_backward)>("rlhf_lightning::clipped_loss_backward");
     const auto dtype = static_cast<at::ScalarType>(ctx->saved_data["dtype"].toInt());

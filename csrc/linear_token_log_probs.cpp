@@ -71,10 +71,7 @@ std::tuple<at::Tensor, at::Tensor> linear_token_log_probs_backward(
     const at::Tensor& log_sum, double temperature, bool hidden_needed, bool weight_needed) {
   check_language_model_head(kName, hidden, weight, tokens, temperature);
   const auto type = compute_type({hidden});
-  for (const auto& x : {grad_log_probs, grad_entropy, entropy, shift, log_sum}) {
-    check_shape(kName, "a gradient or saved result", x, tokens.sizes(), "tokens");
-    check_device(kName, "a gradient or saved result", x, hidden, "hidden");
-  }
+  check_rows(kName, {grad_log_probs, grad_entropy, entropy, shift, log_sum}, tokens, hidden, "hidden");
   const auto flat = [&](const at::Tensor& x) { return x.to(type).contiguous(); };
   const RowGradients gradients{flat(grad_log_probs), flat(grad_entropy), flat(entropy),
                                flat(shift),          flat(log_sum),      1 / temperature};

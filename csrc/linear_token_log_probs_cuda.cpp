@@ -107,10 +107,7 @@ std::tuple<at::Tensor, at::Tensor> backward(
     const at::Tensor& weight, const at::Tensor& tokens, const at::Tensor& entropy, const at::Tensor& shift,
     const at::Tensor& log_sum, double temperature, bool hidden_needed, bool weight_needed) {
   check_language_model_head(kName, hidden, weight, tokens, temperature);
-  for (const auto& x : {grad_log_probs, grad_entropy, entropy, shift, log_sum}) {
-    check_shape(kName, "a gradient or saved result", x, tokens.sizes(), "tokens");
-    check_device(kName, "a gradient or saved result", x, hidden, "hidden");
-  }
+  check_rows(kName, {grad_log_probs, grad_entropy, entropy, shift, log_sum}, tokens, hidden, "hidden");
   const c10::cuda::CUDAGuard guard(hidden.device());
   const auto t = tokens.contiguous();
   const auto of = [](bool needed, const at::Tensor& x) { return needed ? x.sizes().vec() : std::vector<int64_t>{0}; };

@@ -61,10 +61,7 @@ at::Tensor token_log_probs_backward(
     double temperature) {
   check_logits(kName, logits, tokens, temperature);
   const auto type = compute_type({logits});
-  for (const auto& x : {grad_log_probs, grad_entropy, entropy, shift, log_sum}) {
-    check_shape(kName, "a gradient or saved result", x, tokens.sizes(), "tokens");
-    check_device(kName, "a gradient or saved result", x, logits, "logits");
-  }
+  check_rows(kName, {grad_log_probs, grad_entropy, entropy, shift, log_sum}, tokens, logits, "logits");
   const auto flat = [&](const at::Tensor& x) { return x.to(type).contiguous(); };
   const RowGradients gradients{flat(grad_log_probs), flat(grad_entropy), flat(entropy),
                                flat(shift),          flat(log_sum),      1 / temperature};

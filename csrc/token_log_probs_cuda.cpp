@@ -67,10 +67,7 @@ at::Tensor backward(
     const at::Tensor& tokens, const at::Tensor& entropy, const at::Tensor& shift, const at::Tensor& log_sum,
     double temperature) {
   check_logits(kName, logits, tokens, temperature);
-  for (const auto& x : {grad_log_probs, grad_entropy, entropy, shift, log_sum}) {
-    check_shape(kName, "a gradient or saved result", x, tokens.sizes(), "tokens");
-    check_device(kName, "a gradient or saved result", x, logits, "logits");
-  }
+  check_rows(kName, {grad_log_probs, grad_entropy, entropy, shift, log_sum}, tokens, logits, "logits");
   const c10::cuda::CUDAGuard guard(logits.device());
   const DenseRows dense(logits);
   const auto t = tokens.contiguous();

@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -22,29 +23,29 @@ LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-12, 1e12
 
 def float_tensor(operator: str, name: str, value: object) -> None:
     """``value`` must be a tensor of one of the four dtypes that the operators accept."""
-    _dtype(operator, name, value, FLOAT_DTYPES, "float32, bfloat16, float16 or float64")
+    _dtype(operator, name, value, FLOAT_DTYPES, "a float32, bfloat16, float16 or float64")
 
 
 def bool_tensor(operator: str, name: str, value: object) -> None:
     """``value`` must be a bool tensor."""
-    _dtype(operator, name, value, (torch.bool,), "bool")
+    _dtype(operator, name, value, (torch.bool,), "a bool")
 
 
 def float64_tensor(operator: str, name: str, value: object) -> None:
     """``value`` must be a float64 tensor."""
-    _dtype(operator, name, value, (torch.float64,), "float64")
+    _dtype(operator, name, value, (torch.float64,), "a float64")
 
 
 def int64_tensor(operator: str, name: str, value: object) -> None:
     """``value`` must be an int64 tensor."""
-    _dtype(operator, name, value, (torch.int64,), "int64")
+    _dtype(operator, name, value, (torch.int64,), "an int64")
 
 
 def _dtype(operator: str, name: str, value: object, allowed: tuple[torch.dtype, ...], words: str) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{operator}: {name} must be a {words} tensor, got {type(value).__name__}")
+        raise TypeError(f"{operator}: {name} must be {words} tensor, got {type(value).__name__}")
     if value.dtype not in allowed:
-        raise TypeError(f"{operator}: {name} must be a {words} tensor, got {_name(value.dtype)}")
+        raise TypeError(f"{operator}: {name} must be {words} tensor, got {_name(value.dtype)}")
 
 
 def dimensions(operator: str, name: str, value: Tensor, shape: str, count: int) -> None:
@@ -134,8 +135,32 @@ def first_order(operator: str) -> None:
     """For a backward: whoever wants to differentiate it again is told, because its result would be silently 0."""
     if torch.is_grad_enabled():
         raise NotImplementedError(
-            f"{operator}: gradients are first order only, this one was asked for with create_graph=True"
+            f"{operator}: gradients are first order, reverse mode only, this one was asked for with create_graph=True"
         )
+
+
+def reverse_mode(operator: str, *operands: Tensor) -> None:
+    """For a native forward: an operand with a tangent is refused, because the outputs' would be silently 0.
+
+    A tangent that enters a function which torch.compile made is not seen: the compiler hides it.
+    """
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, operands)):
+        raise NotImplementedError(
+            f"{operator}: gradients are first order, reverse mode only, this one was asked for with a tangent, as "
+            "torch.func.jvp and torch.autograd.forward_ad give"
+        )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while True:  # every transform of torch.func wraps the tensor once more, and any of them may be the jvp
+        # The compiler cannot trace questions about wrappers, and where it traces a jvp that is the outermost.
+        compiling = torch.compiler.is_compiling()
+        if (compiling or not functorch.is_batchedtensor(x)) and forward_ad.unpack_dual(x).tangent is not None:
+            return True
+        if compiling or not functorch.is_functorch_wrapped_tensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -39,13 +39,14 @@ def linear_cross_entropy(
         temperature: a number in ``[1e-12, 1e12]``.
 
     Returns:
-        ``(loss, log_probs, entropy)``: the loss a scalar, differentiable in ``hidden`` and ``weight`` (once);
-        ``log_probs`` and ``entropy`` ``[N]`` in nats, without gradient. All float32 (float64 for float64 operands). The
-        products are computed in the operands' dtype, all the rest in float32.
+        ``(loss, log_probs, entropy)``: the loss a scalar, differentiable in ``hidden`` and ``weight`` (once, in reverse
+        mode); ``log_probs`` and ``entropy`` ``[N]`` in nats, without gradient. All float32 (float64 for float64
+        operands). The products are computed in the operands' dtype, all the rest in float32.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value, a token outside the vocabulary (on
-        the CPU; elsewhere that is a device-side assertion).
+        the CPU; elsewhere that is a device-side assertion). NotImplementedError: the native operator was asked for a
+        second derivative, or for one in forward mode (``torch.func.jvp``).
     """
     checks.language_model_head(_NAME, hidden, weight, tokens, temperature)
     checks.float_tensor(_NAME, "token_weights", token_weights)
@@ -55,6 +56,7 @@ def linear_cross_entropy(
     if _operand_dtype(hidden) == torch.float16:  # its gradients must see the loss's scale before they are rounded
         return _composed(*linear_token_log_probs(hidden, weight, tokens, temperature), token_weights)
     if extension.use_native(_NAME, hidden.device):
+        checks.reverse_mode(_NAME, hidden, weight)
         learning = torch.is_grad_enabled()
         hidden_needed, weight_needed = learning and hidden.requires_grad, learning and weight.requires_grad
         return torch.ops.rlhf_lightning.linear_cross_entropy(

@@ -32,14 +32,17 @@ def linear_token_log_probs(
 
     Returns:
         ``(log_probs, entropy)``, each ``[N]`` float32 (float64 for float64 operands), in nats, both differentiable in
-        ``hidden`` and ``weight`` (once). The products are computed in the operands' dtype, all the rest in float32.
+        ``hidden`` and ``weight`` (once, in reverse mode). The products are computed in the operands' dtype, the rest in
+        float32.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value, a token outside the vocabulary (on
-        the CPU; elsewhere that is a device-side assertion).
+        the CPU; elsewhere that is a device-side assertion). NotImplementedError: the native operator was asked for a
+        second derivative, or for one in forward mode (``torch.func.jvp``).
     """
     checks.language_model_head(_NAME, hidden, weight, tokens, temperature)
     if extension.use_native(_NAME, hidden.device):
+        checks.reverse_mode(_NAME, hidden, weight)
         return torch.ops.rlhf_lightning.linear_token_log_probs(hidden, weight, tokens, temperature)[:2]
     return reference(hidden, weight, tokens, temperature)
 

@@ -28,14 +28,17 @@ def token_log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) ->
 
     Returns:
         ``(log_probs, entropy)``, each ``[...]`` float32 (float64 for float64 logits), both differentiable in ``logits``
-        (once). The log-probability of an impossible token is -inf; a row whose largest logit is not finite gives NaN.
+        (once, in reverse mode). The log-probability of an impossible token is -inf; a row whose largest logit is not
+        finite gives NaN.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value, a token outside the vocabulary (on
-        the CPU; elsewhere that is a device-side assertion).
+        the CPU; elsewhere that is a device-side assertion). NotImplementedError: the native operator was asked for a
+        second derivative, or for one in forward mode (``torch.func.jvp``).
     """
     _check(logits, tokens, temperature)
     if extension.use_native(_NAME, logits.device):
+        checks.reverse_mode(_NAME, logits)
         return torch.ops.rlhf_lightning.token_log_probs(logits, tokens, temperature)[:2]
     return reference(logits, tokens, temperature)
 

@@ -91,6 +91,30 @@ def test_wrong_arguments(change, kind, message):
 
 
 @needs_native
+@pytest.mark.parametrize("place", range(5))
+def test_both_backwards_check_what_they_are_given_of_each_row(place):
+    hidden, weight, tokens = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64)
+    rows, op = [torch.zeros(2) for _ in range(5)], torch.ops.rlhf_lightning
+    calls = {
+        "token_log_probs": lambda: op.token_log_probs_backward(*rows[:2], hidden, tokens, *rows[2:], 1.0),
+        "linear_token_log_probs": lambda: op.linear_token_log_probs_backward(
+            *rows[:2], hidden, weight, tokens, *rows[2:], 1.0, True, True
+        ),
+    }
+    for name, call in calls.items():
+        for wrong in (torch.zeros(3), torch.zeros(1), torch.zeros(2, 1)):
+            rows[place] = wrong
+            with pytest.raises(ValueError, match=f"^{name}: a gradient or saved result must have the shape of tokens"):
+                call()
+        rows[place] = torch.zeros(2)
+        call()
+        tokens = tokens.int()
+        with pytest.raises(TypeError, match=f"^{name}: tokens must be an int64 tensor, got int32"):
+            call()
+        tokens = tokens.long()
+
+
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     hidden, weight = randn(3, 4, dtype=dtype).requires_grad_(), randn(9, 4, dtype=dtype, seed=1).requires_grad_()

@@ -232,7 +232,7 @@ ERRORS = [
     (
         dict(tokens=torch.zeros(2, dtype=torch.int32)),
         TypeError,
-        "token_log_probs: tokens must be a int64 tensor, got int32",
+        "token_log_probs: tokens must be an int64 tensor, got int32",
     ),
     (
         dict(logits=torch.zeros(2, 0)),
