@@ -3,36 +3,79 @@
     python benchmarks/padding.py --tokenizer MODEL_FOLDER --data pairs.jsonl.gz [more ...]
 
 Deals the rows out as training does (grouped by length, `data/batching.py`), and counts tokens: real ones, and those of
-the rectangles that the modules' forward passes run on. Pairs are one rectangle, the chosen rows above the rejected.
+the rectangles around them. Pairs are one rectangle, the chosen rows above the rejected. A policy leaves padding out of
+all layers but attention (`models/packing.py`); what that gains on this machine:
+
+    python benchmarks/padding.py --tokenizer MODEL_FOLDER --data pairs.jsonl.gz --size 16m --batches 4
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
+import time
 from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from steps.training import SIZES, save_model
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_lightning.data.batching import epoch_batches, make_bins
 from rlhf_lightning.data.records import load_records
 from rlhf_lightning.data.tokenization import Encoder, Example
-from rlhf_lightning.models.loading import load_tokenizer
+from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+from rlhf_lightning.models.policy import Policy
 
 BATCHES = ((32, None), (8, None), (32, 8192), (128, 32768))  # rows at most, tokens at most
-
-
-def lengths_of(example: Example) -> list[int]:
-    """Tokens of each sequence that the row puts into a forward pass."""
-    return [len(example.prompt) + len(response) for response in example.responses]
 
 
 def padding(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> float:
     """The share of a pass over all batches that is padding."""
     real = computed = 0
     for rows in batches:
-        lengths = [length for row in rows for length in lengths_of(examples[row])]
+        lengths = [length for row in rows for length in examples[row].widths]
         real += sum(lengths)
         computed += len(lengths) * max(lengths)
     return 1.0 - real / computed
+
+
+def tensors(examples: Sequence[Example], rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Random tokens, and the rows' own lengths, of sequences and of prompts."""
+    lengths = torch.tensor([length for row in rows for length in examples[row].widths])
+    prompts = torch.tensor([len(examples[row].prompt) for row in rows for _ in examples[row].responses])
+    tokens = pad_sequence([torch.randint(4, 1000, (length,)) for length in lengths.tolist()], batch_first=True)
+    return tokens, lengths, prompts
+
+
+def seconds(policy: Policy, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[bool, float]:
+    """Of a forward and backward pass over all batches, without padding (True) and with it; the ways take turns."""
+    spent = {True: 0.0, False: 0.0}
+    for number, batch in enumerate((batches[0], *batches)):
+        for packs in spent if number % 2 == 0 else reversed(spent):
+            policy.packs = packs
+            policy.zero_grad()
+            began = time.perf_counter()
+            policy(*batch).log_probs.sum().backward()
+            spent[packs] += (time.perf_counter() - began) * (number > 0)  # the first one warms up
+    return spent
+
+
+def measure(examples: Sequence[Example], size: str, count: int) -> None:
+    """Print what each way takes for a few batches, drawn at random as training draws them."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(SIZES[size], Path(folder))
+        policy = Policy(load_causal_lm(folder))
+    for rows, tokens in BATCHES[:3]:
+        drawn = epoch_batches(make_bins(examples, rows, tokens), seed=0, epoch=0)[:count]
+        spent = seconds(policy, [tensors(examples, batch) for batch in drawn])
+        taken = f"{spent[False]:.2f} s padded, {spent[True]:.2f} s without, {spent[False] / spent[True]:.2f}x"
+        share = padding(examples, drawn)
+        print(
+            f"  batch_size {rows:>3}, batch_tokens {tokens}, {size}, {len(drawn)} batches, {share:.1%} padding: {taken}"
+        )
 
 
 def main() -> None:
@@ -40,15 +83,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="a model's folder")
     parser.add_argument("--data", nargs="+", required=True, help="files of pairs")
+    parser.add_argument("--size", choices=SIZES, help="time passes of a model of this size")
+    parser.add_argument("--batches", type=int, default=4, help="to time")
     options = parser.parse_args()
     encoder = Encoder(load_tokenizer(options.tokenizer), max_prompt_tokens=2048, max_response_tokens=2048)
     for path in options.data:
         records = load_records(path)
         for kind in ("demonstrations", "pairs"):
             examples = encoder.encode(records.rows, kind)[0]
-            lengths = [length for example in examples for length in lengths_of(example)]
+            lengths = [length for example in examples for length in example.widths]
             quartiles = ", ".join(f"{q:.0f}" for q in statistics.quantiles(lengths, n=4))
             print(f"{path}, {kind}: {len(examples)} rows, quartiles of the tokens in a sequence {quartiles}")
+            if options.size:
+                measure(examples, options.size, options.batches)
+                continue
             for size, tokens in BATCHES:
                 grouped = epoch_batches(make_bins(examples, size, tokens), seed=0, epoch=0)
                 shuffled = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]

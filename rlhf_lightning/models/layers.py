@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+
+# How far two ways to the same numbers may be apart, as a fraction of the largest: rounding, not another function.
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def nearly_equal(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways to the same numbers, computed in ``dtype``, differ by no more than rounding."""
+    return bool((ours - theirs).abs().max() <= _ROUNDING[dtype] * theirs.abs().max())
 
 
 def decoder_layers(trunk: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -27,15 +40,39 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
     return weight
 
 
+@contextmanager
+def attention_of(trunk: nn.Module, name: str) -> Iterator[None]:
+    """Have the trunk's layers call another attention function."""
+    # Layers look it up in a config, which in a copied part of a model is their own.
+    found = (vars(part).get("config") for part in trunk.modules())
+    configs: list[Any] = list({id(config): config for config in found if config is not None}.values())
+    own = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = name
+    try:
+        yield
+    finally:
+        for config, before in zip(configs, own, strict=True):
+            config._attn_implementation = before
+
+
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only the layers' inputs for the backward pass, and compute the rest again: less memory, more time.
 
     It takes effect in train mode alone.
     """
-    options = {"use_reentrant": False}  # the reentrant kind needs inputs with gradients, and FSDP2's hooks run twice
+    contexts = partial(_recomputed_as_before, model.base_model)
+    # Not the reentrant kind: it needs inputs with gradients, and FSDP2's hooks run twice.
+    options = {"use_reentrant": False, "context_fn": contexts}
     # Transformers has renamed the method, and warns of the old name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options)
+
+
+def _recomputed_as_before(trunk: nn.Module) -> Any:
+    """Contexts for a checkpointed layer's forward and for its second run, in the backward pass: the same attention."""
+    config: Any = trunk.config
+    return nullcontext(), attention_of(trunk, config._attn_implementation)
 
 
 def linear_in_full_precision(states: Tensor, head: nn.Linear) -> Tensor:

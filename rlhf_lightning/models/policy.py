@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -21,17 +20,15 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.models.layers import decoder_layers, embedding_weight, linear_in_full_precision
+from rlhf_lightning.models.layers import decoder_layers, embedding_weight, linear_in_full_precision, nearly_equal
 from rlhf_lightning.models.loading import draw_head
 from rlhf_lightning.models.lora import adapter_off
+from rlhf_lightning.models.packing import can_pack, hidden_states, takes_positions
 from rlhf_lightning.models.passes import note
 from rlhf_lightning.models.positions import response_mask
 from rlhf_lightning.ops.linear_cross_entropy import linear_cross_entropy
 from rlhf_lightning.ops.linear_token_log_probs import linear_token_log_probs
 from rlhf_lightning.ops.token_log_probs import token_log_probs
-
-# How far two ways to the same logits may be apart, as a fraction of the largest: rounding, not a different head.
-_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 class TokenScores(NamedTuple):
@@ -60,6 +57,7 @@ class Policy(nn.Module):
         logit_scale: c, where the model's logits are ``c * states @ weight.T`` with one c > 0 (checked at construction;
             1 for most, not so for Cohere, Granite and others). The fused operator then computes the log-probs without
             holding ``[N, V]`` logits. None where the head is another (bias, capped logits): the model's own head runs.
+        packs: whether passes leave padding out (``models/packing.py``); False for models that this is not known of.
 
     Raises:
         InputError: the branch does not reproduce the trunk (it adds positions to its inputs, say), or the
@@ -69,7 +67,8 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel, critic: Literal["head"] | int | None = None, seed: int = 0) -> None:
         super().__init__()
         self.model = model
-        self._trunk_takes_positions = _accepts(self._trunk, "position_ids")
+        self._trunk_takes_positions = takes_positions(self._trunk)
+        self.packs = can_pack(self._trunk)
         self.logit_scale = self._find_logit_scale()
         self._branch_layers = 0
         self.branch: nn.Module | None = None
@@ -118,11 +117,11 @@ class Policy(nn.Module):
         rows, slots = mask.nonzero(as_tuple=True)
         columns = prompt_lengths[rows] - 1 + slots
         with contextlib.nullcontext() if adapted else adapter_off(self):
-            below, last = self._states(tokens)
+            below, last = self._states(tokens, lengths)
         log_probs, entropy = self._score(last[rows, columns], tokens[rows, columns + 1], temperature)
         values = None
         if self.critic_head is not None and adapted:
-            states = last if self.branch is None else self._branch_states(below)
+            states = last if self.branch is None else self._branch_states(below, lengths)
             # One state more than there are response tokens: a truncated response is bootstrapped from the one after.
             known = response_mask(prompt_lengths, lengths + 1)
             rows, slots = known.nonzero(as_tuple=True)
@@ -153,7 +152,7 @@ class Policy(nn.Module):
         mask = weights > 0
         rows, slots = mask.nonzero(as_tuple=True)
         columns = prompt_lengths[rows] - 1 + slots
-        states, targets = self._states(tokens)[1][rows, columns], tokens[rows, columns + 1]
+        states, targets = self._states(tokens, lengths)[1][rows, columns], tokens[rows, columns + 1]
         if self.logit_scale is None:
             log_probs, _ = token_log_probs(self._own_head(states), targets)
             loss = -(weights[mask] * log_probs).sum()
@@ -219,27 +218,15 @@ class Policy(nn.Module):
             own.copy_(weight)
             self.critic_head.bias.fill_(bias)
 
-    def _states(self, tokens: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The hidden state below the branch (None without one) and the last one, each ``[B, S, H]``.
-
-        No attention mask: in a causal model the real tokens of a right-padded row never see the padding after them, and
-        without a mask the attention kernels take their fast causal path.
-        """
+    def _states(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The hidden state below the branch (None without one) and the last one, each ``[B, S, H]``."""
         note(self.model, tokens)
-        output = self._trunk(
-            input_ids=tokens, use_cache=False, output_hidden_states=self.branch is not None, **self._positions(tokens)
-        )
-        below = None if self.branch is None else output.hidden_states[-1 - self._branch_layers]
-        return below, output.last_hidden_state
+        below = None if self.branch is None else self._branch_layers
+        return hidden_states(self._trunk, tokens, lengths, self.packs, below)
 
-    def _branch_states(self, below: Tensor | None) -> Tensor:
-        assert self.branch is not None and below is not None
-        return self.branch(inputs_embeds=below, use_cache=False, **self._positions(below)).last_hidden_state
-
-    def _positions(self, like: Tensor) -> dict[str, Tensor]:
-        if not self._trunk_takes_positions:
-            return {}
-        return {"position_ids": torch.arange(like.shape[1], device=like.device).expand(like.shape[:2])}
+    def _branch_states(self, below: Tensor | None, lengths: Tensor) -> Tensor:
+        assert isinstance(self.branch, PreTrainedModel) and below is not None
+        return hidden_states(self.branch, below, lengths, self.packs)[1]
 
     def _score(self, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """``[N, H]``, ``[N]`` -> log-probs and entropies ``[N]``."""
@@ -308,8 +295,10 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _check_branch(self) -> None:
-        below, last = self._states(_probe(self.model))
-        if not _close(self._branch_states(below), last):
+        tokens = _probe(self.model)
+        lengths = torch.full((1,), tokens.shape[1], device=tokens.device)
+        below, last = self._states(tokens, lengths)
+        if not _close(self._branch_states(below, lengths), last):
             raise InputError(
                 f"critic: {self._branch_layers} does not work for {type(self.model).__name__}, whose trunk changes the "
                 "hidden states it is given: use critic: head, or a critic model of its own"
@@ -352,11 +341,6 @@ def _probe(model: PreTrainedModel) -> Tensor:
     return torch.arange(min(3, embeddings.shape[0]), device=embeddings.device)[None]
 
 
-def nearly_equal(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two ways to the same numbers, computed in ``dtype``, differ by no more than rounding."""
-    return bool((ours - theirs).abs().max() <= _ROUNDING[dtype] * theirs.abs().max())
-
-
 def _close(ours: Tensor, theirs: Tensor) -> bool:
     return nearly_equal(ours, theirs, theirs.dtype)
 
@@ -367,10 +351,6 @@ def _ratio(ours: Tensor, theirs: Tensor) -> float:
         return 1.0
     ours, theirs = ours.double(), theirs.double()
     return float((ours * theirs).sum() / theirs.square().sum())
-
-
-def _accepts(module: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(module.forward).parameters
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

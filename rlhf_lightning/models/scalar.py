@@ -5,7 +5,6 @@ There is no LM head here, and so nothing for the fused one to take over: the hea
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import torch
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.layers import linear_in_full_precision
+from rlhf_lightning.models.packing import can_pack, hidden_states
 from rlhf_lightning.models.passes import note
 
 
@@ -31,7 +31,13 @@ class ScalarModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        self.packs = can_pack(self._trunk)
+
+    @property
+    def _trunk(self) -> PreTrainedModel:
+        trunk = self.model.base_model
+        assert isinstance(trunk, PreTrainedModel)
+        return trunk
 
     def forward(self, tokens: Tensor, lengths: Tensor, normalise: bool = True) -> Tensor:
         """``(raw - mean) / std`` at every position: ``[B, S]``, ``[B]`` -> ``[B, S]`` float32 (float64 for float64).
@@ -43,8 +49,7 @@ class ScalarModel(nn.Module):
         """
         note(self.model, tokens)
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        positions = {"position_ids": places} if self._takes_positions else {}
-        states = self.model.base_model(input_ids=tokens, use_cache=False, **positions).last_hidden_state
+        states = hidden_states(self._trunk, tokens, lengths, self.packs)[1]
         score = self.model.score
         assert isinstance(score, nn.Linear)
         scores = linear_in_full_precision(states, score)[..., 0]

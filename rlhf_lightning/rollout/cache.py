@@ -6,14 +6,15 @@ that a slot can hold, of which the first ``kv`` are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface, Cache, PreTrainedModel
+
+from rlhf_lightning.models.layers import attention_of
 
 _NAME = "rlhf_lightning_slots"
 
@@ -166,13 +167,6 @@ def slot_attention(
 AttentionInterface.register(_NAME, slot_attention)
 
 
-@contextmanager
-def slot_attention_in(model: PreTrainedModel) -> Iterator[None]:
+def slot_attention_in(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Have the model's layers call `slot_attention`; transformers then makes no masks of its own."""
-    config: Any = model.base_model.config
-    own = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = own
+    return attention_of(model.base_model, _NAME)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import InputError, out_of_memory
-from rlhf_lightning.models.policy import Policy, nearly_equal
+from rlhf_lightning.models.layers import nearly_equal
+from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.sharding import is_sharded, unsharded
 from rlhf_lightning.rollout.cache import SlotCache, slot_attention_in
 from rlhf_lightning.rollout.decoding import Decode, Decoding
