@@ -1,15 +1,21 @@
-"""Every csrc/*.cu compiles for each architecture that is supported, and no kernel of it needs local memory."""
+"""Every csrc/*.cu compiles for each architecture that is supported, and no kernel of it needs local memory; and every
+csrc/*_cuda.cpp passes a C++ compiler with CUDA's headers, whatever torch is installed.
+"""
 
 from __future__ import annotations
 
 import os
 import runpy
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import setuptools
+from ops.cuda_emulation import COMPILER
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +24,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import cuda_resources  # noqa: E402
 
 NVCC = cuda_resources.find_tool("nvcc")
+TENSOR_SIDES = sorted((ROOT / "csrc").glob("*_cuda.cpp"))
 SPILLING = """
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z1fPf' for 'sm_80'
@@ -39,14 +46,19 @@ def test_what_ptxas_says_is_read():
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    """All files' kernels, compiled once."""
+def nvcc():
     if NVCC is None:
         message = "no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
         if os.environ.get("CI"):
             pytest.fail(f"{message}: the CUDA sources went unchecked")
         pytest.skip(message)
-    return cuda_resources.compile_all(NVCC, cuda_resources.ARCHITECTURES, tmp_path_factory.mktemp("cuda"))
+    return NVCC
+
+
+@pytest.fixture(scope="module")
+def kernels(nvcc, tmp_path_factory):
+    """All files' kernels, compiled once."""
+    return cuda_resources.compile_all(nvcc, cuda_resources.ARCHITECTURES, tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.mark.parametrize("source", cuda_resources.SOURCES, ids=lambda path: path.name)
@@ -59,6 +71,43 @@ def test_compiles_for_every_architecture_without_local_memory(kernels, source):
 
 def test_every_operator_has_its_file():
     assert cuda_resources.SOURCES, "no CUDA source was found, so none was checked"
+    assert TENSOR_SIDES, "no csrc/*_cuda.cpp was found, so none was checked"
+
+
+def cuda_headers(nvcc):
+    """The folder of CUDA's own headers, as nvcc names it."""
+    said = subprocess.run([nvcc, "-v", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
+    words = shlex.split(next(line for line in said.stderr.splitlines() if "INCLUDES=" in line).partition("=")[2])
+    folders = [Path(word.removeprefix("-I")) for word in words]
+    return next(folder for folder in folders if (folder / "cuda_runtime_api.h").exists())
+
+
+def syntax_errors(source, nvcc, folder):
+    """What the C++ compiler has to say about a file. A torch without CUDA has the headers but for one of settings."""
+    stub = folder / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    stub.parent.mkdir(parents=True)
+    stub.touch()
+    flags = ["-fsyntax-only", "-Wall", "-fopenmp", "-std=c++20"]
+    system = [folder, cuda_headers(nvcc), *cpp_extension.include_paths()]
+    done = subprocess.run(
+        [*COMPILER, *flags, *(word for path in system for word in ("-isystem", str(path))), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stderr if done.stderr or done.returncode == 0 else f"exit code {done.returncode}"
+
+
+@pytest.mark.parametrize("source", TENSOR_SIDES, ids=lambda path: path.name)
+def test_the_tensor_side_compiles(nvcc, source, tmp_path):
+    assert syntax_errors(source, nvcc, tmp_path) == ""
+
+
+def test_a_tensor_side_that_does_not_compile_is_seen(nvcc, tmp_path):
+    source = tmp_path / "wrong_cuda.cpp"
+    good = f'#include "{ROOT / "csrc" / "cuda_tensors.h"}"\n'
+    source.write_text(f"{good}int wrong() {{ return rlhf_lightning::element_type(1.5, 2); }}\n")
+    assert "element_type" in syntax_errors(source, nvcc, tmp_path)
 
 
 def test_every_source_makes_an_object_file_of_its_own(monkeypatch):
