@@ -2,6 +2,7 @@
 
 An operator's error against float64 may be no larger than PyTorch's own at that dtype, plus this slack; two float32
 implementations may differ by it. Relative to the larger of 1 and the value.
+Gradients of logits are far below 1 but at the row's token, so their size is asked about too.
 """
 
 from __future__ import annotations
@@ -25,3 +26,22 @@ def assert_error_within(actual: Tensor, torchs: Tensor, truth: Tensor, dtype: to
     own = ((actual.double() - truth).abs() / scale).max()
     theirs = ((torchs.double() - truth).abs() / scale).max()
     assert own <= theirs + TOLERANCE[dtype], f"error {own:.3g}, torch's own {theirs:.3g}"
+
+
+# Where digits are lost: below what float16 holds, and, in the wider ranges, where powers are flushed to 0.
+FLOOR = {torch.float64: 1e-300, torch.float32: 1e-35, torch.bfloat16: 1e-35, torch.float16: 6e-8}
+
+
+def assert_gradient_near(actual: Tensor, truth: Tensor, terms: Tensor, dtype: torch.dtype, times: float = 1.0) -> None:
+    """A gradient of logits in ``dtype`` is the float64 ``truth`` relative to each element, and to half that in L2.
+
+    ``terms`` is what the roundings of the arithmetic, float32 where ``dtype`` is of 16 bits, may grow with where an
+    element is a difference: see ``gpu.oracles.gradient_terms``. ``times`` is for these roundings.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    error, size, of_terms = (actual.double() - truth).abs(), truth.abs(), times * TOLERANCE[wide] * terms
+    allowed = TOLERANCE[dtype] * size + of_terms + FLOOR[dtype]
+    worst = (error / allowed).max()  # NaN if any is
+    assert worst <= 1, f"the worst element's error is {worst:.3g} times what is allowed"
+    whole = 0.5 * TOLERANCE[dtype] * size.norm() + of_terms.norm() + FLOOR[dtype] * size.numel() ** 0.5
+    assert error.norm() <= whole, f"relative L2 error {error.norm() / size.norm():.3g}"

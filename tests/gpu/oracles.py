@@ -50,6 +50,23 @@ def token_log_probs(
     return log_p[rows, tokens], entropy, grad / temperature
 
 
+def gradient_terms(
+    logits: Tensor, tokens: Tensor, temperature: float, by_log_probs: Tensor, by_entropy: Tensor
+) -> Tensor:
+    """``[N, V]``: how far a rounding moves each element of :func:`token_log_probs`'s gradient, over that rounding.
+
+    A sum of powers is at least 1, so its logarithm, and log p and the entropy with it, carry a whole rounding however
+    small they are; a rounding of log p is relative to 1 + |log p| and moves p by as much. The size of the terms that
+    may cancel is counted with it.
+    """
+    p, log_p, entropy = softmax(logits, temperature)
+    a, b = (x[:, None].abs() for x in exact(by_log_probs, by_entropy))
+    size = -torch.where(p > 0, log_p, 0.0)
+    of_token = p.clone()
+    of_token[torch.arange(len(p)), tokens.cpu()] = 1  # p and 1 - p
+    return (a * of_token + b * p * (1 + size + entropy[:, None])) * (1 + size) / temperature
+
+
 def linear_token_log_probs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, by_log_probs: Tensor, by_entropy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ from gpu.cases import (
     result,
 )
 from ops.support import FLOATS, randint, randn
-from tolerances import TOLERANCE, assert_error_within, assert_near
+from tolerances import TOLERANCE, assert_error_within, assert_gradient_near, assert_near
 
 from rlhf_lightning.ops.gae import reference as gae_reference
 
@@ -97,6 +97,8 @@ def test_token_log_probs(device, dtype, vocabulary):
     for actual, own, wanted, kind in zip(got, torchs, truth, kinds, strict=True):
         assert actual.dtype == kind
         assert_error_within(actual, own, wanted, kind)
+    terms = oracles.gradient_terms(*call.tensors, *call.numbers, *cotangents(got[:2]))
+    assert_gradient_near(got[2], truth[2], terms, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -109,6 +111,8 @@ def test_token_log_probs_of_hard_logits(device, dtype, temperature, scale):
     truth = oracles.token_log_probs(logits, tokens, temperature, *cotangents(got[:2]))
     for actual, own, wanted, kind in zip(got, torchs, truth, (torch.float32, torch.float32, dtype), strict=True):
         assert_error_within(actual, own, wanted, kind)
+    terms = oracles.gradient_terms(logits, tokens, temperature, *cotangents(got[:2]))
+    assert_gradient_near(got[2], truth[2], terms, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -124,6 +128,8 @@ def test_token_log_probs_with_impossible_tokens(device, dtype, vocabulary):
     assert got[0][0] == -torch.inf and got[0][4] == 0 and got[1][4] == 0
     for actual, wanted, kind in zip(got, truth, (result(dtype), result(dtype), dtype), strict=True):
         assert_near(actual, wanted, kind, times=2)
+    terms = oracles.gradient_terms(logits, tokens, 0.9, *cotangents(got[:2]))
+    assert_gradient_near(got[2][1:], truth[2][1:], terms[1:], dtype)
     assert (got[2][1:3, ::3] == 0).all()
 
 
