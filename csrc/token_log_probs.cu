@@ -37,10 +37,10 @@ __device__ __forceinline__ Compute<T> largest(const uint4 (&words)[n]) {
   }
   return tops[0];
 }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-// Two 16-bit elements are compared by one instruction, before they are widened.
+// Two 16-bit elements are compared by one instruction, before they are widened; a number is larger than NaN.
 template <typename T>
 __device__ __forceinline__ unsigned int larger_pair(unsigned int a, unsigned int b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   unsigned int c;
   if constexpr (std::is_same_v<T, __half>) {
     asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
@@ -48,6 +48,14 @@ __device__ __forceinline__ unsigned int larger_pair(unsigned int a, unsigned int
     asm("max.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
   }
   return c;
+#else
+  Pack<T, 2> x, y;
+  __builtin_memcpy(&x, &a, sizeof(x));
+  __builtin_memcpy(&y, &b, sizeof(y));
+  for (int i = 0; i < 2; ++i) x.at[i] = from_compute<T>(larger(to_compute(x.at[i]), to_compute(y.at[i])));
+  __builtin_memcpy(&a, &x, sizeof(a));
+  return a;
+#endif
 }
 template <typename T, int n>
 __device__ __forceinline__ float largest_by_pairs(const uint4 (&words)[n]) {
@@ -69,7 +77,6 @@ template <>
 __device__ __forceinline__ float largest<__half, kGroup>(const uint4 (&words)[kGroup]) {
   return largest_by_pairs<__half>(words);
 }
-#endif
 
 // Adds n words: one maximum, one rescaling, then a sum and a weighted sum in two threads of addition.
 template <typename T, int n>

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 import torch
+from gpu.oracles import gradient_terms
 from ops.cuda_emulation import ROOT, LaunchError, emulated, guarded
 from ops.support import FLOATS, randint, randn, result_dtype
-from tolerances import assert_error_within, assert_near
+from tolerances import assert_error_within, assert_gradient_near, assert_near
 
 # What token_log_probs_cuda.cpp and linear_token_log_probs_cuda.cpp do between them: `width` columns at a time.
 EXPORTS = r"""
@@ -50,6 +51,16 @@ extern "C" int run_backward(
         rows, tokens, temperature, {grad_log_probs, grad_entropy, entropy, shift, log_sum},
         static_cast<char*>(out) + (out_offset + first) * bytes, out_stride, nullptr);
     if (error != 0) return error;
+  }
+  return 0;
+}
+extern "C" int run_pairs(const void* a, const void* b, void* out, int64_t type, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    unsigned x, y;
+    std::memcpy(&x, static_cast<const char*>(a) + 4 * i, 4);
+    std::memcpy(&y, static_cast<const char*>(b) + 4 * i, 4);
+    x = type == 1 ? larger_pair<__nv_bfloat16>(x, y) : larger_pair<__half>(x, y);
+    std::memcpy(static_cast<char*>(out) + 4 * i, &x, 4);
   }
   return 0;
 }
@@ -132,7 +143,8 @@ def test_forward_and_backward_at_every_edge(kernels, dtype, edge):
     log_probs, entropy, gradient = truth(logits, tokens, temperature, *weights)
     assert_near(results[0], log_probs, result_dtype(dtype))
     assert_near(results[1], entropy, result_dtype(dtype))
-    assert_near(backward(kernels, logits, tokens, temperature, *weights, results, seed=edge), gradient, dtype)
+    got = backward(kernels, logits, tokens, temperature, *weights, results, seed=edge)
+    assert_gradient_near(got, gradient, gradient_terms(logits, tokens, temperature, *weights), dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -149,6 +161,7 @@ def test_error_is_no_larger_than_torchs_own(kernels, dtype, scale, middle):
     assert_error_within(results[1], -(own.exp() * own).sum(-1), entropy, result_dtype(dtype))
     got = backward(kernels, logits, tokens, 1.0, ones, 0 * ones, results)
     assert_error_within(got, (one_hot - own.exp()).to(dtype), gradient, dtype)
+    assert_gradient_near(got, gradient, gradient_terms(logits, tokens, 1.0, ones, 0 * ones), dtype)
     assert got.double().sum(-1).abs().max() < 9000 * 2e-3 * got.double().abs().max()
 
 
@@ -164,6 +177,17 @@ def test_a_rows_bits_depend_on_the_row_alone(kernels, dtype):
             spread = forward(kernels, logits[3:6], tokens[3:6], 1.3, offset=offset, stride=columns + 5, seed=offset)
             for whole, one, three in zip(together, alone, spread, strict=True):
                 assert torch.equal(whole[4:5], one) and torch.equal(whole[3:6], three)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_larger_of_two_pairs(kernels, dtype):
+    """As the GPU's instruction has it, which the CPU cannot run."""
+    special = torch.tensor([0.0, -1.0, 3.0, 3.5, torch.inf, -torch.inf, torch.nan, 6e4, 1e-6], dtype=dtype)
+    a, b = special.repeat(10), special.repeat_interleave(10)
+    out = guarded(torch.zeros_like(a))
+    kernels.run("run_pairs", guarded(a), guarded(b), out, TYPE[dtype], len(a) // 2)
+    assert torch.equal(out.nan_to_num(), a.fmax(b).nan_to_num())
+    assert out.isnan().sum() == (a.isnan() & b.isnan()).sum() > 0
 
 
 def test_no_load_beyond_the_end_of_memory(kernels):
@@ -194,13 +218,14 @@ def test_every_token_and_every_start_of_the_gradient(kernels, dtype, in_place):
     weights = randn(61, dtype=torch.float64, seed=1), randn(61, dtype=torch.float64, seed=2)
     results = forward(kernels, logits, tokens, 1.2)
     *_, gradient = truth(logits, tokens, 1.2, *weights)
+    terms = gradient_terms(logits, tokens, 1.2, *weights)
     for offset in range(word):
         for out_offset in range(1 if in_place else 2):
             got = backward(
                 kernels, logits, tokens, 1.2, *weights, results, offset=offset, stride=columns + 1,
                 out_offset=out_offset, in_place=in_place, seed=offset,
             )  # fmt: skip
-            assert_near(got, gradient, dtype)
+            assert_gradient_near(got, gradient, terms, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -215,7 +240,7 @@ def test_a_vocabulary_in_chunks(kernels, dtype, width):
     assert_near(results[0], log_probs, result_dtype(dtype))
     assert_near(results[1], entropy, result_dtype(dtype))
     got = backward(kernels, logits, tokens, temperature, *weights, results, width=width, stride=1008, in_place=True)
-    assert_near(got, gradient, dtype)
+    assert_gradient_near(got, gradient, gradient_terms(logits, tokens, temperature, *weights), dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -227,12 +252,14 @@ def test_impossible_tokens(kernels, dtype, columns):
     tokens = torch.tensor([0, 1, columns - 2 if (columns - 2) % 3 else columns - 1])
     weights = torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     results = forward(kernels, logits, tokens, 0.9)
-    log_probs, entropy, _ = truth(logits, tokens, 0.9, *weights)
+    log_probs, entropy, gradient = truth(logits, tokens, 0.9, *weights)
     assert results[0][0] == -torch.inf
     assert_near(results[0][1:], log_probs[1:], result_dtype(dtype))
     assert_near(results[1], entropy, result_dtype(dtype))
     got = backward(kernels, logits, tokens, 0.9, *weights, results)
     assert got.isfinite().all()
+    terms = gradient_terms(logits, tokens, 0.9, *weights)
+    assert_gradient_near(got[1:], gradient[1:], terms[1:], dtype)
     assert (got[1:][logits[1:] == -torch.inf] == 0).all()
 
 
