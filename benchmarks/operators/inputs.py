@@ -196,23 +196,32 @@ def _sampling_errors(inputs: Inputs, outputs: dict[str, Tensor]) -> dict[str, fl
     """The kept tokens by sorting, the draw by its place in their cumulative mass, on rows where float32 can tell both.
 
     A peer draws by random numbers of its own: its token must be one of those kept, and its probabilities, which may
-    keep another of equal logits, are compared in their order.
+    keep another of equal logits and, within rounding of top-p's mass, one token more or less, are compared in their
+    order.
     """
-    shape, logits = inputs.case.shape, inputs["logits"].double()
+    shape, logits, tokens, found = inputs.case.shape, inputs["logits"].double(), outputs["tokens"], Errors()
+    top_p = shape.get("top_p")
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     kept = ordered >= ordered[:, shape.get("top_k", logits.shape[1]) - 1, None]
     mass = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
+    before = mass.cumsum(-1) - mass
     clear = torch.ones_like(kept[:, 0])
-    if "top_p" in shape:
-        before = mass.cumsum(-1) - mass
-        clear = ((before - shape["top_p"]).abs() > EDGE).all(-1)
-        kept &= before < shape["top_p"]
-        mass = mass * kept / (mass * kept).sum(-1, keepdim=True)
-    tokens, found = outputs["tokens"], Errors()
+    if top_p:
+        clear = ((before - top_p).abs() > EDGE).all(-1)
+        kept &= before < top_p
     if "probabilities" in outputs:
-        least = ordered.masked_fill(~kept, torch.inf).amin(-1)
-        right = logits.gather(-1, tokens[:, None])[:, 0] >= least
-        found.add("probabilities", outputs["probabilities"].sort(-1, descending=True).values[clear], mass[clear])
+        count = kept.sum(-1)
+        if top_p:
+            chosen = (outputs["probabilities"] > 0).sum(-1)
+            last = before.gather(-1, chosen[:, None] - 1)[:, 0], (before + mass).gather(-1, chosen[:, None] - 1)[:, 0]
+            near = (last[0] < top_p + MARGIN) & (last[1] > top_p - MARGIN)
+            count = torch.where(near, chosen, count)
+        kept = torch.arange(kept.shape[1], device=kept.device) < count[:, None]
+    mass = mass * kept / (mass * kept).sum(-1, keepdim=True)
+    if "probabilities" in outputs:
+        found.add("probabilities", outputs["probabilities"].sort(-1, descending=True).values, mass)
+        right = logits.gather(-1, tokens[:, None])[:, 0] >= ordered.masked_fill(~kept, torch.inf).amin(-1)
+        clear = torch.ones_like(clear)
     else:
         cumulative = torch.zeros_like(mass).scatter(-1, order, mass).cumsum(-1)
         clear &= ((cumulative - inputs["draws"][:, None]).abs() > EDGE).all(-1)
