@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ def test_a_resumed_run_writes_every_line_once(tiny_policy_dir: Path, tmp_path: P
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "train/lo')  # killed in the middle of a line
     assert latest(run / "checkpoints").name == "batch-00000002.ckpt"
+    time.sleep(1.0)  # TensorBoard reads event files in the order of their names, which begin with the second
     loggers = [TensorBoardLogger(save_dir=str(tmp_path), name="broken", version=""), JsonlLogger(run)]
     data = SmallData(tiny_policy_dir, BATCHES, held_out=True)
     train(

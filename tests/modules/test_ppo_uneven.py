@@ -92,11 +92,18 @@ class Silent(Recorder):
         rollout = super().generate(prompts, iteration, **overrides)
         mute = torch.isin(prompts.rows, torch.tensor(self.silent))
         lengths = torch.where(mute, rollout.prompt_lengths, rollout.lengths)
-        log_probs = rollout.log_probs.masked_fill(mute[:, None], 0.0)[
-            :, : int((lengths - rollout.prompt_lengths).max())
-        ]
-        tokens = rollout.tokens[:, : int(lengths.max())]
-        return replace(rollout, tokens=tokens, lengths=lengths, log_probs=log_probs, truncated=rollout.truncated | mute)
+        width = int((lengths - rollout.prompt_lengths).max())
+        log_probs, entropy = (
+            x.masked_fill(mute[:, None], 0.0)[:, :width] for x in (rollout.log_probs, rollout.entropy)
+        )
+        return replace(
+            rollout,
+            tokens=rollout.tokens[:, : int(lengths.max())],
+            lengths=lengths,
+            log_probs=log_probs,
+            entropy=entropy,
+            truncated=rollout.truncated | mute,
+        )
 
 
 def silent(policy, rows, **options):
