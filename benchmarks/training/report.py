@@ -46,7 +46,11 @@ def verdicts(results: dict[str, Any]) -> list[str]:
     for name, ratio in results["ratio"].items():
         if name == PLAIN:
             continue
-        for what, goal in (("time", time_goal), ("memory", memory_goal)):
+        ratio = {**ratio, "memory without the libraries": results["step_memory_ratio"][name]}
+        goals = {"time": time_goal, "memory": memory_goal}
+        if device == "cpu":
+            goals["memory without the libraries"] = memory_goal
+        for what, goal in goals.items():
             if goal is not None:
                 met = "met" if ratio[what] >= goal else "missed"
                 said.append(f"{name}, {what}: {ratio[what]:.2f} times ours, goal {goal:g}: {met}")
@@ -56,7 +60,7 @@ def verdicts(results: dict[str, Any]) -> list[str]:
 def breakdown(results: dict[str, Any]) -> list[list[str]]:
     """Seconds of the phases, every side's, and beside ours the limit."""
     parts, floor = results["breakdown"], results["limits"].get("seconds", {})
-    sides = [name for name in parts if parts[name]]
+    sides = sorted((name for name in parts if parts[name]), key=lambda name: name != OURS)
     phases = list(dict.fromkeys(phase for name in sides for phase in parts[name]))
     phases.sort(key=lambda phase: phase == "other")
     rows = [["seconds", *sides, "limit", "ours / limit"]]
@@ -129,15 +133,18 @@ def page(results: dict[str, Any], path: Path) -> str:
         "",
         *markdown(_memory(results)),
         "",
+        textwrap.fill(MEMORY, 120),
+        "",
     ]
     return "\n".join(text)
 
 
 def _memory(results: dict[str, Any]) -> list[list[str]]:
     kinds = ["models", "gradients", "optimizer", "libraries", "step"]
-    rows = [["MB", *kinds]]
-    for name, held in results["memory"].items():
-        rows.append([name, *(number(held[kind]) for kind in kinds)])
+    rows = [["MB", *kinds, "step, times ours"]]
+    for name in sorted(results["memory"], key=lambda name: name != OURS):
+        held, ratio = results["memory"][name], results["step_memory_ratio"].get(name)
+        rows.append([name, *(number(held[kind]) for kind in kinds), f"{ratio:.2f}" if ratio else ""])
     return rows
 
 
@@ -162,6 +169,9 @@ def _what(results: dict[str, Any], size: Size) -> str:
     )
 
 
+MEMORY = """\
+"Step" is the peak without the libraries: what the work itself takes. Weights, gradients and moments are the same on
+every side."""
 TITLES = {
     "ppo": "A PPO iteration",
     "sft": "A step of SFT",
@@ -173,7 +183,8 @@ Seconds: the median of the timed steps of all processes of a side, each after a 
 Peak: the largest resident set (on a GPU the most allocated) in those steps, less parameters and buffers of the models,
 gradients of what is trained, and optimizer state, all counted from the tensors' shapes. On a CPU it has the interpreter
 and the libraries in it, which are given beside it: what was resident before a model was there. First and last: means
-over the first and the last quarter of the steps of a process, each side's own samples."""
+over the first and the last quarter of the steps of a process; in PPO of each side's own samples, which so few steps
+hardly move: `demo_against_trl.py` compares rewards in earnest."""
 LIMITS = """\
 Medians of steps that are timed by phase, apart from those above. The limit: the bare matrix products of the phase, on
 no padding, and the optimizer's bytes at the bandwidth of a copy, measured in the same run; attention's own products,

@@ -70,6 +70,10 @@ def summary(results: dict[str, Any]) -> None:
     results["same_work"] = len({json.dumps(done, sort_keys=True) for done in results["work"].values()}) <= 1
     results["quality"] = {name: _quality(found) for name, found in runs.items()}
     results["memory"] = {name: _memory(found) for name, found in runs.items()}
+    steps = {name: memory["step"] for name, memory in results["memory"].items()}
+    results["step_memory_ratio"] = {
+        name: step / steps[OURS] for name, step in steps.items() if name != OURS and OURS in steps
+    }
     results["breakdown"] = {name: _breakdown(found) for name, found in runs.items()}
 
 
