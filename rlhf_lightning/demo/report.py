@@ -133,7 +133,14 @@ def _over_optimisation(results: Results) -> Section:
     )
     sampling = [name for name in results.curves if name in METHODS and METHODS[name].kind == "samples"]
     paths = [path_over(results.curves[name], "objective/kl", "gold/train", METHODS[name].label) for name in sampling]
-    every = trajectory_chart("Gold reward over KL, along each method", paths, "KL to SFT, nats", "gold reward")
+    every = trajectory_chart(
+        "Gold reward over KL, along each method",
+        paths,
+        "KL to SFT, nats",
+        "gold reward",
+        caption="The methods that sample, one dot an iteration: mean over its responses.",
+        counting="iteration",
+    )
     return Section(
         "Does the reward model stay right?",
         "A policy can learn to please the reward model (the proxy) without getting better. As long as both rise with "

@@ -15,6 +15,7 @@ from rlhf_lightning.evaluation.svg import COLORS
 from rlhf_lightning.evaluation.winrate import WinRate
 
 _MOST_SAMPLES = 24
+_MOST_HISTOGRAMS = 3  # over each other in one chart, with room for their names
 
 
 def comparison_table(comparison: Comparison, labels: Mapping[str, str] | None = None) -> Table:
@@ -80,11 +81,16 @@ def win_rate_chart(comparison: Comparison, reward: str, labels: Mapping[str, str
 
 
 def reward_histogram(comparison: Comparison, reward: str, labels: Mapping[str, str] | None = None) -> Figure:
-    """How each policy's rewards are spread."""
+    """How the policies' rewards are spread: of many policies, those of the baseline and of the best by their mean."""
     labels = labels or {}
-    groups = {labels.get(name, name): a.scores[reward].tolist() for name, a in comparison.answers.items()}
+    scores = {name: answers.scores[reward] for name, answers in comparison.answers.items()}
+    best = sorted(scores, key=lambda name: (name != comparison.baseline, -float(scores[name].double().mean())))
+    shown = best[:_MOST_HISTOGRAMS]
+    groups = {labels.get(name, name): own.tolist() for name, own in scores.items() if name in shown}
     judge = labels.get(reward, reward)
-    return histogram_chart(f"Rewards by {judge}", groups, "reward")
+    caption = "" if len(shown) == len(scores) else "Of the baseline, and of the best by their mean."
+    colors = [place % COLORS for place, name in enumerate(scores) if name in shown]
+    return histogram_chart(f"Rewards by {judge}", groups, "reward", caption, colors=colors)
 
 
 def samples(
