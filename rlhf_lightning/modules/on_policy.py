@@ -209,19 +209,22 @@ class OnPolicyModule(SamplingModule):
                 prompts = minibatch // group
                 own = (prompts // world * group + minibatch % group)[prompts % world == rank()]
                 own = own.to(experience.weights.device)
-                if not bool(all_reduce_sum(self.counts(experience, own)).any()):
+                counts = all_reduce_sum(self.counts(experience, own))
+                if not bool(counts.any()):
                     continue  # a step without a loss would still move the weights, by the optimizer's momentum
-                if not self.step(experience, own, totals):
+                if not self.step(experience, own, counts, totals):
                     return steps
                 steps += 1
         return steps
 
-    def step(self, experience: Learnable, rows: Tensor, totals: Totals) -> bool:
-        """One optimizer step on a minibatch; False, and no step, where the policy has moved `too_far`."""
+    def step(self, experience: Learnable, rows: Tensor, counts: Tensor, totals: Totals) -> bool:
+        """One optimizer step on a minibatch; False, and no step, where the policy has moved `too_far`.
+
+        ``rows``: those of this process; ``counts``: what all processes' rows add up to, see `counts`.
+        """
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer) and isinstance(scheduler, LRScheduler)
         optimizer.zero_grad()
-        counts = all_reduce_sum(self.counts(experience, rows))
         counts = torch.where(counts > 0, counts, 1)
         moved = Totals()
         for group, counted, last in self.rounds(experience.sizes, rows, "update"):

@@ -50,9 +50,9 @@ class Recording:
         self.experiences.append(experience)
         return experience
 
-    def step(self, experience: Any, rows: Tensor, totals: Any) -> bool:
+    def step(self, experience: Any, rows: Tensor, counts: Tensor, totals: Any) -> bool:
         self.stepped_rows.append(rows)
-        return super().step(experience, rows, totals)
+        return super().step(experience, rows, counts, totals)
 
     def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
         self.logged.append({name: float(value) for name, value in dictionary.items()})
