@@ -27,7 +27,8 @@ from typing import Any
 import provenance
 import torch
 import yaml
-from training.entrants import ENTRANTS, INSTALLED, TRL_PPO
+from installed import INSTALLED
+from training.entrants import ENTRANTS, TRL_PPO
 
 from rlhf_lightning.data.batching import prompt_batches
 from rlhf_lightning.data.records import load_records

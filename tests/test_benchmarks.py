@@ -16,8 +16,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import installed  # noqa: E402
 import provenance  # noqa: E402
-from operators import cases, clock, entrants, limits, plots, report, rounds, torch_peers  # noqa: E402
+from operators import cases, clock, limits, plots, report, rounds, torch_peers  # noqa: E402
 from operators.entrants import ENTRANTS, OPERATORS, OURS  # noqa: E402
 from operators.inputs import TOLERANCE, allocate, errors  # noqa: E402
 from operators.worker import Run  # noqa: E402
@@ -281,7 +282,7 @@ def test_a_peer_that_cannot_be_installed_is_named_with_pips_reason(
     install = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(install)
     monkeypatch.setattr(install, "INSTALLED", tmp_path / "peers")
-    monkeypatch.setattr(entrants, "INSTALLED", tmp_path / "peers")
+    monkeypatch.setattr(installed, "INSTALLED", tmp_path / "peers")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     reason = install.install("cce")

@@ -7,12 +7,12 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+
+import installed
 
 from operators import cases
 
 OURS = "ours"
-INSTALLED = Path(__file__).resolve().parent.parent.parent / "build" / "peers"
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,7 @@ class Entrant:
 
     def missing(self) -> str | None:
         """Why there is nothing to start."""
-        if self.folder is None or (INSTALLED / self.folder).is_dir():
-            return None
-        reason = INSTALLED / f"{self.folder}.failed"
-        if reason.exists():
-            return "not installed: " + reason.read_text(encoding="utf-8").strip()
-        return f"not installed: python benchmarks/peers/install.py {self.folder}"
+        return installed.missing(self.folder)
 
 
 def _torch(function: str) -> Entrant:

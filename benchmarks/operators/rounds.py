@@ -14,8 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from installed import INSTALLED
+
 from operators.cases import LIMIT, Case
-from operators.entrants import ENTRANTS, INSTALLED, OURS
+from operators.entrants import ENTRANTS, OURS
 from operators.limits import work
 
 BENCHMARKS = Path(__file__).resolve().parent.parent

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-INSTALLED = Path(__file__).resolve().parent.parent.parent / "build" / "peers"
+import installed
+
 OURS = "ours"
 TRL_PPO = "TRL 1.12.0 PPO"
 PLAIN = "plain PyTorch"
@@ -30,12 +30,7 @@ class Entrant:
 
     def missing(self) -> str | None:
         """Why there is nothing to start."""
-        if self.folder is None or (INSTALLED / self.folder).is_dir():
-            return None
-        reason = INSTALLED / f"{self.folder}.failed"
-        if reason.exists():
-            return "not installed: " + reason.read_text(encoding="utf-8").strip()
-        return f"not installed: python benchmarks/peers/install.py {self.folder}"
+        return installed.missing(self.folder)
 
 
 ALL = ("ppo", "sft", "reward_model", "dpo")

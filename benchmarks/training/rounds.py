@@ -11,7 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from training.entrants import ENTRANTS, INSTALLED, OURS
+from installed import INSTALLED
+
+from training.entrants import ENTRANTS, OURS
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 TIME_LIMIT = 1800.0  # seconds of one process
