@@ -111,6 +111,22 @@ class PreferenceBatch(_Batch):
 
 
 @dataclass
+class LabelledBatch(_Batch):
+    """Responses that were judged one by one, each desirable or not."""
+
+    responses: DemonstrationBatch  # B rows
+    desirable: Tensor  # [B] bool
+
+    def __len__(self) -> int:
+        return self.desirable.shape[0]
+
+    @property
+    def weights(self) -> Tensor:
+        """[B] float32, how much the row counts; 0 marks a filler row."""
+        return self.responses.weights
+
+
+@dataclass
 class PromptBatch(_Batch):
     """Prompts to answer."""
 
@@ -197,5 +213,6 @@ class View:
 
     kind: Literal["demonstrations", "pairs", "prompts"]
     steps: int | None = None  # prompts only: serve this many batches, going round the prompts; None: each row once
+    labels: bool = False  # pairs only: data of labelled responses will do as well, and is served as LabelledBatch
     # prompts only: beside them, the best response that their rows have, where they have any
     demonstrations: Literal["none", "held_out", "all"] = "none"

@@ -47,6 +47,7 @@ class FileReport:
     columns: list[str] = field(default_factory=list)  # keys that are handed on to reward functions
     prompts: int = 0  # distinct
     pairs: int = 0
+    desirable: int = 0  # labelled responses that are
     duplicates: int = 0  # rows that repeat an earlier one
     contradictory: int = 0  # pairs that stand in the file in both directions
     prompt_lengths: Lengths | None = None
@@ -127,7 +128,9 @@ def _check_file(path: str, measure: Measure) -> tuple[FileReport, set[str]]:
     report.forms = dict(Counter(record.form for record in records).most_common())
     report.columns = sorted({name for record in records for name in record.columns})
     report.prompts = len(set(keys))
-    rows = [(key, record.responses, record.pairs) for key, record in zip(keys, records, strict=True)]
+    labels = [record.desirable if record.form == "labelled" else None for record in records]
+    report.desirable = labels.count(True)
+    rows = [(key, r.responses, r.pairs, label) for key, r, label in zip(keys, records, labels, strict=True)]
     report.duplicates = len(rows) - len(set(rows))
     report.prompt_lengths = _lengths(measure([_whole(record) for record in records]))
     report.response_lengths = _lengths(measure([text for record in records for text in record.responses]))
@@ -254,6 +257,7 @@ def _table_rows(files: list[FileReport], unit: str) -> list[tuple[str, list[str]
         ("  repeated", [f"{file.duplicates:,}" for file in files]),
         ("form", ["\n".join(f"{form} {n:,}" for form, n in file.forms.items()) for file in files]),
         ("other columns", ["\n".join(file.columns) for file in files]),
+        ("labelled desirable", [f"{f.desirable:,}" if "labelled" in f.forms else "" for f in files]),
         ("distinct prompts", [f"{file.prompts:,}" for file in files]),
         ("pairs", [_of_pairs(file, file.pairs) for file in files]),
         ("  ties left out", [_of_pairs(file, file.dropped.get("ties", 0)) for file in files]),

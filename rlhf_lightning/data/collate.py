@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch
+from rlhf_lightning.batches import DemonstrationBatch, LabelledBatch, PreferenceBatch, PromptBatch
 from rlhf_lightning.data.tokenization import Example, Kind
 
-Batch = DemonstrationBatch | PreferenceBatch | PromptBatch
+Batch = DemonstrationBatch | PreferenceBatch | LabelledBatch | PromptBatch
 
 
 def collate(
@@ -29,6 +29,9 @@ def collate(
         )
     if kind == "demonstrations":
         return _side(examples, 0, pad_id)
+    if kind == "labels":
+        desirable = torch.tensor([example.record.desirable for example in examples])
+        return LabelledBatch(responses=_side(examples, 0, pad_id), desirable=desirable)
     tokens, lengths = _pad([example.prompt for example in examples], pad_id)
     return PromptBatch(
         tokens=tokens,

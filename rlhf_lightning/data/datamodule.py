@@ -29,7 +29,7 @@ Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)], docs
 
 
 class PreferenceDataModule(LightningDataModule):
-    """Demonstrations, preference pairs or prompts from files, as token batches.
+    """Demonstrations, preference pairs, labelled responses or prompts from files, as token batches.
 
     Everything is read, checked and tokenised in ``setup``; batches are then only padded together, so there are no
     loader workers. A global batch is formed first and rank r of W takes its rows ``r::W`` (a rank left without rows
@@ -87,7 +87,9 @@ class PreferenceDataModule(LightningDataModule):
         self.seed = int(seed)
         self.tokenizer: Any = None
         self.view: View | None = None
-        self.kind: Kind = "prompts"  # of the batches served: the view's, and prompts for `predict`
+        self.kind: Kind = (
+            "prompts"  # of the batches served: the view's; labels in place of pairs; prompts for `predict`
+        )
         self.pad_id = 0
         self.train: list[Example] = []
         self.held_out: list[Example] = []
@@ -132,6 +134,8 @@ class PreferenceDataModule(LightningDataModule):
         self.pad_id = encoder.pad_id
         records = load_records(self.path)
         self.dropped = Counter(records.dropped)
+        if self.kind == "pairs" and view.labels and any(row.form == "labelled" for row in records.rows):
+            self.kind = "labels"
         if stage == "predict":
             self.train, self.held_out = [], self._encode(encoder, records, "answer")
             return self
@@ -229,7 +233,6 @@ class PreferenceDataModule(LightningDataModule):
         return Loader(self, training=False)
 
     def _options(self) -> dict[str, Any]:
-        assert self.view is not None
         names = (
             "batch_size",
             "batch_tokens",
@@ -241,7 +244,7 @@ class PreferenceDataModule(LightningDataModule):
             "chat",
             "seed",
         )
-        return {**{name: getattr(self, name) for name in names}, "view": self.view.kind}
+        return {**{name: getattr(self, name) for name in names}, "view": self.kind}
 
     def _check_resumed(self) -> None:
         if self._resumed is None:
@@ -282,8 +285,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def summary(self) -> str:
         """One line: how much there is, and what was dropped."""
-        assert self.view is not None
-        counts = f"data: {len(self.train):,} {self.view.kind} to train on, {len(self.held_out):,} held out"
+        counts = f"data: {len(self.train):,} {self.kind} to train on, {len(self.held_out):,} held out"
         return f"{counts}; {self._dropped_text()}"
 
     def _dropped_text(self) -> str:

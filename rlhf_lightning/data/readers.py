@@ -179,8 +179,13 @@ def _csv_rows(path: str, reader: Any) -> Iterator[Numbered]:
 
 
 def _csv_row(path: str, line: int, cells: dict[str, str]) -> RawRow | InputError:
-    """CSV knows text only: lists stand as JSON in their cell, numbers as digits; an empty one means none is given."""
+    """CSV knows text only: lists stand as JSON in their cell, numbers as digits, a completion's label as true or false;
+    an empty one means none is given."""
     row: RawRow = dict(cells)
+    if "completion" in row and "label" in row:
+        label = row.pop("label").strip()
+        if label:
+            row["label"] = {"true": True, "false": False}.get(label.lower(), label)
     for key in (*_LIST_CELLS, *_NUMBER_CELLS):
         if key not in row:
             continue

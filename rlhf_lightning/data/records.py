@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_lightning.data.readers import RawRow, read_rows, shown
+from rlhf_lightning.data.readers import RawRow, kind_of, read_rows, shown
 from rlhf_lightning.data.values import (
     Message,
     Prompt,
@@ -35,6 +35,7 @@ FORMS = (
     "prompt+completions+ranks",
     "prompt+completions+ratings",
     "prompt+completion",
+    "prompt+completion+label",
     "messages",
     "prompt",
 )
@@ -52,14 +53,14 @@ class Record:
     """One checked row.
 
     ``responses`` stand best first and are never empty texts. ``pairs`` are positions in ``responses``, the better one
-    first. A demonstration is the best response, where the row has any.
+    first. A demonstration is the best response, where the row has any and does not label it.
     """
 
     prompt: Prompt  # text, or the messages up to the one to answer
     responses: tuple[str, ...]
     pairs: tuple[tuple[int, int], ...]
     where: str  # "file:line"
-    form: str  # pair | transcript | ranking | rating | demonstration | chat | prompt
+    form: str  # pair | transcript | ranking | rating | demonstration | labelled | chat | prompt
     margin: float = 0.0
     weight: float = 1.0
     columns: dict[str, Any] = field(default_factory=dict)  # the row's other keys, `id` among them
@@ -70,6 +71,11 @@ class Record:
         if isinstance(self.prompt, str):
             return self.prompt.strip()
         return json.dumps([[message.role, message.content] for message in self.prompt])
+
+    @property
+    def desirable(self) -> bool:
+        """Of a labelled row: whether its response is one to give. A column like the others, as rewards may read it."""
+        return bool(self.columns["label"])
 
     @property
     def text(self) -> str:
@@ -282,9 +288,16 @@ def _listed(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
 
 
 def _demonstration(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
+    """A response to imitate; with a label, one that was judged by itself."""
     prompt = checked_prompt(row["prompt"], where, "prompt")
     response = checked_response(row["completion"], where, "completion")
-    record = _record(row, where, "demonstration", prompt, (response,), ())
+    form = "labelled" if "label" in row else "demonstration"
+    if form == "labelled" and not isinstance(row["label"], bool):
+        problem = (
+            f"must be true (a response to give) or false, got {kind_of(row['label'])}; repair it, or rename the key"
+        )
+        raise refused(where, "label", problem)
+    record = _record(row, where, form, prompt, (response,), ())
     if response.strip():
         return record
     dropped["empty response"] += 1

@@ -22,17 +22,17 @@ from torch import Tensor
 from rlhf_lightning.data.records import Record, transcript_messages
 from rlhf_lightning.errors import InputError
 
-Kind = Literal["demonstrations", "pairs", "prompts"]
+Kind = Literal["demonstrations", "pairs", "labels", "prompts"]
 LongPrompts = Literal["error", "drop", "truncate_left"]
 LongResponses = Literal["error", "drop"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded demonstration, pair or prompt."""
+    """One encoded demonstration, pair, labelled response or prompt."""
 
     prompt: Tensor  # [prompt tokens] int32
-    # each [response tokens] int32, EOS included: none; the response to imitate; or chosen, rejected
+    # each [response tokens] int32, EOS included: none; the one to imitate, or labelled; or chosen, rejected
     responses: tuple[Tensor, ...]
     margin: float
     weight: float
@@ -96,7 +96,8 @@ class Encoder:
     ) -> tuple[list[Example], Counter[str]]:
         """The examples of one kind in the records' order, and what was dropped, by reason.
 
-        ``demonstrations``: each record's best response. ``pairs``: every pair. ``prompts``: each distinct prompt once,
+        ``demonstrations``: each record's best response. ``pairs``: every pair. ``labels``: each labelled response.
+        ``prompts``: each distinct prompt once,
         with the columns of the first row that has it; with ``demonstrations`` also that row's best response, where it
         has one that is not too long.
 
@@ -282,14 +283,28 @@ class Encoder:
 def _wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int, ...], ...]:
     """Which of the record's responses each example takes."""
     if kind == "prompts":
-        return ((0,),) if demonstrations and record.responses else ((),)
+        return ((0,),) if demonstrations and record.responses and record.form != "labelled" else ((),)
+    if kind == "labels":
+        if record.form != "labelled":
+            problem = "is missing, and other rows have one; give all rows 'completion' and 'label', or none"
+            raise InputError(f"{record.where}: key 'label': {problem}")
+        return ((0,),)
+    if record.form == "labelled":
+        remedy = {
+            "demonstrations": "a demonstration has none; leave out the rows of label false, and the key in the others",
+            "pairs": "a comparison has 'chosen' and 'rejected'; responses labelled one by one are for KTOModule",
+        }[kind]
+        raise InputError(f"{record.where}: key 'label': {remedy}")
     if kind == "demonstrations":
         if not record.responses:
             problem = "there is no response to imitate; add key 'completion', or leave the row out"
             raise InputError(f"{record.where}: key 'completion': {problem}")
         return ((0,),)
     if record.form in ("prompt", "chat", "demonstration"):
-        problem = "there is no comparison; add 'chosen' and 'rejected', or completions with ranks or ratings"
+        problem = (
+            "there is no comparison; add 'chosen' and 'rejected', or completions with ranks or ratings (for KTOModule "
+            "a 'completion' with 'label' true or false does too)"
+        )
         raise InputError(f"{record.where}: key 'chosen': {problem}")
     return record.pairs
 

@@ -11,35 +11,42 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_lightning.algorithms.losses import kto_loss
-from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.batches import LabelledBatch, PreferenceBatch, View
 from rlhf_lightning.distributed import all_gather_objects, all_reduce_sum, rank
-from rlhf_lightning.modules.pairs import Rows, as_rows
+from rlhf_lightning.modules.pairs import Rows, as_rows, weighted_sum
 from rlhf_lightning.modules.preference import PairTerms, ReferencedModule
+from rlhf_lightning.modules.reward_model import wins
+from rlhf_lightning.modules.totals import Totals
 
 
 class KTOModule(ReferencedModule):
     """Kahneman-Tversky optimisation: Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8.
 
-    A pair is two examples, its chosen response a desirable one and its rejected response an undesirable one; the loss
-    is the mean over examples. Neither sees the other: they meet in the baseline ``z0`` alone, an estimate of
+    An example is one response with a label (data of ``prompt, completion, label``); or a pair is two examples, its
+    chosen response a desirable one and its rejected response an undesirable one. The loss is the mean over examples,
+    however many of them are desirable. None sees another: they meet in the baseline ``z0`` alone, an estimate of
     ``KL(policy || reference)``, held constant in the gradient. It is the mean log-ratio of responses to prompts they do
     not belong to, at least 0: every prompt of the batch with the response of the next row that has another prompt.
 
-    The batch is that of a training step, ``data.batch_size`` pairs over all processes together, so ``z0`` and the
+    The batch is that of a training step, ``data.batch_size`` rows over all processes together, so ``z0`` and the
     gradient are the same for any number of processes. Batches that ``accumulate_grad_batches`` adds up have a ``z0``
     each, as the paper's micro-batches have. A batch with one prompt alone has no other responses: its ``z0`` is 0.
 
     What is logged: see `PreferenceModule`, and ``train/baseline``, ``val/baseline``, the ``z0``. Rewards are ``beta``
-    times the summed log-ratio to the reference.
+    times the summed log-ratio to the reference. Labelled responses have no margin, their accuracy is the share with
+    the reward on the right side of ``beta z0``, and chosen are called the desirable ones; what a step has none of is
+    NaN.
 
     Args:
         model: folder of the policy to train: usually the SFT policy.
         reference: folder of the frozen model that the policy is kept near; None takes ``model`` as it is at the start.
         beta: how strongly.
-        desirable_weight: weight of the chosen responses' losses, the paper's lambda_D.
-        undesirable_weight: weight of the rejected responses' losses, the paper's lambda_U.
+        desirable_weight: weight of the desirable responses' losses, the paper's lambda_D.
+        undesirable_weight: weight of the undesirable responses' losses, the paper's lambda_U.
         kwargs: sampling, the optimizer's and the model's options, see `PolicyModule` and `RLHFModule`.
     """
+
+    data_view = View("pairs", labels=True)
 
     def __init__(
         self,
@@ -60,11 +67,48 @@ class KTOModule(ReferencedModule):
         scores = self.row_scores(as_rows(batch))
         ratios = self.log_ratios(scores)
         baseline = self.baseline(scores.rows, batch.weights)
-        chosen, rejected = ratios.chunk(2)
-        desirable = self.desirable_weight * kto_loss(chosen, baseline, self.beta, desirable=True)
-        undesirable = self.undesirable_weight * kto_loss(rejected, baseline, self.beta, desirable=False)
+        chosen = torch.arange(len(ratios), device=ratios.device) < len(batch)
+        losses = self.losses(ratios, baseline, chosen).reshape(2, -1).mean(dim=0)
         more = {"baseline": baseline.expand(len(batch))}
-        return PairTerms(0.5 * (desirable + undesirable), self.beta * ratios, scores.log_probs, more)
+        return PairTerms(losses, self.beta * ratios, scores.log_probs, more)
+
+    def training_step(self, batch: PreferenceBatch | LabelledBatch, batch_idx: int) -> Tensor:
+        """The weighted sum of the pairs' or the labelled responses' losses."""
+        if isinstance(batch, PreferenceBatch):
+            return super().training_step(batch, batch_idx)
+        loss = self.labelled_loss(batch, self.step_totals, "train/", ("rewards/", "logps/"))
+        self.count(batch.weights.sum(), loss, tokens=batch.responses.lengths.sum())
+        return loss
+
+    def measure(self, batch: PreferenceBatch | LabelledBatch, totals: Totals) -> None:
+        """Loss, accuracy, rewards and log-probs; of pairs also the margin."""
+        if isinstance(batch, PreferenceBatch):
+            super().measure(batch, totals)
+        else:
+            self.labelled_loss(batch, totals, "", ("rewards_", "logps_"))
+
+    def labelled_loss(self, batch: LabelledBatch, totals: Totals, prefix: str, groups: tuple[str, str]) -> Tensor:
+        """The weighted sum of the responses' losses; their metrics go into ``totals``."""
+        rows = Rows(batch.responses.tokens, batch.responses.lengths, batch.responses.prompt_lengths)
+        scores = self.row_scores(rows)
+        ratios = self.log_ratios(scores)
+        baseline = self.baseline(rows, batch.weights)
+        losses = self.losses(ratios, baseline, batch.desirable)
+        counted = batch.weights > 0
+        right = torch.where(batch.desirable, wins(ratios, baseline), wins(baseline, ratios))
+        totals.add(f"{prefix}loss", losses, batch.weights)
+        totals.add(f"{prefix}accuracy", right, counted)
+        totals.add(f"{prefix}baseline", baseline.expand(len(batch)), counted)
+        for group, values in zip(groups, (self.beta * ratios, scores.log_probs), strict=True):
+            totals.add(f"{group}chosen", values, counted & batch.desirable)
+            totals.add(f"{group}rejected", values, counted & ~batch.desirable)
+        return weighted_sum(losses, batch.weights)
+
+    def losses(self, log_ratios: Tensor, baseline: Tensor, desirable: Tensor) -> Tensor:
+        """``[n]``, each response's loss with its weight: of log-ratios ``[n]``, z0 and labels ``[n]``."""
+        good = self.desirable_weight * kto_loss(log_ratios, baseline, self.beta, desirable=True)
+        bad = self.undesirable_weight * kto_loss(log_ratios, baseline, self.beta, desirable=False)
+        return torch.where(desirable, good, bad)
 
     def longest_sequence(self, sampled: bool) -> int:
         """Any prompt may meet any response."""
@@ -77,7 +121,7 @@ class KTOModule(ReferencedModule):
         """``z0``, a scalar: the same on every process, each of which calls it.
 
         Args:
-            rows: this process's pairs.
+            rows: this process's pairs, or labelled responses.
             weights: ``[B]``, theirs.
         """
         others, counted = mismatched(rows, weights)
@@ -87,55 +131,56 @@ class KTOModule(ReferencedModule):
         return mean.clamp(min=0.0).to(log_ratios.dtype)
 
 
-class _Pair(NamedTuple):
+class _Answered(NamedTuple):
     process: int
     prompt: list[int]
-    responses: tuple[list[int], list[int]]
+    responses: list[list[int]]
     weight: float
 
 
 def mismatched(rows: Rows, weights: Tensor) -> tuple[Rows, Tensor]:
-    """Each of this process's prompts with the two responses of the next pair of the batch that has another prompt.
+    """Each of this process's prompts with the responses of the next one in the batch that is another prompt.
 
-    The batch is that of all processes, in the order in which it was dealt to them row by row; after its last pair comes
+    The batch is that of all processes, in the order in which it was dealt to them row by row; after its last row comes
     its first.
 
     Args:
-        rows: ``[2B]``, this process's pairs.
-        weights: ``[B]``, theirs; a pair of weight 0 lends its responses to none.
+        rows: ``[nB]``, this process's prompts with n responses each: all first ones, then all second ones (of pairs).
+        weights: ``[B]``, the prompts'; one of weight 0 lends its responses to none.
 
-    Returns: ``[2B]`` rows, and their weights ``[2B]``: 0 where there is no such pair, and the row is the prompt's own.
+    Returns: ``[nB]`` rows, and their weights ``[nB]``: 0 where there is no such prompt, and the row is its own.
     """
     number = rank()
-    own = [_Pair(number, *texts, weight) for texts, weight in zip(_unpadded(rows), weights.tolist(), strict=True)]
+    own = [
+        _Answered(number, *texts, weight) for texts, weight in zip(_texts(rows, weights), weights.tolist(), strict=True)
+    ]
     dealt = zip_longest(*all_gather_objects(own))
-    batch = [pair for turn in dealt for pair in turn if pair is not None]
-    sides: tuple[list[list[int]], list[list[int]]] = ([], [])
+    batch = [one for turn in dealt for one in turn if one is not None]
+    sides: list[list[list[int]]] = [[] for _ in range(len(rows.lengths) // len(weights))]
     prompts, counted = [], []
-    for place, pair in enumerate(batch):
-        if pair.process != number:
+    for place, one in enumerate(batch):
+        if one.process != number:
             continue
         following = batch[place + 1 :] + batch[:place]
-        other = next((one for one in following if one.weight > 0 and one.prompt != pair.prompt), None)
-        prompts.append(len(pair.prompt))
-        counted.append(0.0 if other is None else pair.weight)
-        for side, response in zip(sides, (other or pair).responses, strict=True):
-            side.append(pair.prompt + response)
+        other = next((o for o in following if o.weight > 0 and o.prompt != one.prompt), None)
+        prompts.append(len(one.prompt))
+        counted.append(0.0 if other is None else one.weight)
+        for side, response in zip(sides, (other or one).responses, strict=True):
+            side.append(one.prompt + response)
     sequences = [torch.tensor(sequence) for side in sides for sequence in side]
     device = rows.tokens.device
     mixed = Rows(
         tokens=pad_sequence(sequences, batch_first=True).to(device),
         lengths=torch.tensor([len(sequence) for sequence in sequences], device=device),
-        prompt_lengths=torch.tensor(prompts * 2, device=device),
+        prompt_lengths=torch.tensor(prompts * len(sides), device=device),
     )
-    return mixed, torch.tensor(counted * 2, device=device)
+    return mixed, torch.tensor(counted * len(sides), device=device)
 
 
-def _unpadded(rows: Rows) -> list[tuple[list[int], tuple[list[int], list[int]]]]:
-    """Prompt and responses of each pair."""
+def _texts(rows: Rows, weights: Tensor) -> list[tuple[list[int], list[list[int]]]]:
+    """Each prompt and its responses."""
     tokens, prompts = rows.tokens.tolist(), rows.prompt_lengths.tolist()
     whole = [row[:length] for row, length in zip(tokens, rows.lengths.tolist(), strict=True)]
-    pairs = len(whole) // 2
     return [
-        (whole[b][: prompts[b]], (whole[b][prompts[b] :], whole[pairs + b][prompts[pairs + b] :])) for b in range(pairs)
+        (whole[b][: prompts[b]], [row[prompts[b] :] for row in whole[b :: len(weights)]]) for b in range(len(weights))
     ]

@@ -1,4 +1,4 @@
-"""What the methods that learn from pairs alone share: one pass over both responses, the reference, the metrics.
+"""What the methods that learn from judgements alone share: one pass over the responses, the reference, the metrics.
 
 Shapes: ``B`` pairs of this process, ``T`` response tokens. A pair's two rows stand apart: row ``b`` of ``2B`` is pair
 ``b``'s chosen response, row ``B + b`` its rejected one.

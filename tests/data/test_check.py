@@ -34,6 +34,14 @@ def test_a_report_is_what_one_counts_by_hand(write):
     assert [leak["prompts"] for leak in report.leaks] == [1]
 
 
+def test_labels_are_counted(write, capsys):
+    rows = [{"prompt": "p", "completion": "a", "label": label} for label in (True, False, True)]
+    report = check([write(rows)]).files[0]
+    assert (report.desirable, report.duplicates, report.forms, report.columns) == (2, 1, {"labelled": 3}, ["label"])
+    main([write(rows)])
+    assert "labelled desirable" in capsys.readouterr().out
+
+
 def test_good_files_exit_with_0_and_are_printed(write, capsys):
     assert main([write(ROWS)]) == 0
     printed = capsys.readouterr().out

@@ -15,7 +15,7 @@ import pytest
 from data_runs import Notes, SaveAt, make_data, make_trainer, write_rows
 from jsonargparse import ArgumentParser
 
-from rlhf_lightning.batches import View
+from rlhf_lightning.batches import LabelledBatch, PreferenceBatch, View
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 
@@ -75,6 +75,30 @@ def test_stepped_prompts_fill_every_batch_and_go_on_in_the_next_epoch(tmp_path):
     assert [len(rows) for _, _, rows in seen] == [4] * 14
     counts = Counter(text for _, _, rows in seen[:12] for _, text in rows)
     assert len(counts) == 6 and set(counts.values()) == {8}
+
+
+def test_labelled_rows_take_the_place_of_pairs_where_the_module_takes_them(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    rows = [{"prompt": f"p{i}", "completion": "fine" if i % 3 else "bad", "label": i % 3 > 0} for i in range(9)]
+    path.write_text("".join(json.dumps({**row, "weight": 2}) + "\n" for row in rows))
+    data = make_data(str(path), validation_fraction=0.2).prepare(View("pairs", labels=True))
+    assert data.summary().startswith("data: 7 labels to train on, 2 held out") and data.state_dict()["options"]["view"]
+    batches = [*data.train_dataloader(), *data.val_dataloader()]
+    seen = []
+    for batch in batches:
+        assert isinstance(batch, LabelledBatch) and batch.weights.tolist() == [2.0] * len(batch)
+        side = batch.responses
+        for b, desirable in enumerate(batch.desirable.tolist()):
+            ids = side.tokens[b, : side.lengths[b]].tolist()
+            prompt, response = ids[: side.prompt_lengths[b]], ids[side.prompt_lengths[b] : -1]
+            seen.append((data.tokenizer.decode(prompt), data.tokenizer.decode(response), desirable))
+    assert sorted(seen) == [(row["prompt"], row["completion"], row["label"]) for row in rows]
+    with pytest.raises(InputError, match=r"labels.jsonl:\d: key 'label': a comparison has 'chosen' and 'rejected'"):
+        make_data(str(path)).prepare(VIEWS["pairs"])
+    pairs = make_data(write_rows(tmp_path / "pairs.jsonl")).prepare(View("pairs", labels=True))
+    assert isinstance(next(iter(pairs.train_dataloader())), PreferenceBatch)
+    with pytest.raises(InputError, match=r"pairs.jsonl:\d+: key 'label': is missing, and other rows have one"):
+        make_data([str(path), str(tmp_path / "pairs.jsonl")]).prepare(View("pairs", labels=True))
 
 
 def test_predict_answers_every_distinct_prompt_of_the_path(tmp_path):

@@ -88,6 +88,8 @@ def test_csv_rows(write):
     assert (second.margin, second.where) == (0.0, f"{path}:4")
     ranked = load_records(write('prompt,completions,ranks\np,"[""a"", ""b""]","[2, 1]"\n', "ranks.csv")).rows[0]
     assert ranked.responses == ("b", "a")
+    labelled = load_records(write("prompt,completion,label\np,a,True\np,b,false\np,c,\n", "labels.csv")).rows
+    assert [row.desirable for row in labelled[:2]] == [True, False] and labelled[2].form == "demonstration"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +99,7 @@ def test_csv_rows(write):
         ("prompt,prompt\na,b\n", ":1: key 'prompt': two columns have this name"),
         ("prompt,chosen,rejected,margin\na,b,c,high\n", ":2: key 'margin': the cell must hold a number, got 'high'"),
         ("prompt,completions,ranks\na,b,c\n", ":2: key 'completions': the cell must hold a JSON list, got 'b'"),
+        ("prompt,completion,label\na,b,yes\n", ":2: key 'label': must be true (a response to give) or false, got text"),
         ("prompt,chosen,rejected,margin\na,b,c,nan\n", ":2: key 'margin': must be a finite number"),
         ('prompt\n"a\n', ":2: not valid CSV"),
         (b"prompt\na\n\xff\n", ":3: not UTF-8: byte 0xff at byte 9 of the file"),

@@ -88,6 +88,7 @@ def test_empty_and_equal_completions_of_a_ranking_leave_the_other_pairs():
         ({"prompt": "p", "chosen": "a", "rejected": " \n"}, "empty response"),
         ({"prompt": "p", "chosen": "a", "rejected": "a "}, "equal responses"),
         ({"prompt": "p", "completion": " "}, "empty response"),
+        ({"prompt": "p", "completion": " ", "label": True}, "empty response"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "empty response"),
     ],
 )
@@ -97,6 +98,14 @@ def test_what_teaches_nothing_is_dropped_and_counted(row, reason):
 
 def test_demonstrations_chats_and_prompts():
     assert parse({"prompt": "p", "completion": "c"})[0].responses == ("c",)
+    labelled = parse({"prompt": [USER], "completion": [ANSWER], "label": False, "weight": 2})[0]
+    assert (labelled.form, labelled.responses, labelled.desirable, labelled.weight) == (
+        "labelled",
+        ("hello",),
+        False,
+        2,
+    )
+    assert parse({"prompt": "p", "label": "cat"})[0].columns == {"label": "cat"}  # nothing is judged: a column
     chat = parse({"messages": [USER, ANSWER, USER, OTHER]})[0]
     assert (len(chat.prompt), chat.responses, chat.pairs) == (3, ("go away",), ())
     assert parse({"messages": [USER]})[0].responses == ()
@@ -117,6 +126,14 @@ def test_demonstrations_chats_and_prompts():
         ({"prompt": "p", "chosen": "a", "rejected": 3}, "key 'rejected': must be text, got a number"),
         ({"prompt": None}, "key 'prompt': must be text or a list of messages, got null"),
         ({"prompt": " "}, "key 'prompt': is empty"),
+        (
+            {"prompt": "p", "completion": "c", "label": 1},
+            "key 'label': must be true (a response to give) or false, got a",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "label": None},
+            "key 'label': must be true (a response to give) or false, g",
+        ),
         ({"prompt": "p", "completion": {}}, "key 'completion': must be text, got an object"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": float("nan")}, "key 'margin': must be a finite"),
         ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": float("inf")}, "key 'margin': must be a finite"),

@@ -165,6 +165,19 @@ def test_views_name_the_row_that_lacks_what_they_need(write, tokenizer):
         encode(write, tokenizer, rows, "pairs")
 
 
+def test_labelled_responses_are_no_demonstrations_and_no_pairs(write, tokenizer):
+    rows = [{"prompt": "p", "completion": "a", "label": True}, {"prompt": "q", "completion": "b"}]
+    with pytest.raises(InputError, match=r"rows.jsonl:1: key 'label': a demonstration has none; leave out the rows"):
+        encode(write, tokenizer, rows)
+    with pytest.raises(InputError, match=r"rows.jsonl:1: key 'label': a comparison has .* are for KTOModule"):
+        encode(write, tokenizer, rows, "pairs")
+    with pytest.raises(InputError, match=r"rows.jsonl:2: key 'label': is missing, and other rows have one"):
+        encode(write, tokenizer, rows, "labels")
+    records = load_records(write(rows)).rows
+    prompts, _ = Encoder(tokenizer).encode(records, "prompts", demonstrations=True)
+    assert [len(example.responses) for example in prompts] == [0, 1]  # a judged response is not one to imitate
+
+
 def test_prompts_come_once_with_the_first_rows_columns(write, tokenizer):
     rows = [{"prompt": p, "answer": i} for i, p in enumerate("abab")]
     examples, _ = encode(write, tokenizer, rows, "prompts")

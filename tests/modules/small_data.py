@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch
+from rlhf_lightning.batches import DemonstrationBatch, LabelledBatch, PreferenceBatch
 from rlhf_lightning.distributed import rank, world_size
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.models.sharding import full_state_dict
@@ -38,6 +38,11 @@ def make_pairs(count: int, seed: int = 0) -> list[Pair]:
     return [
         Pair(ids(1, 6), [*ids(1, 8), 1], [*ids(1, 8), 1], 0.25 * (i % 3), 1.0 + 0.5 * (i % 2)) for i in range(count)
     ]
+
+
+def desirable(number: int) -> bool:
+    """The label of row ``number``, where rows are labelled: its chosen response, called good or not."""
+    return number % 3 > 0
 
 
 def log_prob(model: nn.Module, prompt: list[int], response: list[int]) -> Tensor:
@@ -79,10 +84,21 @@ class Loader:
 
 
 class SmallData(LightningDataModule):
-    """``batches`` hold the row numbers of each global batch; process r takes every world-th row from the r-th."""
+    """``batches`` hold the row numbers of each global batch; process r takes every world-th row from the r-th.
 
-    def __init__(self, folder: str | Path, batches: list[list[int]], extra: int = 0, held_out: bool = False) -> None:
+    ``labelled``: instead of pairs, their chosen responses with labels, see `desirable`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        batches: list[list[int]],
+        extra: int = 0,
+        held_out: bool = False,
+        labelled: bool = False,
+    ) -> None:
         super().__init__()
+        self.labelled = labelled
         self.tokenizer = load_tokenizer(folder)
         self.pairs = make_pairs(24)
         self.batches = batches
@@ -97,6 +113,8 @@ class SmallData(LightningDataModule):
         chosen = side(rows, "chosen", weights, self.extra)
         if self.trainer.lightning_module.data_view.kind == "demonstrations":
             return chosen
+        if self.labelled:
+            return LabelledBatch(chosen, torch.tensor([desirable(n) for n in mine] or [False]))
         margins = torch.tensor([row.margin for row in rows])
         return PreferenceBatch(chosen, side(rows, "rejected", weights, self.extra), margins, weights)
 

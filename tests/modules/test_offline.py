@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from small_data import Pair, SmallData, log_prob, make_pairs, train
+from small_data import Pair, SmallData, desirable, log_prob, make_pairs, train
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.kto import KTOModule, mismatched
 from rlhf_lightning.modules.orpo import ORPOModule
@@ -41,6 +43,23 @@ def kto(pairs: list[Pair], policy: nn.Module, reference: nn.Module) -> list[Tens
         value = DESIRABLE / (1 + torch.exp(-BETA * (ratio(pair.prompt, pair.chosen) - z0)))
         other = UNDESIRABLE / (1 + torch.exp(-BETA * (z0 - ratio(pair.prompt, pair.rejected))))
         losses.append(((DESIRABLE - value) + (UNDESIRABLE - other)) / 2)
+    return losses
+
+
+def kto_labelled(rows: list[Pair], labels: list[bool], policy: nn.Module, reference: nn.Module) -> list[Tensor]:
+    """The same of one response to each prompt, good or bad by itself."""
+
+    def ratio(prompt: list[int], response: list[int]) -> Tensor:
+        return log_prob(policy, prompt, response) - log_prob(reference, prompt, response)
+
+    following = [*rows[1:], rows[0]]
+    mixed = [row.weight * ratio(row.prompt, other.chosen).item() for row, other in zip(rows, following, strict=True)]
+    z0 = max(0.0, sum(mixed) / sum(row.weight for row in rows)) if len(rows) > 1 else 0.0
+    losses = []
+    for row, good in zip(rows, labels, strict=True):
+        ahead = BETA * (ratio(row.prompt, row.chosen) - z0)
+        value = DESIRABLE / (1 + torch.exp(-ahead)) if good else UNDESIRABLE / (1 + torch.exp(ahead))
+        losses.append((DESIRABLE if good else UNDESIRABLE) - value)
     return losses
 
 
@@ -102,6 +121,62 @@ def test_gradient_is_that_of_the_paper(
         torch.testing.assert_close(
             got, parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=parameter_name: f"{n}: {m}"
         )
+
+
+# The second split has a micro-batch of desirable responses alone, and one of a single undesirable one.
+@pytest.mark.parametrize("batches", [[ALL], [[1, 2, 4], [3], [0, 5]]], ids=["one batch", "three micro-batches"])
+def test_gradient_on_labelled_responses_is_that_of_the_paper(
+    tiny_policy_dir: Path, other_policy_dir: Path, batches: list[list[int]]
+) -> None:
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        for folder in (tiny_policy_dir, other_policy_dir)
+    )
+    rows = make_pairs(24)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        losses = kto_labelled([rows[i] for i in batch], [desirable(i) for i in batch], policy, reference)
+        total = total + sum(rows[i].weight * loss for i, loss in zip(batch, losses, strict=True))
+    expected = total / sum(rows[i].weight for i in ALL)
+    expected.backward()
+    module = module_of("kto", tiny_policy_dir, other_policy_dir)
+    data = SmallData(tiny_policy_dir, batches, extra=2, labelled=True)
+    after = train(module, data, precision="64-true", accumulate_grad_batches=3)
+    metrics = module.trainer.logged_metrics
+    assert float(metrics["train/baseline"]) > 0.01  # else this would say nothing of z0
+    assert float(metrics["train/loss"]) == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in policy.named_parameters():
+        got = (parameter.detach() - after[f"model.{name}"]) * 1e6
+        assert parameter.grad is not None
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_labels_alone_teach_and_are_counted_apart(tiny_policy_dir: Path) -> None:
+    module = KTOModule(str(tiny_policy_dir), learning_rate=0.005, beta=0.5)
+    train(module, SmallData(tiny_policy_dir, [list(range(13))] * 10, held_out=True, labelled=True))
+    metrics = module.trainer.callback_metrics
+    assert float(metrics["val/accuracy"]) > 0.8
+    assert float(metrics["val/rewards_chosen"]) > 0 > float(metrics["val/rewards_rejected"])
+    assert "val/margin" not in metrics
+
+
+def test_a_batch_of_desirable_responses_alone_has_no_rejected_reward(tiny_policy_dir: Path) -> None:
+    module = KTOModule(str(tiny_policy_dir), desirable_weight=3.0, learning_rate=1e-12)
+    train(module, SmallData(tiny_policy_dir, [[1, 2, 4]], labelled=True))
+    metrics = module.trainer.logged_metrics
+    assert float(metrics["train/loss"]) == pytest.approx(0.5 * 3.0)
+    assert float(metrics["rewards/chosen"]) == 0.0 and math.isnan(float(metrics["rewards/rejected"]))
+
+
+def test_kto_reads_labelled_rows(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    words = ("one", "two", "three", "four", "five")
+    rows = [{"prompt": f"{a} {b}", "completion": a, "label": a < b} for a in words for b in words]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module = KTOModule(str(tiny_policy_dir), learning_rate=0.005, beta=0.5)
+    path = str(tmp_path / "rows.jsonl")
+    train(module, PreferenceDataModule(path, val_path=path, batch_size=6), max_epochs=6)
+    metrics = module.trainer.callback_metrics
+    assert float(metrics["val/accuracy"]) > 0.8 and "val/margin" not in metrics
 
 
 def test_the_oracle_of_kto_has_a_baseline_above_0(tiny_policy_dir: Path, other_policy_dir: Path) -> None:

@@ -20,6 +20,7 @@ MODULES = {
     "dpo": DPOModule,
     "dpo-lora": DPOModule,
     "kto": KTOModule,
+    "kto-labelled": KTOModule,
     "orpo": ORPOModule,
     "simpo": SimPOModule,
 }
@@ -27,7 +28,9 @@ MODULES = {
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     module = MODULES[case["module"]](model=case["model"], **case["arguments"])
-    weights = train(module, SmallData(case["model"], case["batches"], held_out=True), **case["trainer"])
+    labelled = case["module"].endswith("-labelled")
+    data = SmallData(case["model"], case["batches"], held_out=True, labelled=labelled)
+    weights = train(module, data, **case["trainer"])
     metrics = {name: float(value) for name, value in module.trainer.callback_metrics.items()}
     return {"weights": weights, "metrics": metrics}
 
