@@ -16,6 +16,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
             "clip_high": 0.28,
             "loss_normalisation": "token",
             "dynamic_sampling": True,
+            "train_prompts": 2,
             "kl_loss_coef": 0.0,
         },
     ),

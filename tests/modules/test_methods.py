@@ -124,6 +124,7 @@ OTHER = {
         "group_size": {"group_size": 2},
         "scale_by_std": {"scale_by_std": False},
         "dynamic_sampling": {"dynamic_sampling": True, "group_size": 2},
+        "train_prompts": {"dynamic_sampling": True, "group_size": 2, "train_prompts": 1, "minibatches": 1},
         "kl_coef": {"kl_coef": 1.0},
         "kl_loss_coef": {"kl_loss_coef": 0.0},
         "kl_loss_estimator": {"kl_loss_estimator": "k2", "kl_loss_coef": 1.0},
@@ -145,6 +146,7 @@ OTHER = {
 }
 AGAINST = {
     ("grpo", "dynamic_sampling"): {"group_size": 2},
+    ("grpo", "train_prompts"): {"dynamic_sampling": True, "group_size": 2, "minibatches": 1},
     ("grpo", "kl_loss_estimator"): {"kl_loss_coef": 1.0},
     ("reinforce", "baseline"): {"group_size": 2},
 }
@@ -160,7 +162,7 @@ def test_every_own_option_is_in_the_table():
 
 @pytest.mark.parametrize(("name", "option"), [(name, option) for name, table in OTHER.items() for option in table])
 def test_another_value_trains_to_other_weights(tiny_policy_dir, name, option):
-    reward = LastTokenReward() if option == "dynamic_sampling" else None
+    reward = LastTokenReward() if option in ("dynamic_sampling", "train_prompts") else None
     against = trained(tiny_policy_dir, name, reward=reward, **AGAINST.get((name, option), {}))
     other = trained(tiny_policy_dir, name, reward=reward, **OTHER[name][option])
     assert not torch.equal(weights(other), weights(against))
@@ -170,6 +172,13 @@ def test_another_value_trains_to_other_weights(tiny_policy_dir, name, option):
     ("cls", "options", "message"),
     [
         ("GRPOModule", {"group_size": 1}, "model.group_size: expected at least 2 responses to each prompt, got 1"),
+        ("GRPOModule", {"train_prompts": 2}, "model.train_prompts: 2 has no meaning without model.dynamic_sampling"),
+        ("GRPOModule", {"dynamic_sampling": True, "train_prompts": 5}, "train_prompts: 5 are more than the 4 prompts"),
+        (
+            "GRPOModule",
+            {"dynamic_sampling": True, "group_size": 2, "train_prompts": 2, "minibatches": 5},
+            "5 minibatches cannot be made of 4 responses",
+        ),
         ("RLOOModule", {"group_size": 1}, "model.group_size"),
         ("ReinforcePlusPlusModule", {"baseline": "group_mean"}, "model.group_size"),
         ("OnlineDPOModule", {"group_size": 1}, "model.group_size"),
@@ -201,6 +210,20 @@ def test_an_iteration_that_teaches_nothing_makes_no_step(tiny_policy_dir, name):
     assert module.iteration == 2
     share = module.logged[0]["rollout/equal_groups" if name == "dapo" else "rollout/ties"]
     assert (share, module.logged[0]["policy/steps"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("wanted", [2, 7])
+def test_the_first_informative_groups_fill_the_minibatches(tiny_policy_dir, wanted):
+    """8 prompts are sampled; every minibatch is as large as ``wanted`` prompts make it, or as those that there are."""
+    options = {"dynamic_sampling": True, "group_size": 2, "train_prompts": wanted, "iterations": 1, "epochs": 1}
+    module = trained(tiny_policy_dir, "grpo", [prompts(8)], LastTokenReward(), **options)
+    scores = LastTokenReward()(module.rollouts[0]).reshape(8, 2)
+    informative = [row for row in range(8) if scores[row, 0] != scores[row, 1]]
+    assert 2 < len(informative) < 7  # more than the one case asks for, and fewer than the other
+    assert module.logged[0]["rollout/informative_groups"] == len(informative)
+    used = informative[:wanted]
+    assert sorted(torch.cat(module.stepped_rows).tolist()) == [2 * row + k for row in used for k in range(2)]
+    assert [len(rows) for rows in module.stepped_rows] == [len(used)] * 2
 
 
 def test_groups_are_answered_with_draws_of_their_own(tiny_policy_dir):
