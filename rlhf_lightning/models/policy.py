@@ -98,6 +98,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         *,
         adapted: bool = True,
+        trained: bool = True,
     ) -> TokenScores:
         """Log-probs, entropies and values at response positions; the LM head never runs on prompt positions.
 
@@ -107,6 +108,7 @@ class Policy(nn.Module):
             prompt_lengths: ``[B]`` int64, at least 1.
             temperature: logits are divided by it.
             adapted: False: as the model was loaded, with its adapter switched off, and without a critic.
+            trained: False: no gradient but that of the critic's own parameters; the trunk's backward pass is not run.
 
         Returns: ``TokenScores``, T the longest response.
 
@@ -116,9 +118,10 @@ class Policy(nn.Module):
         mask = response_mask(prompt_lengths, lengths)
         rows, slots = mask.nonzero(as_tuple=True)
         columns = prompt_lengths[rows] - 1 + slots
-        with contextlib.nullcontext() if adapted else adapter_off(self):
-            below, last = self._states(tokens, lengths)
-        log_probs, entropy = self._score(last[rows, columns], tokens[rows, columns + 1], temperature)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            with contextlib.nullcontext() if adapted else adapter_off(self):
+                below, last = self._states(tokens, lengths)
+            log_probs, entropy = self._score(last[rows, columns], tokens[rows, columns + 1], temperature)
         values = None
         if self.critic_head is not None and adapted:
             states = last if self.branch is None else self._branch_states(below, lengths)

@@ -11,6 +11,8 @@ from typing import Any, Literal, cast
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from rlhf_lightning.batches import Rollout
@@ -112,13 +114,29 @@ class ActorCriticModule(PolicyGradientModule):
         rate = self.critic_learning_rate or self.learning_rate
         return self.decay_groups(policy, self.learning_rate) + self.decay_groups(critic, rate)
 
+    @property
+    def warming_up(self) -> bool:
+        """Whether the critic learns alone. The policy's passes are then made without a graph."""
+        return self.iteration < self.critic_warmup
+
+    def no_loss(self) -> Tensor | float:
+        """What a loss in which the policy has no part is given for it: 0.
+
+        DDP waits for a gradient of every parameter, so there it is a 0 that has one; no pass is run backward for it.
+        """
+        if not isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            return 0.0
+        return sum((0.0 * parameter).sum() for parameter in self.own_parameters()[0])
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """See `OnPolicyModule.on_before_optimizer_step`; while the critic warms up the policy has no gradient.
 
         None, and not 0: AdamW passes over such parameters, where it would decay others, and count the step. Their state
         is made all the same, as it is before a first step: a sharded checkpoint must have every parameter's.
         """
-        if self.iteration < self.critic_warmup:
+        if self.warming_up:
+            if isinstance(self.policy, FSDPModule):
+                self.policy.reshard()  # as a backward pass would have; the optimizer knows the shards alone
             for parameter in self.own_parameters()[0]:
                 parameter.grad = None
                 if parameter not in optimizer.state:
@@ -138,7 +156,8 @@ class ActorCriticModule(PolicyGradientModule):
 
     def token_scores(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, temperature: float) -> TokenScores:
         """See `SamplingModule.token_scores`; with the critic's values ``[B, T + 1]``."""
-        now = super().token_scores(tokens, lengths, prompt_lengths, temperature)
+        assert self.policy is not None
+        now = self.policy(tokens, lengths, prompt_lengths, temperature, trained=not self.warming_up)
         return now if self.critic is None else now._replace(values=self.own_values(tokens, lengths, prompt_lengths))
 
     def own_values(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor) -> Tensor | None:

@@ -173,5 +173,7 @@ class PPOModule(ActorCriticModule):
         policy_loss, value_loss = self.losses(micro, totals, moved)
         loss = policy_loss / counts[0] + self.value_coef * value_loss / counts[1]
         if micro.demonstrations is not None:
-            loss = loss + self.ptx_coef * self.imitation(micro.demonstrations, totals) / counts[2]
-        return loss
+            with torch.set_grad_enabled(not self.warming_up):
+                imitation = self.imitation(micro.demonstrations, totals)
+            loss = loss + self.ptx_coef * imitation / counts[2]
+        return loss + self.no_loss() if self.warming_up else loss

@@ -10,6 +10,7 @@ import torch
 from ppo_cases import run, write_prompts
 from ppo_harness import Recorder, TokenReward, fit, make_module
 
+from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.modules import GRPOModule, PPOModule, ReinforcePlusPlusModule, RLOOModule
 
 CRITICS = ["model", "head", 1]
@@ -39,6 +40,37 @@ def test_the_critic_learns_alone_while_it_warms_up(tiny_policy_dir, critic):
     policy, own = module.own_parameters()
     assert {int(optimizer.state[p]["step"]) for p in policy} == {4}
     assert {int(optimizer.state[p]["step"]) for p in own} == {12}
+
+
+@pytest.mark.parametrize("critic", CRITICS)
+def test_the_warm_up_runs_no_backward_pass_of_the_policy_and_learns_the_same(tiny_policy_dir, critic, monkeypatch):
+    options = {"iterations": 3, "critic_warmup": 2, "minibatches": 2, "micro_batch_tokens": 40}
+    module = make_module(tiny_policy_dir, critic=critic, **options)
+    made = []  # (iteration, network) of every gradient that is computed
+
+    def watch():
+        for name, part in zip(("policy", "critic"), module.own_parameters(), strict=True):
+            for parameter in part:
+                parameter.register_hook(lambda _, name=name: made.append((module.iteration, name)))
+
+    module.on_train_start = watch
+    fit(module)
+    assert {(iteration, name) for iteration, name in made} == {
+        (0, "critic"),
+        (1, "critic"),
+        (2, "policy"),
+        (2, "critic"),
+    }
+    # With the gradient computed, and then thrown away:
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda *a, trained=True, **k: forward(*a, **k))
+    whole = make_module(tiny_policy_dir, critic=critic, **options)
+    fit(whole)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(module.state_dict()[name], weight), name
+    names = [name for name in whole.logged[0] if not name.startswith(("time/", "rollout/tokens_per_second"))]
+    for mine, theirs in zip(module.logged, whole.logged, strict=True):
+        assert {n: mine[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])

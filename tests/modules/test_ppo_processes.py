@@ -15,6 +15,8 @@ KINDS = {
     "own-critic": {"critic": "model"},
     "head": {"critic": "head"},
     "branch": {"critic": 1},
+    "warm-up": {"critic": "model", "critic_warmup": 2},
+    "branch-warm-up": {"critic": 1, "critic_warmup": 1},
     "lora": {"critic": "head", "lora_rank": 4},
     "one-row": {"minibatches": 1},  # fewer prompts than processes, in training and in the last batch of validation
 }
