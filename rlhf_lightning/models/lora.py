@@ -9,6 +9,7 @@ was loaded, bit for bit.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -55,6 +56,24 @@ def add_adapter(
     for name, layer in adapted_layers(trunk).items():
         if layer.weight.ndim != 2 or isinstance(layer.base_layer, nn.Embedding):
             raise InputError(f"model.lora_targets: {name} is {type(layer.base_layer).__name__}; name linear layers")
+
+
+def base_fingerprint(model: PreTrainedModel) -> str:
+    """Tells one set of loaded weights from another: of names, shapes and 64 numbers of each, spread evenly.
+
+    An adapter is worth nothing beside other weights, and training changes all of them. A head that is trained with the
+    adapter (``score``) is left out.
+
+    Args:
+        model: whole, and before `add_adapter`.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("score."):
+            places = torch.linspace(0, parameter.numel() - 1, 64, dtype=torch.float64).long()
+            sample = parameter.detach().flatten()[places].float()
+            digest.update(f"{name} {list(parameter.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def adapted_layers(module: nn.Module) -> dict[str, nn.Module]:

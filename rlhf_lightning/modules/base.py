@@ -27,7 +27,7 @@ from rlhf_lightning.models.loading import (
     load_scalar_model,
     load_tokenizer,
 )
-from rlhf_lightning.models.lora import add_adapter
+from rlhf_lightning.models.lora import add_adapter, base_fingerprint
 from rlhf_lightning.models.policy import Policy, Reference
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import shard
@@ -49,8 +49,8 @@ class RLHFModule(OptimisedModule):
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         trust_remote_code: let transformers run Python code that comes with the model.
         lora_rank: train low-rank adapters of this rank instead of the weights (LoRA); None trains all weights. A head
-            that gives scores or values is trained too. Checkpoints hold what is trained, and resume from the same
-            ``model``; exported models have the adapter added to their weights.
+            that gives scores or values is trained too. Checkpoints hold what is trained, and resume beside the same
+            weights alone; exported models have the adapter added to their weights.
         lora_alpha: the adapters' output is scaled by lora_alpha / lora_rank; None takes twice the rank.
         lora_targets: endings of the names of the layers to adapt (``q_proj``); None: all linear layers but the head.
         kwargs: the optimizer's options, see `OptimisedModule`.
@@ -93,6 +93,7 @@ class RLHFModule(OptimisedModule):
         self.scalar: ScalarModel | None = None
         self.held_out_totals = Totals()  # what is logged after validation
         self.engine = NativeEngine()
+        self._bases: list[tuple[str, str]] = []  # under LoRA: folder and fingerprint of the weights beside the adapters
         self._handed_over: int | None = None  # the optimizer step whose weights the engine has
 
     # Setting up
@@ -127,7 +128,7 @@ class RLHFModule(OptimisedModule):
         check_vocabularies(self.tokenizer, model, folder)
         check_length(model, self.longest_sequence(sampled=True), folder)
         if not frozen:
-            self._add_adapter(model)
+            self._add_adapter(model, folder)
         with torch.device("cpu"):  # its checks run the model where it is; Lightning's default device is another
             policy = Policy(model, critic)
         return self._prepare(policy, frozen)
@@ -138,7 +139,7 @@ class RLHFModule(OptimisedModule):
         check_vocabularies(self.tokenizer, model, folder)
         check_length(model, self.longest_sequence(sampled=self.data_view.kind == "prompts"), folder)
         if not frozen:
-            self._add_adapter(model)
+            self._add_adapter(model, folder)
             model.score.requires_grad_(True)
         return self._prepare(ScalarModel(model), frozen)
 
@@ -153,8 +154,9 @@ class RLHFModule(OptimisedModule):
             return partial(self.policy, adapted=False)
         return self.build_policy(folder or self.model, frozen=True)
 
-    def _add_adapter(self, model: PreTrainedModel) -> None:
+    def _add_adapter(self, model: PreTrainedModel, folder: str) -> None:
         if self.lora_rank is not None:
+            self._bases.append((folder, base_fingerprint(model)))
             add_adapter(model, self.lora_rank, self.lora_alpha or 2.0 * self.lora_rank, self.lora_targets, self.seed)
 
     def longest_sequence(self, sampled: bool) -> int:
@@ -205,6 +207,25 @@ class RLHFModule(OptimisedModule):
                 "other options that it was made with"
             )
         return keys
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Under LoRA: which weights the adapters belong to."""
+        if self._bases:
+            checkpoint["bases"] = [list(base) for base in self._bases]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The counterpart.
+
+        Raises:
+            InputError: the checkpoint's adapters were trained beside other weights than those that were loaded.
+        """
+        for (then, expected), (folder, found) in zip(checkpoint.get("bases", []), self._bases, strict=False):
+            if found != expected:
+                now = "changed since" if then == folder else f"are not those of {folder}"
+                raise InputError(
+                    f"the checkpoint's adapters were trained beside the weights of {then}, which {now}: they are worth "
+                    "nothing beside others; resume with the weights that the run was started from"
+                )
 
     def _loaded_from_folders(self) -> set[str]:
         if self.lora_rank is None:

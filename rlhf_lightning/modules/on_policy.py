@@ -145,9 +145,11 @@ class OnPolicyModule(SamplingModule):
         return self.iterations * self.epochs * self.minibatches
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["on_policy"] = {"iteration": self.iteration, **self.shaped.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.iteration = checkpoint["on_policy"]["iteration"]
         self.shaped.load(checkpoint["on_policy"])
 

@@ -147,11 +147,13 @@ class RewardModelModule(RLHFModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The sums behind the normalisation, those of all processes added up; every process calls it."""
+        super().on_save_checkpoint(checkpoint)
         sums = all_reduce_sum(self._trained_on.to(self.trainer.strategy.root_device))
         checkpoint["reward_model"] = {"trained_on": sums.tolist()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The first process goes on from all sums; the others from none."""
+        super().on_load_checkpoint(checkpoint)
         sums = torch.tensor(checkpoint["reward_model"]["trained_on"], dtype=torch.float64)
         self._trained_on = sums if rank() == 0 else torch.zeros_like(sums)
 

@@ -99,6 +99,7 @@ def prompts(rows: int = 8, start: int = 0, padding: int = 0) -> PromptBatch:
 def fit(
     module: OnPolicyModule,
     batches: list[PromptBatch] | None = None,
+    ckpt_path: str | None = None,
     **trainer: Any,
 ) -> Trainer:
     """Run the module's iterations on the CPU over the batches (8 new rows each by default)."""
@@ -113,5 +114,5 @@ def fit(
         log_every_n_steps=1,
         **{**options, **trainer},
     )
-    run.fit(module, loader)
+    run.fit(module, loader, ckpt_path=ckpt_path)
     return run

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ppo_harness import fit, make_module
+from ppo_harness import fit, make_module, prompts
 from small_data import SmallData, train
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
 from rlhf_lightning.errors import InputError
@@ -123,11 +124,14 @@ def test_no_second_copy_of_the_weights_is_held(kind: str, tiny_policy_dir: Path)
     )
 
 
-def fit_saved(folder: Path, run: Path, steps: int, resume: Path | None = None, **options: Any) -> DPOModule:
+def fit_saved(
+    folder: Path, run: Path, steps: int, resume: Path | None = None, strategy: str = "auto", **options: Any
+) -> DPOModule:
     module = DPOModule(str(folder), beta=0.5, **{**LORA, **options})
     callbacks = [RunCheckpoint(every_n_batches=1, keep=9)]
     data = SmallData(folder, BATCHES * 2)
     settings = {"default_root_dir": run, "callbacks": callbacks, "enable_checkpointing": True, "max_steps": steps}
+    settings["strategy"] = strategy
     train(module, data, ckpt_path=None if resume is None else str(resume), **settings)
     return module
 
@@ -143,6 +147,56 @@ def test_a_checkpoint_holds_what_is_trained_and_resumes_bit_for_bit(tiny_policy_
         assert torch.equal(got, expected), name
     with pytest.raises(InputError, match=r"the checkpoint does not fit the model \(policy.*lora_targets"):
         fit_saved(tiny_policy_dir, tmp_path / "other", 5, checkpoint, lora_targets=["q_proj"])
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_adapters_resume_beside_the_weights_that_they_were_trained_with(
+    strategy: str, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    base, moved, run = tmp_path / "base", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(tiny_policy_dir, base)
+    try:
+        fit_saved(base, run, 1, strategy=strategy)
+        checkpoint = latest(run / "checkpoints")
+        shutil.copytree(base, moved)  # the same weights, wherever they are
+        fit_saved(moved, tmp_path / "again", 2, checkpoint, strategy=strategy)
+        model = AutoModelForCausalLM.from_pretrained(moved)
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+        model.save_pretrained(moved)
+        with pytest.raises(InputError, match=f"beside the weights of {base}, which are not those of {moved}: "):
+            fit_saved(moved, tmp_path / "other", 2, checkpoint, strategy=strategy)
+        shutil.copytree(moved, base, dirs_exist_ok=True)
+        with pytest.raises(InputError, match=f"beside the weights of {base}, which changed since: "):
+            fit_saved(base, tmp_path / "changed", 2, checkpoint, strategy=strategy)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["reward_model", "ppo"])
+def test_modules_with_checkpoints_of_their_own_check_the_weights_too(
+    kind: str, tiny_policy_dir: Path, tiny_reward_dir: Path, other_policy_dir: Path, tmp_path: Path
+) -> None:
+    def run(policy: Path, reward: Path, resume: str | None) -> None:
+        options = {"default_root_dir": tmp_path, "callbacks": [RunCheckpoint(1)], "enable_checkpointing": True}
+        if kind == "ppo":
+            module = make_module(policy, iterations=2, reward=ModelReward(str(reward)), **LORA)
+            fit(module, [prompts(4)], ckpt_path=resume, **options)
+        else:
+            train(RewardModelModule(str(policy), **LORA), SmallData(policy, BATCHES[:1]), ckpt_path=resume, **options)
+
+    run(tiny_policy_dir, tiny_reward_dir, None)
+    saved = str(latest(tmp_path / "checkpoints"))
+    with pytest.raises(InputError, match=f"of {tiny_policy_dir}, which are not those of {other_policy_dir}"):
+        run(other_policy_dir, tiny_reward_dir, saved)
+    if kind == "ppo":  # its critic has an adapter too, beside the reward model's weights
+        model = AutoModelForSequenceClassification.from_pretrained(tiny_reward_dir)
+        model.model.embed_tokens.weight.data.mul_(1.1)
+        shutil.copytree(tiny_reward_dir, tmp_path / "reward")
+        model.save_pretrained(tmp_path / "reward")
+        with pytest.raises(InputError, match=f"of {tiny_reward_dir}, which are not those of {tmp_path / 'reward'}"):
+            run(tiny_policy_dir, tmp_path / "reward", saved)
 
 
 def test_options_of_adapters_need_a_rank(tiny_policy_dir: Path) -> None:
