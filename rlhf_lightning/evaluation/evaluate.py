@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning import __version__
-from rlhf_lightning.errors import CommandParser, InputError
+from rlhf_lightning.errors import CommandParser, InputError, out_of_memory
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.records import Record
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rlhf_lightning.data.records import load_records
     from rlhf_lightning.evaluation.compare import Settings, compare
     from rlhf_lightning.evaluation.present import comparison_table, terminal_table
+    from rlhf_lightning.models.passes import explain
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -63,28 +64,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = _prompts(load_records(options.prompts).rows, options.max_prompts)
     text = load_records(options.text).rows if options.text else []
     start = time.perf_counter()
-    comparison = compare(
-        policies,
-        prompts,
-        rewards,
-        Settings(
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            chat=options.chat,
-            device=device,
-            trust_remote_code=options.trust_remote_code,
-        ),
-        baseline=options.baseline,
-        reference=options.reference,
-        text=text,
-        best_of=best_of,
-        say=lambda line: print(line, flush=True),
+    settings = Settings(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        chat=options.chat,
+        device=device,
+        trust_remote_code=options.trust_remote_code,
     )
+    try:
+        comparison = compare(
+            policies,
+            prompts,
+            rewards,
+            settings,
+            baseline=options.baseline,
+            reference=options.reference,
+            text=text,
+            best_of=best_of,
+            say=lambda line: print(line, flush=True),
+        )
+    except RuntimeError as error:
+        if out_of_memory(error):
+            sizes = f"lower --batch_size ({options.batch_size}) or --max_new_tokens ({options.max_new_tokens})"
+            explain(error, "evaluate", [sizes])
+        raise
     seconds = time.perf_counter() - start
-    settings = _provenance(options, arguments, comparison, device, len(text)) | {"wall time": f"{seconds:.1f} s"}
-    _write(comparison, settings, out, seconds)
+    told = _provenance(options, arguments, comparison, device, len(text)) | {"wall time": f"{seconds:.1f} s"}
+    _write(comparison, told, out, seconds)
     Console(width=None if sys.stdout.isatty() else 200).print(terminal_table(comparison_table(comparison)))
     print(f"{out / 'report.html'}")
     return 0

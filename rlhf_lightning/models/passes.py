@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,17 @@ def note(model: PreTrainedModel, tokens: Tensor) -> None:
     _newest = Pass(tokens.shape[0], tokens.shape[1], model.config.get_text_config().vocab_size, dtype)
 
 
-def newest() -> Pass | None:
-    """The last pass that began; None before the first."""
-    return _newest
+def explain(error: BaseException, where: str, advice: Sequence[str]) -> None:
+    """Give an out-of-memory error the words that help: the sizes of the pass, and the options that make it smaller.
+
+    The exception stays the one that torch raised, on the GPU or on the CPU, and so does its place: only its message is
+    another.
+
+    Args:
+        error: see `errors.out_of_memory`.
+        where: the part of the work, or nothing.
+        advice: what to change, the likeliest first.
+    """
+    reason = " ".join(str(error).split())[:300]
+    begun = "before the first forward pass" if _newest is None else f"the last forward pass was of {_newest}"
+    error.args = (f"out of memory{f' in {where}' if where else ''}: {begun}; {'; or '.join(advice)}; {reason}",)

@@ -7,14 +7,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.errors import out_of_memory
-from rlhf_lightning.models.passes import newest
+from rlhf_lightning.models.passes import explain
 
 
 class ExplainMemory(Callback):
     """Gives an out-of-memory error the words that help; every `RLHFModule` brings it with it.
 
-    The exception stays the one that torch raised, on the GPU or on the CPU, and so does its place: only its message is
-    another. That covers the forward, the backward and the optimizer's step of modules that users write, too.
+    That covers the forward, the backward and the optimizer's step of modules that users write, too.
     """
 
     def __init__(self) -> None:
@@ -27,28 +26,26 @@ class ExplainMemory(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Rewrite the message."""
         if out_of_memory(exception):
-            reason = " ".join(str(exception).split())[:300]
-            where = f" in {self._phase}" if self._phase else ""
-            advice = "; or ".join(_advice(pl_module, trainer, self._phase))
-            exception.args = (f"out of memory{where}: the last forward pass was of {newest()}; {advice}; {reason}",)
+            explain(exception, self._phase, _advice(pl_module, trainer, self._phase))
 
 
 def _advice(module: Any, trainer: Any, phase: str) -> list[str]:
     """Options to change, the likeliest first."""
     data = getattr(trainer, "datamodule", None)
-    batch, budget = (getattr(data, name, None) for name in ("batch_size", "batch_tokens"))
+    size = "batch_size" if trainer.training else "val_batch_size"
+    batch, budget = (getattr(data, name, None) for name in (size, "batch_tokens"))
     micro = getattr(module, "micro_batch_tokens", None)
     if phase == "rollout":
-        return [f"lower --data.batch_size ({batch}) or --model.max_new_tokens ({module.max_new_tokens})"]
+        return [f"lower --data.{size} ({batch}) or --model.max_new_tokens ({module.max_new_tokens})"]
     if micro is not None:
         advice = [f"lower --model.micro_batch_tokens ({micro})"]
         if phase == "":
             advice.append("lower micro_batch_tokens of the reward model, if that was the one")
     else:
-        advice = [
-            f"lower --data.batch_tokens ({budget}) or --data.batch_size ({batch}), with more "
-            f"--trainer.accumulate_grad_batches ({trainer.accumulate_grad_batches}) for steps of the same rows"
-        ]
-    if not module.gradient_checkpointing:
+        advice = [f"lower --data.batch_tokens ({budget}) or --data.{size} ({batch})"]
+        if trainer.training:
+            more = f"--trainer.accumulate_grad_batches ({trainer.accumulate_grad_batches})"
+            advice[0] += f", with more {more} for steps of the same rows"
+    if trainer.training and not module.gradient_checkpointing:
         advice.append("set --model.gradient_checkpointing true")
     return advice

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, PreTrainedTokenizerBase
 
+from rlhf_lightning.cli import main as cli
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.evaluation.evaluate import main
 
@@ -221,3 +224,22 @@ def test_max_prompts_are_spread_over_the_file(tmp_path: Path, prompts: Path, tin
     rows = [json.loads(line)["prompt"] for line in (tmp_path / "o" / "samples.jsonl").read_text().splitlines()]
     assert rows == [PROMPTS[0], PROMPTS[2], PROMPTS[4]]
     assert list(report["policies"]) == [tiny_policy_dir.name]
+
+
+def test_memory_that_runs_out_names_sizes_and_options(
+    tmp_path: Path, prompts: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    forward = LlamaModel.forward
+
+    def starved(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("use_cache"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", starved)
+    asked = ["--prompts", str(prompts), "--max_new_tokens", "6", "--batch_size", "4", "--out", str(tmp_path / "out")]
+    assert cli(["evaluate", "--policies", str(tiny_policy_dir), *asked]) == 1
+    told = capsys.readouterr().err
+    assert re.match(r"error: out of memory in evaluate: the last forward pass was of \d rows x \d tokens, voc", told)
+    assert "vocabulary 64, float32; lower --batch_size (4) or --max_new_tokens (6); CUDA out of memory. Tried" in told
+    assert not (tmp_path / "out").exists()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
 from ppo_harness import fit, make_module
 from small_data import SmallData, train
 from torch import nn
 
+from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import out_of_memory
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
@@ -92,6 +95,28 @@ def test_ppo_names_the_part_of_the_step_and_its_options(
     words = str(told.value)
     assert all(knob in words for knob in knobs), words
     assert " rows x " in words and "vocabulary 64, float32" in words
+
+
+@pytest.mark.parametrize("command", ["validate", "predict"])
+def test_held_out_batches_have_their_own_option(command: str, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"one {word}", "completion": "two"} for word in ("cat", "dog", "bird", "fish")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = PreferenceDataModule(str(tmp_path / "rows.jsonl"), val_batch_size=3, validation_fraction=0.5)
+    module = SFTModule(str(tiny_policy_dir))
+    configure = module.configure_model
+
+    def configured() -> None:
+        configure()
+        starve(module.policy.model)
+
+    module.configure_model = configured
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    with pytest.raises(torch.OutOfMemoryError) as told:
+        getattr(trainer, command)(module, datamodule=data)
+    words = str(told.value)
+    assert "--data.val_batch_size (3)" in words and "--data.batch_size" not in words
+    assert "gradient_checkpointing" not in words and "accumulate" not in words
+    assert ("in rollout" in words) == (command == "predict")
 
 
 def test_the_cpus_own_error_is_recognised() -> None:
