@@ -35,7 +35,9 @@ class RunCheckpoint(Checkpoint):
     """Saves to ``<run>/checkpoints/batch-N.ckpt`` after every so many batches, at the end, and on a signal.
 
     N counts batches over the whole run; one batch is one PPO iteration. With gradient accumulation a save waits for the
-    optimizer step. A save never touches an earlier checkpoint: what is killed in the middle leaves them as they were.
+    optimizer step, and after a run's last batch for the validation that follows: a run resumed from there has nothing
+    left to do, and would leave it out. A save never touches an earlier checkpoint: what is killed in the middle leaves
+    them as they were.
 
     A run that goes on from an older checkpoint leaves the later ones of its first attempt alone until it has a whole
     one of its own; then they are removed, so that the newest is always of the run as it went on.
@@ -87,7 +89,8 @@ class RunCheckpoint(Checkpoint):
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         self._between_batches = True
-        if self._stop or _batches(trainer) - self._saved >= self.every_n_batches:
+        due = self._stop or _batches(trainer) - self._saved >= self.every_n_batches
+        if due and not _is_last(trainer):  # the end is saved in any case
             self.save(trainer)
         # Not yet: the batch's metrics are logged after this hook.
         self._stop_now = self._stop
@@ -152,6 +155,12 @@ class RunCheckpoint(Checkpoint):
 
 def _batches(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether no training batch comes after this one."""
+    epochs = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    return (epochs and trainer.is_last_batch) or trainer.global_step == trainer.max_steps
 
 
 def _is_whole(path: Path) -> bool:

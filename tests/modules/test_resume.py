@@ -79,7 +79,34 @@ def test_resume_is_bit_for_bit(kind: str, crash_after: int, tiny_policy_dir: Pat
     assert exported_config(tmp_path / "broken") == exported_config(tmp_path / "straight")
 
 
-# The last checkpoint is made after the last of 12 batches, or once the last epoch is over.
+class CrashInValidation(Callback):
+    """In the one that comes after ``batches`` batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_validation_start(self, trainer: object, module: RLHFModule) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batches:
+            raise Crash
+
+
+@pytest.mark.parametrize("end", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 12}])
+def test_a_run_stopped_in_its_last_validation_makes_it_when_it_is_resumed(
+    end: dict, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    options = {"held_out": True, "every_n_batches": 3, **end}
+    _, straight = fit("sft", tiny_policy_dir, tmp_path / "straight", **options)
+    with pytest.raises(Crash):
+        fit("sft", tiny_policy_dir, tmp_path / "broken", CrashInValidation(12), **options)
+    checkpoint = latest(tmp_path / "broken" / "checkpoints")
+    _, resumed = fit("sft", tiny_policy_dir, tmp_path / "broken", ckpt_path=str(checkpoint), **options)
+    metrics = [module.trainer.callback_metrics["val/loss"] for module in (straight, resumed)]
+    assert torch.equal(*metrics)
+    assert resumed.trainer.global_step == 12
+    assert latest(tmp_path / "broken" / "checkpoints").name == "batch-00000012.ckpt"
+
+
+# The last checkpoint would be due after the last of 12 batches, or not; it is made once the last epoch is over.
 @pytest.mark.parametrize("every_n_batches", [2, 5])
 @pytest.mark.parametrize("held_out", [False, True])
 def test_a_finished_reward_model_is_exported_again_as_it_was(
