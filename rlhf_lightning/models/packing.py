@@ -1,7 +1,8 @@
 """Forward passes without padding: the real tokens of all rows, one after the other, are one long row to the trunk.
 
-All layers but attention treat tokens one by one, so padding is no work for them any more. Attention is of rows: each
-layer's queries, keys and values are put back at their places in ``[B, S]`` for it, and what it gives is packed again.
+All layers but attention treat tokens one by one, so padding is no work for them any more. Attention is of rows, and is
+called once for all rows of similar length: their queries, keys and values are put back at their places in rows for it,
+and what it gives is packed again.
 
 Shapes: ``B`` rows of at most ``S`` tokens, ``N`` real ones in all; ``A`` heads of ``D`` numbers.
 """
@@ -20,11 +21,42 @@ from rlhf_lightning.models.layers import attention_of, nearly_equal
 _NAME = "rlhf_lightning_packed"
 _OWN = "sdpa"  # the attention that models come with, and the one that is called on the rows
 _WINDOWED = {"full_attention", "sliding_attention"}
+_SIMILAR = 0.75  # of the longest row's length: shorter ones go into the next call; measured in docs/performance.md
 _WORTH = 0.9  # a larger share of real tokens is not worth the copies that packing makes around attention
 
 
+class _Similar:
+    """Rows of similar length: where their tokens stand in ``[n, w]``, w the longest of them.
+
+    Args:
+        lengths: ``[n]`` int64 on the CPU, the longest first.
+        device: of the tokens.
+    """
+
+    def __init__(self, lengths: Tensor, device: torch.device) -> None:
+        self.shape = (len(lengths), int(lengths[0]))
+        places = (torch.arange(self.shape[1]) < lengths[:, None]).view(-1).nonzero()[:, 0]
+        self.count = len(places)
+        self.places = places.to(device)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The rows' tokens ``[count, ...]`` -> ``[n, w, ...]``, zeros where padding is."""
+        rows = x if self._whole else _spread(x, self.places, self.shape)
+        return rows.unflatten(0, self.shape) if self._whole else rows
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[n, w, ...]`` -> ``[count, ...]``."""
+        flat = x.flatten(0, 1)
+        return flat if self._whole else flat.index_select(0, self.places)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the rows have no padding, and nothing is to be moved."""
+        return self.count == self.shape[0] * self.shape[1]
+
+
 class PackedRows:
-    """Where each real token of right-padded rows stands.
+    """Where each real token of right-padded rows stands in the one long row, which has the longest of them first.
 
     Args:
         lengths: ``[B]`` int64.
@@ -33,10 +65,15 @@ class PackedRows:
 
     def __init__(self, lengths: Tensor, width: int) -> None:
         self.shape = (len(lengths), width)
-        columns = torch.arange(width, device=lengths.device)
-        self.places = (columns < lengths[:, None]).view(-1).nonzero()[:, 0]  # [N], in B * S
-        self.positions = (self.places % width)[None]  # [1, N]
-        self._masks: dict[int, Tensor] = {}
+        device = lengths.device
+        # All on the CPU, which makes a GPU wait once and not for every index.
+        lengths, order = lengths.cpu().clamp(max=width).sort(descending=True, stable=True)
+        columns = torch.arange(width)
+        real = columns < lengths[:, None]
+        self.places = (order[:, None] * width + columns)[real].to(device)  # [N], in B * S
+        self.positions = columns.expand(self.shape)[real][None].to(device)  # [1, N]
+        self.similar = [_Similar(part, device) for part in lengths.split(_similar_counts(lengths.tolist()))]
+        self._masks: dict[tuple[int, int], Tensor] = {}
 
     def pack(self, x: Tensor) -> Tensor:
         """``[B, S, ...]`` -> ``[1, N, ...]``."""
@@ -44,19 +81,34 @@ class PackedRows:
 
     def spread(self, x: Tensor) -> Tensor:
         """``[1, N, ...]`` -> ``[B, S, ...]``, zeros where padding is."""
-        rows = x.new_zeros((self.shape[0] * self.shape[1], *x.shape[2:]))
-        return rows.index_copy(0, self.places, x[0]).unflatten(0, self.shape)
+        return _spread(x[0], self.places, self.shape)
 
-    def window(self, size: int | None) -> Tensor | None:
-        """What a token sees through a sliding window, ``[1, 1, S, S]`` bool; None where that is all before it."""
-        width = self.shape[1]
+    def window(self, width: int, size: int | None) -> Tensor | None:
+        """What a token of ``width`` sees through a sliding window, ``[1, 1, width, width]`` bool; None: all before."""
         if size is None or width <= size:
             return None
-        if size not in self._masks:
+        if (width, size) not in self._masks:
             columns = torch.arange(width, device=self.places.device)
             back = columns[:, None] - columns
-            self._masks[size] = ((back >= 0) & (back < size))[None, None]
-        return self._masks[size]
+            self._masks[width, size] = ((back >= 0) & (back < size))[None, None]
+        return self._masks[width, size]
+
+
+def _similar_counts(lengths: list[int]) -> list[int]:
+    """How many of the rows, the longest first, are attended to at once, and how many after them."""
+    counts: list[int] = []
+    widest = 0
+    for length in lengths:
+        if length < _SIMILAR * widest or not counts:
+            counts.append(0)
+            widest = length
+        counts[-1] += 1
+    return counts
+
+
+def _spread(x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    rows = x.new_zeros((shape[0] * shape[1], *x.shape[1:]))
+    return rows.index_copy(0, places, x).unflatten(0, shape)
 
 
 def packed_attention(
@@ -78,10 +130,16 @@ def packed_attention(
 
     Returns: ``[1, N, A, D]``, and no attention weights.
     """
-    rows = [packed.spread(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
-    # Right padding and a causal mask: a real token sees no padding.
-    out, _ = AttentionInterface()[_OWN](module, *rows, packed.window(sliding_window), **kwargs)
-    return packed.pack(out), None
+    attention = AttentionInterface()[_OWN]
+    counts = [rows.count for rows in packed.similar]
+    parts = zip(packed.similar, *(x[0].transpose(0, 1).split(counts) for x in (query, key, value)), strict=True)
+    found = []
+    for rows, *tokens in parts:
+        # Right padding and a causal mask: a real token sees no padding.
+        mask = packed.window(rows.shape[1], sliding_window)
+        out, _ = attention(module, *(rows.spread(x).transpose(1, 2) for x in tokens), mask, **kwargs)
+        found.append(rows.pack(out))
+    return torch.cat(found)[None], None
 
 
 AttentionInterface.register(_NAME, packed_attention)

@@ -202,6 +202,19 @@ class OptimisedModule(LightningModule):
         if self.automatic_optimization:
             self._log_step(optimizer, tokens)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """``trainer.gradient_clip_val`` by the norm that is measured already; other algorithms are Lightning's."""
+        if not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self.grad_norm > gradient_clip_val:
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            scale_grads(parameters, gradient_clip_val / self.grad_norm)
+
     def _log_step(self, optimizer: Optimizer, tokens: float) -> None:
         means = self.step_totals.means()
         self.step_totals = Totals()
