@@ -28,6 +28,7 @@ from training.rounds import Failed, limits, measure, summary
 from training.sizes import SIZES, TASKS, prepare
 
 LIMITS = "limits"
+SAME = ("task", "size", "device", "precision", "compile")  # for runs that are put in one file
 
 
 def options() -> argparse.Namespace:
@@ -36,6 +37,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--size", choices=tuple(SIZES), required=True, help="tiny: does the benchmark itself work?")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of weights and all (default: by device)")
+    parser.add_argument("--compile", action="store_true", help="layers made by torch.compile, on both sides")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="+", choices=(*ENTRANTS, LIMITS), metavar="SIDE")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
@@ -52,7 +54,7 @@ def start(chosen: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
     facts = provenance.about(chosen.device, chosen.threads)
     command = facts.pop("command")
     fresh = {
-        **{key: work[key] for key in ("task", "size", "device", "precision")},
+        **{key: work[key] for key in SAME},
         **{"ours": None, "peers": {}, "ratio": {}, "missing": {}, "same_work": True},
         "about": {**facts, "commands": [command]},
         **{"versions": {}, "limits": {}, "runs": {}},
@@ -60,9 +62,9 @@ def start(chosen: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
     if chosen.only is None or chosen.json is None or not chosen.json.exists():
         return fresh
     old: dict[str, Any] = json.loads(chosen.json.read_text(encoding="utf-8"))
-    same = all(old[key] == fresh[key] for key in ("task", "size", "device", "precision"))
+    same = all(old[key] == fresh[key] for key in SAME)
     if not same or any(old["about"][key] != facts[key] for key in ("cpu", "cores", "threads", "torch")):
-        raise SystemExit(f"{chosen.json}: measured with another task, size, precision or machine: give another file")
+        raise SystemExit(f"{chosen.json}: measured with other options or on another machine: give another file")
     commands = old["about"]["commands"]
     old["about"] = {**facts, "commands": commands if command in commands else [*commands, command]}
     return old
@@ -74,7 +76,11 @@ def main() -> int:
         print("bench_training: no GPU that torch can use", file=sys.stderr)
         return 1
     precision = chosen.precision or ("float32" if chosen.device == "cpu" else "bfloat16")
-    work = {"precision": precision, **{key: getattr(chosen, key) for key in ("task", "size", "device", "threads")}}
+    if chosen.compile and chosen.task == "ppo":
+        print("bench_training: --compile: TRL's PPO has no such option", file=sys.stderr)
+        return 1
+    names = ("task", "size", "device", "threads", "compile")
+    work = {"precision": precision, **{key: getattr(chosen, key) for key in names}}
     results = start(chosen, work)
     folder = prepare(chosen.size, chosen.device)
     wanted = chosen.only or [*(name for name, entrant in ENTRANTS.items() if chosen.task in entrant.tasks), LIMITS]

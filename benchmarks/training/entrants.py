@@ -16,13 +16,13 @@ TRL = "TRL 1.16.0"
 
 @dataclass(frozen=True)
 class Entrant:
-    """``module``: the file here with its `run`; ``options``: what that is called with beyond the work."""
+    """``module``: the file here with its `run`; ``compiled``: what that is called with where layers are compiled."""
 
     module: str
     tasks: tuple[str, ...]
     folder: str | None = None  # of build/peers
     packages: tuple[str, ...] = ()  # whose versions are reported
-    options: dict[str, Any] = field(default_factory=dict)
+    compiled: dict[str, Any] = field(default_factory=dict)
 
     def versions(self) -> dict[str, str]:
         """Of its packages, and torch; raises PackageNotFoundError."""
@@ -35,8 +35,10 @@ class Entrant:
 
 ALL = ("ppo", "sft", "reward_model", "dpo")
 ENTRANTS = {
-    OURS: Entrant("ours", ALL, packages=("lightning",)),
+    OURS: Entrant("ours", ALL, packages=("lightning",), compiled={"compile_layers": True}),
     TRL_PPO: Entrant("trl_ppo", ("ppo",), "trl_ppo", ("trl", "accelerate")),
     PLAIN: Entrant("plain_ppo", ("ppo",)),
-    TRL: Entrant("trl_offline", ("sft", "reward_model", "dpo"), "trl", ("trl", "accelerate")),
+    TRL: Entrant(
+        "trl_offline", ("sft", "reward_model", "dpo"), "trl", ("trl", "accelerate"), compiled={"torch_compile": True}
+    ),
 }

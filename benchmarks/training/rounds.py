@@ -29,6 +29,7 @@ def measure(name: str, work: dict[str, Any], folder: Path, steps: tuple[int, int
     entrant = ENTRANTS[name]
     peer = [INSTALLED / entrant.folder] if entrant.folder else []
     arguments = [name, *(work[key] for key in ("task", "size", "device", "precision", "threads", "seed")), *steps]
+    arguments.append("compiled" if work["compile"] else "eager")
     return _process("training.worker", arguments, folder, peer, "native" if name == OURS else None)
 
 

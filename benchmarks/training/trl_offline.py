@@ -64,7 +64,16 @@ class WatchedDPO(Watched, DPOTrainer):
         return dataset
 
 
-def run(task: str, size: Size, folder: Path, device: str, precision: str, meter: Meter, seed: int) -> dict[str, Any]:
+def run(
+    task: str,
+    size: Size,
+    folder: Path,
+    device: str,
+    precision: str,
+    meter: Meter,
+    seed: int,
+    torch_compile: bool = False,
+) -> dict[str, Any]:
     """Trains ``meter.total`` steps."""
     dtype = getattr(torch, precision)
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
@@ -77,6 +86,7 @@ def run(task: str, size: Size, folder: Path, device: str, precision: str, meter:
             "learning_rate": size.learning_rate[task],
             "lr_scheduler_type": "constant",
             "gradient_checkpointing": False,
+            "torch_compile": torch_compile,
             "bf16": False,  # autocast; the weights' dtype is what is compared
             "use_cpu": device == "cpu",
             "seed": seed,

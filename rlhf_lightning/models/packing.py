@@ -145,6 +145,11 @@ def packed_attention(
 AttentionInterface.register(_NAME, packed_attention)
 
 
+def attention_is_compiled_around() -> None:
+    """Keep torch.compile out of `packed_attention`: every other number of calls in it would be compiled anew."""
+    AttentionInterface.register(_NAME, torch.compiler.disable(packed_attention))
+
+
 def hidden_states(
     trunk: PreTrainedModel, inputs: Tensor, lengths: Tensor, packs: bool, below: int | None = None
 ) -> tuple[Tensor | None, Tensor]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_lightning.batches import PromptBatch, Rollout, View
 from rlhf_lightning.distributed import FSDP2Strategy, failing_together
 from rlhf_lightning.errors import InputError, TrainingDiverged
+from rlhf_lightning.models.compilation import compile_layers
 from rlhf_lightning.models.export import export_policy
 from rlhf_lightning.models.layers import checkpoint_activations
 from rlhf_lightning.models.loading import (
@@ -47,6 +48,8 @@ class RLHFModule(OptimisedModule):
     Args:
         model: folder (or hub id) of the model to train.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        compile_layers: let torch.compile make the layers of all models but the reward's: less time a step, after some
+            ten seconds or more in the first ones.
         trust_remote_code: let transformers run Python code that comes with the model.
         lora_rank: train low-rank adapters of this rank instead of the weights (LoRA); None trains all weights. A head
             that gives scores or values is trained too. Checkpoints hold what is trained, and resume beside the same
@@ -74,6 +77,7 @@ class RLHFModule(OptimisedModule):
         self,
         model: str,
         gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
         trust_remote_code: bool = False,
         lora_rank: PositiveInt | None = None,
         lora_alpha: PositiveFloat | None = None,
@@ -88,6 +92,7 @@ class RLHFModule(OptimisedModule):
         self.automatic_optimization = self.automatic
         self.model = model
         self.gradient_checkpointing = gradient_checkpointing
+        self.compile_layers = compile_layers
         self.trust_remote_code = trust_remote_code
         self.policy: Policy | None = None
         self.scalar: ScalarModel | None = None
@@ -172,6 +177,8 @@ class RLHFModule(OptimisedModule):
             built.train()  # dropout is off; this is for gradient checkpointing, which HF does in train mode alone
             if self.gradient_checkpointing:
                 checkpoint_activations(built.model)
+        if self.compile_layers:
+            compile_layers(built)
         if self.device_mesh is not None:
             built = shard(built, self.device_mesh["data_parallel"])
         if frozen:

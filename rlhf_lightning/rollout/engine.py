@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch, Rollout, length_mask
 from rlhf_lightning.errors import TrainingDiverged
+from rlhf_lightning.models.compilation import uncompiled
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.randomness import SAMPLING, uniform
 
@@ -121,11 +122,11 @@ class RolloutEngine(ABC):
 
 @contextmanager
 def ready_to_decode(policy: Policy) -> Iterator[None]:
-    """Evaluation mode, and under autocast each weight cast once for the whole rollout."""
+    """Evaluation mode, layers that are not compiled, and under autocast each weight cast once for the whole rollout."""
     training = policy.training
     policy.eval()  # gradient checkpointing drops the cache in train mode; dropout is off in either
     try:
-        with _cast_once(next(policy.parameters()).device):
+        with uncompiled(policy), _cast_once(next(policy.parameters()).device):
             yield
     finally:
         policy.train(training)

@@ -14,6 +14,7 @@ from train_cases import run
 OPTIMIZER = {"learning_rate": 0.02, "adam_eps": 1e-3, "weight_decay": 0.01}
 ARGUMENTS = {
     "sft": OPTIMIZER,
+    "sft-compiled": {**OPTIMIZER, "compile_layers": True},
     "reward_model": {**OPTIMIZER, "label_smoothing": 0.1, "centring": 0.01, "seed": 3},
     "dpo": {**OPTIMIZER, "beta": 0.5, "sft_coef": 0.1},
     "dpo-lora": {**OPTIMIZER, "beta": 0.5, "lora_rank": 4},
@@ -53,6 +54,12 @@ def test_two_processes_train_to_the_weights_of_one(one: dict, two: dict, module:
     assert expected.keys() == got.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(got[name], weight, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_compiled_layers_train_to_the_same_weights(one: dict) -> None:
+    for name, weight in one["sft"]["weights"].items():
+        found = one["sft-compiled"]["weights"][name]
+        torch.testing.assert_close(found, weight, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(("module", "strategy"), CASES)

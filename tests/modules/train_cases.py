@@ -16,6 +16,7 @@ from rlhf_lightning.modules.simpo import SimPOModule
 
 MODULES = {
     "sft": SFTModule,
+    "sft-compiled": SFTModule,
     "reward_model": RewardModelModule,
     "dpo": DPOModule,
     "dpo-lora": DPOModule,
