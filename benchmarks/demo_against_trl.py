@@ -4,10 +4,11 @@
 
 For each seed the demo's SFT and reward model are trained once (`rlhf_lightning demo`'s own stages). Both sides then
 start from them, with the settings of configs/demo/ppo.yaml; for TRL, which takes raw scores, the reward model's mean
-and deviation are put into its head. Reward at equal KL is read from the training's own samples: the score, averaged
-over a few iterations, where the KL first passes the largest value that both sides reach. Beside it the trained
-policies on held-out questions: KL to the SFT model, proxy and gold reward, from the same draws. A seed that is in
-FILE already is not run again.
+and deviation are put into its head. Reward at equal KL is read from the training's own samples: all iterations after
+the first, in bins of half a nat of their KL; in each bin that both sides visited the difference of their mean scores,
+and of these the mean, each bin counting alike. Beside it score, KL and what both maximise over the last iterations, and
+the trained policies on held-out questions: KL to the SFT model, proxy and gold reward, from the same draws. Writes
+FILE, and beside it a page (.md) and a plot (.png). A seed that is in FILE already is not run again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import provenance
 import torch
 import yaml
 from installed import INSTALLED
+from operators.plots import STYLES
 from training.entrants import ENTRANTS, TRL_PPO
 
 from rlhf_lightning.data.batching import prompt_batches
@@ -39,7 +42,9 @@ from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.rewards import FunctionReward, ModelReward
 
 HERE = Path(__file__).resolve().parent
-WINDOW = 5  # iterations that a point of a curve is the mean of
+CONFIG = yaml.safe_load((HERE.parent / "configs" / "demo" / "ppo.yaml").read_text(encoding="utf-8"))
+BIN = 0.5  # nats
+LAST = 10  # iterations
 OURS, TRL = "ours", TRL_PPO
 
 
@@ -80,35 +85,35 @@ def run(seed: int, root: Path, size: stages.Size, threads: int) -> dict[str, Any
         name: {"kl": found.get("kl", 0.0), **{kind: spread["mean"] for kind, spread in found["rewards"].items()}}
         for name, found in held_out.items()
     }
-    return {"seconds": seconds, "curves": curves, "held_out": points, "at_equal_kl": equal_kl(curves)}
+    return {"seconds": seconds, "curves": curves, "held_out": points}
 
 
-def equal_kl(curves: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """``{"kl": ..., side: score}``: the scores where each smoothed curve first passes the largest common KL."""
-    smooth = {name: _smoothed(points) for name, points in curves.items()}
-    common = min(max(point["kl"] for point in points) for points in smooth.values())
-    return {"kl": common, **{name: _score_at(points, common) for name, points in smooth.items()}}
+def compared(curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """What one seed's curves say: our score less TRL's at equal KL, and each side's means over the last iterations.
+
+    ``at_equal_kl``: ``bins`` that both sides visited, and ``difference``, None where there is no such bin.
+    """
+    ours, theirs = _binned(curves[OURS]), _binned(curves[TRL])
+    gains = [ours[place] - theirs[place] for place in ours.keys() & theirs.keys()]
+    last = {}
+    for name, points in curves.items():
+        means = {key: statistics.fmean(point[key] for point in points[-LAST:]) for key in ("score", "kl")}
+        last[name] = {**means, "objective": means["score"] - CONFIG["model"]["init_args"]["kl_coef"] * means["kl"]}
+    equal = {"bins": len(gains), "difference": statistics.fmean(gains) if gains else None}
+    return {"at_equal_kl": equal, "last": last}
 
 
-def _smoothed(points: list[dict[str, float]]) -> list[dict[str, float]]:
-    windows = [points[start : start + WINDOW] for start in range(len(points) - WINDOW + 1)]
-    return [{key: statistics.fmean(point[key] for point in window) for key in ("kl", "score")} for window in windows]
-
-
-def _score_at(points: list[dict[str, float]], kl: float) -> float:
-    before = points[0]
-    for point in points:
-        if point["kl"] >= kl:
-            share = 1.0 if point["kl"] == before["kl"] else (kl - before["kl"]) / (point["kl"] - before["kl"])
-            return before["score"] + share * (point["score"] - before["score"])
-        before = point
-    return before["score"]
+def _binned(points: list[dict[str, float]]) -> dict[int, float]:
+    """The mean score of the iterations in each bin; the first is left out, both sides being the SFT model there."""
+    scores: dict[int, list[float]] = {}
+    for point in points[1:]:
+        scores.setdefault(math.floor(point["kl"] / BIN), []).append(point["score"])
+    return {place: statistics.fmean(found) for place, found in scores.items()}
 
 
 def _settings(folder: stages.Folder, size: stages.Size, seed: int, threads: int) -> dict[str, Any]:
     """What TRL's side is told: the numbers of configs/demo/ppo.yaml, as the demo's size changes them."""
-    config = yaml.safe_load((HERE.parent / "configs" / "demo" / "ppo.yaml").read_text())
-    own = config["model"]["init_args"]
+    own = CONFIG["model"]["init_args"]
     changed = dict(zip(*[iter(size.options.get("ppo", ()))] * 2, strict=True))
     tokenizer = load_tokenizer(folder.model("sft"))
     batches = prompt_batches(load_records(str(folder.data("demonstrations"))), tokenizer, batch_size=256)
@@ -122,7 +127,7 @@ def _settings(folder: stages.Folder, size: stages.Size, seed: int, threads: int)
     return {
         **{name: own[name] for name in names},
         "iterations": int(changed.get("--model.iterations", own["iterations"])),
-        "rows": int(changed.get("--data.batch_size", config["data"]["batch_size"])),
+        "rows": int(changed.get("--data.batch_size", CONFIG["data"]["batch_size"])),
         "max_new_tokens": stages.MAX_NEW_TOKENS,
         "policy": str(folder.model("sft")),
         "reward": str(folder.model("reward_model")),
@@ -144,33 +149,98 @@ def _train_trl(root: Path, settings: dict[str, Any]) -> None:
         raise SystemExit(f"{TRL} failed: {done.stderr.decode()[-2000:]}")
 
 
-def page(results: dict[str, Any], path: Path) -> str:
+def page(results: dict[str, Any], path: Path, picture: Path | None) -> str:
     """The facts of the JSON in Markdown."""
-    seeds = results["seeds"]
-    text = ["# Our PPO and TRL 1.12.0's on the demo task", "", *provenance.header(results["about"], path)]
-    text += [
-        f"Size: {results['size']}. Scores and proxy are in deviations of the reward model's scores, gold is in points.",
-        "",
-    ]
-    text += ["| seed | equal KL, nats | ours: score | TRL: score | ours held out: KL / proxy / gold | TRL held out |"]
-    text += ["|---|---:|---:|---:|---:|---:|"]
-    for seed, found in seeds.items():
+    facts = {**results["about"], "command": results["about"]["command"].replace("\n", "\n    ")}
+    text = ["# Our PPO and TRL 1.12.0's on the demo task", "", *provenance.header(facts, path)]
+    text += [textwrap.fill(f"Size: {results['size']}. {NOTES}", 120), "", *DIFFERENCES, ""]
+    head = ["seed", "equal KL: ours less TRL's (bins)", f"ours, last {LAST}", f"TRL, last {LAST}"]
+    head += ["ours held out", "TRL held out"]
+    text += [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for seed, found in results["seeds"].items():
         equal = found["at_equal_kl"]
-        ends = [
-            " / ".join(f"{found['held_out'][name][k]:.2f}" for k in ("kl", "proxy", "gold")) for name in (OURS, TRL)
-        ]
-        text.append(f"| {seed} | {equal['kl']:.2f} | {equal[OURS]:.3f} | {equal[TRL]:.3f} | {ends[0]} | {ends[1]} |")
-    return "\n".join([*text, "", verdict(results), ""])
+        cells = [f"{equal['difference']:+.3f} ({equal['bins']})" if equal["bins"] else "no common bin"]
+        for kind, keys in (("last", ("score", "kl", "objective")), ("held_out", ("proxy", "kl", "gold"))):
+            cells += [" / ".join(f"{found[kind][name][key]:.2f}" for key in keys) for name in (OURS, TRL)]
+        text.append(f"| {seed} | {' | '.join(cells)} |")
+    text += ["", *(f"- {line}" for line in verdict(results)), ""]
+    if picture:
+        text += ["Points: iterations. Lines: means of the bins that both sides visited.", ""]
+        text += [f"![Score against KL, a panel for each seed]({picture.name})", ""]
+    return "\n".join(text)
 
 
-def verdict(results: dict[str, Any]) -> str:
-    """The mean difference at equal KL, and its standard error over the seeds."""
-    gains = [found["at_equal_kl"][OURS] - found["at_equal_kl"][TRL] for found in results["seeds"].values()]
-    if len(gains) < 2:
-        return f"Ours less TRL's at equal KL: {gains[0]:+.3f} (one seed)."
-    error = statistics.stdev(gains) / math.sqrt(len(gains))
-    mean = statistics.fmean(gains)
-    return f"Ours less TRL's at equal KL: {mean:+.3f}, standard error {error:.3f} over {len(gains)} seeds."
+def verdict(results: dict[str, Any]) -> list[str]:
+    """Means of ours less TRL's over the seeds, with their standard errors."""
+    seeds = list(results["seeds"].values())
+    gains = {
+        "score at equal KL": [d for found in seeds if (d := found["at_equal_kl"]["difference"]) is not None],
+        f"objective over the last {LAST} iterations": [_gain(found["last"], "objective") for found in seeds],
+        "held-out proxy reward": [_gain(found["held_out"], "proxy") for found in seeds],
+        "held-out gold reward": [_gain(found["held_out"], "gold") for found in seeds],
+        "held-out KL": [_gain(found["held_out"], "kl") for found in seeds],
+    }
+    said = []
+    for what, values in gains.items():
+        if values:
+            over = "one seed" if len(values) == 1 else f"{len(values)} seeds"
+            error = f"standard error {statistics.stdev(values) / len(values) ** 0.5:.3f}, " if len(values) > 1 else ""
+            said.append(f"Ours less TRL's, {what}: {statistics.fmean(values):+.3f} ({error}{over}).")
+    return said
+
+
+def _gain(sides: dict[str, dict[str, float]], key: str) -> float:
+    return sides[OURS][key] - sides[TRL][key]
+
+
+def draw(results: dict[str, Any], path: Path) -> Path | None:
+    """Score against KL, a panel for each seed; None where matplotlib is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return None
+    seeds = results["seeds"]
+    columns = min(3, len(seeds))
+    rows = -(-len(seeds) // columns)
+    figure, panels = pyplot.subplots(
+        rows, columns, figsize=(4.4 * columns, 3.4 * rows + 0.6), squeeze=False, sharex=True, sharey=True
+    )
+    for panel, (seed, found) in zip(panels.flat, seeds.items(), strict=False):
+        binned = {name: _binned(found["curves"][name]) for name in (OURS, TRL)}
+        common = sorted(binned[OURS].keys() & binned[TRL].keys())
+        for name, (colour, marker) in zip((OURS, TRL), STYLES, strict=False):
+            points = found["curves"][name][1:]
+            panel.plot(
+                *([point[key] for point in points] for key in ("kl", "score")),
+                **{"color": colour, "marker": marker, "markersize": 4, "alpha": 0.4, "linestyle": "none"},
+            )
+            middles = [(place + 0.5) * BIN for place in common]
+            panel.plot(middles, [binned[name][place] for place in common], color=colour, label=name)
+        panel.set_title(f"seed {seed}", fontsize=11)
+        panel.grid(True, color="#dddddd", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.xaxis.set_tick_params(labelbottom=True)
+    for panel in panels.flat[len(seeds) :]:
+        panel.set_visible(False)
+    figure.supxlabel("KL to the SFT model, nats", fontsize=10)
+    figure.supylabel("score of the iteration's samples, deviations", fontsize=10)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncol=2, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / (3.4 * rows + 0.6)))
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
+    return picture
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    """The JSON at ``path``; the page and the plot beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(page(results, path, draw(results, path)), encoding="utf-8")
 
 
 def main() -> int:
@@ -186,21 +256,41 @@ def main() -> int:
         return 1
     torch.set_num_threads(chosen.threads)
     size = "quick" if chosen.quick else "full"
-    results: dict[str, Any] = {"about": provenance.about("cpu", chosen.threads), "size": size, "seeds": {}}
+    facts = provenance.about("cpu", chosen.threads)
+    results: dict[str, Any] = {"about": facts, "size": size, "seeds": {}}
     if chosen.json and chosen.json.exists():
         old = json.loads(chosen.json.read_text(encoding="utf-8"))
-        results["seeds"] = old["seeds"] if old["size"] == size else {}
+        if old["size"] != size:
+            raise SystemExit(f"{chosen.json}: measured at size {old['size']}: give another file")
+        results = old
+        commands = [*old["about"]["command"].splitlines(), facts["command"]]
+        facts["command"] = "\n".join(dict.fromkeys(commands))  # of all that was run, and not of drawing it again
     for seed in chosen.seeds:
-        if str(seed) not in results["seeds"]:
+        found = results["seeds"].get(str(seed))
+        if found is None:
             sizes = stages.QUICK if chosen.quick else stages.FULL
-            results["seeds"][str(seed)] = run(seed, chosen.out / str(seed), sizes, chosen.threads)
+            found = run(seed, chosen.out / str(seed), sizes, chosen.threads)
+            results["seeds"][str(seed)], results["about"] = found, facts
+        for seen in results["seeds"].values():
+            seen.update(compared(seen["curves"]))
         if chosen.json:
-            chosen.json.parent.mkdir(parents=True, exist_ok=True)
-            chosen.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            chosen.json.with_suffix(".md").write_text(page(results, chosen.json), encoding="utf-8")
-        print(f"seed {seed}: {json.dumps(results['seeds'][str(seed)]['at_equal_kl'])}", flush=True)
-    print(verdict(results))
+            write(results, chosen.json)
+        print(f"seed {seed}: {json.dumps(found['at_equal_kl'])}", flush=True)
+    print("\n".join(verdict(results)))
     return 0
+
+
+NOTES = """\
+Scores, proxy and objective are in deviations of the reward model's scores, KL in nats, gold in points. Equal KL: the
+iterations after the first in bins of half a nat of their KL, the mean over the bins that both sides visited of the
+difference of the bins' mean scores. The last iterations: mean score / mean KL / objective, which is score - kl_coef KL
+and what both sides maximise. Held out: proxy / KL / gold of the trained policies on held-out questions."""
+DIFFERENCES = """\
+Models, prompts, rates, batches, epochs, clip ranges and kl_coef are the same. What differs:
+
+- Gradients: ours are clipped to norm 1, policy and critic each (our default); TRL's PPO does not clip them.
+- The score: ours is credited to the last token, the EOS; TRL's to the slot after it, which has a value of its own.
+- Draws: each side shuffles prompts and samples with its own generator.""".splitlines()
 
 
 if __name__ == "__main__":

@@ -87,12 +87,47 @@ def test_supervised_steps_are_counted(task: str, tmp_path: Path) -> None:
     assert ("reference" in measured["phases"][0]) == (task == "dpo")
 
 
-def test_reward_at_equal_kl() -> None:
+def test_reward_at_equal_kl_by_hand() -> None:
     pytest.importorskip("yaml")
     import demo_against_trl as script
 
-    def line(kl: float, gain: float) -> list[dict[str, float]]:
-        return [{"kl": kl * step, "score": gain * kl * step} for step in range(21)]
+    def curve(*points: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"kl": kl, "score": score} for kl, score in points]
 
-    found = script.equal_kl({"ours": line(0.5, 2.0), "peer": line(1.0, 1.5)})
-    assert found == pytest.approx({"kl": 9.0, "ours": 18.0, "peer": 13.5})  # the mean of the last five of 0 to 10
+    # The first point is left out. Bins: 0.5 to 1 (ours 3, TRL 2), 1 to 1.5 (4, 6), and one each that the other lacks.
+    ours = curve((0.6, 100.0), (0.5, 2.0), (0.99, 4.0), (1.0, 4.0), (7.0, -9.0))
+    theirs = curve((1.2, 100.0), (0.7, 2.0), (1.4, 5.0), (1.2, 7.0), (2.0, 8.0))
+    found = script.compared({script.OURS: ours, script.TRL: theirs})
+    assert found["at_equal_kl"] == pytest.approx({"bins": 2, "difference": (1.0 - 2.0) / 2})
+    apart = script.compared({script.OURS: ours, script.TRL: curve((0.0, 0.0), (9.0, 1.0))})
+    assert apart["at_equal_kl"] == {"bins": 0, "difference": None}
+    long = [{"kl": float(step), "score": 2.0 * step} for step in range(21)]  # the last ten are 11 to 20
+    last = script.compared({script.OURS: long, script.TRL: theirs})["last"][script.OURS]
+    assert last == pytest.approx({"score": 31.0, "kl": 15.5, "objective": 31.0 - 0.1 * 15.5})
+
+
+def test_finished_seeds_are_compared_anew_from_their_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("yaml")
+    import demo_against_trl as script
+
+    def seed(gain: float) -> dict:
+        curve = [{"kl": 0.1 * step, "score": 0.2 * step} for step in range(12)]
+        better = [{"kl": point["kl"], "score": point["score"] + gain} for point in curve]
+        end = {"kl": 1.0, "proxy": 1.0, "gold": 2.0}
+        ends = {"sft": end, script.OURS: {**end, "gold": 2.0 + gain}, script.TRL: end}
+        return {"curves": {script.OURS: better, script.TRL: curve}, "held_out": ends, "at_equal_kl": "of another day"}
+
+    target = tmp_path / "against.json"
+    about = {**script.provenance.about("cpu", 1), "command": "python one\npython two"}
+    results = {"about": about, "size": "full", "seeds": {"0": seed(0.1), "1": seed(0.3)}}
+    target.write_text(json.dumps(results))
+    monkeypatch.setattr(script.ENTRANTS[script.TRL].__class__, "missing", lambda self: None)
+    monkeypatch.setattr(sys, "argv", ["demo_against_trl.py", "--seeds", "0", "1", "--json", str(target)])
+    assert script.main() == 0
+    found = json.loads(target.read_text(encoding="utf-8"))
+    page = target.with_suffix(".md").read_text(encoding="utf-8")
+    assert found["about"] == about and "    python one\n    python two\n" in page  # drawn again, not run again
+    assert [found["seeds"][key]["at_equal_kl"]["difference"] for key in "01"] == pytest.approx([0.1, 0.3])
+    assert page.count("+0.200 (standard error 0.100, 2 seeds)") == 3  # at equal KL, the objective and held-out gold
+    picture = target.with_suffix(".png")
+    assert (picture.name in page) == picture.exists() and "does not clip" in page
