@@ -36,15 +36,16 @@ class Combined(Reward):
     def scores(self, rollout: Rollout) -> Tensor:
         """Each reward's checked scores: ``[number of rewards, B]``, NaN where one that may skip has none.
 
-        Raises: InputError, the first part's that raised one, after all of them were asked: a part that is a sharded
-        model waits for the same part on the other processes, which may not have failed.
+        Raises: what the first part that failed raised, after all of them were asked: a part that is a sharded model
+        waits for the same part on the other processes, which may not have failed.
         """
-        scores, failed = [], None
+        scores: list[Tensor] = []
+        failed: Exception | None = None
         for reward in self.rewards:
             assert isinstance(reward, Reward)
             try:
                 scores.append(check_scores(reward(rollout), rollout, type(reward).__name__, reward.may_skip))
-            except InputError as error:
+            except Exception as error:  # a user's own reward may raise anything
                 failed = failed or error
         if failed is not None:
             raise failed

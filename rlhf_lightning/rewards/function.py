@@ -32,7 +32,8 @@ class FunctionReward(Reward):
 
     The function gets two lists of B strings, the prompts as the user wrote them and the responses without special
     tokens, and the rows' other columns by name, each a list of B (a function that names only some of them gets only
-    those). It returns B numbers: a list, an array or a tensor.
+    those; a column of the name of one of its first two parameters can't be handed over, and is left out). It returns B
+    numbers: a list, an array or a tensor.
 
     After a call that fails the function is called again with one response at a time, to name the one at fault or to
     skip it alone; the search for a name takes two more ``timeout`` at most, skipping takes one for each response that
@@ -55,9 +56,11 @@ class FunctionReward(Reward):
         self.may_skip = on_error == "skip"
         self.function = load_function(function)
         self._process = FunctionProcess(function)
-        parameters = inspect.signature(self.function).parameters.values()
-        self._takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        self._names = {p.name for p in parameters}
+        parameters = list(inspect.signature(self.function).parameters.values())
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        self._texts = {p.name for p in parameters[:2] if p.kind is p.POSITIONAL_OR_KEYWORD}
+        self._names = by_name - self._texts
 
     def forward(self, rollout: Rollout) -> Tensor:
         try:
@@ -72,9 +75,11 @@ class FunctionReward(Reward):
 
     def _scores(self, rollout: Rollout, rows: list[int], timeout: float | None) -> Tensor:
         """One call for the given rows: ``[len(rows)]``; CallFailed says, after "the function", what went wrong."""
-        columns = rollout.prompts.columns
-        if not self._takes_all:
-            columns = {name: values for name, values in columns.items() if name in self._names}
+        columns = {
+            name: values
+            for name, values in rollout.prompts.columns.items()
+            if name in self._names or (self._takes_all and name not in self._texts)
+        }
         texts = [[texts[row] for row in rows] for texts in (rollout.prompts.prompts, rollout.responses)]
         named = {name: [values[row] for row in rows] for name, values in columns.items()}
         if timeout is None:

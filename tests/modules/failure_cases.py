@@ -60,8 +60,9 @@ def run(case: dict[str, Any]) -> list[list[str]]:
         reward = NanOnRankOne()
     elif name == "exception":
         reward = BrokenOnRankOne()
-    elif name == "part":  # the other process asks the sharded model of the second part, whatever the first did
-        reward = WeightedSum([NanOnRankOne(), ModelReward(case["reward"])], [1.0, 1.0])
+    elif name.startswith("part"):  # the other process asks the second part's sharded model, whatever the first did
+        first = NanOnRankOne() if name == "part" else BrokenOnRankOne()
+        reward = WeightedSum([first, ModelReward(case["reward"])], [1.0, 1.0])
     module = make_module(case["policy"], reward)
     build = module.configure_model
 

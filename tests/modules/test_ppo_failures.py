@@ -15,6 +15,7 @@ TOLD = {
     "score": ("InputError", "process 1: reward Recorder.score: the score of response 1 is nan"),
     "exception": ("RuntimeError", "process 1: KeyError: 'no such key'"),
     "part": ("InputError", "process 1: reward NanOnRankOne: the score of response 1 is nan"),
+    "part that raises": ("RuntimeError", "process 1: KeyError: 'no such key'"),
     "no rows": ("InputError", "process 1: data: a batch without prompts; give every process at least one row"),
 }
 CASES = [(name, strategy) for name in TOLD for strategy in ("ddp", "fsdp2")]
@@ -36,4 +37,4 @@ def test_both_processes_raise_what_went_wrong_on_one(seen: dict, name: str, stra
     first, second = seen[f"{name}-{strategy}"]
     assert first[0] == kind and first[1].startswith(words)
     # An exception of somebody else's is kept as it is where it happened.
-    assert second == (["KeyError", "'no such key'"] if name == "exception" else first)
+    assert second == (["KeyError", "'no such key'"] if kind == "RuntimeError" else first)

@@ -75,6 +75,20 @@ def test_an_error_names_function_row_and_prompt(source, name, responses, message
 
 
 @pytest.mark.parametrize("timeout", [None, 20.0])
+def test_columns_of_the_names_of_its_texts_are_left_out(tmp_path, timeout):
+    (tmp_path / "mine.py").write_text(
+        "def named(prompts, responses):\n    return [len(r) for r in responses]\n"
+        "def others(prompts, responses, log):\n    return log\n"
+        "def all(p, responses, **columns):\n    assert set(columns) == {'prompts', 'log'}\n    return columns['log']\n"
+        "def by_place(prompts, responses, /, **columns):\n    return columns['responses']\n"
+    )
+    rollout = make_rollout(["a", "bb"], prompts=["x", "y"], responses=[7, 8], p=[3, 4], log=[5, 6])
+    expected = {"named": [1.0, 2.0], "others": [5.0, 6.0], "all": [5.0, 6.0], "by_place": [7.0, 8.0]}
+    for name, scores in expected.items():
+        assert FunctionReward(f"{tmp_path / 'mine.py'}:{name}", timeout)(rollout).tolist() == scores
+
+
+@pytest.mark.parametrize("timeout", [None, 20.0])
 def test_skipped_responses_have_no_score_and_the_others_theirs(source, timeout):
     reward = FunctionReward(source + "trouble", timeout, on_error="skip")
     scores = reward(make_rollout(["four", "raise", "nan", "inf", "sixsix"])).tolist()

@@ -13,7 +13,7 @@ from rlhf_lightning.rewards import FunctionReward, Reward, WeightedSum
 from rlhf_lightning.rewards.base import check_scores
 
 
-def make_rollout(responses: list[str], **columns: list) -> Rollout:
+def make_rollout(responses: list[str], /, **columns: list) -> Rollout:
     rows = len(responses)
     prompts = PromptBatch(
         tokens=torch.ones(rows, 2, dtype=torch.int64),
