@@ -10,6 +10,7 @@ divergence" (joschu.net/blog/kl-approx.html), names three estimators of the mean
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3"]
 
-# exp(20) is 5e8: far past any useful estimate, far below what overflows fp32 when summed.
+# expm1(20) is 5e8: far past any useful estimate, far below what overflows fp32 when summed.
 _LOG_RATIO_BOUND = 20.0
 
 
@@ -29,7 +30,8 @@ def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, estimator: Estim
         reference_log_probs: the same shape, under the reference.
         estimator: ``k1``, ``k2`` or ``k3``, see the module's docstring.
 
-    Returns: the same shape. k3's exponent is clamped to ±20, so that one absurd token cannot overflow the sum.
+    Returns: the same shape. Where d is below -20, k3 goes on as the straight line that touches it there, so that one
+    absurd token cannot overflow the sum; value and slope still grow with the distance.
     """
     difference = log_probs - reference_log_probs
     if estimator == "k1":
@@ -37,7 +39,10 @@ def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, estimator: Estim
     if estimator == "k2":
         return 0.5 * difference.square()
     if estimator == "k3":
-        return torch.exp((-difference).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)) - 1.0 + difference
+        # expm1: near 0, where k3 is d^2 / 2, fp32's exp(-d) - 1 has lost all of it.
+        near = (-difference).clamp(max=_LOG_RATIO_BOUND)
+        beyond = torch.relu(-difference - _LOG_RATIO_BOUND)
+        return torch.expm1(near) - near + math.expm1(_LOG_RATIO_BOUND) * beyond
     raise ValueError(f"estimator: expected k1, k2 or k3, got {estimator!r}")
 
 

@@ -44,6 +44,26 @@ def test_the_gradient_of_expected_k2_is_the_gradient_of_the_kl():
     torch.testing.assert_close(k2, exact)
 
 
+@pytest.mark.parametrize("d", [1e-7, 1e-6, 1e-4, 1e-2, 1.0, 19.9, 24.0, 90.0])
+def test_k3_of_float32_is_that_of_float64_near_and_far(d):
+    """Near 0 it is d^2 / 2, which 1 + d has no digits for."""
+    for sign in (1.0, -1.0):
+        log_probs = torch.tensor([sign * d], requires_grad=True)
+        value = kl_estimate(log_probs, torch.zeros(1), "k3")
+        value.sum().backward()
+        x = log_probs.item()  # as float32 has it
+        if x >= -20:
+            exact = math.fsum([(-x) ** n / math.factorial(n) for n in range(2, 12)]) if d < 0.1 else math.expm1(-x) + x
+            slope = -math.expm1(-x)
+        else:  # the tangent at -20
+            slope = -math.expm1(20)
+            exact = math.expm1(20) - 20 + slope * (x + 20)
+        # expm1 is rounded to 1 part in 2^24 of d
+        assert value.item() == pytest.approx(exact, rel=1e-5, abs=2 * d * 2**-24)
+        assert log_probs.grad.item() == pytest.approx(slope, rel=1e-5, abs=2**-22)
+        assert value.item() >= 0
+
+
 def test_an_absurd_token_stays_finite():
     value = kl_estimate(torch.tensor([-200.0]), torch.tensor([-1.0]), "k3")
     assert torch.isfinite(value).all()
