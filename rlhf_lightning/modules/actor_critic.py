@@ -171,7 +171,7 @@ class ActorCriticModule(PolicyGradientModule):
 def values_at_the_cut(rollout: Rollout, values: Tensor) -> Tensor:
     """The critic's value of the state after the last token, on the last token's slot, at truncated rows; else 0.
 
-    ``values`` is ``[B, T + 1]``, and so is the result: added (discounted) to the rewards it bootstraps those rows.
+    ``values`` is ``[B, T + 1]``, and so is the result: discounted, it stands for those rows' scores in the rewards.
     """
     lengths = rollout.response_lengths[:, None]
     after = values.gather(1, lengths)

@@ -92,7 +92,7 @@ class GRPOModule(PolicyGradientModule):
     def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Experience:
         """A response's advantage, the same at each of its tokens, is its reward relative to its group's."""
         now = self.assess(rollout)
-        count_rollout(totals, rollout, scores, self.kl_coefficient, now)
+        count_rollout(totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
         rewards = self.response_rewards(scores, rollout, now)
         advantages = group_advantages(rewards, self.group_size, self.scale_by_std)
         weights = rollout.prompts.weights

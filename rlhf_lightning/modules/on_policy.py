@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rlhf_lightning.algorithms.kl import Estimator
 from rlhf_lightning.batches import PromptBatch, Rollout, View
 from rlhf_lightning.distributed import (
     all_reduce_max,
@@ -81,6 +82,7 @@ class OnPolicyModule(SamplingModule):
 
     group_size: int = 1  # responses to each prompt
     kl_coefficient: float = 0.0  # what a nat costs, in the logged objective
+    kl_estimator: Estimator = "k1"  # by which estimate
 
     def __init__(
         self,
@@ -282,7 +284,7 @@ class OnPolicyModule(SamplingModule):
         rollout, scores = self.scored(rollout, self.held_out_totals)
         # Greedy samples have no KL: they are of no distribution that log-probs could be taken under.
         now = self.evaluate(rollout, temperature or self.temperature)
-        count_rollout(self.held_out_totals, rollout, scores, self.kl_coefficient, now)
+        count_rollout(self.held_out_totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
         if batch.demonstrations is not None:
             self.watch(batch.demonstrations, self.held_out_totals)
         self.report_samples(rollout, {"score": scores})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_lightning.algorithms.kl import kl_estimate
+from rlhf_lightning.algorithms.kl import Estimator, kl_estimate
 from rlhf_lightning.algorithms.masked import masked_variance
 from rlhf_lightning.batches import Rollout
 from rlhf_lightning.distributed import all_reduce_max, all_reduce_sum
@@ -17,13 +17,16 @@ from rlhf_lightning.modules.sampling import ResponseScores
 from rlhf_lightning.modules.totals import Totals
 
 
-def count_rollout(totals: Totals, rollout: Rollout, scores: Tensor, kl_coef: float, now: ResponseScores) -> None:
+def count_rollout(
+    totals: Totals, rollout: Rollout, scores: Tensor, now: ResponseScores, kl_coef: float, kl_estimator: Estimator
+) -> None:
     """Add what is known of a rollout before its update: scores, KL, entropy, lengths.
 
-    ``objective/kl`` is k1, ``objective/kl_k3`` k3; ``objective/entropy`` the summed -log p of the sampled tokens (an
-    unbiased estimate of the entropy); ``rollout/entropy`` the mean entropy of the distributions that tokens were drawn
-    from, where the engine tells it; ``rollout/logprob_gap`` the mean absolute difference between the log-probs of
-    sampling and those of the training pass, where there was one: top-k, top-p or an inexact engine would show up in it.
+    ``objective/kl`` is k1, ``objective/kl_k3`` k3; ``objective/non_score_reward`` is ``-kl_coef`` times the estimate
+    that is charged; ``objective/entropy`` the summed -log p of the sampled tokens (an unbiased estimate of the
+    entropy); ``rollout/entropy`` the mean entropy of the distributions that tokens were drawn from, where the engine
+    tells it; ``rollout/logprob_gap`` the mean absolute difference between the log-probs of sampling and those of the
+    training pass, where there was one: top-k, top-p or an inexact engine would show up in it.
     """
     present = rollout.prompts.weights > 0
     mask = rollout.response_mask & present[:, None]
@@ -31,13 +34,16 @@ def count_rollout(totals: Totals, rollout: Rollout, scores: Tensor, kl_coef: flo
     def per_response(x: Tensor) -> Tensor:
         return torch.where(mask, x.double(), 0.0).sum(dim=1)
 
-    k1 = per_response(kl_estimate(now.log_probs, now.reference_log_probs, "k1"))
-    totals.add("objective/kl", k1, present)
-    totals.add("objective/kl_k3", per_response(kl_estimate(now.log_probs, now.reference_log_probs, "k3")), present)
+    def kl(estimator: Estimator) -> Tensor:
+        return per_response(kl_estimate(now.log_probs, now.reference_log_probs, estimator))
+
+    totals.add("objective/kl", kl("k1"), present)
+    totals.add("objective/kl_k3", kl("k3"), present)
     totals.add("objective/entropy", per_response(-now.log_probs), present)
     totals.add("objective/scores", scores, present)
-    totals.add("objective/non_score_reward", -kl_coef * k1, present)
-    totals.add("objective/rlhf_reward", scores.double() - kl_coef * k1, present)
+    penalty = kl_coef * kl(kl_estimator)
+    totals.add("objective/non_score_reward", -penalty, present)
+    totals.add("objective/rlhf_reward", scores.double() - penalty, present)
     totals.add("rollout/length", rollout.response_lengths, present)
     totals.add("rollout/truncated", rollout.truncated, present)
     totals.add("val/num_eos_tokens", ~rollout.truncated, present)

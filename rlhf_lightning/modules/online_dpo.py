@@ -73,7 +73,7 @@ class OnlineDPOModule(OnPolicyModule):
     def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Pairs:
         """The best and the worst response to each prompt, under the reference."""
         now = self.evaluate(rollout)
-        count_rollout(totals, rollout, scores, self.kl_coefficient, now)
+        count_rollout(totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
         shaped = self.shaped(scores, rollout)
         best, worst = best_rows(shaped, self.group_size), best_rows(-shaped, self.group_size)
         pairs = torch.cat([best, worst], dim=1)

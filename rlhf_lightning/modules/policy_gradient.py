@@ -95,6 +95,11 @@ class PolicyGradientModule(OnPolicyModule):
         self.old_log_probs, self.importance_cap = old_log_probs, importance_cap
         self.kl_coefficient = kl_coef
 
+    @property
+    def warming_up(self) -> bool:
+        """Whether the policy rests, for a critic to learn alone."""
+        return False
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["on_policy"]["kl_coefficient"] = self.kl_coefficient
@@ -181,10 +186,11 @@ class PolicyGradientModule(OnPolicyModule):
         return self.kl_stop is not None and moved.means()["approxkl"] > self.kl_stop
 
     def finish(self, rollout: Rollout, scores: Tensor, totals: Totals, steps: int) -> dict[str, float]:
-        """Log the iteration, count it as done, and adapt the KL coefficient."""
+        """Log the iteration, count it as done, and adapt the KL coefficient; not to a policy that rests."""
+        resting = self.warming_up  # asked before the iteration counts as done
         metrics = super().finish(rollout, scores, totals, steps)
         episodes = int(all_reduce_sum((rollout.prompts.weights > 0).sum()))
-        if self.kl_target is not None and episodes > 0:
+        if self.kl_target is not None and episodes > 0 and not resting:
             self.kl_coefficient = adapt_kl_coefficient(
                 self.kl_coefficient, metrics["objective/kl"], self.kl_target, self.kl_horizon, episodes
             )

@@ -57,8 +57,11 @@ class PPOModule(ActorCriticModule):
         whiten_advantages: give an iteration's advantages mean 0 and variance 1, over all processes.
         whiten_rewards: scale an iteration's token rewards to variance 1 and keep their mean.
         score_position: ``last_token``, or ``after_eos`` for one slot later.
-        bootstrap_truncated: credit such a response with the critic's value of the state it was cut off in.
+        bootstrap_truncated: a response without EOS earns, in place of its score, the critic's value of the state it was
+            cut off in: what is still to come is in the value already, the score with it.
         kwargs: critic, the policy's loss, the loop, models, sampling, optimizer: see `ActorCriticModule`.
+
+    Raises: InputError when options contradict each other.
     """
 
     def __init__(
@@ -86,6 +89,11 @@ class PPOModule(ActorCriticModule):
         if ptx_coef > 0:
             self.data_view = replace(self.data_view, demonstrations="all")
         self.whiten_advantages, self.whiten_rewards = whiten_advantages, whiten_rewards
+        if bootstrap_truncated and self.shaped.missing_eos_penalty > 0:
+            raise InputError(
+                f"model.missing_eos_penalty: {self.shaped.missing_eos_penalty} has no effect with bootstrap_truncated, "
+                "which puts the critic's value in the place of such a response's score; leave one of the two out"
+            )
         self.score_position, self.bootstrap_truncated = score_position, bootstrap_truncated
 
     @torch.no_grad()
@@ -100,8 +108,11 @@ class PPOModule(ActorCriticModule):
         now = self.assess(rollout)
         assert now.values is not None
         mask = rollout.response_mask & (rollout.prompts.weights > 0)[:, None]
+        shaped = self.shaped(scores, rollout)
+        if self.bootstrap_truncated:
+            shaped = shaped.masked_fill(rollout.truncated, 0.0)
         rewards, value_mask = token_rewards(
-            scores=self.shaped(scores, rollout),
+            scores=shaped,
             kl=kl_estimate(now.log_probs, now.reference_log_probs, self.kl_estimator),
             lengths=rollout.response_lengths,
             truncated=rollout.truncated,
@@ -118,7 +129,7 @@ class PPOModule(ActorCriticModule):
         if self.whiten_advantages:
             advantages = whiten(advantages, mask, all_reduce_sum)
         advantages = self.corrected(advantages, rollout, now, totals)
-        count_rollout(totals, rollout, scores, self.kl_coefficient, now)
+        count_rollout(totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
         totals.add("val/explained_variance", explained_variance(now.values, returns, value_mask, all_reduce_sum))
         return CriticExperience(
             tokens=rollout.tokens,

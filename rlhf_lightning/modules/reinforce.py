@@ -54,7 +54,7 @@ class ReinforcePlusPlusModule(PolicyGradientModule):
     def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Experience:
         """A token's advantage is the discounted reward from it on, KL penalties and final score, whitened."""
         now = self.assess(rollout)
-        count_rollout(totals, rollout, scores, self.kl_coefficient, now)
+        count_rollout(totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
         shaped = self.shaped(scores, rollout)
         if self.baseline == "group_mean":
             groups = shaped.reshape(-1, self.group_size)

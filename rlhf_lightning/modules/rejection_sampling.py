@@ -60,7 +60,7 @@ class RejectionSamplingModule(OnPolicyModule):
     @torch.no_grad()
     def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Sampled:
         """The best responses."""
-        count_rollout(totals, rollout, scores, self.kl_coefficient, self.evaluate(rollout))
+        count_rollout(totals, rollout, scores, self.evaluate(rollout), self.kl_coefficient, self.kl_estimator)
         kept = best_rows(self.shaped(scores, rollout), self.group_size, self.keep).flatten()
         weights = rollout.prompts.weights[kept]
         totals.add("rollout/kept_scores", scores[kept], weights > 0)

@@ -50,7 +50,7 @@ class RLOOModule(PolicyGradientModule):
     def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Experience:
         """A response's advantage, the same at each of its tokens, is its reward less the mean of the others'."""
         now = self.assess(rollout)
-        count_rollout(totals, rollout, scores, self.kl_coefficient, now)
+        count_rollout(totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
         advantages = leave_one_out_advantages(self.response_rewards(scores, rollout, now), self.group_size)
         tokenwise = advantages[:, None].expand_as(now.log_probs)
         return self.experience(rollout, now, tokenwise, rollout.prompts.weights, totals)

@@ -209,7 +209,9 @@ def test_15_the_rollouts_own_log_probs_spare_a_pass_of_the_policy(tiny_policy_di
     plain = one_iteration(tiny_policy_dir, **options)
     calls, forward = [], Policy.forward
     monkeypatch.setattr(
-        Policy, "forward", lambda self, *args: calls.append((self, len(args[0]))) or forward(self, *args)
+        Policy,
+        "forward",
+        lambda self, *args, **options: calls.append((self, len(args[0]))) or forward(self, *args, **options),
     )
     module = one_iteration(tiny_policy_dir, old_log_probs="rollout", **options)
     # One in the update; the decode loop tries itself on a single row.
@@ -253,7 +255,7 @@ def test_17_a_value_is_of_the_state_before_its_token(tiny_policy_dir):
     assert different.gather(1, steps[:, None]).all()  # the state after it
 
 
-def test_18_a_response_without_eos_is_marked_and_penalised(tiny_policy_dir):
+def test_18_a_response_without_eos_is_marked_and_penalised_or_credited_with_the_value_of_its_cut(tiny_policy_dir):
     plain, penalised = one_iteration(tiny_policy_dir), one_iteration(tiny_policy_dir, missing_eos_penalty=3.0)
     truncated = plain.rollouts[0].truncated
     assert truncated.any()
@@ -261,11 +263,13 @@ def test_18_a_response_without_eos_is_marked_and_penalised(tiny_policy_dir):
     rollout, scores = plain.rollouts[0], torch.arange(8.0)
     torch.testing.assert_close(penalised.shaped(scores, rollout), scores - 3.0 * truncated)
     assert torch.equal(plain.shaped(scores, rollout), scores)
-    boot = one_iteration(tiny_policy_dir, bootstrap_truncated=True, kl_coef=0.0, lam=1.0)
+    boot = one_iteration(tiny_policy_dir, bootstrap_truncated=True, kl_coef=0.0, lam=1.0, gamma=0.9)
     e, score = boot.experiences[0], TokenReward()(rollout)
-    steps = (e.lengths - e.prompt_lengths)[:, None]
-    after = e.values.gather(1, steps)[:, 0]
-    torch.testing.assert_close(e.returns[:, 0], score + torch.where(truncated, after, 0.0), atol=1e-5, rtol=0)
+    steps = e.lengths - e.prompt_lengths
+    after = e.values.gather(1, steps[:, None])[:, 0]
+    # The score is paid where the response ends. A cut is no end: the value there stands for all that is still to come.
+    expected = 0.9 ** (steps - 1) * torch.where(truncated, 0.9 * after, score)
+    torch.testing.assert_close(e.returns[:, 0], expected, atol=1e-5, rtol=0)
 
 
 def test_19_an_eos_or_pad_id_inside_the_prompt_does_not_end_it(tiny_policy_dir):
@@ -468,8 +472,9 @@ def test_33_advantages_that_do_not_vary_become_zero(tiny_policy_dir, monkeypatch
 # ---------------------------------------------------------------- metrics
 
 
-def test_34_objectives_are_sums_over_tokens_and_means_over_responses(tiny_policy_dir, other_reference):
-    module = one_iteration(tiny_policy_dir, reference=str(other_reference))
+@pytest.mark.parametrize("charged", ["k1", "k2", "k3"])
+def test_34_objectives_are_sums_over_tokens_and_means_over_responses(tiny_policy_dir, other_reference, charged):
+    module = one_iteration(tiny_policy_dir, reference=str(other_reference), kl_coef=0.3, kl_estimator=charged)
     e, logged = module.experiences[0], module.logged[0]
     d = (e.log_probs - e.reference_log_probs).double()
     rows = [d[row, : int(e.mask[row].sum())] for row in range(len(e))]
@@ -478,8 +483,10 @@ def test_34_objectives_are_sums_over_tokens_and_means_over_responses(tiny_policy
     log_probs = sum(e.log_probs[row, : len(r)].double().sum().item() for row, r in enumerate(rows))
     assert logged["objective/entropy"] == pytest.approx(-log_probs / 8)
     assert logged["objective/scores"] == pytest.approx(TokenReward()(module.rollouts[0]).mean().item())
-    reward = logged["objective/scores"] + logged["objective/non_score_reward"]
-    assert logged["objective/rlhf_reward"] == pytest.approx(reward)
+    estimate = {"k1": lambda r: r, "k2": lambda r: r**2 / 2, "k3": lambda r: torch.exp(-r) - 1 + r}[charged]
+    penalty = 0.3 * sum(estimate(r).sum().item() for r in rows) / 8
+    assert logged["objective/non_score_reward"] == pytest.approx(-penalty)
+    assert logged["objective/rlhf_reward"] == pytest.approx(logged["objective/scores"] - penalty)
 
 
 def test_35_padding_does_not_deflate_the_token_metrics(tiny_policy_dir, monkeypatch):

@@ -192,6 +192,10 @@ def test_the_critic_starts_from_the_named_reward_model(tiny_policy_dir, tiny_rew
         ({"kl_target": 1.0, "kl_coef": 0.0}, "model.kl_target: adapts kl_coef by factors"),
         ({"critic_warmup": 1}, "model.critic_warmup: after 1 iterations of the critic alone none of the 1 are left"),
         ({"importance_cap": 2.0, "old_log_probs": "rollout"}, "model.importance_cap: 2.0 has no effect with old_log"),
+        (
+            {"bootstrap_truncated": True, "missing_eos_penalty": 1.0},
+            "model.missing_eos_penalty: 1.0 has no effect with bootstrap_truncated",
+        ),
         ({"length_threshold": 3}, "model.length_threshold: 3 has no effect without a penalty"),
         ({"length_threshold": 6, "length_penalty": 0.1}, "no response is longer than max_new_tokens 6"),
         ({"minibatches": 9}, "model.minibatches: 9 minibatches cannot be made of 8 responses"),

@@ -11,8 +11,9 @@ from ppo_harness import fit, make_module, prompts
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.batches import PromptBatch, Rollout
 from rlhf_lightning.models.positions import response_states
+from rlhf_lightning.rewards import Reward
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -62,6 +63,37 @@ def test_ppo_finds_the_optimum_and_its_value_of_a_small_known_problem(tmp_path, 
             module.critic(torch.tensor([[*PROMPT, 6, EOS]]), torch.tensor([4])), torch.tensor([2]), torch.tensor([4])
         )
     assert values[0, 1].item() == pytest.approx(after_six, abs=0.2)
+
+
+class One(Reward):
+    """Every response is worth 1."""
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        return torch.ones(len(rollout))
+
+
+def test_values_that_bootstrap_cut_responses_settle_at_what_is_earned(tmp_path):
+    """However long it takes, the response that goes on from here will earn 1, once."""
+    save_small_policy(tmp_path, seed=0)
+    module = make_module(
+        tmp_path,
+        One(),
+        iterations=60,
+        epochs=2,
+        minibatches=2,
+        max_new_tokens=4,
+        kl_coef=0.0,
+        bootstrap_truncated=True,
+        learning_rate=1e-12,  # the policy stays, so half of all responses are cut throughout
+        critic_learning_rate=3e-3,
+        value_coef=1.0,
+        micro_batch_tokens=10_000,
+    )
+    fit(module, [repeated_prompt(32, i) for i in range(60)])
+    cut = torch.stack([rollout.truncated.float().mean() for rollout in module.rollouts])
+    assert cut.min() > 0.2 and cut.max() < 0.95
+    returns = torch.stack([e.returns[:, 0].mean() for e in module.experiences])
+    torch.testing.assert_close(returns[-20:], torch.ones(20), atol=0.15, rtol=0)
 
 
 # ---------------------------------------------------------------- the same work, split otherwise
