@@ -105,13 +105,15 @@ AGAINST: dict[str, dict] = {
 }
 # Shown elsewhere: model and reward by every test; critic_from below; micro-batches and gradient checkpointing must not
 # change the result (test_ppo_truth.py, and below); eval_temperature by checklist item 37; ptx_coef by test_ppo_ptx.py;
-# engine by tests/rollout/test_engine.py; best_of by test_methods.py; trust_remote_code is transformers' own.
+# engine by tests/rollout/test_engine.py; best_of by test_methods.py; trust_remote_code is transformers' own;
+# compile_layers, which must not change the result either, by tests/models/test_compilation.py.
 ELSEWHERE = {
     "model",
     "reward",
     "critic_from",
     "micro_batch_tokens",
     "gradient_checkpointing",
+    "compile_layers",
     "eval_temperature",
     "engine",
     "best_of",
