@@ -21,6 +21,7 @@ from rlhf_lightning.distributed import all_reduce_max, all_reduce_sum, failing_t
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
 from rlhf_lightning.models.policy import Reference, TokenScores
+from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.totals import Totals
 from rlhf_lightning.rewards.base import Reward, check_scores
@@ -104,6 +105,9 @@ class SamplingModule(RLHFModule):
         if self.reward is not None:
             mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
             self.reward.prepare(self.tokenizer, self.trainer.strategy.root_device, mesh)
+            for part in self.reward.modules():
+                if isinstance(part, ScalarModel):  # of a `ModelReward`; a reward of one's own has its own precision
+                    self.trainer.precision_plugin.convert_module(part)
 
     def setup(self, stage: str) -> None:
         """Checks that need the tokenizer; see `RLHFModule.setup`.

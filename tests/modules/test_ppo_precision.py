@@ -8,6 +8,8 @@ from ppo_harness import TokenReward, fit, make_module, prompts
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+from rlhf_lightning.rewards import ModelReward, WeightedSum
+
 FLOAT64 = ("log_probs", "reference_log_probs", "values", "advantages", "returns")
 
 
@@ -49,3 +51,15 @@ def test_float64_stays_float64_in_training_and_validation(tiny_policy_dir, criti
     assert {scores.dtype for scores in seen[0]} == {torch.float64}
     assert all(torch.isfinite(scores).all() for scores in seen[0])
     assert module.logged[-1]["eval/kl"] == pytest.approx(module.logged[-1]["eval/kl"])  # not NaN
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_reward_model_is_kept_in_the_precision_of_the_others(tiny_policy_dir, tiny_reward_dir, precision):
+    reward = WeightedSum([ModelReward(str(tiny_reward_dir)), TokenReward()], [1.0, 0.5])
+    module = make_module(tiny_policy_dir, reward)
+    fit(module, precision=precision)
+    models = {"policy": module.policy, "reference": module.reference, "reward": reward}
+    dtypes = {name: {weight.dtype for weight in model.parameters()} for name, model in models.items()}
+    expected = torch.float64 if precision == "64-true" else torch.bfloat16
+    assert set().union(*dtypes.values()) == {expected}, dtypes
+    assert module.rollouts[0].log_probs.isfinite().all()
