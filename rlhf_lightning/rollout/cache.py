@@ -54,7 +54,7 @@ class SlotCache(Cache):
 
         Args:
             rows: n.
-            read: kv, more than any of these slots has entries.
+            read: kv, more than any of these slots whose row goes on has entries.
         """
         self._rows, self._read = rows, read
         self._places, self._masks = {}, {}
@@ -102,7 +102,8 @@ class SlotCache(Cache):
             dtype: of the mask.
         """
         if (window, dtype) not in self._masks:
-            places, own = self._numbers[: self._read], self.lengths[: self._rows, None]
+            # A slot whose row has ended may have more entries than are read; with a window it would see none: NaN.
+            places, own = self._numbers[: self._read], self.lengths[: self._rows, None].clamp(max=self._read - 1)
             hidden = places > own
             if window is not None:
                 hidden |= places <= own - window

@@ -75,7 +75,7 @@ class NativeEngine(RolloutEngine):
             decoding.prefill(policy, prompts, sampling, self.prefill_tokens)
             decode = self._step_of(policy)
             with slot_attention_in(policy.model):
-                while decoding.steps < sampling.max_new_tokens:
+                while decoding.rows and decoding.steps < sampling.max_new_tokens:
                     if progress is not None:
                         progress(decoding.steps, sampling.max_new_tokens)
                     if decoding.steps % patience == 0 and not decoding.leave():

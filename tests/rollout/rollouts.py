@@ -32,6 +32,12 @@ def small_prompts(rows: int = 6, padding: int = 0) -> PromptBatch:
     return batch
 
 
+def no_prompts() -> PromptBatch:
+    """A batch without rows."""
+    batch = small_prompts(1)
+    return PromptBatch(batch.tokens[:0], batch.lengths[:0], batch.rows[:0], batch.weights[:0], [], {})
+
+
 def small_policy(name: str, **options: Any) -> Policy:
     """A float64 policy of `architectures`."""
     return Policy(build(name, **options)).eval()

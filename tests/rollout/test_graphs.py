@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
 import torch
-from rollouts import EOS, sample, small_policy, small_prompts
+from rollouts import EOS, no_prompts, sample, small_policy, small_prompts
 from tolerances import assert_near
 
 from rlhf_lightning.errors import InputError
@@ -66,6 +67,23 @@ def test_padded_steps_on_static_buffers_give_the_same_responses(name, recording,
     assert all(read % 8 == 0 for _, read in recording)
 
 
+def test_what_ended_rows_are_given_does_not_outlive_their_rollout(recording):
+    """Prompts longer than the window and than what is read once their rows have ended; others take their slots next."""
+    policy, engine = small_policy("gemma2", sliding_window=4), NativeEngine()
+    batch, short = small_prompts(16), small_prompts(13)
+    tokens = torch.zeros(16, 40, dtype=torch.int64)
+    tokens[:, : batch.tokens.shape[1]] = batch.tokens
+    tokens[:3] = torch.arange(120).reshape(3, 40) % 40
+    batch = dataclasses.replace(batch, tokens=tokens, lengths=torch.tensor([40] * 3 + short.lengths.tolist()))
+    for seed in (2, 3):  # in the first rollout the long prompts' rows end while others go on for some steps
+        found = sample(policy, batch, engine, seed=seed, max_new_tokens=24)
+        with pytest.MonkeyPatch.context() as plainly:
+            plainly.setattr(native, "can_capture", lambda policy: False)
+            expected = sample(policy, batch, NativeEngine(), seed=seed, max_new_tokens=24)
+        assert torch.equal(found.tokens, expected.tokens)
+        assert_near(found.log_probs, expected.log_probs, torch.float32)
+
+
 def test_other_options_or_weights_elsewhere_are_recorded_anew(recording):
     policy, engine = small_policy("llama"), NativeEngine()
     kept = []
@@ -80,6 +98,14 @@ def test_other_options_or_weights_elsewhere_are_recorded_anew(recording):
     kept.append(engine._graphs)
     sample(policy, small_prompts(7), engine, temperature=0.5, top_k=3)
     assert engine._graphs is not kept[-1]
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_few_rows(rows, recording):
+    policy, engine = small_policy("llama"), NativeEngine()
+    for batch in (small_prompts(1) if rows else no_prompts(), small_prompts(2), no_prompts()):
+        rollout = sample(policy, batch, engine)
+        assert len(rollout.tokens) == len(rollout.lengths) == len(batch)
 
 
 def test_what_validation_makes_serves_training(recording):

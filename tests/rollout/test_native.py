@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ppo_harness import prompts
-from rollouts import EOS, continued, sample, small_policy, small_prompts
+from rollouts import EOS, continued, no_prompts, sample, small_policy, small_prompts
 from tiny_models import make_config
 from tolerances import assert_near
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
@@ -230,14 +230,9 @@ def test_every_kind_of_bad_number_is_an_error(policy):
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_few_rows(policy, rows):
-    rollout = sample(policy, prompts(4) if rows else empty(), max_new_tokens=1)
+    rollout = sample(policy, prompts(4) if rows else no_prompts(), max_new_tokens=1)
     assert rollout.tokens.shape[0] == rollout.log_probs.shape[0] == (4 if rows else 0)
     assert rollout.response_lengths.tolist() == [1] * (4 * rows)
-
-
-def empty():
-    batch = prompts(1)
-    return type(batch)(batch.tokens[:0], batch.lengths[:0], batch.rows[:0], batch.weights[:0], [], {})
 
 
 def test_a_model_with_another_cache_is_refused_by_name():
