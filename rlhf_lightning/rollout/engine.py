@@ -126,24 +126,31 @@ def ready_to_decode(policy: Policy) -> Iterator[None]:
     training = policy.training
     policy.eval()  # gradient checkpointing drops the cache in train mode; dropout is off in either
     try:
-        with uncompiled(policy), _cast_once(next(policy.parameters()).device):
+        with uncompiled(policy), _cast_once(policy):
             yield
     finally:
         policy.train(training)
 
 
 @contextmanager
-def _cast_once(device: torch.device) -> Iterator[None]:
+def _cast_once(policy: Policy) -> Iterator[None]:
     # Lightning's autocast keeps no casts, so every token would cast the whole model anew, which costs about as much as
     # the step itself where few rows are decoded.
-    if not torch.is_autocast_enabled(device.type):
+    device = next(policy.parameters()).device.type
+    if not torch.is_autocast_enabled(device):
         yield
         return
+    # Autocast keeps those of trained weights only, and a LoRA policy's are mostly frozen.
+    frozen = [p for p in policy.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
-        with torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=True):
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=True):
             yield
     finally:
         torch.clear_autocast_cache()  # the next update changes the weights
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _check_shapes(

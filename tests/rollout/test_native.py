@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from ppo_harness import prompts
 from rollouts import EOS, continued, no_prompts, sample, small_policy, small_prompts
 from tiny_models import make_config
 from tolerances import assert_near
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.models.layers import checkpoint_activations
 from rlhf_lightning.models.loading import load_causal_lm
+from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rollout import NativeEngine
 from rlhf_lightning.rollout.cache import SlotCache
@@ -192,6 +196,34 @@ def test_casts_kept_for_a_rollout_are_dropped_before_the_weights_change(tiny_pol
     assert not torch.equal(before.tokens, after.tokens) or not torch.equal(before.log_probs, after.log_probs)
     torch.testing.assert_close(after.tokens, expected.tokens)
     torch.testing.assert_close(after.log_probs, expected.log_probs)
+
+
+def test_frozen_weights_are_cast_once_a_rollout_too():
+    """Under LoRA most weights are frozen; casting them for every token takes longer than the step."""
+    policy, engine = small_policy("llama").float(), NativeEngine()
+    add_adapter(policy.model, rank=2, alpha=4.0, targets=None, seed=0)
+    trained = [parameter.requires_grad for parameter in policy.parameters()]
+    matrices = {p.data_ptr() for name, p in policy.named_parameters() if p.dim() == 2 and "embed_tokens" not in name}
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):  # as Lightning's bf16-mixed
+        expected = sample(policy, small_prompts(), engine, eos_ids=[])
+        with Casts() as casts:
+            found = sample(policy, small_prompts(), engine, eos_ids=[])
+    assert {casts.of[matrix] for matrix in matrices} == {1}
+    assert torch.equal(found.tokens, expected.tokens)
+    assert [parameter.requires_grad for parameter in policy.parameters()] == trained
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts to another dtype, by the address of what is cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.of[arguments[0].data_ptr()] += 1
+        return function(*arguments, **(options or {}))
 
 
 def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice(policy, monkeypatch):
