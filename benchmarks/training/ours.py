@@ -11,7 +11,10 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch, Rollout
+from rlhf_lightning.batches import PreferenceBatch, PromptBatch, Rollout
+from rlhf_lightning.data.collate import collate
+from rlhf_lightning.data.records import Record
+from rlhf_lightning.data.tokenization import Example, Kind
 from rlhf_lightning.modules import DPOModule, PPOModule, RewardModelModule, SFTModule
 from rlhf_lightning.rewards import ModelReward
 from training.meter import Meter
@@ -75,6 +78,7 @@ class MeteredPPO(PPOModule):
 
     def log_dict(self, metrics: dict[str, Any], **kwargs: Any) -> None:
         self.meter.add(score=float(metrics["objective/scores"]), kl=float(metrics["objective/kl"]))
+        super().log_dict(metrics, **kwargs)
 
 
 class Supervised:
@@ -102,6 +106,7 @@ class Supervised:
 
     def log_dict(self, metrics: dict[str, Any], **kwargs: Any) -> None:
         self.meter.add(loss=metrics["train/loss"])
+        super().log_dict(metrics, **kwargs)  # type: ignore[misc]
 
 
 class MeteredSFT(Supervised, SFTModule):
@@ -117,14 +122,18 @@ class MeteredDPO(Supervised, DPOModule):
 
 
 class Same(LightningDataModule):
-    """The same batch in every step."""
+    """The same rows in every step, made into a batch anew in each."""
 
-    def __init__(self, tokenizer: Any, batch: Any, steps: int) -> None:
+    def __init__(self, tokenizer: Any, kind: Kind, examples: list[Example], steps: int) -> None:
         super().__init__()
-        self.tokenizer, self.batch, self.steps = tokenizer, batch, steps
+        self.tokenizer, self.kind, self.examples, self.steps = tokenizer, kind, examples, steps
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader([self.batch] * self.steps, batch_size=None)
+        return DataLoader(
+            self.examples * self.steps,  # type: ignore[arg-type]
+            batch_size=len(self.examples),
+            collate_fn=lambda examples: collate(examples, self.kind, self.tokenizer.pad_token_id),
+        )
 
 
 def run(
@@ -134,7 +143,7 @@ def run(
     from transformers import AutoTokenizer
 
     warnings.filterwarnings("ignore")
-    module, batch = MAKERS[task](size, folder, meter, seed, **options)
+    module = MAKERS[task](size, folder, meter, seed, **options)
     ends = Ends(meter)
     module.meter, module.ends = meter, ends
     trainer = Trainer(
@@ -151,23 +160,27 @@ def run(
         use_distributed_sampler=False,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    trainer.fit(module, datamodule=Same(tokenizer, batch, meter.total))
+    trainer.fit(module, datamodule=Same(tokenizer, *examples(task, folder), meter.total))
     names = ("policy", "reference", "critic", "reward", "scalar")
     models = [model for name in names if (model := getattr(module, name, None)) is not None]
     return meter.result(models, trainer.optimizers[0])
 
 
-def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Right-padded ids ``[B, S]`` and lengths ``[B]``."""
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row)] = torch.tensor(row)
-    return tokens, lengths
+def examples(task: str, folder: Path) -> tuple[Kind, list[Example]]:
+    """The folder's rows as the library's own data module holds them."""
+    kind, name = KINDS[task]
+    rows = [[row] for row in work(folder)[name]] if task == "ppo" else work(folder)[name]
+    return kind, [_example(number, *row) for number, row in enumerate(rows)]
 
 
-def _ppo(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> tuple[Any, Any]:
-    module = MeteredPPO(
+def _example(number: int, prompt: list[int], *responses: list[int]) -> Example:
+    encoded = [torch.tensor(ids, dtype=torch.int32) for ids in (prompt, *responses)]
+    record = Record("", (), (), where=f"row {number}", form="prompt")
+    return Example(encoded[0], tuple(encoded[1:]), margin=0.0, weight=1.0, row=number, record=record)
+
+
+def _ppo(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> Any:
+    return MeteredPPO(
         str(folder / "policy"),
         ModelReward(str(folder / "reward")),
         **{
@@ -184,39 +197,25 @@ def _ppo(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> t
             **options,
         },
     )
-    tokens, lengths = padded(work(folder)["prompts"])
-    rows = len(lengths)
-    batch = PromptBatch(tokens, lengths, torch.arange(rows), torch.ones(rows), [""] * rows, {})
-    return module, batch
 
 
-def _sft(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> tuple[Any, Any]:
-    module = MeteredSFT(str(folder / "policy"), learning_rate=size.learning_rate["sft"], **options)
-    return module, _demonstrations(work(folder)["demonstrations"])
+def _sft(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> Any:
+    return MeteredSFT(str(folder / "policy"), learning_rate=size.learning_rate["sft"], **options)
 
 
-def _reward_model(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> tuple[Any, Any]:
+def _reward_model(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> Any:
     rate = size.learning_rate["reward_model"]
-    module = MeteredRewardModel(str(folder / "reward"), head="trained", normalise="none", learning_rate=rate, **options)
-    return module, _pairs(folder)
+    return MeteredRewardModel(str(folder / "reward"), head="trained", normalise="none", learning_rate=rate, **options)
 
 
-def _dpo(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> tuple[Any, Any]:
-    module = MeteredDPO(str(folder / "policy"), learning_rate=size.learning_rate["dpo"], **options)
-    return module, _pairs(folder)
-
-
-def _demonstrations(rows: list[list[list[int]]]) -> DemonstrationBatch:
-    tokens, lengths = padded([prompt + response for prompt, response in rows])
-    prompt_lengths = torch.tensor([len(prompt) for prompt, _ in rows])
-    return DemonstrationBatch(tokens, lengths, prompt_lengths, torch.ones(len(rows)))
-
-
-def _pairs(folder: Path) -> PreferenceBatch:
-    rows = work(folder)["pairs"]
-    chosen = _demonstrations([[prompt, response] for prompt, response, _ in rows])
-    rejected = _demonstrations([[prompt, response] for prompt, _, response in rows])
-    return PreferenceBatch(chosen, rejected, torch.zeros(len(rows)), torch.ones(len(rows)))
+def _dpo(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> Any:
+    return MeteredDPO(str(folder / "policy"), learning_rate=size.learning_rate["dpo"], **options)
 
 
 MAKERS = {"ppo": _ppo, "sft": _sft, "reward_model": _reward_model, "dpo": _dpo}
+KINDS: dict[str, tuple[Kind, str]] = {
+    "ppo": ("prompts", "prompts"),
+    "sft": ("demonstrations", "demonstrations"),
+    "reward_model": ("pairs", "pairs"),
+    "dpo": ("pairs", "pairs"),
+}
