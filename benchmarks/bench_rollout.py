@@ -4,9 +4,11 @@
         [--engines native ...] [--json FILE]
 
 The models and prompts are those of ``bench_training.py`` (random weights but for smollm2); no token ends a response, so
-that every row decodes all its tokens. The engines take turns; a number is the median of the repeats, after one rollout
-to warm up. The limit: in each step the weights and the cache entries that are real are read once, at the bandwidth of a
-copy measured in the same run; prompts are free in it. Prints a table, and writes FILE and a page beside it.
+that every row decodes all its tokens. ``generate`` is the peer: transformers' own on one left-padded batch, with its
+own sampling, for tokens alone, where our engines give log-probs, entropy and text too. The engines take turns; a number
+is the median of the repeats, after one rollout to warm up. The limit: in each step the weights and the cache entries
+that are real are read once, at the bandwidth of a copy measured in the same run; prompts are free in it. Prints a
+table, and after every rollout writes FILE and a page beside it.
 """
 
 from __future__ import annotations
@@ -22,18 +24,45 @@ from typing import Any
 import provenance
 import torch
 from training import sizes
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rollout import NativeEngine, RolloutEngine, Sampling, TransformersEngine
 
-ENGINES: dict[str, Callable[[], RolloutEngine]] = {
+
+class Batched:
+    """Transformers' ``generate`` as most call it, on a model of its own; it stands where an engine does."""
+
+    model: Any = None
+
+    def rollout(self, policy: Policy, prompts: PromptBatch, tokenizer: Any, sampling: Sampling) -> torch.Tensor:
+        """``[B, P + T]``, the prompts padded on the left."""
+        tokens, device = prompts.tokens, prompts.tokens.device
+        if self.model is None:
+            folder, dtype = policy.model.name_or_path, next(policy.parameters()).dtype
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+            self.model.generation_config = GenerationConfig()  # its own would fill in an EOS
+        width = tokens.shape[1]
+        places = torch.arange(width, device=device) - (width - prompts.lengths)[:, None]
+        found: torch.Tensor = self.model.generate(
+            tokens.gather(1, places.clamp(min=0)),
+            attention_mask=(places >= 0).long(),
+            generation_config=GenerationConfig(
+                max_new_tokens=sampling.max_new_tokens, do_sample=True, top_k=0, pad_token_id=0
+            ),
+        )
+        assert found.shape[1] == width + sampling.max_new_tokens
+        return found
+
+
+ENGINES: dict[str, Callable[[], RolloutEngine | Batched]] = {
     "plain steps": lambda: NativeEngine(cuda_graphs=False),
     "native": NativeEngine,
     "compiled": lambda: NativeEngine(compile_steps=True),
     "transformers": TransformersEngine,
+    "generate": Batched,
 }
 
 
@@ -75,28 +104,32 @@ def bytes_of_decoding(policy: Policy, prompts: PromptBatch, new_tokens: int) -> 
     return (new_tokens - 1) * weights + entry * entries
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of every repeat by engine, and the limit."""
+def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Seconds of every repeat by engine, and the limit; ``keep`` is given all there is after every timed rollout."""
     device = torch.device(options.device)
     folder, size = sizes.prepare(options.size, options.device), sizes.size_of(options.size, options.device)
     policy = Policy(load_causal_lm(folder / "policy", dtype=getattr(torch, options.weights))).to(device)
     tokenizer, prompts = AutoTokenizer.from_pretrained(folder / "policy"), prompt_batch(folder, device)
     engines = {name: ENGINES[name]() for name in options.engines}
-    found: dict[str, list[float]] = {name: [] for name in engines}
-    for repeat in range(options.repeats + 1):
-        for name, engine in engines.items():
-            sampling = Sampling(max_new_tokens=size.new_tokens, eos_ids=[], iteration=repeat)
-            found[name].append(seconds(device, lambda: engine.rollout(policy, prompts, tokenizer, sampling)))  # noqa: B023
     bandwidth = copy_bandwidth(device)
-    return {
+    found: dict[str, Any] = {
         "rows": len(prompts),
         "new_tokens": size.new_tokens,
         "weights": options.weights,
         "copy_gb_a_second": bandwidth / 1e9,
         "limit_seconds": bytes_of_decoding(policy, prompts, size.new_tokens) / bandwidth,
-        "seconds": {name: times[1:] for name, times in found.items()},
-        "first_seconds": {name: times[0] for name, times in found.items()},
+        "seconds": {},
+        "first_seconds": {},
     }
+    for repeat in range(options.repeats + 1):
+        for name, engine in engines.items():
+            sampling = Sampling(max_new_tokens=size.new_tokens, eos_ids=[], iteration=repeat)
+            taken = seconds(device, lambda: engine.rollout(policy, prompts, tokenizer, sampling))  # noqa: B023
+            if repeat == 0:
+                found["first_seconds"][name] = taken
+            else:
+                found["seconds"].setdefault(name, []).append(taken)
+                keep(found)
 
 
 def table(found: dict[str, Any]) -> list[str]:
@@ -115,23 +148,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sizes.SIZES, default="16m")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["native", "transformers"])
+    parser.add_argument("--weights", choices=["float32", "bfloat16"], help="default: by device")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["native", "generate"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the numbers here, and a page beside it")
     options = parser.parse_args()
+    options.weights = options.weights or ("float32" if options.device == "cpu" else "bfloat16")
     torch.set_num_threads(options.threads)
-    about, found = provenance.about(options.device, options.threads), measure(options)
-    what = f"{options.size}, {found['rows']} rows of {found['new_tokens']} new tokens, weights in {found['weights']}. "
-    what += f"A copy moves {found['copy_gb_a_second']:.1f} GB a second: {found['limit_seconds']:.3f} s at least."
-    lines = [what, "", *table(found)]
+    about, lines = provenance.about(options.device, options.threads), [""]
+
+    def keep(found: dict[str, Any]) -> None:
+        what = f"{options.size}, {found['rows']} rows of {found['new_tokens']} new tokens, weights in "
+        what += f"{found['weights']}. A copy moves {found['copy_gb_a_second']:.1f} GB a second: "
+        what += f"{found['limit_seconds']:.3f} s at least."
+        lines[:] = [what, "", *table(found)]
+        if options.json:
+            page = [f"# Rollouts: {options.size}", "", *provenance.header(about, options.json), *lines, ""]
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps({"about": about, "size": options.size, **found}, indent=1) + "\n")
+            options.json.with_suffix(".md").write_text("\n".join(page))
+
+    measure(options, keep)
     print("\n".join(lines))
-    if options.json:
-        page = [f"# Rollouts: {options.size}", "", *provenance.header(about, options.json), *lines, ""]
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"about": about, "size": options.size, **found}, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text("\n".join(page))
 
 
 if __name__ == "__main__":

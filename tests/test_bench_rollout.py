@@ -13,6 +13,7 @@ from tiny_models import make_config
 from transformers import LlamaForCausalLM
 
 from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.rollout import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -29,11 +30,21 @@ def test_the_bytes_of_decoding_by_hand() -> None:
     assert bench_rollout.bytes_of_decoding(Policy(model), batch, 5) == 2 * (4 * model.num_parameters() + 64 * entries)
 
 
+def test_the_peer_gets_the_prompts_padded_on_the_left() -> None:
+    model = LlamaForCausalLM(make_config())
+    batch, peer = prompts(3), bench_rollout.Batched()
+    peer.model = model
+    found = peer.rollout(Policy(model), batch, None, Sampling(max_new_tokens=5, eos_ids=[]))
+    assert found.shape == (3, 4 + 5)
+    for row, length, tokens in zip(found, batch.lengths.tolist(), batch.tokens, strict=True):
+        assert row[4 - length : 4].tolist() == tokens[:length].tolist()
+
+
 def test_every_engine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(sizes, "ROOT", tmp_path)
     target = tmp_path / "rollout.json"
     options = ["--size", "tiny", "--repeats", "2", "--threads", "1", "--json", str(target)]
-    engines = ["plain steps", "native", "transformers"]
+    engines = ["plain steps", "native", "transformers", "generate"]
     monkeypatch.setattr(sys, "argv", ["bench_rollout.py", *options, "--engines", *engines])
     bench_rollout.main()
     found = json.loads(target.read_text(encoding="utf-8"))
