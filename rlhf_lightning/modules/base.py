@@ -322,18 +322,10 @@ class RLHFModule(OptimisedModule):
             try:
                 return self.engine.rollout(self.policy, prompts, self.tokenizer, sampling, self._report_tokens)
             except TrainingDiverged as error:
-                raise TrainingDiverged(f"{error}; {self._last_checkpoint()}") from error
+                raise TrainingDiverged(f"{error}; {self.last_checkpoint()}") from error
 
     def _report_tokens(self, done: int, total: int) -> None:
         self.report_phase("rollout", done, total)
-
-    def _last_checkpoint(self) -> str:
-        """Where to go on from, as the run's checkpoint callback tells it: this library's, or Lightning's own."""
-        for callback in self.trainer.checkpoint_callbacks:
-            for name in ("newest", "last_model_path", "best_model_path"):
-                if path := getattr(callback, name, None):
-                    return f"the last checkpoint from before is {path}"
-        return "no checkpoint was saved before"
 
     def answer(self, prompts: PromptBatch) -> Rollout:
         """What ``predict`` says to the prompts."""

@@ -26,10 +26,11 @@ from rlhf_lightning.rewards.base import Reward
 class GRPOModule(PolicyGradientModule):
     """Group relative policy optimisation: Shao et al. 2024, arXiv 2402.03300.
 
-    Dr. GRPO (Liu et al. 2025, arXiv 2503.20783) is ``scale_by_std: false`` and ``loss_normalisation: constant``. DAPO
-    (Yu et al. 2025, arXiv 2503.14476) is ``clip_high: 0.28``, ``loss_normalisation: token``, ``dynamic_sampling: true``
-    with ``train_prompts`` and ``kl_loss_coef: 0``. Logs beside what PPO does ``rollout/equal_groups``, the share of
-    groups of equal scores, and ``rollout/informative_groups``, the number of the others.
+    Dr. GRPO (Liu et al. 2025, arXiv 2503.20783) is ``scale_by_std: false``, ``loss_normalisation: constant`` and
+    ``kl_loss_coef: 0``. DAPO (Yu et al. 2025, arXiv 2503.14476) is ``clip_high: 0.28``, ``loss_normalisation: token``,
+    ``dynamic_sampling: true`` with ``train_prompts`` and ``kl_loss_coef: 0``. Logs beside what PPO does
+    ``rollout/equal_groups``, the share of groups of equal scores, and ``rollout/informative_groups``, the number of the
+    others.
 
     Args:
         model: folder (or hub id) of the policy to train.
@@ -43,7 +44,7 @@ class GRPOModule(PolicyGradientModule):
             learns from all.
         kl_coef: penalty per nat in the reward, of the whole response.
         kl_loss_coef: weight of the KL term in the loss.
-        kl_loss_estimator: k2 or k3.
+        kl_loss_estimator: k2 or k3; None takes k3.
         loss_normalisation: see `PolicyGradientModule`.
         kwargs: see `PolicyGradientModule`.
     """
@@ -58,7 +59,7 @@ class GRPOModule(PolicyGradientModule):
         train_prompts: PositiveInt | None = None,
         kl_coef: NonNegativeFloat = 0.0,
         kl_loss_coef: NonNegativeFloat = 0.04,
-        kl_loss_estimator: Literal["k2", "k3"] = "k3",
+        kl_loss_estimator: Literal["k2", "k3"] | None = None,
         loss_normalisation: LossNormalisation = "sequence",
         **kwargs: Any,
     ) -> None:
@@ -67,7 +68,7 @@ class GRPOModule(PolicyGradientModule):
             reward,
             kl_coef=kl_coef,
             kl_loss_coef=kl_loss_coef,
-            kl_loss_estimator=kl_loss_estimator,
+            kl_loss_estimator=kl_loss_estimator or ("k3" if kl_loss_coef > 0 else None),
             loss_normalisation=loss_normalisation,
             **kwargs,
         )

@@ -217,6 +217,12 @@ class OnPolicyModule(SamplingModule):
                 if not bool(counts.any()):
                     continue  # a step without a loss would still move the weights, by the optimizer's momentum
                 if not self.step(experience, own, counts, totals):
+                    if steps == 0:
+                        rank_zero_warn(
+                            f"iteration {self.iteration}: before its first step the policy is already past "
+                            "model.kl_stop, so no step was made: the rollout's log-probs are not the training pass's; "
+                            "set model.old_log_probs to recompute, or raise kl_stop"
+                        )
                     return steps
                 steps += 1
         return steps
@@ -248,6 +254,11 @@ class OnPolicyModule(SamplingModule):
         return True
 
     # ------------------------------------------------------------------ around it
+
+    @property
+    def moment(self) -> str:
+        """See `OptimisedModule.moment`."""
+        return f"{super().moment} in iteration {self.iteration}"
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Check (see `OptimisedModule`), then clip the gradients of each network, the critic's apart from the policy's.
@@ -293,11 +304,13 @@ class OnPolicyModule(SamplingModule):
         names = {"objective/scores": "scores", "rollout/length": "length", "rollout/truncated": "truncated"}
         if self.eval_temperature != 0:
             names |= {"objective/kl": "kl", "objective/kl_k3": "kl_k3"}
-        means = self.held_out_totals.means()
-        self.held_out_totals = Totals()
+        totals, self.held_out_totals = self.held_out_totals, Totals()
+        means = totals.means()
         prefix = "eval" if stage == "val" else stage
         # The same numbers everywhere already; syncing tells Lightning so.
         measured = {f"{prefix}/{new}": means[old] for old, new in names.items()}
+        if "reward/skipped" in means:
+            measured[f"{prefix}/skipped"] = totals.total("reward/skipped")
         if "demonstrations/loss" in means:
             measured[f"{prefix}/perplexity"] = math.exp(min(means["demonstrations/loss"], 700.0))
         self.log_dict(measured, sync_dist=True)

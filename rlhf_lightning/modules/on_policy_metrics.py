@@ -59,6 +59,8 @@ def iteration_metrics(totals: Totals, rollout: Rollout, scores: Tensor) -> dict[
     present = rollout.prompts.weights > 0
     rows = int(all_reduce_sum(present.sum()))
     metrics["val/num_eos_tokens"] *= rows  # a count, as its name says
+    if "reward/skipped" in metrics:
+        metrics["reward/skipped"] = totals.total("reward/skipped")
     metrics["rollout/tokens"] = metrics["rollout/length"] * rows
     metrics["objective/scores_std"] = masked_variance(scores, present, all_reduce_sum).sqrt().item()
     metrics["rollout/max_length"] = float(all_reduce_max(rollout.response_lengths.max()))

@@ -180,13 +180,14 @@ class OptimisedModule(LightningModule):
         """Normalise, check, measure; Lightning clips after this.
 
         Raises:
-            TrainingDiverged: loss or gradient NaN or infinite; on all processes together, and before the step.
+            TrainingDiverged: loss or gradient NaN or infinite; on all processes together, and before the step. Names
+                the last checkpoint.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         count, diverged, tokens = all_reduce_sum(self._sums).tolist()
         counted, self._counted, self._sums = self._counted, False, torch.zeros_like(self._sums)
         if diverged:
-            raise TrainingDiverged(f"the loss is NaN or infinite at optimizer step {self.trainer.global_step + 1}")
+            raise TrainingDiverged(f"the loss is NaN or infinite at {self.moment}; {self.last_checkpoint()}")
         if counted:
             # DDP and FSDP2 have averaged over the processes, Lightning has divided by its accumulation.
             averaged = world_size() * (self.trainer.accumulate_grad_batches if self.automatic_optimization else 1)
@@ -198,7 +199,7 @@ class OptimisedModule(LightningModule):
         self.grad_norm = math.hypot(rest, *self.grad_norms.values())
         # With fp16 an overflow is business as usual: the scaler skips the step and lowers its scale.
         if not math.isfinite(self.grad_norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            raise TrainingDiverged(f"the gradient is NaN or infinite at optimizer step {self.trainer.global_step + 1}")
+            raise TrainingDiverged(f"the gradient is NaN or infinite at {self.moment}; {self.last_checkpoint()}")
         if self.automatic_optimization:
             self._log_step(optimizer, tokens)
 
@@ -214,6 +215,19 @@ class OptimisedModule(LightningModule):
         elif self.grad_norm > gradient_clip_val:
             parameters = (p for group in optimizer.param_groups for p in group["params"])
             scale_grads(parameters, gradient_clip_val / self.grad_norm)
+
+    @property
+    def moment(self) -> str:
+        """Where the training is, as an error tells it."""
+        return f"optimizer step {self.trainer.global_step + 1}"
+
+    def last_checkpoint(self) -> str:
+        """Where to go on from after a divergence, by the run's checkpoint callback: this library's, or Lightning's."""
+        for callback in self.trainer.checkpoint_callbacks:
+            for name in ("newest", "last_model_path", "best_model_path"):
+                if path := getattr(callback, name, None):
+                    return f"the last checkpoint from before is {path}; resume from it with a lower model.learning_rate"
+        return "no checkpoint was saved before; start again with a lower model.learning_rate"
 
     def _log_step(self, optimizer: Optimizer, tokens: float) -> None:
         means = self.step_totals.means()

@@ -34,9 +34,9 @@ class PolicyGradientModule(OnPolicyModule):
         kl_coef: penalty per nat in the reward; the starting value where ``kl_target`` is set.
         kl_estimator: k1, k2 or k3, of the penalty in the reward.
         kl_target: nats per response that the coefficient is adapted to hold; None keeps it fixed.
-        kl_horizon: responses over which the adaptive coefficient corrects its error.
+        kl_horizon: responses over which the adaptive coefficient corrects its error; None takes 10000.
         kl_loss_coef: weight of a KL term in the loss, beside or instead of the one in the reward.
-        kl_loss_estimator: k2 or k3; k1 is no choice, since its gradient is zero in expectation.
+        kl_loss_estimator: k2 or k3; k1 is no choice, since its gradient is zero in expectation. None takes k2.
         kl_stop: leave out the rest of an iteration's updates once a minibatch's approximate KL to the policy that
             sampled passes this many nats per token; None never does.
         clip_low: the ratio is clipped from below at ``1 - clip_low``.
@@ -62,9 +62,9 @@ class PolicyGradientModule(OnPolicyModule):
         kl_coef: NonNegativeFloat = 0.05,
         kl_estimator: Estimator = "k1",
         kl_target: PositiveFloat | None = None,
-        kl_horizon: PositiveFloat = 10000.0,
+        kl_horizon: PositiveFloat | None = None,
         kl_loss_coef: NonNegativeFloat = 0.0,
-        kl_loss_estimator: Literal["k2", "k3"] = "k2",
+        kl_loss_estimator: Literal["k2", "k3"] | None = None,
         kl_stop: PositiveFloat | None = None,
         clip_low: OpenUnitInterval = 0.2,
         clip_high: PositiveFloat = 0.2,
@@ -82,14 +82,22 @@ class PolicyGradientModule(OnPolicyModule):
             raise InputError(
                 "model.kl_target: adapts kl_coef by factors, which leave 0 at 0; set a kl_coef to start from"
             )
+        if kl_horizon is not None and kl_target is None:
+            raise InputError(f"model.kl_horizon: {kl_horizon} has no effect without kl_target; set both, or none")
+        if kl_loss_estimator is not None and kl_loss_coef == 0:
+            raise InputError(
+                f"model.kl_loss_estimator: {kl_loss_estimator} has no effect without a weight; set kl_loss_coef, or "
+                "leave it out"
+            )
         if importance_cap is not None and old_log_probs == "rollout":
             raise InputError(
                 f"model.importance_cap: {importance_cap} has no effect with old_log_probs: rollout, whose ratios "
                 "are to the rollout's probabilities already; leave one of the two out"
             )
         self.kl_coef, self.kl_estimator = kl_coef, kl_estimator
-        self.kl_target, self.kl_horizon = kl_target, kl_horizon
-        self.kl_loss_coef, self.kl_loss_estimator, self.kl_stop = kl_loss_coef, kl_loss_estimator, kl_stop
+        self.kl_target, self.kl_horizon = kl_target, kl_horizon or 10000.0
+        self.kl_loss_coef, self.kl_stop = kl_loss_coef, kl_stop
+        self.kl_loss_estimator: Estimator = kl_loss_estimator or "k2"
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
         self.entropy_coef, self.loss_normalisation = entropy_coef, loss_normalisation
         self.old_log_probs, self.importance_cap = old_log_probs, importance_cap

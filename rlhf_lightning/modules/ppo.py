@@ -44,7 +44,7 @@ class PPOModule(ActorCriticModule):
         epochs: passes over an iteration's responses.
         minibatches: optimizer steps in a pass.
         gamma: discount per token.
-        lam: GAE's lambda.
+        lam: GAE's lambda; None takes 0.95.
         critic_lam: lambda of the returns that the critic learns, 1 for what really came (decoupled GAE, Yue et al.
             2025, arXiv 2504.05118); None takes ``lam``.
         lam_alpha: in place of ``lam`` for the policy, a lambda of ``1 - 1 / (lam_alpha * l)`` for a response of l
@@ -71,7 +71,7 @@ class PPOModule(ActorCriticModule):
         epochs: PositiveInt = 4,
         minibatches: PositiveInt = 4,
         gamma: ClosedUnitInterval = 1.0,
-        lam: ClosedUnitInterval = 0.95,
+        lam: ClosedUnitInterval | None = None,
         critic_lam: ClosedUnitInterval | None = None,
         lam_alpha: PositiveFloat | None = None,
         clip_value: PositiveFloat | None = 0.2,
@@ -84,7 +84,12 @@ class PPOModule(ActorCriticModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, reward, epochs=epochs, minibatches=minibatches, **kwargs)
-        self.gamma, self.lam, self.critic_lam, self.lam_alpha = gamma, lam, critic_lam, lam_alpha
+        if lam is not None and critic_lam is not None and lam_alpha is not None:
+            raise InputError(
+                f"model.lam: {lam} has no effect beside critic_lam and lam_alpha, which say all; leave one of them out"
+            )
+        self.gamma, self.lam = gamma, 0.95 if lam is None else lam
+        self.critic_lam, self.lam_alpha = critic_lam, lam_alpha
         self.clip_value, self.value_coef, self.ptx_coef = clip_value, value_coef, ptx_coef
         if ptx_coef > 0:
             self.data_view = replace(self.data_view, demonstrations="all")

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from rlhf_lightning.batches import DemonstrationBatch, PromptBatch, Rollout, micro_batches
-from rlhf_lightning.distributed import all_reduce_max, all_reduce_sum, failing_together
+from rlhf_lightning.distributed import all_reduce_max, failing_together
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
 from rlhf_lightning.models.policy import Reference, TokenScores
@@ -162,13 +162,13 @@ class SamplingModule(RLHFModule):
         """The rollout with its checked scores ``[B]``, and what the reward noted added to ``totals``.
 
         Where the reward may skip, a response without a score has score 0 and weight 0 from here on, and with it the
-        others to the same prompt: a group is compared as a whole. ``reward/skipped`` counts them, over all processes.
+        others to the same prompt: a group is compared as a whole. ``reward/skipped`` counts them.
         """
         scores = self.checked_scores(rollout)
         if self.reward is not None and self.reward.may_skip:
             weights = rollout.prompts.weights
             missing = torch.isnan(scores).reshape(-1, group_size).any(dim=1).repeat_interleave(group_size)
-            totals.add("reward/skipped", all_reduce_sum((missing & (weights > 0)).sum()))
+            totals.add("reward/skipped", missing, weights > 0)
             rollout = replace(rollout, prompts=replace(rollout.prompts, weights=weights.masked_fill(missing, 0.0)))
             scores = scores.masked_fill(missing, 0.0)
         for part in self.reward.modules() if self.reward is not None else ():
@@ -229,6 +229,14 @@ class SamplingModule(RLHFModule):
             weights = part.response_weights if counted else torch.zeros_like(part.response_weights)
             log_probs = self.policy(part.tokens, part.lengths, part.prompt_lengths).log_probs
             totals.add("demonstrations/loss", -log_probs, weights)
+
+    def sampled_log_probs(self, rollout: Rollout) -> Tensor | None:
+        """The rollout's log-probs ``[B, T]`` where they are the policy's, for metrics; None where they are not.
+
+        They are where the engine is exact and samples from the full distribution.
+        """
+        whole = self.top_k == 0 and self.top_p == 1.0
+        return rollout.log_probs if self.engine.exact and whole else None
 
     def token_scores(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, temperature: float) -> TokenScores:
         """The policy's log-probs and entropies of right-padded rows ``[B, S]``, and a critic's values with them."""

@@ -24,6 +24,10 @@ class Totals:
         sums = torch.stack([torch.where(weights > 0, values * weights, 0.0).sum(), weights.sum()])
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
+    def total(self, name: str) -> float:
+        """The sum of what was counted into ``name``, over all processes, all of which must ask."""
+        return float(all_reduce_sum(self._sums[name])[0])
+
     def means(self) -> dict[str, float]:
         """The mean of each name over everything added by all processes, in one all-reduce; NaN where nothing was."""
         if not self._sums:

@@ -60,6 +60,10 @@ class Responses(NamedTuple):
 class RolloutEngine(ABC):
     """Answers prompts with a policy; subclasses write ``generate``, and ``receive`` where they keep weights."""
 
+    # Whether, without top-k and top-p, its log-probs are the policy's but for rounding. Methods that need these for
+    # their metrics alone then take them instead of making a pass.
+    exact: bool = False
+
     def receive(self, policy: Policy) -> None:  # noqa: B027  most engines need none
         """Take the policy's weights over: called before the first ``generate`` after the weights have changed.
 

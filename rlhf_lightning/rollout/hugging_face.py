@@ -23,6 +23,8 @@ class TransformersEngine(RolloutEngine):
     loop draws them: both engines give the same responses, but for rounding.
     """
 
+    exact = True
+
     @torch.no_grad()
     def generate(
         self, policy: Policy, prompts: PromptBatch, sampling: Sampling, progress: Progress | None = None

@@ -38,6 +38,8 @@ class NativeEngine(RolloutEngine):
             rollout; not for sharded weights, nor under autocast, which would cast all weights in every step.
     """
 
+    exact = True
+
     def __init__(
         self, prefill_tokens: PositiveInt = 8192, cuda_graphs: bool = True, compile_steps: bool = False
     ) -> None:

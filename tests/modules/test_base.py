@@ -40,7 +40,8 @@ class Poisoned(SFTModule):
 def test_divergence_stops_before_the_step(tiny_policy_dir: Path, what: str) -> None:
     module = Poisoned(str(tiny_policy_dir), learning_rate=0.01)
     module.what = what
-    with pytest.raises(TrainingDiverged, match=f"the {what} is NaN or infinite at optimizer step 3"):
+    told = "no checkpoint was saved before; start again with a lower model.learning_rate"
+    with pytest.raises(TrainingDiverged, match=f"the {what} is NaN or infinite at optimizer step 3; {told}"):
         train(module, SmallData(tiny_policy_dir, ROWS))
     assert module.trainer.global_step == 2
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())

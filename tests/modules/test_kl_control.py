@@ -65,3 +65,11 @@ def test_the_update_ends_at_the_first_minibatch_past_kl_stop(tiny_policy_dir):
         steps = next((number for number, kl in enumerate(moved) if kl > bound), len(moved))
         assert module.logged[0]["policy/steps"] == steps > 0
         assert torch.equal(weights(module), before[steps])
+
+
+def test_an_engine_too_far_from_the_policy_for_any_step_is_warned_about(tiny_policy_dir):
+    options = {"old_log_probs": "rollout", "top_k": 2, "iterations": 1, "kl_stop": 1e-3}
+    module = make_module(tiny_policy_dir, **options)
+    with pytest.warns(UserWarning, match="iteration 0: before its first step .* set model.old_log_probs to recompute"):
+        fit(module)
+    assert module.logged[0]["policy/steps"] == 0

@@ -191,6 +191,9 @@ def test_the_critic_starts_from_the_named_reward_model(tiny_policy_dir, tiny_rew
     [
         ({"dual_clip": 0.9}, "model.dual_clip: expected a number above 1, got 0.9"),
         ({"top_p": 1.5}, "model.top_p"),
+        ({"kl_horizon": 10000.0}, "model.kl_horizon: 10000.0 has no effect without kl_target"),
+        ({"kl_loss_estimator": "k2"}, "model.kl_loss_estimator: k2 has no effect without a weight"),
+        ({"lam": 0.95, "critic_lam": 1.0, "lam_alpha": 0.05}, "model.lam: 0.95 has no effect beside critic_lam"),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "model.kl_target: adapts kl_coef by factors"),
         ({"critic_warmup": 1}, "model.critic_warmup: after 1 iterations of the critic alone none of the 1 are left"),
         ({"importance_cap": 2.0, "old_log_probs": "rollout"}, "model.importance_cap: 2.0 has no effect with old_log"),

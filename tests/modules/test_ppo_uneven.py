@@ -11,6 +11,7 @@ from methods import METHODS, method
 from ppo_cases import run, write_prompts
 from ppo_harness import Recorder, TokenReward, fit, make_module, prompts
 from processes import results_of_two
+from torch.utils.data import DataLoader
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.ppo import PPOModule
@@ -74,6 +75,17 @@ def test_fewer_responses_than_minibatches_make_fewer_steps(tiny_policy_dir):
     module = make_module(tiny_policy_dir, Skipping(*range(2, 8)), **{**OPTIONS, "iterations": 1})
     fit(module)
     assert module.logged[0]["policy/steps"] == 2 * 2
+
+
+def test_skipped_held_out_responses_are_counted_over_all_batches(tiny_policy_dir):
+    module = make_module(tiny_policy_dir, Skipping(0, 2, 5), **{**OPTIONS, "iterations": 1})
+    fit(module)
+    batches = DataLoader([prompts(4), prompts(3, start=4), prompts(2, start=7)], batch_size=None)
+    (logged,) = module.trainer.validate(module, batches, verbose=False)
+    assert logged["eval/skipped"] == 3
+    module.reward.may_skip, module.reward.rows = False, torch.tensor([])
+    (logged,) = module.trainer.validate(module, batches, verbose=False)
+    assert "eval/skipped" not in logged
 
 
 def test_nan_from_a_reward_that_may_not_skip_is_an_error(tiny_policy_dir):

@@ -137,3 +137,22 @@ def test_logits_that_are_no_numbers_name_the_last_checkpoint(tiny_policy_dir, tm
     module = make_module(tiny_policy_dir, engine=Broken(), iterations=3)
     with pytest.raises(TrainingDiverged, match="in iteration 1; no checkpoint was saved before"):
         fit(module)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_an_update_that_diverges_names_the_iteration_and_the_last_checkpoint(tiny_policy_dir, tmp_path, what):
+    module = make_module(tiny_policy_dir, iterations=3, minibatches=2)
+    losses = module.loss
+
+    def broken(*arguments):
+        loss = losses(*arguments)
+        if module.trainer.global_step < 3:
+            return loss
+        weight = module.policy.model.lm_head.weight
+        return loss * torch.nan if what == "loss" else loss + torch.sqrt((weight * 0.0).sum())  # a gradient of 0 / 0
+
+    module.loss = broken
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True)
+    told = rf"the {what} is NaN or infinite at optimizer step 4 in iteration 1; the last checkpoint from before is "
+    with pytest.raises(TrainingDiverged, match=told + r".*\.ckpt; resume from it with a lower model.learning_rate"):
+        fit(module, enable_checkpointing=True, callbacks=[saves])
