@@ -72,7 +72,7 @@ class OnlineDPOModule(OnPolicyModule):
     @torch.no_grad()
     def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Pairs:
         """The best and the worst response to each prompt, under the reference."""
-        now = self.evaluate(rollout)
+        now = self.evaluate(rollout, known=self.sampled_log_probs(rollout))
         count_rollout(totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
         shaped = self.shaped(scores, rollout)
         best, worst = best_rows(shaped, self.group_size), best_rows(-shaped, self.group_size)

@@ -25,8 +25,9 @@ from rlhf_lightning.rollout.best_of import best_rows
 class RejectionSamplingModule(OnPolicyModule):
     """RAFT (Dong et al. 2023, arXiv 2304.06767); rejection sampling of Touvron et al. 2023, arXiv 2307.09288.
 
-    The loss is SFT's, the mean over a minibatch's tokens. The reference serves the logged KL alone: nothing holds the
-    policy near it but the number of steps. Logs beside what PPO does ``rollout/kept_scores``, their mean score.
+    The loss is SFT's, the mean over a minibatch's tokens, at temperature 1 whatever the samples' was. The reference
+    serves the logged KL alone: nothing holds the policy near it but the number of steps. Logs beside what PPO does
+    ``rollout/kept_scores``, their mean score.
 
     Args:
         model: folder (or hub id) of the policy to train.
@@ -60,7 +61,8 @@ class RejectionSamplingModule(OnPolicyModule):
     @torch.no_grad()
     def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Sampled:
         """The best responses."""
-        count_rollout(totals, rollout, scores, self.evaluate(rollout), self.kl_coefficient, self.kl_estimator)
+        now = self.evaluate(rollout, known=self.sampled_log_probs(rollout))
+        count_rollout(totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
         kept = best_rows(self.shaped(scores, rollout), self.group_size, self.keep).flatten()
         weights = rollout.prompts.weights[kept]
         totals.add("rollout/kept_scores", scores[kept], weights > 0)
@@ -72,7 +74,7 @@ class RejectionSamplingModule(OnPolicyModule):
 
     def loss(self, micro: Sampled, counts: Tensor, totals: Totals, moved: Totals) -> Tensor:
         """The negative log-likelihood a token."""
-        now = self.token_scores(micro.tokens, micro.lengths, micro.prompt_lengths, self.temperature)
+        now = self.token_scores(micro.tokens, micro.lengths, micro.prompt_lengths, temperature=1.0)
         totals.add("loss/policy", -now.log_probs, micro.mask)
         totals.add("policy/entropy", now.entropy, micro.mask)
         return negative_log_likelihood(now.log_probs, micro.mask).sum() / counts[0]

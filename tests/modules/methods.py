@@ -8,7 +8,10 @@ from rlhf_lightning import modules
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("GRPOModule", {"group_size": 4}),
-    "dr_grpo": ("GRPOModule", {"group_size": 4, "scale_by_std": False, "loss_normalisation": "constant"}),
+    "dr_grpo": (
+        "GRPOModule",
+        {"group_size": 4, "scale_by_std": False, "loss_normalisation": "constant", "kl_loss_coef": 0.0},
+    ),
     "dapo": (
         "GRPOModule",
         {

@@ -16,7 +16,9 @@ from torch import Tensor
 from rlhf_lightning import modules
 from rlhf_lightning.batches import Rollout
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rewards import Reward
+from rlhf_lightning.rollout.native import NativeEngine
 
 OPTIONS = {"epochs": 2, "minibatches": 2, "iterations": 2, "learning_rate": 1e-3, "adam_eps": 1e-3}
 UNTIMED = ("time/", "rollout/tokens_per_second", "rollout/max_length")
@@ -186,6 +188,7 @@ def test_another_value_trains_to_other_weights(tiny_policy_dir, name, option):
         ("RejectionSamplingModule", {"keep": 8}, "model.keep: expected fewer than the 8 responses"),
         ("RejectionSamplingModule", {"minibatches": 5}, "5 minibatches cannot be made of 4 responses"),
         ("GRPOModule", {"kl_target": 1.0}, "model.kl_target: adapts kl_coef by factors"),
+        ("GRPOModule", {"kl_loss_coef": 0.0, "kl_loss_estimator": "k3"}, "model.kl_loss_estimator: k3 has no effect"),
     ],
 )
 def test_options_that_cannot_work_are_refused(tiny_policy_dir, cls, options, message):
@@ -261,5 +264,31 @@ def test_the_metrics_have_the_names_of_ppos(tiny_policy_dir, name):
     ours, theirs = set(trained(tiny_policy_dir, name).logged[0]), set(ppo.logged[0])
     of_the_critic = {"critic/grad_norm", "loss/value", "val/clipfrac", "val/explained_variance"}
     of_the_ratio = {"policy/approxkl", "policy/clipfrac", "val/ratio", "val/ratio_var"}
-    missing = of_the_critic if name == "rloo" else of_the_critic | of_the_ratio
+    missing = of_the_critic if name == "rloo" else of_the_critic | of_the_ratio | {"rollout/logprob_gap"}
     assert theirs - ours == missing
+
+
+@pytest.mark.parametrize("name", ["rejection_sampling", "online_dpo"])
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_an_exact_engines_log_probs_spare_the_pass_that_only_metrics_need(tiny_policy_dir, monkeypatch, name, top_k):
+    """The logged KL is the same; what top-k cut off would make it another, so there the pass is made."""
+    calls, forward = [], Policy.forward
+
+    def counting(self, *args, **options):
+        calls.append((self, len(args[0])))
+        return forward(self, *args, **options)
+
+    options = {"iterations": 1, "epochs": 1, "minibatches": 1, "micro_batch_tokens": 10**6, "top_k": top_k}
+    seen = {}
+    for exact in (True, False):
+        monkeypatch.setattr(NativeEngine, "exact", exact)
+        monkeypatch.setattr(Policy, "forward", counting)
+        calls.clear()
+        module = trained(tiny_policy_dir, name, [prompts(4)], **options)
+        monkeypatch.undo()
+        # One in the update; the decode loop tries itself on a single row.
+        spared = exact and top_k == 0
+        assert sum(policy is module.policy and rows > 1 for policy, rows in calls) == (1 if spared else 2)
+        assert ("rollout/logprob_gap" in module.logged[0]) == (not spared)
+        seen[exact] = {n: module.logged[0][n] for n in ("objective/kl", "objective/kl_k3", "objective/entropy")}
+    assert seen[True] == pytest.approx(seen[False], rel=1e-4, abs=1e-5)

@@ -78,13 +78,8 @@ def grpo(groups: Groups) -> Tensor:
 
 
 def dr_grpo(groups: Groups) -> Tensor:
-    """Liu et al. 2025, section 3: neither the deviation nor the response's length divides."""
-    return -mean(
-        [
-            mean([(a * r.ratio - 0.04 * k3(r)).sum() / LONGEST for a, r in zip(relative(g), g, strict=True)])
-            for g in groups
-        ]
-    )
+    """Liu et al. 2025, section 3: neither the deviation nor the response's length divides, and there is no KL term."""
+    return -mean([mean([(a * r.ratio).sum() / LONGEST for a, r in zip(relative(g), g, strict=True)]) for g in groups])
 
 
 def dapo(groups: Groups) -> Tensor:
@@ -131,18 +126,29 @@ def rejection_sampling(groups: Groups) -> Tensor:
     return -torch.cat([r.log_probs for r in best]).mean()
 
 
-def online_dpo(groups: Groups) -> Tensor:
-    """Guo et al. 2024: DPO (Rafailov et al. 2023, equation 7) on the best and the worst."""
-    losses = []
+def online_dpo(groups: Groups, loss: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+    """Guo et al. 2024: DPO (Rafailov et al. 2023, equation 7) on the best and the worst; Mitchell 2023 with smoothing,
+    Azar et al. 2023, equation 17, over means or sums of tokens, Zhao et al. 2023."""
+    losses, beta = [], 0.3
     for g in groups:
         best, worst = max(g, key=lambda r: r.score), min(g, key=lambda r: r.score)
         if best.score > worst.score:
-            h = (best.log_probs - best.reference).sum() - (worst.log_probs - worst.reference).sum()
-            losses.append(-torch.log(torch.sigmoid(0.3 * h)))
+            ratios = [r.log_probs - r.reference for r in (best, worst)]
+            up, down = (r.mean() if loss == "ipo" else r.sum() for r in ratios)
+            h = up - down
+            right, wrong = -torch.log(torch.sigmoid(beta * h)), -torch.log(torch.sigmoid(-beta * h))
+            losses.append(
+                {
+                    "sigmoid": (1 - label_smoothing) * right + label_smoothing * wrong,
+                    "ipo": (h - 1 / (2 * beta)) ** 2,
+                    "ipo_sum": (h - 1 / (2 * beta)) ** 2,
+                    "hinge": torch.clamp(1 - beta * h, min=0),
+                }[loss]
+            )
     return mean(losses)
 
 
-ORACLES: dict[str, Callable[[Groups], Tensor]] = {
+ORACLES: dict[str, Callable[..., Tensor]] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "dapo": dapo,
@@ -159,8 +165,16 @@ def log_probs(model: LlamaForCausalLM, tokens: Tensor, start: int) -> Tensor:
     return table[start - 1 : -1].gather(1, tokens[start:, None])[:, 0]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_the_first_gradient_is_the_papers(tiny_policy_dir, other_reference, name):
+# What the method itself leaves out: the module's options, and the oracle's.
+OTHERWISE: list[tuple[str, dict, dict]] = [
+    *[("online_dpo", options, options) for options in ({"loss": "ipo"}, {"loss": "ipo_sum"}, {"loss": "hinge"})],
+    ("online_dpo", {"label_smoothing": 0.3}, {"label_smoothing": 0.3}),
+    ("rejection_sampling", {"temperature": 0.7}, {}),  # what was sampled at any temperature is learnt at 1
+]
+
+
+@pytest.mark.parametrize(("name", "more", "known"), [*[(name, {}, {}) for name in METHODS], *OTHERWISE])
+def test_the_first_gradient_is_the_papers(tiny_policy_dir, other_reference, name, more, known):
     cls, options = method(name)
     reward = LastTokenReward() if name in COARSE else TokenReward()
     module = make_module(
@@ -171,7 +185,7 @@ def test_the_first_gradient_is_the_papers(tiny_policy_dir, other_reference, name
         learning_rate=1e-12,
         max_grad_norm=None,
         max_new_tokens=LONGEST,
-        **options,
+        **{**options, **more},
     )
     fit(module)
     rollout, model = module.rollouts[0], LlamaForCausalLM.from_pretrained(tiny_policy_dir, dtype=torch.float64)
@@ -184,7 +198,7 @@ def test_the_first_gradient_is_the_papers(tiny_policy_dir, other_reference, name
             expected = log_probs(reference, tokens, start)
         responses.append(Response(log_probs(model, tokens, start), expected, score))
     size = module.group_size
-    ORACLES[name]([responses[i : i + size] for i in range(0, len(responses), size)]).backward()
+    ORACLES[name]([responses[i : i + size] for i in range(0, len(responses), size)], **known).backward()
     ours = torch.cat([p.grad.flatten() for p in module.policy.model.parameters()]).double()
     theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert theirs.norm() > 1e-2
