@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jsonargparse.typing import PositiveFloat
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -30,7 +31,8 @@ class KTOModule(ReferencedModule):
 
     The batch is that of a training step, ``data.batch_size`` rows over all processes together, so ``z0`` and the
     gradient are the same for any number of processes. Batches that ``accumulate_grad_batches`` adds up have a ``z0``
-    each, as the paper's micro-batches have. A batch with one prompt alone has no other responses: its ``z0`` is 0.
+    each, as the paper's micro-batches have. A batch with one prompt alone, which ``data.batch_tokens`` may make of long
+    rows, has no other responses: its ``z0`` is 0, and a warning says so.
 
     What is logged: see `PreferenceModule`, and ``train/baseline``, ``val/baseline``, the ``z0``. Rewards are ``beta``
     times the summed log-ratio to the reference. Labelled responses have no margin, their accuracy is the share with
@@ -127,6 +129,11 @@ class KTOModule(ReferencedModule):
         others, counted = mismatched(rows, weights)
         log_ratios = self.log_ratios(self.row_scores(others))
         sums = all_reduce_sum(torch.stack([(log_ratios * counted).sum(), counted.sum()]).double())
+        if sums[1] == 0:
+            rank_zero_warn(
+                "KTO: a batch has one prompt alone, so its baseline z0 is 0: there is no other response to estimate it "
+                "from; raise data.batch_size, or data.batch_tokens where that leaves a row by itself"
+            )
         mean = sums[0] / sums[1] if sums[1] > 0 else sums[0]
         return mean.clamp(min=0.0).to(log_ratios.dtype)
 

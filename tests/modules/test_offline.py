@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,20 @@ def test_one_prompt_alone_has_no_baseline() -> None:
     rows, weights = mismatched(pairs_of(a, again), torch.ones(2))
     assert texts_of(rows) == [[1, 2, 3], [1, 2, 3], [1, 2, 4, 5], [1, 2, 6]]
     assert weights.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_batch_without_a_partner_is_warned_about(
+    tiny_policy_dir: Path, other_policy_dir: Path, labelled: bool
+) -> None:
+    for rows in ([0], ALL):
+        module = KTOModule(str(tiny_policy_dir), reference=str(other_policy_dir), learning_rate=1e-12)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            train(module, SmallData(tiny_policy_dir, [rows], labelled=labelled))
+        alone = len(rows) == 1
+        assert any("a batch has one prompt alone, so its baseline z0 is 0" in str(w.message) for w in told) == alone
+        assert (float(module.trainer.logged_metrics["train/baseline"]) == 0.0) == alone
 
 
 def test_a_response_that_a_longer_prompt_may_meet_has_to_fit(tiny_policy_dir: Path) -> None:
