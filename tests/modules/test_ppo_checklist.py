@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf_lightning.algorithms.losses import bradley_terry_loss
 from rlhf_lightning.batches import Rollout, View, length_mask
+from rlhf_lightning.cli.training import _TRAINER_DEFAULTS
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.models.policy import Policy
@@ -163,10 +164,11 @@ def test_10_and_11_the_score_is_at_the_last_real_token_whatever_the_padding(tiny
         torch.testing.assert_close(scores, torch.stack(alone))
 
 
-def test_12_the_reward_loss_is_bradley_terry():
-    loss = bradley_terry_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
-    expected = torch.tensor([math.log1p(math.exp(-1.0)), math.log1p(math.exp(2.0))])
+def test_12_the_reward_loss_is_bradley_terry_with_a_margin_and_one_epoch_the_default():
+    loss = bradley_terry_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), torch.tensor([0.0, 0.5]))
+    expected = torch.tensor([math.log1p(math.exp(-1.0)), math.log1p(math.exp(2.5))])
     torch.testing.assert_close(loss.float(), expected)
+    assert _TRAINER_DEFAULTS["max_epochs"] == 1
 
 
 # ---------------------------------------------------------------- rollout

@@ -89,6 +89,18 @@ def test_a_run_resumed_in_the_warm_up_goes_on_exactly(tiny_policy_dir, tmp_path,
     assert all(torch.equal(resumed["weights"][name], weight) for name, weight in whole["weights"].items())
 
 
+@pytest.mark.parametrize("critic", CRITICS)
+def test_the_critics_own_parameters_have_its_learning_rate_and_no_others(tiny_policy_dir, critic):
+    module = make_module(tiny_policy_dir, critic=critic, learning_rate=1e-3, critic_learning_rate=5e-3)
+    fit(module)
+    own = [part for part in (module.critic, module.policy.branch, module.policy.critic_head) if part is not None]
+    expected = {id(parameter): 1e-3 for parameter in module.parameters()}
+    expected |= {id(parameter): 5e-3 for part in own for parameter in part.parameters()}
+    groups = module.trainer.optimizers[0].param_groups
+    assert {id(parameter): group["lr"] for group in groups for parameter in group["params"]} == expected
+    assert set(expected.values()) == {1e-3, 5e-3}
+
+
 # ---------------------------------------------------------------- lambdas
 
 

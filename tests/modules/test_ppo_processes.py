@@ -12,7 +12,7 @@ from processes import results_of_two
 # Adam's epsilon far above rounding, so that a rounding error in a near-zero gradient does not become a whole step.
 OPTIONS = {"iterations": 3, "epochs": 2, "minibatches": 2, "adam_eps": 1e-3, "learning_rate": 3e-3, "kl_target": 1.0}
 KINDS = {
-    "own-critic": {"critic": "model"},
+    "own-critic": {"critic": "model", "normalise_scores": True, "whiten_rewards": True},
     "head": {"critic": "head"},
     "branch": {"critic": 1},
     "warm-up": {"critic": "model", "critic_warmup": 2},

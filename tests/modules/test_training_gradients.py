@@ -75,7 +75,7 @@ def dpo_loss(model: PreTrainedModel, reference: PreTrainedModel, pairs: list[Pai
 
 def ppo_loss(model: PreTrainedModel, weight: Tensor, bias: Tensor, experiences: list[dict[str, Tensor]]) -> Tensor:
     actor = critic = torch.zeros((), dtype=torch.float64)
-    tokens = states = moved = far = 0
+    tokens = states = below = above = bounded = far = 0
     for experience in experiences:
         for index in range(len(experience["tokens"])):
             e = SimpleNamespace(**{name: value[index] for name, value in experience.items() if value is not None})
@@ -85,7 +85,11 @@ def ppo_loss(model: PreTrainedModel, weight: Tensor, bias: Tensor, experiences: 
             rows = table(model, ids, start, PPO["temperature"])
             log_probs = torch.stack([row[token] for row, token in zip(rows, ids[start:], strict=True)])
             ratio = (log_probs - e.log_probs[:steps].double()).exp()
-            loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
+            low, high = 1 - PPO["clip_low"], 1 + PPO["clip_high"]
+            loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(low, high))
+            bound = -PPO["dual_clip"] * advantages
+            bounded += int(((advantages < 0) & (loss > bound)).sum())
+            loss = torch.where(advantages < 0, torch.min(loss, bound), loss)
             entropy = -(rows.exp() * rows).sum(-1)
             kl = 0.5 * (log_probs - e.reference_log_probs[:steps].double()) ** 2
             actor = actor + (loss + PPO["kl_loss_coef"] * kl - PPO["entropy_coef"] * entropy).sum()
@@ -96,9 +100,10 @@ def ppo_loss(model: PreTrainedModel, weight: Tensor, bias: Tensor, experiences: 
             clipped = old + (values - old).clamp(-PPO["clip_value"], PPO["clip_value"])
             critic = critic + 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)[counted].sum()
             states += int(counted.sum())
-            moved += int((ratio > 1.2).sum() + (ratio < 0.8).sum())
+            below += int(((ratio < low) & (advantages < 0)).sum())
+            above += int(((ratio > high) & (advantages > 0)).sum())
             far += int(((values - old).abs() > PPO["clip_value"])[counted].sum())
-    assert 0 < moved < tokens and 0 < far < states  # some are clipped
+    assert min(below, above, bounded, far) > 0 and below + above + bounded < tokens and far < states  # some are clipped
     return actor / tokens + PPO["value_coef"] * critic / states
 
 
