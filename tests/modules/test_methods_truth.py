@@ -83,10 +83,10 @@ def dr_grpo(groups: Groups) -> Tensor:
 
 
 def dapo(groups: Groups) -> Tensor:
-    """Yu et al. 2025, equation 8, over the tokens of the whole minibatch; groups of one score are none."""
+    """Yu et al. 2025, equation 8, over the tokens of the first two groups that do not all score the same."""
     kept = [g for g in groups if len({r.score for r in g}) > 1]
-    assert 0 < len(kept) < len(groups)
-    terms = [a * r.ratio for g in kept for a, r in zip(standardised(g), g, strict=True)]
+    assert 2 < len(kept) < len(groups)
+    terms = [a * r.ratio for g in kept[:2] for a, r in zip(standardised(g), g, strict=True)]
     return -torch.cat(terms).mean()
 
 
