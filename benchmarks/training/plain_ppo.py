@@ -82,15 +82,17 @@ def _iteration(
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     with meter.phase("update"):
         for part in torch.randperm(len(tokens), device=tokens.device).tensor_split(size.minibatches):
-            width = int(lengths[part].max()) + size.new_tokens
-            inputs = tokens[part, :width]
-            log_probs = response_log_probs(policy, inputs, lengths[part], steps)
-            ratio = (log_probs - old[part]).exp()
-            gain = torch.minimum(advantages[part] * ratio, advantages[part] * ratio.clamp(1 - CLIP, 1 + CLIP))
-            predicted = scalars(critic, inputs).gather(1, lengths[part][:, None] - 1 + steps)
-            clipped = values[part] + (predicted - values[part]).clamp(-CLIP, CLIP)
-            errors = torch.maximum((predicted - returns[part]).square(), (clipped - returns[part]).square())
-            (-gain.mean() + VALUE_COEF * 0.5 * errors.mean()).backward()
+            for rows in part.split(size.micro_rows or len(part)):
+                width = int(lengths[rows].max()) + size.new_tokens
+                inputs = tokens[rows, :width]
+                log_probs = response_log_probs(policy, inputs, lengths[rows], steps)
+                ratio = (log_probs - old[rows]).exp()
+                gain = torch.minimum(advantages[rows] * ratio, advantages[rows] * ratio.clamp(1 - CLIP, 1 + CLIP))
+                predicted = scalars(critic, inputs).gather(1, lengths[rows][:, None] - 1 + steps)
+                clipped = values[rows] + (predicted - values[rows]).clamp(-CLIP, CLIP)
+                errors = torch.maximum((predicted - returns[rows]).square(), (clipped - returns[rows]).square())
+                loss = -gain.mean() + VALUE_COEF * 0.5 * errors.mean()
+                (loss * len(rows) / len(part)).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             meter.add(optimizer_steps=1)

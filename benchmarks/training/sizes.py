@@ -36,6 +36,7 @@ class Size:
     prompt: tuple[int, int] = (8, 32)
     new_tokens: int = 48
     minibatches: int = 4
+    micro_rows: int | None = None  # of a minibatch in one pass of a peer; None for all (ours has its own bound)
     rows: int = 16  # of SFT, and pairs of the other two
     response: tuple[int, int] = (8, 96)  # of those
     learning_rate: dict[str, float] = field(
@@ -58,7 +59,9 @@ def size_of(name: str, device: str) -> Size:
     size = SIZES[name]
     if device == "cpu" or name == "tiny":
         return size
-    larger = {"prompts": 128, "prompt": (32, 128), "new_tokens": 512, "rows": 64, "response": (64, 512)}
+    larger: dict[str, Any] = {"prompts": 128, "prompt": (32, 128), "new_tokens": 512, "rows": 64, "response": (64, 512)}
+    if name == "1.5b":  # more would not fit on a GPU of 141 GB, on either side
+        larger |= {"rows": 16, "micro_rows": 8}
     return Size(**{**vars(size), **larger})
 
 

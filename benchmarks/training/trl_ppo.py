@@ -1,7 +1,8 @@
 """TRL 1.12.0's `experimental.ppo.PPOTrainer`, set up as for training in earnest: no evaluation, saving or samples.
 
 All rows in one batch (`local_rollout_forward_batch_size` and `per_device_train_batch_size`), so that nothing is split
-that need not be; no gradient checkpointing, which would be slower; TRL's default optimizer, the fused AdamW.
+that need not be, but for minibatches of more than memory holds; no gradient checkpointing, which would be slower; TRL's
+default optimizer, the fused AdamW.
 """
 
 from __future__ import annotations
@@ -53,11 +54,12 @@ def run(task: str, size: Size, folder: Path, device: str, precision: str, meter:
         for _ in range(2)
     )
     ends = Ends(meter)
+    micro = size.micro_rows or size.prompts
     with tempfile.TemporaryDirectory() as out:
         config = PPOConfig(
             output_dir=out,
-            per_device_train_batch_size=size.prompts,
-            gradient_accumulation_steps=1,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=size.prompts // micro,
             local_rollout_forward_batch_size=size.prompts,
             num_mini_batches=size.minibatches,
             num_ppo_epochs=1,
@@ -94,6 +96,11 @@ def run(task: str, size: Size, folder: Path, device: str, precision: str, meter:
             train_dataset=Dataset.from_dict({"input_ids": work(folder)["prompts"]}),
             callbacks=[ends],
         )
+        # TRL takes the option for the passes of the whole batch, accelerate for those of an optimizer step. Accelerate
+        # would also step after every pass once the loader's last batch is out, which the only one always is.
+        accumulation = trainer.accelerator.gradient_state.plugin_kwargs
+        accumulation["num_steps"] = max(1, size.prompts // size.minibatches // micro)
+        accumulation["sync_with_dataloader"] = False
         _watch(trainer, meter, ends)
         trainer.train()
     optimizer = trainer.optimizer.optimizer
