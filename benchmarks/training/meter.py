@@ -38,6 +38,7 @@ class Meter:
         self.phases: list[dict[str, float]] = []  # of the steps taken apart
         self.work: list[dict[str, Any]] = []  # of every step: what was done in it
         self.peak_bytes: int | None = None
+        self.reserved_bytes = 0  # on a GPU
         self.library_bytes = 0 if device != "cpu" else resident("VmRSS")  # before the models are there
         self._now: dict[str, float] = defaultdict(float)
         self._done: dict[str, Any] = defaultdict(float)
@@ -77,6 +78,8 @@ class Meter:
             start_peak(self.device)
         elif self.steps == self.warm_up + self.timed and self.peak_bytes is None:
             self.peak_bytes = read_peak(self.device)
+            if self.device != "cpu":
+                self.reserved_bytes = torch.cuda.max_memory_reserved()
 
     def clock(self) -> float:
         """Seconds; on a GPU, once it has done all it was given."""
@@ -102,6 +105,7 @@ class Meter:
             "seconds": self.seconds,
             "peak_mb": (self.peak_bytes - sum(held.values())) / MIB,
             "libraries_mb": self.library_bytes / MIB,
+            "reserved_mb": self.reserved_bytes / MIB,
             "state_mb": {name: size / MIB for name, size in held.items()},
             "phases": self.phases,
             "work": [{name: float(amount) for name, amount in step.items()} for step in self.work],
@@ -139,7 +143,11 @@ def start_peak(device: str) -> None:
 
 
 def read_peak(device: str) -> int:
-    """Bytes: the largest resident set (Linux), or the most that was allocated on the GPU."""
+    """Bytes: the largest resident set (Linux), or the most that was allocated on the GPU.
+
+    What a CUDA graph writes while it replays counts as free after its capture, and is not in it: it is in what the
+    allocator holds.
+    """
     return resident("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated()
 
 

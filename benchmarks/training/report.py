@@ -141,6 +141,7 @@ def page(results: dict[str, Any], path: Path) -> str:
 
 def _memory(results: dict[str, Any]) -> list[list[str]]:
     kinds = ["models", "gradients", "optimizer", "libraries", "step"]
+    kinds += ["reserved"] if results["device"] != "cpu" else []
     rows = [["MB", *kinds, "step, times ours"]]
     for name in sorted(results["memory"], key=lambda name: name != OURS):
         held, ratio = results["memory"][name], results["step_memory_ratio"].get(name)
@@ -171,7 +172,8 @@ def _what(results: dict[str, Any], size: Size) -> str:
 
 MEMORY = """\
 "Step" is the peak without the libraries: what the work itself takes. Weights, gradients and moments are the same on
-every side."""
+every side. "Reserved", on a GPU, is the most that the allocator held, all these included: what a CUDA graph writes as
+it replays is in it and not in the peak, and so is memory that was kept for later use."""
 TITLES = {
     "ppo": "A PPO iteration",
     "sft": "A step of SFT",

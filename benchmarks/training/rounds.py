@@ -111,7 +111,8 @@ def _quality(runs: list[dict[str, Any]]) -> dict[str, float]:
 def _memory(runs: list[dict[str, Any]]) -> dict[str, float]:
     libraries = statistics.median(run["libraries_mb"] for run in runs)
     peak = statistics.median(run["peak_mb"] for run in runs)
-    return {**runs[0]["state_mb"], "libraries": libraries, "step": peak - libraries}
+    reserved = statistics.median(run.get("reserved_mb", 0.0) for run in runs)
+    return {**runs[0]["state_mb"], "libraries": libraries, "step": peak - libraries, "reserved": reserved}
 
 
 def _breakdown(runs: list[dict[str, Any]]) -> dict[str, float]:
