@@ -28,6 +28,7 @@ from training.rounds import Failed, limits, measure, summary
 from training.sizes import SIZES, TASKS, prepare
 
 LIMITS = "limits"
+MACHINE = ("cpu", "cores", "threads", "torch", "gpu", "cuda")
 SAME = ("task", "size", "device", "precision", "compile")  # for runs that are put in one file
 
 
@@ -63,11 +64,35 @@ def start(chosen: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
         return fresh
     old: dict[str, Any] = json.loads(chosen.json.read_text(encoding="utf-8"))
     same = all(old[key] == fresh[key] for key in SAME)
-    if not same or any(old["about"][key] != facts[key] for key in ("cpu", "cores", "threads", "torch")):
+    if not same or any(old["about"].get(key) != facts.get(key) for key in MACHINE):
         raise SystemExit(f"{chosen.json}: measured with other options or on another machine: give another file")
     commands = old["about"]["commands"]
     old["about"] = {**facts, "commands": commands if command in commands else [*commands, command]}
     return old
+
+
+def take_part(
+    name: str, work: dict[str, Any], folder: Path, steps: tuple[int, int, int], results: dict[str, Any]
+) -> None:
+    """One process of a side, added to the results; or why there is none."""
+    reason = ENTRANTS[name].missing()
+    try:
+        if reason is not None:
+            raise Failed(reason)
+        run = measure(name, work, folder, steps)
+    except Failed as failure:
+        results["missing"][name] = str(failure)
+        return
+    results["missing"].pop(name, None)
+    results["versions"][name] = run.pop("versions")
+    results["runs"].setdefault(name, []).append(run)
+
+
+def keep(results: dict[str, Any], path: Path | None) -> None:
+    """What is known by now, also on disk: a later process may fail, or take the time that was left."""
+    summary(results)
+    if path:
+        report.write(results, path)
 
 
 def main() -> int:
@@ -88,22 +113,11 @@ def main() -> int:
     steps = (chosen.warm_up, chosen.timed, chosen.apart)
     for number in range(chosen.rounds):
         for name in sides if number % 2 == 0 else reversed(sides):
-            reason = ENTRANTS[name].missing()
-            try:
-                if reason is not None:
-                    raise Failed(reason)
-                run = measure(name, {**work, "seed": chosen.seed + number}, folder, steps)
-            except Failed as failure:
-                results["missing"][name] = str(failure)
-                continue
-            results["missing"].pop(name, None)
-            results["versions"][name] = run.pop("versions")
-            results["runs"].setdefault(name, []).append(run)
+            take_part(name, {**work, "seed": chosen.seed + number}, folder, steps, results)
+            keep(results, chosen.json)
     if LIMITS in wanted:
         results["limits"] = limits(work, folder)
-    summary(results)
-    if chosen.json:
-        report.write(results, chosen.json)
+    keep(results, chosen.json)
     for rows in (report.table(results), report.breakdown(results)):
         print(report.terminal(rows), end="\n\n")
     print(report.closing(results, chosen.json))

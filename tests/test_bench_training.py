@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from training import meter, ours, rounds, sizes  # noqa: E402
+import bench_training  # noqa: E402
+from training import meter, ours, plain_ppo, rounds, sizes  # noqa: E402
 
 
 def test_state_is_counted_from_shapes() -> None:
@@ -42,6 +45,21 @@ def test_different_work_is_found() -> None:
     results["runs"]["peer"] = [run(6.0, [8.0])]
     rounds.summary(results)
     assert not results["same_work"]
+
+
+def test_the_plain_loop_learns_the_same_in_smaller_passes(tmp_path: Path) -> None:
+    """Its passes are cut where a minibatch is more than memory holds: the same steps, and the same samples after."""
+    whole = sizes.SIZES["tiny"]
+    sizes.fill(whole, tmp_path)
+    cut = replace(whole, micro_rows=1)
+    found = [
+        plain_ppo.run("ppo", size, tmp_path, "cpu", "float32", meter.Meter("cpu", 1, 1, 1), seed=0)["work"]
+        for size in (whole, cut)
+    ]
+    assert [step["optimizer_steps"] for step in found[1]] == [4.0] * 3
+    assert abs(found[0][2]["kl"]) > 1e-4  # it has moved
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -85,6 +103,19 @@ def test_supervised_steps_are_counted(task: str, tmp_path: Path) -> None:
     assert measured["work"][-1]["loss"] < measured["work"][0]["loss"]  # the same rows in every step
     assert len(measured["seconds"]) == 2 and measured["phases"][0]["update"] > 0
     assert ("reference" in measured["phases"][0]) == (task == "dpo")
+
+
+def test_runs_of_another_gpu_are_not_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "runs.json"
+    work = {"task": "sft", "size": "tiny", "device": "cpu", "precision": "float32", "compile": False}
+    chosen = Namespace(device="cpu", threads=1, only=["ours"], json=target)
+    fresh = bench_training.start(chosen, work)
+    bench_training.keep(fresh, target)
+    assert bench_training.start(chosen, work)["runs"] == {}
+    about = bench_training.provenance.about
+    monkeypatch.setattr(bench_training.provenance, "about", lambda *given: {**about(*given), "gpu": "another"})
+    with pytest.raises(SystemExit, match="another machine"):
+        bench_training.start(chosen, work)
 
 
 def test_reward_at_equal_kl_by_hand() -> None:
