@@ -19,9 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from steps.training import SIZES, save_model
+from steps.training import SIZES
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from training.sizes import save_random
 
 from rlhf_lightning.data.batching import epoch_batches, make_bins
 from rlhf_lightning.data.records import load_records
@@ -66,7 +67,7 @@ def seconds(policy: Policy, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) ->
 def measure(examples: Sequence[Example], size: str, count: int) -> None:
     """Print what each way takes for a few batches, drawn at random as training draws them."""
     with tempfile.TemporaryDirectory() as folder:
-        save_model(SIZES[size], Path(folder))
+        save_random(SIZES[size], Path(folder))
         policy = Policy(load_causal_lm(folder))
     for rows, tokens in BATCHES[:3]:
         drawn = epoch_batches(make_bins(examples, rows, tokens), seed=0, epoch=0)[:count]

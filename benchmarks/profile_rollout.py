@@ -26,7 +26,8 @@ from typing import Any
 import provenance
 import torch
 from lightning import Trainer
-from steps.training import SIZES, EvenTokens, RandomBatches, Size, save_model
+from steps.training import SIZES, EvenTokens, RandomBatches, Size
+from training.sizes import save_random
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.models.loading import load_causal_lm
@@ -109,7 +110,7 @@ def step_time(folder: Path, batches: RandomBatches, size: Size, **filters: Any) 
 
 def measure(size: Size, folder: Path, repeats: int, with_step: bool) -> list[dict[str, Any]]:
     """A row for each filter and each way to sample."""
-    save_model(size, folder)
+    save_random(size, folder)
     policy, batches = Policy(load_causal_lm(folder)), RandomBatches(folder, "ppo", size, repeats + 1)
     clock = Clock()
     clock.wrap(Policy, "decode", "decode")

@@ -34,7 +34,8 @@ from lightning.pytorch import Callback, Trainer
 from steps.clock import Clock, operator, replace_everywhere
 from steps.plain import plain_cross_entropy, plain_log_probs
 from steps.report import WAYS, page, table
-from steps.training import SIZES, RandomBatches, Size, make_module, save_model
+from steps.training import SIZES, RandomBatches, Size, make_module
+from training.sizes import save_random
 
 from rlhf_lightning.ops import extension
 
@@ -110,7 +111,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every way's times; the rounds go there and back, so that a machine that slows down slows all of them."""
     rounds: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
-        save_model(SIZES[options.size], Path(folder))
+        save_random(SIZES[options.size], Path(folder))
         for number in range(options.rounds):
             for way in WAYS if number % 2 == 0 else reversed(WAYS):
                 rounds[way].append(run(options, way, Path(folder)))

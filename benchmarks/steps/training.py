@@ -1,4 +1,4 @@
-"""What is trained: the sizes, random models, random batches, and the real modules."""
+"""What is trained: the sizes, random batches, and the real modules."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch, Rollout
 from rlhf_lightning.modules import DPOModule, PPOModule, SFTModule
@@ -57,28 +56,6 @@ SIZES = {
         ppo={"epochs": 1, "minibatches": 2, "critic": 4, "micro_batch_tokens": 2048},
     ),
 }
-
-
-def save_model(size: Size, folder: Path) -> None:
-    """A Llama of random weights, embeddings tied, and a tokenizer of as many words."""
-    config = LlamaConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size.vocabulary)}, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1").save_pretrained(folder)
 
 
 class EvenTokens(Reward):

@@ -82,7 +82,7 @@ def prepare(name: str, device: str) -> Path:
 def fill(size: Size, folder: Path) -> None:
     """Write the models and the rows."""
     if size.folder is None:
-        _save_random(size, folder / "policy")
+        save_random(size, folder / "policy", size.dtype)
     elif size.folder.is_dir():
         (folder / "policy").symlink_to(size.folder.resolve())
     else:
@@ -97,7 +97,8 @@ def work(folder: Path) -> dict[str, Any]:
     return rows
 
 
-def _save_random(size: Size, folder: Path) -> None:
+def save_random(size: Any, folder: Path, dtype: str = "float32") -> None:
+    """A Llama of random weights, embeddings tied, and a tokenizer of as many words; ``size`` has a `Size`'s shapes."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -115,7 +116,7 @@ def _save_random(size: Size, folder: Path) -> None:
         eos_token_id=1,
         bos_token_id=2,
     )
-    LlamaForCausalLM(config).to(getattr(torch, size.dtype)).save_pretrained(folder)
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     words = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
     words |= {f"w{index}": index for index in range(FIRST_WORD, size.vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

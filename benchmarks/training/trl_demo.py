@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl.experimental.ppo import PPOTrainer
+
+from training.trl_ppo import configured
 
 
 class Curve(TrainerCallback):
@@ -51,7 +53,7 @@ def main() -> None:
     rates = (settings["learning_rate"], settings["critic_learning_rate"])
     groups = [{"params": list(m.parameters()), "lr": r} for m, r in zip((policy, critic), rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
-    config = PPOConfig(
+    config = configured(
         output_dir=str(out / "trainer"),
         per_device_train_batch_size=settings["rows"],
         gradient_accumulation_steps=1,
@@ -61,19 +63,9 @@ def main() -> None:
         total_episodes=settings["rows"] * settings["iterations"],
         response_length=settings["max_new_tokens"],
         stop_token="eos",
-        temperature=1.0,
         kl_coef=settings["kl_coef"],
-        gamma=1.0,
-        lam=0.95,
-        gradient_checkpointing=False,
-        bf16=False,
         use_cpu=True,
         seed=settings["seed"],
-        num_sample_generations=0,
-        eval_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
     )
     curve = Curve()
     trainer = PPOTrainer(

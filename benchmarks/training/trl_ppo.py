@@ -40,6 +40,27 @@ class Ends(TrainerCallback):
         self.meter.step_ended()
 
 
+def configured(**options: Any) -> PPOConfig:
+    """TRL's options, those that all comparisons share among them."""
+    return PPOConfig(
+        temperature=1.0,
+        cliprange=0.2,
+        cliprange_value=0.2,
+        vf_coef=0.1,
+        gamma=1.0,
+        lam=0.95,
+        whiten_rewards=False,
+        gradient_checkpointing=False,
+        bf16=False,  # autocast; the weights' dtype is what is compared
+        num_sample_generations=0,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+
+
 def run(task: str, size: Size, folder: Path, device: str, precision: str, meter: Meter, seed: int) -> dict[str, Any]:
     """Trains ``meter.total`` iterations."""
     dtype = getattr(torch, precision)
@@ -56,7 +77,7 @@ def run(task: str, size: Size, folder: Path, device: str, precision: str, meter:
     ends = Ends(meter)
     micro = size.micro_rows or size.prompts
     with tempfile.TemporaryDirectory() as out:
-        config = PPOConfig(
+        config = configured(
             output_dir=out,
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=size.prompts // micro,
@@ -66,25 +87,11 @@ def run(task: str, size: Size, folder: Path, device: str, precision: str, meter:
             total_episodes=size.prompts * meter.total,
             response_length=size.new_tokens,
             stop_token=None,
-            temperature=1.0,
             kl_coef=0.05,
-            cliprange=0.2,
-            cliprange_value=0.2,
-            vf_coef=0.1,
-            gamma=1.0,
-            lam=0.95,
-            whiten_rewards=False,
             learning_rate=size.learning_rate["ppo"],
             lr_scheduler_type="constant",
-            gradient_checkpointing=False,
-            bf16=False,  # autocast; the weights' dtype is what is compared
             use_cpu=device == "cpu",
             seed=seed,
-            num_sample_generations=0,
-            eval_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
         )
         trainer = PPOTrainer(
             args=config,
