@@ -156,11 +156,14 @@ def _what(results: dict[str, Any], size: Size) -> str:
         f"A Llama of {size.layers} layers of width {size.hidden}, vocabulary {size.vocabulary}, {weights}, "
         f"{results['precision']}. "
     )
+    passes = (
+        f"Peers pass {size.micro_rows} rows of a minibatch at a time, ours by its default. " if size.micro_rows else ""
+    )
     if results["task"] == "ppo":
         return model + (
             f"{size.prompts} prompts of {size.prompt[0]} to {size.prompt[1]} tokens, {size.new_tokens} new tokens to "
             f"each (no response ends before), {size.minibatches} minibatches, 1 epoch; policy, critic, reference and "
-            f"reward model of the same size, the old log-probs those of the rollout. Each step of every side: "
+            f"reward model of the same size, the old log-probs those of the rollout. {passes}Each step of every side: "
             f"{done}."
         )
     what = "rows" if results["task"] == "sft" else "pairs"
