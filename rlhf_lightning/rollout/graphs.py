@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.rollout.decoding import Decode, Decoding
 from rlhf_lightning.rollout.engine import Sampling
 
-_ENTRIES = 128  # a graph for every so many cache entries
+_ENTRIES = 64  # a graph for every so many cache entries
 
 
 def can_capture(policy: Policy) -> bool:
@@ -43,7 +44,6 @@ class StepGraphs:
         self.decoding = Decoding(rows, entries, sampling, like)
         self._longest = entries - sampling.max_new_tokens
         self._weights = _addresses(policy)
-        self._autocast = torch.is_autocast_enabled(like.device.type)
         self._seen: set[tuple[int, int]] = set()
         self._graphs: dict[tuple[int, int], Callable[[], None]] = {}
         self._pool: Any = None  # memory that the graphs share: no two run at once
@@ -51,8 +51,7 @@ class StepGraphs:
 
     def fits(self, policy: Policy, rows: int, longest: int, sampling: Sampling) -> bool:
         """Whether another rollout can be made with these graphs."""
-        # Autocast's copies of the weights live for one rollout.
-        if self._autocast or torch.is_autocast_enabled(self.decoding.row.device.type):
+        if torch.is_autocast_enabled(self.decoding.row.device.type):
             return False
         own = replace(self.decoding.sampling, seed=sampling.seed, iteration=sampling.iteration)
         sizes = rows <= self.decoding.cache.slots and longest <= self._longest
@@ -92,11 +91,36 @@ class StepGraphs:
     def capture(self, decode: Decode, rows: int, read: int) -> Callable[[], None]:
         """Record a step without running it; what runs it."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile, as those that load data do.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self.decoding.advance(decode, rows, read)
-        self._pool = graph.pool()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            # Outside, the current stream, which torch does not go back to from a recording that fails.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                # Other threads may use the GPU meanwhile, as those that load data do.
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
+                self.decoding.advance(decode, rows, read)
+        except Exception:
+            self._end_recording(graph)
+            raise
         return graph.replay
+
+    def _end_recording(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Tell torch's allocator and random numbers that a recording is over, which a failed one may leave undone.
+
+        Versions of torch differ in how much of it they do themselves, and refuse to do that again.
+        """
+        with suppress(RuntimeError):
+            graph.pool()
+            return  # the recording has ended well: what failed was something else
+        device = self.decoding.row.device.index
+        for over in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with suppress(RuntimeError):
+                over(device, self._pool)
+        # The end of a recording that succeeds resets the state of the random numbers.
+        again = torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local")
+        with suppress(RuntimeError), again:
+            self.decoding.place.add(0)
 
 
 def _addresses(policy: Policy) -> list[int]:

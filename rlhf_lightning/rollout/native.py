@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveInt
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import InputError, out_of_memory
@@ -24,6 +26,8 @@ from rlhf_lightning.rollout.engine import Progress, Responses, RolloutEngine, Sa
 from rlhf_lightning.rollout.graphs import StepGraphs, can_capture
 
 _WINDOWED = {"full_attention", "sliding_attention"}  # the kinds of layers whose caches are keys and values alone
+# Steps that are not recorded are each of another size, and cuDNN's attention makes a plan for every size.
+_OF_ANY_SIZE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _PATIENCE = 8  # steps between two looks at who has ended, where a look makes the GPU wait
 
 
@@ -33,7 +37,8 @@ class NativeEngine(RolloutEngine):
     Args:
         prefill_tokens: padded prompt tokens in one forward pass at most; it bounds the memory, and changes no result.
         cuda_graphs: on a GPU, replay recorded steps where the model is not sharded, which spares the launches of single
-            kernels. The cache and what the steps work in then stay on the GPU from one rollout to the next.
+            kernels. Except under autocast, the cache and what the steps work in then stay on the GPU from one rollout
+            to the next.
         compile_steps: let torch.compile make a step's many small kernels into few. That takes a while in the first
             rollout; not for sharded weights, nor under autocast, which would cast all weights in every step.
     """
@@ -66,17 +71,16 @@ class NativeEngine(RolloutEngine):
             if policy not in self._checked:
                 check_decodes(policy)
                 self._checked.add(policy)
+            kernels: AbstractContextManager[Any] = nullcontext()
             if self.cuda_graphs and can_capture(policy):
-                if self._graphs is None or not self._graphs.fits(policy, count, longest, sampling):
-                    self._graphs = None  # its memory first
-                    self._graphs = StepGraphs(policy, count, longest, sampling)
-                decoding, advance, patience = self._graphs.decoding, self._graphs.advance, _PATIENCE
+                graphs = self._graphs_for(policy, count, longest, sampling)
+                decoding, advance, patience = graphs.decoding, graphs.advance, _PATIENCE
             else:
                 decoding = Decoding(count, longest + sampling.max_new_tokens, sampling, next(policy.parameters()))
-                advance, patience = decoding.advance, 1
+                advance, patience, kernels = decoding.advance, 1, sdpa_kernel(_OF_ANY_SIZE)
             decoding.prefill(policy, prompts, sampling, self.prefill_tokens)
             decode = self._step_of(policy)
-            with slot_attention_in(policy.model):
+            with slot_attention_in(policy.model), kernels:
                 while decoding.rows and decoding.steps < sampling.max_new_tokens:
                     if progress is not None:
                         progress(decoding.steps, sampling.max_new_tokens)
@@ -87,6 +91,17 @@ class NativeEngine(RolloutEngine):
             if progress is not None:
                 progress(sampling.max_new_tokens, sampling.max_new_tokens)
         return decoding.responses(count)
+
+    def _graphs_for(self, policy: Policy, rows: int, longest: int, sampling: Sampling) -> StepGraphs:
+        """What the last rollouts recorded, where it can be replayed in this one; else new ones, in its place."""
+        if self._graphs is not None and self._graphs.fits(policy, rows, longest, sampling):
+            return self._graphs
+        self._graphs = None  # its memory first
+        graphs = StepGraphs(policy, rows, longest, sampling)
+        # Autocast's copies of the weights live for one rollout, and so do graphs that read them, and their cache.
+        if not torch.is_autocast_enabled(graphs.decoding.row.device.type):
+            self._graphs = graphs
+        return graphs
 
     def _step_of(self, policy: Policy) -> Decode:
         """What makes a step: ``policy.decode``, compiled where that is asked for and can be done."""
@@ -153,9 +168,14 @@ def check_decodes(policy: Policy) -> None:
 
 
 def _precision(policy: Policy) -> torch.dtype:
-    """What the policy computes in, at its least precise; float64 models have parts that compute in float32."""
+    """What the policy computes in, at its least precise; float64 models have parts that compute in float32.
+
+    TF32, which float32 products on a GPU may be in, has the digits of float16.
+    """
     parameter = next(policy.parameters())
     device = parameter.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return torch.float32 if parameter.dtype == torch.float64 else parameter.dtype
+    dtype = torch.float32 if parameter.dtype == torch.float64 else parameter.dtype
+    rounded = device == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.float16 if rounded else dtype

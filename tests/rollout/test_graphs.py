@@ -108,6 +108,25 @@ def test_few_rows(rows, recording):
         assert len(rollout.tokens) == len(rollout.lengths) == len(batch)
 
 
+def test_casts_are_no_longer_there_for_the_next_rollout(recording):
+    """Under autocast a graph reads copies of the weights that the rollout drops: it and its cache go with them."""
+    policy, engine = small_policy("llama").float(), NativeEngine()
+    sample(policy, small_prompts(), engine)
+    assert engine._graphs is not None
+    plain, recorded = len(recording), []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            rollout = sample(policy, small_prompts(), engine)
+            expected = sample(policy, small_prompts(), NativeEngine())
+        assert engine._graphs is None
+        assert torch.equal(rollout.log_probs, expected.log_probs)
+        recorded.append(len(recording))
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.mul_(1.5)
+    assert recorded[1] - recorded[0] == recorded[0] - plain > 0
+
+
 def test_what_validation_makes_serves_training(recording):
     """Lightning validates in inference mode, whose tensors may not be changed outside of it."""
     policy, engine = small_policy("llama"), NativeEngine()

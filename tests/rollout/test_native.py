@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from rlhf_lightning.models.layers import checkpoint_activations
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.policy import Policy
-from rlhf_lightning.rollout import NativeEngine
+from rlhf_lightning.rollout import NativeEngine, Sampling
 from rlhf_lightning.rollout.cache import SlotCache
 from rlhf_lightning.rollout.decoding import prefill_groups
+from rlhf_lightning.rollout.native import _precision
 
 ARCHITECTURES = ["llama", "llama-tied", "qwen2", "gemma2", "gemma3", "gpt2", "cohere", "granite"]
 WINDOWED = ["gemma2", "gemma3"]  # Gemma 2 also caps the scores of its attention and its logits
@@ -224,6 +226,37 @@ class Casts(TorchDispatchMode):
         if function is torch.ops.aten._to_copy.default:
             self.of[arguments[0].data_ptr()] += 1
         return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("ends", [[], list(range(40))])
+def test_progress_tells_the_tokens_of_the_longest_response(ends):
+    policy, calls = small_policy("llama"), []
+    engine, sampling = NativeEngine(), Sampling(max_new_tokens=5, eos_ids=ends)
+    engine.generate(policy, small_prompts(), sampling, lambda done, total: calls.append((done, total)))
+    assert calls == ([(1, 5), (5, 5)] if ends else [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)])
+
+
+def test_steps_of_ever_new_sizes_are_not_left_to_cudnn(monkeypatch):
+    """Whose attention makes a plan for each size; recorded steps are of few sizes."""
+    policy, allowed = small_policy("llama"), []
+    decode = policy.decode
+
+    def looked(*inputs, **attention):
+        allowed.append((bool(attention), torch.backends.cuda.cudnn_sdp_enabled()))
+        return decode(*inputs, **attention)
+
+    monkeypatch.setattr(policy, "decode", looked)
+    sample(policy, small_prompts(), checked_engine(policy))
+    assert set(allowed) == {(False, True), (True, False)}
+
+
+@pytest.mark.parametrize(("kind", "products", "expected"), [
+    ("cuda", "tf32", torch.float16), ("cuda", "ieee", torch.float32), ("cpu", "tf32", torch.float32),
+])  # fmt: skip
+def test_float32_on_a_gpu_may_have_the_digits_of_float16(kind, products, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=products))
+    weight = SimpleNamespace(device=torch.device(kind), dtype=torch.float32)
+    assert _precision(SimpleNamespace(parameters=lambda: iter([weight]))) == expected
 
 
 def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice(policy, monkeypatch):
