@@ -65,12 +65,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def iterate(world: Path, device: torch.device, precision: str = "32-true") -> tuple[Recorder, set[tuple[str, str]]]:
+def iterate(
+    world: Path, device: torch.device, precision: str = "32-true", **options: Any
+) -> tuple[Recorder, set[tuple[str, str]]]:
     """One iteration of configs/demo/ppo.yaml, with the gold reward in place of a trained one."""
     reward = FunctionReward("rlhf_lightning.demo.gold:gold_reward")
     module = Recorder(
         str(world / "start"), reward, iterations=1, epochs=2, minibatches=2, kl_coef=0.1, max_new_tokens=24,
-        learning_rate=3e-4, critic_learning_rate=1e-3,
+        learning_rate=3e-4, critic_learning_rate=1e-3, **options,
     )  # fmt: skip
     data = PreferenceDataModule(str(world / "prompts.jsonl"), batch_size=ROWS, validation_fraction=0.0)
     trainer = Trainer(
@@ -103,6 +105,15 @@ def test_one_iteration_learns_what_the_cpu_learns(device, world):
     (metrics,), (expected,) = module.logged, plain.logged
     assert metrics["policy/steps"] == 4
     for name in ("objective/scores", "objective/kl", "loss/policy", "loss/value", "policy/entropy", "policy/grad_norm"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-4), name
+
+
+def test_compiled_layers_learn_the_same(device, world):
+    module, _ = iterate(world, device, compile_layers=True)
+    eager, _ = iterate(world, device)
+    assert module.rollouts[0].responses == eager.rollouts[0].responses
+    (metrics,), (expected,) = module.logged, eager.logged
+    for name in ("loss/policy", "loss/value", "policy/entropy", "policy/grad_norm", "critic/grad_norm"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-4), name
 
 
