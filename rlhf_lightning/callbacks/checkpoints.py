@@ -35,9 +35,9 @@ class RunCheckpoint(Checkpoint):
     """Saves to ``<run>/checkpoints/batch-N.ckpt`` after every so many batches, at the end, and on a signal.
 
     N counts batches over the whole run; one batch is one PPO iteration. With gradient accumulation a save waits for the
-    optimizer step, and after a run's last batch for the validation that follows: a run resumed from there has nothing
-    left to do, and would leave it out. A save never touches an earlier checkpoint: what is killed in the middle leaves
-    them as they were.
+    optimizer step, and after a run's last batch, where that ends an epoch, for the validation that follows: a run
+    resumed from there has nothing left to do, and would leave it out. A save never touches an earlier checkpoint: what
+    is killed in the middle leaves them as they were.
 
     A run that goes on from an older checkpoint leaves the later ones of its first attempt alone until it has a whole
     one of its own; then they are removed, so that the newest is always of the run as it went on.
@@ -158,9 +158,13 @@ def _batches(trainer: Trainer) -> int:
 
 
 def _is_last(trainer: Trainer) -> bool:
-    """Whether no training batch comes after this one."""
+    """Whether this batch ends both its epoch and the run.
+
+    Where ``max_steps`` ends a run within an epoch, Lightning's loop counts the rest of that epoch as done before
+    `on_train_end`: a run that goes on from there, to a later end, would leave those batches out.
+    """
     epochs = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-    return (epochs and trainer.is_last_batch) or trainer.global_step == trainer.max_steps
+    return trainer.is_last_batch and (epochs or trainer.global_step == trainer.max_steps)
 
 
 def _is_whole(path: Path) -> bool:
