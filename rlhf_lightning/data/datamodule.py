@@ -87,9 +87,8 @@ class PreferenceDataModule(LightningDataModule):
         self.seed = int(seed)
         self.tokenizer: Any = None
         self.view: View | None = None
-        self.kind: Kind = (
-            "prompts"  # of the batches served: the view's; labels in place of pairs; prompts for `predict`
-        )
+        # Of the batches served: the view's; labels where it takes them for pairs; prompts for `predict`.
+        self.kind: Kind = "prompts"
         self.pad_id = 0
         self.train: list[Example] = []
         self.held_out: list[Example] = []

@@ -97,9 +97,8 @@ class Encoder:
         """The examples of one kind in the records' order, and what was dropped, by reason.
 
         ``demonstrations``: each record's best response. ``pairs``: every pair. ``labels``: each labelled response.
-        ``prompts``: each distinct prompt once,
-        with the columns of the first row that has it; with ``demonstrations`` also that row's best response, where it
-        has one that is not too long.
+        ``prompts``: each distinct prompt once, with the columns of the first row that has it; with ``demonstrations``
+        also that row's best response, where it has one that is not too long.
 
         Raises:
             InputError: a record without what ``kind`` needs, chat rows without a template, or an over-long text whose

@@ -65,12 +65,13 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     adapter (``score``) is left out.
 
     Args:
-        model: whole, and before `add_adapter`.
+        model: whole, on the CPU, and before `add_adapter`.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         if not name.startswith("score."):
-            places = torch.linspace(0, parameter.numel() - 1, 64, dtype=torch.float64).long()
+            last, device = parameter.numel() - 1, parameter.device  # Lightning's default device is another
+            places = torch.linspace(0, last, 64, dtype=torch.float64, device=device).long()
             sample = parameter.detach().flatten()[places].float()
             digest.update(f"{name} {list(parameter.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()

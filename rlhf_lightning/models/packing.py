@@ -35,7 +35,8 @@ class _Similar:
 
     def __init__(self, lengths: Tensor, device: torch.device) -> None:
         self.shape = (len(lengths), int(lengths[0]))
-        places = (torch.arange(self.shape[1]) < lengths[:, None]).view(-1).nonzero()[:, 0]
+        columns = torch.arange(self.shape[1], device=lengths.device)
+        places = (columns < lengths[:, None]).view(-1).nonzero()[:, 0]
         self.count = len(places)
         self.places = places.to(device)
 
@@ -68,7 +69,7 @@ class PackedRows:
         device = lengths.device
         # All on the CPU, which makes a GPU wait once and not for every index.
         lengths, order = lengths.cpu().clamp(max=width).sort(descending=True, stable=True)
-        columns = torch.arange(width)
+        columns = torch.arange(width, device=lengths.device)
         real = columns < lengths[:, None]
         self.places = (order[:, None] * width + columns)[real].to(device)  # [N], in B * S
         self.positions = columns.expand(self.shape)[real][None].to(device)  # [1, N]

@@ -82,7 +82,8 @@ def test_labelled_rows_take_the_place_of_pairs_where_the_module_takes_them(tmp_p
     rows = [{"prompt": f"p{i}", "completion": "fine" if i % 3 else "bad", "label": i % 3 > 0} for i in range(9)]
     path.write_text("".join(json.dumps({**row, "weight": 2}) + "\n" for row in rows))
     data = make_data(str(path), validation_fraction=0.2).prepare(View("pairs", labels=True))
-    assert data.summary().startswith("data: 7 labels to train on, 2 held out") and data.state_dict()["options"]["view"]
+    assert data.summary().startswith("data: 7 labels to train on, 2 held out")
+    assert data.state_dict()["options"]["view"] == "labels"
     batches = [*data.train_dataloader(), *data.val_dataloader()]
     seen = []
     for batch in batches:

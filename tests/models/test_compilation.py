@@ -7,9 +7,10 @@ import torch
 from architectures import build
 from torch import Tensor
 
-from rlhf_lightning.models.compilation import compile_layers, uncompiled
+from rlhf_lightning.models.compilation import compile_layers
 from rlhf_lightning.models.layers import checkpoint_activations
 from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.rollout.engine import ready_to_decode
 
 LENGTHS = torch.tensor([9, 5, 6, 3])
 PROMPTS = torch.tensor([4, 2, 1, 3])
@@ -68,7 +69,8 @@ def test_sampling_runs_the_layers_as_they_are() -> None:
     compile_layers(policy)
     layer = policy.model.base_model.layers[0]
     assert layer._compiled_call_impl is not None
-    with uncompiled(policy):
+    with ready_to_decode(policy):
+        assert not any(part._compiled_call_impl for part in policy.modules())
         before = graphs()
         policy(TOKENS[:2], LENGTHS[:2], PROMPTS[:2])
         assert graphs() == before

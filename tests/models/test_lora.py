@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.export import export_policy, export_scalar
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
-from rlhf_lightning.models.lora import adapted_layers, add_adapter
+from rlhf_lightning.models.lora import adapted_layers, add_adapter, base_fingerprint
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.positions import at_last_token
 from rlhf_lightning.models.scalar import ScalarModel
@@ -141,6 +141,14 @@ def test_exported_reward_models_have_it_in_their_weights(
     full = torch.full((4,), 9)
     with torch.no_grad():
         torch.testing.assert_close(stock(TOKENS).logits[:, 0], at_last_token(scalar(TOKENS, full), full))
+
+
+def test_weights_have_one_fingerprint_whatever_the_default_device() -> None:
+    """Lightning builds models under the training device, for which ``meta`` stands in, and they are on the CPU yet."""
+    model = build("llama")
+    with torch.device("meta"):
+        found = base_fingerprint(model)
+    assert found == base_fingerprint(model) != base_fingerprint(build("qwen2"))
 
 
 def test_targets_that_cannot_be_adapted_are_refused() -> None:

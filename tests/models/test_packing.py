@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlhf_lightning.models.layers import checkpoint_activations
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.lora import add_adapter
+from rlhf_lightning.models.packing import can_pack
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
 
@@ -104,6 +105,13 @@ def test_models_that_cannot_be_packed_are_run_padded() -> None:
     assert not policy.packs
     log_probs = policy(TOKENS, LENGTHS, PROMPTS).log_probs
     torch.testing.assert_close(policy(TOKENS[:1], LENGTHS[:1], PROMPTS[:1]).log_probs[0], log_probs[0], **EXACT)
+
+
+def test_packing_is_tried_where_the_model_is() -> None:
+    """Lightning builds models under the training device, for which ``meta`` stands in, and they are on the CPU yet."""
+    model = build("llama")
+    with torch.device("meta"):
+        assert can_pack(model.base_model)
 
 
 def test_scores_of_reward_models(tiny_reward_dir: str) -> None:
