@@ -90,6 +90,7 @@ def draw(results: dict[str, Any], path: Path) -> Path | None:
             panel.set_xlabel(axis.replace("_", " "))
             panel.set_ylabel(label)
             panel.set_xlim(left=0)
+            panel.locator_params(axis="x", nbins=5)
             panel.set_ylim(bottom=0)
             panel.grid(alpha=0.3)
     figure.tight_layout()
