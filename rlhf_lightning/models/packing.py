@@ -42,8 +42,7 @@ class _Similar:
 
     def spread(self, x: Tensor) -> Tensor:
         """The rows' tokens ``[count, ...]`` -> ``[n, w, ...]``, zeros where padding is."""
-        rows = x if self._whole else _spread(x, self.places, self.shape)
-        return rows.unflatten(0, self.shape) if self._whole else rows
+        return x.unflatten(0, self.shape) if self._whole else _spread(x, self.places, self.shape)
 
     def pack(self, x: Tensor) -> Tensor:
         """``[n, w, ...]`` -> ``[count, ...]``."""
