@@ -5,11 +5,11 @@
 #ifdef __linux__
 #include <sys/mman.h>
 
-#include <array>
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <unordered_map>
-#include <utility>
+#include <vector>
 #endif
 
 namespace rlhf_lightning {
@@ -19,7 +19,7 @@ namespace {
 constexpr size_t kHugePage = size_t{1} << 21;
 constexpr size_t kLarge = 8 * kHugePage;
 constexpr size_t kMedium = kHugePage / 2;           // what the allocator keeps: from here on, a block wastes half at most
-constexpr size_t kKeptBytes = size_t{256} << 20;  // kept at most, but for the two newest blocks, whatever their size
+constexpr size_t kKeptBytes = size_t{256} << 20;  // kept at least, as are the two newest blocks, whatever their size
 
 // A mapping of whole huge pages, or none.
 struct Block {
@@ -48,40 +48,58 @@ class Kept {
   Block take(size_t size) {
     Block found;
     if (door_.test_and_set(std::memory_order_acquire)) return found;
-    for (Block& block : blocks_) {
-      if (block.size >= size && block.size <= 2 * size && (found.start == nullptr || block.size < found.size)) {
-        std::swap(block, found);
-      }
+    size_t best = blocks_.size();
+    for (size_t i = blocks_.size(); i-- > 0;) {  // the newest of the smallest that fit
+      if (blocks_[i].size < size || blocks_[i].size > 2 * size) continue;
+      if (best == blocks_.size() || blocks_[i].size < blocks_[best].size) best = i;
+    }
+    if (best < blocks_.size()) {
+      found = blocks_[best];
+      blocks_.erase(blocks_.begin() + best);
+      bytes_ -= found.size;
     }
     door_.clear(std::memory_order_release);
     return found;
   }
 
-  void give(Block block) {
+  void give(Block block, size_t room) {
     if (madvise(block.start, block.size, MADV_FREE) != 0 || door_.test_and_set(std::memory_order_acquire)) {
       return unmap(block);
     }
-    size_t bytes = 0;
-    for (size_t i = 0; i < blocks_.size(); ++i) {  // the newest first, up to the first empty place
-      if (block.start != nullptr) std::swap(blocks_[i], block);
-      bytes += blocks_[i].size;
-      if (i < 2 || bytes <= kKeptBytes) continue;
-      bytes -= blocks_[i].size;
-      unmap(std::exchange(blocks_[i], {}));
-    }
+    blocks_.push_back(block);
+    bytes_ += block.size;
+    drop(room);
     door_.clear(std::memory_order_release);
-    unmap(block);
+  }
+
+  void trim(size_t room) {
+    if (door_.test_and_set(std::memory_order_acquire)) return;
+    drop(room);
+    door_.clear(std::memory_order_release);
   }
 
   void clear() {
     if (door_.test_and_set(std::memory_order_acquire)) return;
-    for (Block& block : blocks_) unmap(std::exchange(block, {}));
+    for (const Block block : blocks_) unmap(block);
+    blocks_.clear();
+    bytes_ = 0;
     door_.clear(std::memory_order_release);
   }
 
  private:
+  // The oldest blocks go, down to `room` bytes or what is always kept.
+  void drop(size_t room) {
+    size_t count = 0;
+    for (; bytes_ > std::max(room, kKeptBytes) && count + 2 < blocks_.size(); ++count) {
+      bytes_ -= blocks_[count].size;
+      unmap(blocks_[count]);
+    }
+    blocks_.erase(blocks_.begin(), blocks_.begin() + count);
+  }
+
   std::atomic_flag door_ = ATOMIC_FLAG_INIT;
-  std::array<Block, 32> blocks_;
+  std::vector<Block> blocks_;  // the oldest first
+  size_t bytes_ = 0;
 };
 
 Kept& kept() {
@@ -95,6 +113,8 @@ class Used {
   void add(Block block) {
     const std::lock_guard<std::mutex> lock(door_);
     sizes_.emplace(block.start, block.size);
+    bytes_ += block.size;
+    most_ = std::max(most_, bytes_);
   }
 
   Block remove(void* start) {
@@ -103,12 +123,28 @@ class Used {
     if (found == sizes_.end()) return {};
     const Block block{static_cast<char*>(start), found->second};
     sizes_.erase(found);
+    bytes_ -= block.size;
     return block;
+  }
+
+  // From here on the most that is in use at once counts, or nothing does.
+  void watch(bool on) {
+    const std::lock_guard<std::mutex> lock(door_);
+    watched_ = on;
+    most_ = bytes_;
+  }
+
+  // What was in use at once at most, less what is now: kept beside it, it makes the peak no higher.
+  size_t room() {
+    const std::lock_guard<std::mutex> lock(door_);
+    return watched_ ? most_ - bytes_ : 0;
   }
 
  private:
   std::mutex door_;
   std::unordered_map<void*, size_t> sizes_;
+  size_t bytes_ = 0, most_ = 0;
+  bool watched_ = false;
 };
 
 Used& used() {
@@ -118,7 +154,8 @@ Used& used() {
 
 void release(void* start) {
   c10::profiledCPUMemoryReporter().Delete(start);
-  kept().give(used().remove(start));
+  const Block block = used().remove(start);
+  kept().give(block, used().room());
 }
 
 struct Allocation {
@@ -136,6 +173,7 @@ Allocation allocate(size_t bytes, size_t size) {
   }
   if (block.start == nullptr) return {};
   used().add(block);
+  if (!warm) kept().trim(used().room());
   c10::profiledCPUMemoryReporter().New(block.start, bytes);
   return {at::DataPtr(block.start, block.start, &release, c10::kCPU), warm};
 }
@@ -167,7 +205,7 @@ class KeepingAllocator final : public c10::Allocator {
     const Block block = used().remove(start);
     if (block.start == nullptr) return plain().raw_deallocate(start);
     c10::profiledCPUMemoryReporter().Delete(start);
-    kept().give(block);
+    kept().give(block, used().room());
   }
 };
 }  // namespace
@@ -194,6 +232,7 @@ void keep_memory(bool on) {
     return made;
   }();
   (void)allocator;
+  used().watch(on);
   keeping = on;
 }
 #else

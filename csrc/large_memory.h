@@ -18,7 +18,7 @@ LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options)
 void release_kept_memory();
 
 // From now on, or no longer, the same for every CPU tensor of at least 1 MiB, whoever makes it: a training allocates the same
-// sizes in every step.
+// sizes in every step. While it is on, as much is kept as was in use at once at most, what is in use now included.
 void keep_memory(bool on);
 
 }  // namespace rlhf_lightning
