@@ -49,7 +49,7 @@ class RLHFModule(OptimisedModule):
         model: folder (or hub id) of the model to train.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         compile_layers: let torch.compile make the layers of all models but the reward's: less time a step, after some
-            ten seconds or more in the first ones.
+            ten seconds or more in the first ones. Not with gradient checkpointing.
         trust_remote_code: let transformers run Python code that comes with the model.
         lora_rank: train low-rank adapters of this rank instead of the weights (LoRA); None trains all weights. A head
             that gives scores or values is trained too. Checkpoints hold what is trained, and resume beside the same
@@ -88,6 +88,11 @@ class RLHFModule(OptimisedModule):
         for name, value in (("lora_alpha", lora_alpha), ("lora_targets", lora_targets)):
             if value is not None and lora_rank is None:
                 raise InputError(f"model.{name}: {value} has no meaning without model.lora_rank; set both, or none")
+        if compile_layers and gradient_checkpointing:
+            raise InputError(
+                "model.compile_layers: layers that are checkpointed cannot be compiled; set it or "
+                "model.gradient_checkpointing to false"
+            )
         self.lora_rank, self.lora_alpha, self.lora_targets = lora_rank, lora_alpha, lora_targets
         self.automatic_optimization = self.automatic
         self.model = model

@@ -94,11 +94,13 @@ class PPOModule(ActorCriticModule):
         if ptx_coef > 0:
             self.data_view = replace(self.data_view, demonstrations="all")
         self.whiten_advantages, self.whiten_rewards = whiten_advantages, whiten_rewards
-        if bootstrap_truncated and self.shaped.missing_eos_penalty > 0:
-            raise InputError(
-                f"model.missing_eos_penalty: {self.shaped.missing_eos_penalty} has no effect with bootstrap_truncated, "
-                "which puts the critic's value in the place of such a response's score; leave one of the two out"
-            )
+        for penalty in ("missing_eos_penalty", "length_penalty"):
+            if bootstrap_truncated and getattr(self.shaped, penalty) > 0:
+                raise InputError(
+                    f"model.{penalty}: {getattr(self.shaped, penalty)} has no effect on a cut response with "
+                    "bootstrap_truncated, which puts the critic's value in the place of its score; leave one of the "
+                    "two out"
+                )
         self.score_position, self.bootstrap_truncated = score_position, bootstrap_truncated
 
     @torch.no_grad()

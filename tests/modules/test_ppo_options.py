@@ -106,7 +106,7 @@ AGAINST: dict[str, dict] = {
 # Shown elsewhere: model and reward by every test; critic_from below; micro-batches and gradient checkpointing must not
 # change the result (test_ppo_truth.py, and below); eval_temperature by checklist item 37; ptx_coef by test_ppo_ptx.py;
 # engine by tests/rollout/test_engine.py; best_of by test_methods.py; trust_remote_code is transformers' own;
-# compile_layers, which must not change the result either, by tests/models/test_compilation.py.
+# compile_layers, which must not change the result either, below.
 ELSEWHERE = {
     "model",
     "reward",
@@ -199,7 +199,12 @@ def test_the_critic_starts_from_the_named_reward_model(tiny_policy_dir, tiny_rew
         ({"importance_cap": 2.0, "old_log_probs": "rollout"}, "model.importance_cap: 2.0 has no effect with old_log"),
         (
             {"bootstrap_truncated": True, "missing_eos_penalty": 1.0},
-            "model.missing_eos_penalty: 1.0 has no effect with bootstrap_truncated",
+            "model.missing_eos_penalty: 1.0 has no effect on a cut response with bootstrap_truncated",
+        ),
+        ({"bootstrap_truncated": True, "length_penalty": 0.5}, "model.length_penalty: 0.5 has no effect on a cut"),
+        (
+            {"compile_layers": True, "gradient_checkpointing": True},
+            "model.compile_layers: layers that are",
         ),
         ({"length_threshold": 3}, "model.length_threshold: 3 has no effect without a penalty"),
         ({"length_threshold": 6, "length_penalty": 0.1}, "no response is longer than max_new_tokens 6"),
@@ -215,6 +220,26 @@ def test_no_reward_is_an_error_that_says_what_to_do(tiny_policy_dir):
     module = PPOModule(str(tiny_policy_dir), iterations=1, minibatches=1)
     with pytest.raises(InputError, match=r"model\.reward: none is given"):
         fit(module, [prompts()])
+
+
+def test_compiled_layers_train_to_the_same_weights(tiny_policy_dir):
+    found = []
+    for compiled in (False, True):
+        module = make_module(
+            tiny_policy_dir,
+            compile_layers=compiled,
+            critic="model",
+            critic_warmup=1,
+            iterations=2,
+            minibatches=2,
+            adam_eps=1e-3,
+        )
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        fit(module)
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > before) == compiled
+        found.append(module.state_dict())
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_reference_of_another_vocabulary_is_refused(tiny_policy_dir, tmp_path, pad_is_eos_tokenizer):
