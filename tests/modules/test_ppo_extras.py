@@ -119,7 +119,8 @@ def advantages_by_definition(module: Recorder, lam_of_length) -> list[torch.Tens
 
 @pytest.mark.parametrize("alpha", [None, 0.4])
 def test_critic_and_policy_have_a_lambda_each(tiny_policy_dir, alpha):
-    options = {"kl_coef": 0.0, "whiten_advantages": False, "lam": 0.9, "critic_lam": 1.0, "lam_alpha": alpha}
+    policy_option = {"lam": 0.9} if alpha is None else {"lam_alpha": alpha}
+    options = {"kl_coef": 0.0, "whiten_advantages": False, "critic_lam": 1.0, **policy_option}
     module = make_module(tiny_policy_dir, max_new_tokens=12, **options)
     fit(module)
     e = module.experiences[0]
