@@ -25,7 +25,7 @@ import torch
 from training import report
 from training.entrants import ENTRANTS, OURS
 from training.rounds import Failed, limits, measure, summary
-from training.sizes import SIZES, TASKS, prepare
+from training.sizes import PRECISIONS, SIZES, TASKS, prepare
 
 LIMITS = "limits"
 MACHINE = ("cpu", "cores", "threads", "torch", "gpu", "cuda")
@@ -37,7 +37,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--size", choices=tuple(SIZES), required=True, help="tiny: does the benchmark itself work?")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of weights and all (default: by device)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of weights and all, or autocast's, on all sides (default: by device)"
+    )
     parser.add_argument("--compile", action="store_true", help="layers made by torch.compile, on both sides")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="+", choices=(*ENTRANTS, LIMITS), metavar="SIDE")

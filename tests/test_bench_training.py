@@ -87,12 +87,14 @@ def test_every_side_does_the_same_work_and_missing_peers_are_named(tmp_path: Pat
     assert results["about"]["torch"] == torch.__version__ and results["about"]["commands"][0] in page
 
 
-@pytest.mark.parametrize("task", ["sft", "reward_model", "dpo"])
-def test_supervised_steps_are_counted(task: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "precision"), [("sft", "float32"), ("reward_model", "float32"), ("dpo", "float32"), ("dpo", "bf16-mixed")]
+)
+def test_supervised_steps_are_counted(task: str, precision: str, tmp_path: Path) -> None:
     size = sizes.SIZES["tiny"]
     sizes.fill(size, tmp_path)
     seen = meter.Meter("cpu", 1, 2, 1, rest="update")
-    measured = ours.run(task, size, tmp_path, "cpu", "float32", seen, seed=0)
+    measured = ours.run(task, size, tmp_path, "cpu", precision, seen, seed=0)
     rows = sizes.work(tmp_path)
     if task == "sft":
         tokens = sum(len(prompt) + len(response) for prompt, response in rows["demonstrations"])

@@ -29,8 +29,9 @@ REPEATS = 5
 class Machine:
     """The weights of a model, and the times of products with them."""
 
-    def __init__(self, size: Size, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, size: Size, device: str, dtype: torch.dtype, master: int | None = None) -> None:
         self.size, self.device, self.dtype = size, device, dtype
+        self.master = master or dtype.itemsize  # bytes of a weight for the optimizer
         head = size.hidden // size.heads
         wide, narrow = size.heads * head, size.kv_heads * head
         shapes = [(wide, size.hidden), (narrow, size.hidden), (narrow, size.hidden), (size.hidden, wide)]
@@ -125,7 +126,7 @@ def _decoding(machine: Machine, size: Size, prompts: list[int]) -> float:
 
 
 def _step(machine: Machine, models: int) -> float:
-    return models * 7 * machine.parameters() * machine.head.element_size() / machine.bytes_a_second
+    return models * 7 * machine.parameters() * machine.master / machine.bytes_a_second
 
 
 def of_supervised(task: str, machine: Machine, rows: dict[str, Any]) -> dict[str, float]:
@@ -149,7 +150,8 @@ def main() -> None:
     task, name, device, precision, threads, folder, out = sys.argv[1:]
     torch.set_num_threads(int(threads))
     size, rows = size_of(name, device), work(Path(folder))
-    machine = Machine(size, device, getattr(torch, precision))
+    mixed = precision == "bf16-mixed"
+    machine = Machine(size, device, torch.bfloat16 if mixed else getattr(torch, precision), 4 if mixed else None)
     found = of_ppo(machine, size, rows) if task == "ppo" else of_supervised(task, machine, rows)
     Path(out).write_text(json.dumps({"seconds": found, "copy_gb_a_second": machine.bytes_a_second / 1e9}))
 

@@ -150,7 +150,7 @@ def run(
         accelerator="cpu" if device == "cpu" else "gpu",
         devices=1,
         max_epochs=1,
-        precision="32-true" if precision == "float32" else "bf16-true",
+        precision=LIGHTNING[precision],
         gradient_clip_val=None if task == "ppo" else 1.0,  # the Hugging Face trainer's default
         logger=False,
         callbacks=[ends],
@@ -212,6 +212,7 @@ def _dpo(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> A
     return MeteredDPO(str(folder / "policy"), learning_rate=size.learning_rate["dpo"], **options)
 
 
+LIGHTNING: dict[str, Any] = {"float32": "32-true", "bfloat16": "bf16-true", "bf16-mixed": "bf16-mixed"}
 MAKERS = {"ppo": _ppo, "sft": _sft, "reward_model": _reward_model, "dpo": _dpo}
 KINDS: dict[str, tuple[Kind, str]] = {
     "ppo": ("prompts", "prompts"),

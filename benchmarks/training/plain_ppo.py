@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 from training.meter import Meter
-from training.sizes import Size, work
+from training.sizes import PRECISIONS, Size, work
 
 GAMMA, LAM, CLIP, KL_COEF, VALUE_COEF = 1.0, 0.95, 0.2, 0.05, 0.1
 
@@ -24,7 +24,7 @@ GAMMA, LAM, CLIP, KL_COEF, VALUE_COEF = 1.0, 0.95, 0.2, 0.05, 0.1
 def run(task: str, size: Size, folder: Path, device: str, precision: str, meter: Meter, seed: int) -> dict[str, Any]:
     """Trains ``meter.total`` iterations."""
     torch.manual_seed(seed)
-    dtype = getattr(torch, precision)
+    dtype = getattr(torch, PRECISIONS[precision])
 
     def causal() -> Any:
         return AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype).to(device)
@@ -45,7 +45,8 @@ def run(task: str, size: Size, folder: Path, device: str, precision: str, meter:
         prompts[number, : len(row)] = torch.tensor(row)
     meter.begin()
     for _ in range(meter.total):
-        _iteration(policy, critic, reference, reward, optimizer, prompts, lengths, size, meter)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            _iteration(policy, critic, reference, reward, optimizer, prompts, lengths, size, meter)
         meter.step_ended()
     return meter.result((policy, critic, reference, reward), optimizer)
 

@@ -154,7 +154,7 @@ def _what(results: dict[str, Any], size: Size) -> str:
     weights = "random weights" if size.folder is None else "its own weights"
     model = (
         f"A Llama of {size.layers} layers of width {size.hidden}, vocabulary {size.vocabulary}, {weights}, "
-        f"{results['precision']}. "
+        f"{'float32 under autocast to bfloat16' if results['precision'] == 'bf16-mixed' else results['precision']}. "
     )
     passes = (
         f"Peers pass {size.micro_rows} rows of a minibatch at a time, ours by its default. " if size.micro_rows else ""

@@ -17,6 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMOLLM2 = ROOT / "models" / "smollm2"
 FIRST_WORD = 4  # ids below it are special
+PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "bf16-mixed": "float32"}  # dtype of the weights
 TASKS = ("ppo", "sft", "reward_model", "dpo")
 
 

@@ -65,6 +65,7 @@ def main() -> None:
         stop_token="eos",
         kl_coef=settings["kl_coef"],
         use_cpu=True,
+        bf16=False,
         seed=settings["seed"],
     )
     curve = Curve()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from training.meter import Meter
-from training.sizes import Size, work
+from training.sizes import PRECISIONS, Size, work
 
 
 class Ends(TrainerCallback):
@@ -75,7 +75,7 @@ def run(
     torch_compile: bool = False,
 ) -> dict[str, Any]:
     """Trains ``meter.total`` steps."""
-    dtype = getattr(torch, precision)
+    dtype = getattr(torch, PRECISIONS[precision])
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     with tempfile.TemporaryDirectory() as out:
         options = {
@@ -87,7 +87,7 @@ def run(
             "lr_scheduler_type": "constant",
             "gradient_checkpointing": False,
             "torch_compile": torch_compile,
-            "bf16": False,  # autocast; the weights' dtype is what is compared
+            "bf16": precision == "bf16-mixed",  # autocast
             "use_cpu": device == "cpu",
             "seed": seed,
             "eval_strategy": "no",

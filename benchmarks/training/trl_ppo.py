@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from training.meter import Meter
-from training.sizes import Size, work
+from training.sizes import PRECISIONS, Size, work
 
 
 class Ends(TrainerCallback):
@@ -51,7 +51,6 @@ def configured(**options: Any) -> PPOConfig:
         lam=0.95,
         whiten_rewards=False,
         gradient_checkpointing=False,
-        bf16=False,  # autocast; the weights' dtype is what is compared
         num_sample_generations=0,
         eval_strategy="no",
         save_strategy="no",
@@ -63,7 +62,7 @@ def configured(**options: Any) -> PPOConfig:
 
 def run(task: str, size: Size, folder: Path, device: str, precision: str, meter: Meter, seed: int) -> dict[str, Any]:
     """Trains ``meter.total`` iterations."""
-    dtype = getattr(torch, precision)
+    dtype = getattr(torch, PRECISIONS[precision])
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     # A pad of its own, outside the vocabulary, as TRL's own script adds one: a sampled id that is also the pad's would
     # be taken for the end of the response. It never reaches a model.
@@ -91,6 +90,7 @@ def run(task: str, size: Size, folder: Path, device: str, precision: str, meter:
             learning_rate=size.learning_rate["ppo"],
             lr_scheduler_type="constant",
             use_cpu=device == "cpu",
+            bf16=precision == "bf16-mixed",  # autocast, in the passes that TRL has under it
             seed=seed,
         )
         trainer = PPOTrainer(

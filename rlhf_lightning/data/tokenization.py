@@ -291,7 +291,8 @@ def _wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int
     if record.form == "labelled":
         remedy = {
             "demonstrations": "a demonstration has none; leave out the rows of label false, and the key in the others",
-            "pairs": "a comparison has 'chosen' and 'rejected'; responses labelled one by one are for KTOModule",
+            "pairs": "a comparison has 'chosen' and 'rejected'; responses labelled one by one are for KTOModule, in "
+            "data.path and data.val_path alike",
         }[kind]
         raise InputError(f"{record.where}: key 'label': {remedy}")
     if kind == "demonstrations":

@@ -209,7 +209,10 @@ class OptimisedModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """``trainer.gradient_clip_val`` by the norm that is measured already; other algorithms are Lightning's."""
+        """``trainer.gradient_clip_val`` by the norm that is measured already; other algorithms are Lightning's.
+
+        A module's own ``on_before_optimizer_step`` has to call ``super()``'s, which measures it.
+        """
         if not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif self.grad_norm > gradient_clip_val:
