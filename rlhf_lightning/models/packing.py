@@ -25,73 +25,89 @@ _SIMILAR = 0.75  # of the longest row's length: shorter ones go into the next ca
 _WORTH = 0.9  # a larger share of real tokens is not worth the copies that packing makes around attention
 
 
-class _Similar:
-    """Rows of similar length: where their tokens stand in ``[n, w]``, w the longest of them.
-
-    Args:
-        lengths: ``[n]`` int64 on the CPU, the longest first.
-        device: of the tokens.
-    """
-
-    def __init__(self, lengths: Tensor, device: torch.device) -> None:
-        self.shape = (len(lengths), int(lengths[0]))
-        columns = torch.arange(self.shape[1], device=lengths.device)
-        places = (columns < lengths[:, None]).view(-1).nonzero()[:, 0]
-        self.count = len(places)
-        self.places = places.to(device)
-
-    def spread(self, x: Tensor) -> Tensor:
-        """The rows' tokens ``[count, ...]`` -> ``[n, w, ...]``, zeros where padding is."""
-        return x.unflatten(0, self.shape) if self._whole else _spread(x, self.places, self.shape)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """``[n, w, ...]`` -> ``[count, ...]``."""
-        flat = x.flatten(0, 1)
-        return flat if self._whole else flat.index_select(0, self.places)
-
-    @property
-    def _whole(self) -> bool:
-        """Whether the rows have no padding, and nothing is to be moved."""
-        return self.count == self.shape[0] * self.shape[1]
-
-
 class PackedRows:
-    """Where each real token of right-padded rows stands in the one long row, which has the longest of them first.
+    """Where each token of right-padded rows stands among the ``N`` that the trunk is given.
+
+    Rows that begin alike, as both sides of a pair and the responses to one prompt do, have that beginning in common: a
+    causal model makes the same of it in all of them (Wang & Hegde 2024, arXiv 2410.20305, for pairs).
 
     Args:
-        lengths: ``[B]`` int64.
-        width: S.
+        inputs: token ids ``[B, S]`` int64; or what stands for embeddings, ``[B, S, H]``, of which nothing is known to
+            be alike.
+        lengths: ``[B]`` int64; S where they are larger.
     """
 
-    def __init__(self, lengths: Tensor, width: int) -> None:
-        self.shape = (len(lengths), width)
-        device = lengths.device
+    def __init__(self, inputs: Tensor, lengths: Tensor) -> None:
+        self.shape = (inputs.shape[0], inputs.shape[1])
+        width, device = self.shape[1], lengths.device
         # All on the CPU, which makes a GPU wait once and not for every index.
-        lengths, order = lengths.cpu().clamp(max=width).sort(descending=True, stable=True)
-        columns = torch.arange(width, device=lengths.device)
-        real = columns < lengths[:, None]
-        self.places = (order[:, None] * width + columns)[real].to(device)  # [N], in B * S
-        self.positions = columns.expand(self.shape)[real][None].to(device)  # [1, N]
-        self.similar = [_Similar(part, device) for part in lengths.split(_similar_counts(lengths.tolist()))]
+        ends = lengths.cpu().clamp(max=width)
+        order, shared = _beginnings(inputs.cpu(), ends) if inputs.dim() == 2 else (torch.arange(len(ends)), 0 * ends)
+        first, last = shared[:, None], ends[order, None]  # of a row's own tokens, and the one after them
+        columns = torch.arange(width)
+        own = (columns >= first) & (columns < last)  # [B, S] in the order of `order`, as all up to `slots`
+        starts = (last - first).cumsum(0) - last
+        at = torch.minimum(columns, (last - 1).clamp(min=0))  # padding is a copy of the last token; nobody sees it
+        owner = torch.where(at >= first, torch.arange(len(ends))[:, None], 0).cummax(0).values
+        self.count = int((last - first).sum())
+        slots = torch.empty(self.shape, dtype=torch.int64)
+        slots[order] = (starts[owner, 0] + at).clamp(max=self.count - 1)
+        self._slots = slots.view(-1).to(device)  # [B * S], in N
+        self._places = (order[:, None] * width + columns)[own].to(device)  # [N], in B * S
+        self.positions = columns.expand(self.shape)[own][None].to(device)  # [1, N]
+
+        by_length = ends.argsort(descending=True, stable=True)
+        self.similar: list[tuple[int, int]] = []  # [n, w] of the rows that are attended to at once
+        attended, begins, size = [], torch.empty_like(ends), 0
+        for rows in by_length.split(_similar_counts(ends[by_length].tolist())):
+            widest = int(ends[rows[0]])
+            self.similar.append((len(rows), widest))
+            attended.append(slots[rows, :widest].reshape(-1))
+            begins[rows] = size + widest * torch.arange(len(rows))
+            size += widest * len(rows)
+        self._attended = torch.cat(attended).to(device)  # [M], in N
+        self._origins = (begins[order, None] + columns)[own].to(device)  # [N], in M
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def pack(self, x: Tensor) -> Tensor:
         """``[B, S, ...]`` -> ``[1, N, ...]``."""
-        return x.flatten(0, 1).index_select(0, self.places)[None]
+        return x.flatten(0, 1).index_select(0, self._places)[None]
 
     def spread(self, x: Tensor) -> Tensor:
-        """``[1, N, ...]`` -> ``[B, S, ...]``, zeros where padding is."""
-        return _spread(x[0], self.places, self.shape)
+        """``[1, N, ...]`` -> ``[B, S, ...]``, a copy of the row's last token where padding is."""
+        return x[0].index_select(0, self._slots).unflatten(0, self.shape)
+
+    def rows(self, x: Tensor) -> list[Tensor]:
+        """``[1, A, N, D]`` -> ``[n, A, w, D]`` for each of ``similar``."""
+        parts = x[0].transpose(0, 1).index_select(0, self._attended).split([n * w for n, w in self.similar])
+        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.similar, strict=True)]
+
+    def pack_rows(self, parts: list[Tensor]) -> Tensor:
+        """``[n, w, A, D]`` for each of ``similar`` -> ``[1, N, A, D]``."""
+        return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, self._origins)[None]
 
     def window(self, width: int, size: int | None) -> Tensor | None:
         """What a token of ``width`` sees through a sliding window, ``[1, 1, width, width]`` bool; None: all before."""
         if size is None or width <= size:
             return None
         if (width, size) not in self._masks:
-            columns = torch.arange(width, device=self.places.device)
+            columns = torch.arange(width, device=self._slots.device)
             back = columns[:, None] - columns
             self._masks[width, size] = ((back >= 0) & (back < size))[None, None]
         return self._masks[width, size]
+
+
+def _beginnings(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows in the order of a dictionary, and how many tokens each begins with as the one before it does.
+
+    No row has more in common with any before it than with the last of them.
+    """
+    rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    order = torch.tensor(sorted(range(len(rows)), key=rows.__getitem__))
+    tokens, lengths = tokens[order], lengths[order]
+    columns = torch.arange(tokens.shape[1])
+    alike = (tokens[1:] == tokens[:-1]) & (columns < torch.minimum(lengths[1:], lengths[:-1])[:, None])
+    return order, torch.cat([lengths.new_zeros(1), alike.cumprod(1).sum(1)])
 
 
 def _similar_counts(lengths: list[int]) -> list[int]:
@@ -106,11 +122,6 @@ def _similar_counts(lengths: list[int]) -> list[int]:
     return counts
 
 
-def _spread(x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
-    rows = x.new_zeros((shape[0] * shape[1], *x.shape[1:]))
-    return rows.index_copy(0, places, x).unflatten(0, shape)
-
-
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -122,7 +133,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The model's own attention, row by row, called by transformers' layers.
+    """The model's own attention of the rows, called by transformers' layers.
 
     Args:
         query, key, value: ``[1, A, N, D]``.
@@ -131,15 +142,12 @@ def packed_attention(
     Returns: ``[1, N, A, D]``, and no attention weights.
     """
     attention = AttentionInterface()[_OWN]
-    counts = [rows.count for rows in packed.similar]
-    parts = zip(packed.similar, *(x[0].transpose(0, 1).split(counts) for x in (query, key, value)), strict=True)
     found = []
-    for rows, *tokens in parts:
+    for queries, keys, values in zip(*map(packed.rows, (query, key, value)), strict=True):
         # Right padding and a causal mask: a real token sees no padding.
-        mask = packed.window(rows.shape[1], sliding_window)
-        out, _ = attention(module, *(rows.spread(x).transpose(1, 2) for x in tokens), mask, **kwargs)
-        found.append(rows.pack(out))
-    return torch.cat(found)[None], None
+        mask = packed.window(queries.shape[2], sliding_window)
+        found.append(attention(module, queries, keys, values, mask, **kwargs)[0])
+    return packed.pack_rows(found), None
 
 
 AttentionInterface.register(_NAME, packed_attention)
@@ -170,8 +178,9 @@ def hidden_states(
     name = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
     arguments: dict[str, Any] = {"use_cache": False, "output_hidden_states": below is not None}
     width = inputs.shape[1]
-    if packs and int(lengths.clamp(max=width).sum()) < _WORTH * inputs.shape[0] * width:
-        packed = PackedRows(lengths, width)
+    with torch.device("cpu"):  # where its indices are made; Lightning's default device is another
+        packed = PackedRows(inputs, lengths) if packs else None
+    if packed is not None and packed.count < _WORTH * inputs.shape[0] * width:
         with attention_of(trunk, _NAME):
             output = trunk(**{name: packed.pack(inputs)}, position_ids=packed.positions, packed=packed, **arguments)
         found = None if below is None else packed.spread(output.hidden_states[-1 - below])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 from rlhf_lightning.models.layers import checkpoint_activations
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.lora import add_adapter
-from rlhf_lightning.models.packing import can_pack
+from rlhf_lightning.models.packing import PackedRows, can_pack
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
 
 LENGTHS = torch.tensor([9, 5, 6, 3])
 PROMPTS = torch.tensor([4, 2, 1, 3])  # the last response is empty
 TOKENS = torch.randint(3, 40, (4, 9), generator=torch.Generator().manual_seed(5))
+ALIKE = TOKENS.clone()  # 3 of the 23 tokens begin row 0 and row 2, and 2 of these also row 1; nothing begins row 3
+ALIKE[2, :3] = ALIKE[0, :3]
+ALIKE[1, :2] = ALIKE[0, :2]
+ALIKE[[1, 2, 3], [2, 3, 0]] = torch.tensor([1, 2, 1])
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 # Norms compute in float32 in every model, and sum their weights' gradients up in it.
 ROUNDED = {"rtol": 1e-5, "atol": 1e-5}
@@ -31,12 +36,12 @@ def policy_of(name: str, critic: object = None) -> Policy:
         return Policy(build(name, sliding_window=3), critic)
 
 
-def everything(policy: Policy) -> tuple[list[Tensor], dict[str, Tensor]]:
+def everything(policy: Policy, tokens: Tensor = TOKENS) -> tuple[list[Tensor], dict[str, Tensor]]:
     """What a pass gives, and the gradients of all of it."""
     policy.zero_grad()
-    scores = policy(TOKENS, LENGTHS, PROMPTS, 0.8)
+    scores = policy(tokens, LENGTHS, PROMPTS, 0.8)
     weights = torch.arange(1.0, 21.0, dtype=torch.float64).view(4, 5) * (scores.log_probs != 0)
-    loss, _ = policy.cross_entropy(TOKENS, LENGTHS, PROMPTS, weights)
+    loss, _ = policy.cross_entropy(tokens, LENGTHS, PROMPTS, weights)
     total = loss + (weights * scores.log_probs).sum() + scores.entropy.sum()
     if scores.values is not None:
         total = total + scores.values.square().sum()
@@ -46,11 +51,11 @@ def everything(policy: Policy) -> tuple[list[Tensor], dict[str, Tensor]]:
     return [x.detach() for x in found], gradients
 
 
-def compare(policy: Policy) -> None:
-    assert policy.packs
-    got, gradients = everything(policy)
+def compare(policy: Policy, tokens: Tensor = TOKENS) -> None:
+    policy.packs = True
+    got, gradients = everything(policy, tokens)
     policy.packs = False
-    expected, wanted = everything(policy)
+    expected, wanted = everything(policy, tokens)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **EXACT)
     assert gradients.keys() == wanted.keys() and len(wanted) > 5
@@ -60,7 +65,10 @@ def compare(policy: Policy) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "gemma3", "gpt2", "cohere", "granite"])
 def test_log_probs_and_gradients_are_those_of_padded_rows(name: str) -> None:
-    compare(policy_of(name, "head"))
+    policy = policy_of(name, "head")
+    assert policy.packs
+    compare(policy)
+    compare(policy, ALIKE)
 
 
 def test_a_critics_branch_and_adapters_too() -> None:
@@ -98,6 +106,45 @@ def test_layers_see_real_tokens_alone_where_that_is_worth_it() -> None:
     assert seen_by(policy, layer, TOKENS, torch.full((4,), 9), PROMPTS) == [(4, 9)]
     policy.packs = False
     assert seen_by(policy, layer, TOKENS, LENGTHS, PROMPTS) == [(4, 9)]
+
+
+def test_what_rows_begin_with_alike_is_computed_once() -> None:
+    policy = policy_of("llama")
+    layer = policy.model.model.layers[0].mlp.gate_proj
+    assert seen_by(policy, layer, ALIKE, LENGTHS, PROMPTS) == [(1, 23 - 3 - 2)]
+    assert seen_by(policy, layer, ALIKE[[0, 0, 2, 0]], torch.tensor([9, 9, 6, 4]), PROMPTS) == [(1, 9 + 3)]
+    # What stands past a row's end is nothing that it begins with.
+    assert seen_by(policy, layer, TOKENS[[0, 0]], torch.tensor([4, 9]), PROMPTS[:2]) == [(1, 9)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_token_finds_its_own_state_and_its_gradient(seed: int) -> None:
+    """Of many rows of two words, alike for as long as chance has it: what comes back is what was put in, for each."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 2, (40, 7), generator=draw)
+    lengths = torch.randint(0 if seed else 1, 9, (40,), generator=draw)  # some are longer than the tokens
+    packed = PackedRows(tokens, lengths)
+    beginnings = {
+        tuple(row[: t + 1]) for row, n in zip(tokens.tolist(), lengths, strict=True) for t in range(min(n, 7))
+    }
+    assert packed.count == len(beginnings)
+    powers = (tokens + 1) * 3 ** torch.arange(7)
+    states = powers.cumsum(1).double().requires_grad_()  # a number of its own for every beginning
+    one = packed.pack(states[..., None])  # [1, N, 1]
+    assert one.unique().numel() == packed.count
+    attended = packed.pack_rows([rows.transpose(1, 2) for rows in packed.rows(one[:, None])])[..., 0]
+    assert torch.equal(attended, one) and torch.equal(packed.positions[0], positions_of(one[0, :, 0]))
+    found = packed.spread(one)[..., 0]
+    real = torch.arange(7) < lengths[:, None]
+    assert torch.equal(found[real], states[real])
+    (one_gradient,) = torch.autograd.grad((found * real).sum(), one)
+    times = Counter(states[real].tolist())
+    assert one_gradient.flatten().tolist() == [times[state] for state in one.flatten().tolist()]
+
+
+def positions_of(states: Tensor) -> Tensor:
+    """Of the numbers above: how many powers of three are in them, less one."""
+    return (3 ** torch.arange(1, 8) <= 2 * states[:, None] + 1).sum(1) - 1
 
 
 def test_models_that_cannot_be_packed_are_run_padded() -> None:
