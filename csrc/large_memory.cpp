@@ -21,6 +21,8 @@ constexpr size_t kLarge = 8 * kHugePage;
 constexpr size_t kMedium = kHugePage / 2;           // what the allocator keeps: from here on, a block wastes half at most
 constexpr size_t kKeptBytes = size_t{256} << 20;  // kept at least, as are the two newest blocks, whatever their size
 
+std::atomic<bool> keeping{false};  // whether every large tensor's memory is
+
 // A mapping of whole huge pages, or none.
 struct Block {
   char* start = nullptr;
@@ -63,9 +65,9 @@ class Kept {
   }
 
   void give(Block block, size_t room) {
-    if (madvise(block.start, block.size, MADV_FREE) != 0 || door_.test_and_set(std::memory_order_acquire)) {
-      return unmap(block);
-    }
+    // Not marked as free between a training's steps: the next one takes it again at once, and the call costs some.
+    const bool marked = keeping || madvise(block.start, block.size, MADV_FREE) == 0;
+    if (!marked || door_.test_and_set(std::memory_order_acquire)) return unmap(block);
     blocks_.push_back(block);
     bytes_ += block.size;
     drop(room);
@@ -177,8 +179,6 @@ Allocation allocate(size_t bytes, size_t size) {
   c10::profiledCPUMemoryReporter().New(block.start, bytes);
   return {at::DataPtr(block.start, block.start, &release, c10::kCPU), warm};
 }
-
-std::atomic<bool> keeping{false};
 
 // Stands in for torch's allocator for good, once it was asked for: what came from either of them is freed by this one, also
 // by oneDNN, which frees by the pointer alone and keeps memory as long as it likes.

@@ -18,7 +18,8 @@ LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options)
 void release_kept_memory();
 
 // From now on, or no longer, the same for every CPU tensor of at least 1 MiB, whoever makes it: a training allocates the same
-// sizes in every step. While it is on, as much is kept as was in use at once at most, what is in use now included.
+// sizes in every step. While it is on, as much is kept as was in use at once at most, what is in use now included, and none of
+// it is marked.
 void keep_memory(bool on);
 
 }  // namespace rlhf_lightning
