@@ -1,10 +1,11 @@
-"""How much of what SFT, DPO and the reward model compute is padding, by the data and the batch?
+"""How much of what SFT, DPO and the reward model compute is padding, or computed already, by the data and the batch?
 
     python benchmarks/padding.py --tokenizer MODEL_FOLDER --data pairs.jsonl.gz [more ...]
 
 Deals the rows out as training does (grouped by length, `data/batching.py`), and counts tokens: real ones, and those of
-the rectangles around them. Pairs are one rectangle, the chosen rows above the rejected. A policy leaves padding out of
-all layers but attention (`models/packing.py`); what that gains on this machine:
+the rectangles around them; and of the real ones those of beginnings that rows of a batch have in common. Pairs are one
+rectangle, the chosen rows above the rejected. A policy leaves both out of all layers but attention
+(`models/packing.py`); what that gains on this machine:
 
     python benchmarks/padding.py --tokenizer MODEL_FOLDER --data pairs.jsonl.gz --size 16m --batches 4
 """
@@ -28,6 +29,7 @@ from rlhf_lightning.data.batching import epoch_batches, make_bins
 from rlhf_lightning.data.records import load_records
 from rlhf_lightning.data.tokenization import Encoder, Example
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
+from rlhf_lightning.models.packing import PackedRows
 from rlhf_lightning.models.policy import Policy
 
 BATCHES = ((32, None), (8, None), (32, 8192), (128, 32768))  # rows at most, tokens at most
@@ -44,15 +46,24 @@ def padding(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> fl
 
 
 def tensors(examples: Sequence[Example], rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Random tokens, and the rows' own lengths, of sequences and of prompts."""
-    lengths = torch.tensor([length for row in rows for length in examples[row].widths])
-    prompts = torch.tensor([len(examples[row].prompt) for row in rows for _ in examples[row].responses])
-    tokens = pad_sequence([torch.randint(4, 1000, (length,)) for length in lengths.tolist()], batch_first=True)
-    return tokens, lengths, prompts
+    """The rows' tokens, and the lengths of sequences and of prompts."""
+    of = [(examples[row].prompt, response) for row in rows for response in examples[row].responses]
+    tokens = pad_sequence([torch.cat(parts).long() for parts in of], batch_first=True)
+    return tokens, torch.tensor([sum(map(len, parts)) for parts in of]), torch.tensor([len(prompt) for prompt, _ in of])
+
+
+def alike(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> float:
+    """The share of all real tokens that a row of the same batch has begun with before."""
+    real = kept = 0
+    for rows in batches:
+        tokens, lengths, _ = tensors(examples, rows)
+        real += int(lengths.sum())
+        kept += PackedRows(tokens, lengths).count
+    return 1.0 - kept / real
 
 
 def seconds(policy: Policy, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[bool, float]:
-    """Of a forward and backward pass over all batches, without padding (True) and with it; the ways take turns."""
+    """Of a forward and backward pass over all batches, packed (True) and padded; the ways take turns."""
     spent = {True: 0.0, False: 0.0}
     for number, batch in enumerate((batches[0], *batches)):
         for packs in spent if number % 2 == 0 else reversed(spent):
@@ -72,11 +83,9 @@ def measure(examples: Sequence[Example], size: str, count: int) -> None:
     for rows, tokens in BATCHES[:3]:
         drawn = epoch_batches(make_bins(examples, rows, tokens), seed=0, epoch=0)[:count]
         spent = seconds(policy, [tensors(examples, batch) for batch in drawn])
-        taken = f"{spent[False]:.2f} s padded, {spent[True]:.2f} s without, {spent[False] / spent[True]:.2f}x"
-        share = padding(examples, drawn)
-        print(
-            f"  batch_size {rows:>3}, batch_tokens {tokens}, {size}, {len(drawn)} batches, {share:.1%} padding: {taken}"
-        )
+        taken = f"{spent[False]:.2f} s padded, {spent[True]:.2f} s packed, {spent[False] / spent[True]:.2f}x"
+        shares = f"{padding(examples, drawn):.1%} padding, {alike(examples, drawn):.1%} alike"
+        print(f"  batch_size {rows:>3}, batch_tokens {tokens}, {size}, {len(drawn)} batches, {shares}: {taken}")
 
 
 def main() -> None:
@@ -102,8 +111,8 @@ def main() -> None:
                 grouped = epoch_batches(make_bins(examples, size, tokens), seed=0, epoch=0)
                 shuffled = [range(i, min(i + size, len(examples))) for i in range(0, len(examples), size)]
                 print(
-                    f"  batch_size {size:>3}, batch_tokens {tokens}: {padding(examples, grouped):.1%} padding; "
-                    f"as the rows come: {padding(examples, shuffled):.1%}"
+                    f"  batch_size {size:>3}, batch_tokens {tokens}: {padding(examples, grouped):.1%} padding, "
+                    f"{alike(examples, grouped):.1%} alike; as the rows come: {padding(examples, shuffled):.1%} padding"
                 )
 
 
