@@ -29,9 +29,10 @@ from rlhf_lightning.data.batching import epoch_batches, make_bins
 from rlhf_lightning.data.records import load_records
 from rlhf_lightning.data.tokenization import Encoder, Example
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
-from rlhf_lightning.models.packing import PackedRows
+from rlhf_lightning.models.packing import beginnings
 from rlhf_lightning.models.policy import Policy
 
+WORDS = 512  # of the vocabulary, which every size has; ids are taken to be one of these
 BATCHES = ((32, None), (8, None), (32, 8192), (128, 32768))  # rows at most, tokens at most
 
 
@@ -48,7 +49,7 @@ def padding(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> fl
 def tensors(examples: Sequence[Example], rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """The rows' tokens, and the lengths of sequences and of prompts."""
     of = [(examples[row].prompt, response) for row in rows for response in examples[row].responses]
-    tokens = pad_sequence([torch.cat(parts).long() for parts in of], batch_first=True)
+    tokens = pad_sequence([torch.cat(parts).long() % WORDS for parts in of], batch_first=True)
     return tokens, torch.tensor([sum(map(len, parts)) for parts in of]), torch.tensor([len(prompt) for prompt, _ in of])
 
 
@@ -58,7 +59,7 @@ def alike(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> floa
     for rows in batches:
         tokens, lengths, _ = tensors(examples, rows)
         real += int(lengths.sum())
-        kept += PackedRows(tokens, lengths).count
+        kept += beginnings(tokens, lengths).size
     return 1.0 - kept / real
 
 

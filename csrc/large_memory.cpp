@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <mutex>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 #endif
@@ -19,7 +20,7 @@ namespace {
 constexpr size_t kHugePage = size_t{1} << 21;
 constexpr size_t kLarge = 8 * kHugePage;
 constexpr size_t kMedium = kHugePage / 2;           // what the allocator keeps: from here on, a block wastes half at most
-constexpr size_t kKeptBytes = size_t{256} << 20;  // kept at least, as are the two newest blocks, whatever their size
+constexpr size_t kKeptBytes = size_t{256} << 20;  // kept at least
 
 std::atomic<bool> keeping{false};  // whether every large tensor's memory is
 
@@ -44,7 +45,7 @@ void unmap(Block block) {
   if (block.start != nullptr) munmap(block.start, block.size);
 }
 
-// The freed blocks that are kept. Nobody waits for another: who finds the door shut does without.
+// The freed blocks that are kept. Who gives or takes waits for nobody: who finds the door shut does without.
 class Kept {
  public:
   Block take(size_t size) {
@@ -65,12 +66,15 @@ class Kept {
   }
 
   void give(Block block, size_t room) {
+    if (door_.test_and_set(std::memory_order_acquire)) return unmap(block);
     // Not marked as free between a training's steps: the next one takes it again at once, and the call costs some.
-    const bool marked = keeping || madvise(block.start, block.size, MADV_FREE) == 0;
-    if (!marked || door_.test_and_set(std::memory_order_acquire)) return unmap(block);
-    blocks_.push_back(block);
-    bytes_ += block.size;
-    drop(room);
+    if (keeping || madvise(block.start, block.size, MADV_FREE) == 0) {
+      blocks_.push_back(block);
+      bytes_ += block.size;
+      drop(room);
+    } else {
+      unmap(block);
+    }
     door_.clear(std::memory_order_release);
   }
 
@@ -81,7 +85,7 @@ class Kept {
   }
 
   void clear() {
-    if (door_.test_and_set(std::memory_order_acquire)) return;
+    while (door_.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
     for (const Block block : blocks_) unmap(block);
     blocks_.clear();
     bytes_ = 0;
@@ -89,10 +93,11 @@ class Kept {
   }
 
  private:
-  // The oldest blocks go, down to `room` bytes or what is always kept.
+  // The oldest blocks go, down to `room` bytes or what is always kept; two whatever their size, but unmarked ones.
   void drop(size_t room) {
+    const size_t most = std::max(room, kKeptBytes), spared = keeping ? 0 : 2;
     size_t count = 0;
-    for (; bytes_ > std::max(room, kKeptBytes) && count + 2 < blocks_.size(); ++count) {
+    for (; bytes_ > most && count + spared < blocks_.size(); ++count) {
       bytes_ -= blocks_[count].size;
       unmap(blocks_[count]);
     }

@@ -1,6 +1,6 @@
 // Memory for large results. What a kernel writes into fresh memory costs more in page faults, and in the zeros that the
 // system writes first, than in arithmetic. So such results get huge pages, and when they are freed some of them are kept for
-// the next ones of about their size, marked as free: the system takes their pages back whenever it runs short.
+// the next ones of about their size, marked as free, so that the system takes their pages back whenever it runs short.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,26 @@ def test_every_side_does_the_same_work_and_missing_peers_are_named(tmp_path: Pat
     assert all(results["limits"]["seconds"][part] > 0 for part in parts)
     assert {"score, first", "score, last"} <= set(results["quality"]["plain PyTorch"])
     assert results["about"]["torch"] == torch.__version__ and results["about"]["commands"][0] in page
+
+
+def test_the_plain_loops_passes_see_each_steps_weights_under_autocast(tmp_path: Path) -> None:
+    size = replace(sizes.SIZES["tiny"], learning_rate={"ppo": 0.05}, minibatches=2)
+    sizes.fill(size, tmp_path)
+    seen: list[torch.Tensor] = []
+    found = plain_ppo.response_log_probs
+
+    def noted(model: Any, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        log_probs = found(model, tokens, *rest)
+        if torch.is_grad_enabled():
+            weight = model.model.layers[0].mlp.up_proj.weight
+            seen.append(torch.nn.functional.linear(torch.ones(1, weight.shape[1]), weight))
+            assert seen[-1].dtype == torch.bfloat16
+        return log_probs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain_ppo, "response_log_probs", noted)
+        plain_ppo.run("ppo", size, tmp_path, "cpu", "bf16-mixed", meter.Meter("cpu", 0, 1, 0), seed=0)
+    assert len(seen) == 2 and not torch.equal(*seen)
 
 
 @pytest.mark.parametrize(

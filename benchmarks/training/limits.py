@@ -2,10 +2,11 @@
 
     python -m training.limits TASK SIZE DEVICE PRECISION THREADS FOLDER OUT
 
-Measured by the products of the model's own shapes, on no padding at all, each layer with weights of its own and into
-results that are already there; backward passes as two products each; the optimizer's step at the bandwidth of a copy
-(parameter, gradient and two moments in; parameter and moments out). Attention's own products, norms and activations are
-left out, so no program reaches this. On a GPU a decoding step is limited by the bytes of weights and cache.
+Measured by the products of the model's own shapes, on no padding and on a pair's prompt once, each layer with weights
+of its own and into results that are already there; backward passes as two products each; the optimizer's step at the
+bandwidth of a copy (parameter, gradient and two moments in; parameter and moments out). Attention's own products, norms
+and activations are left out, so no program reaches this. On a GPU a decoding step is limited by the bytes of weights
+and cache.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def of_supervised(task: str, machine: Machine, rows: dict[str, Any]) -> dict[str
         tokens = answered + sum(len(prompt) for prompt, _ in rows["demonstrations"])
     else:
         answered = sum(len(chosen) + len(rejected) for _, chosen, rejected in rows["pairs"])
-        tokens = answered + 2 * sum(len(prompt) for prompt, *_ in rows["pairs"])
+        tokens = answered + sum(len(prompt) for prompt, *_ in rows["pairs"])  # once for both sides
     update = machine.trunk(tokens, backward=True) + _step(machine, 1)
     if task == "reward_model":
         return {"update": update}

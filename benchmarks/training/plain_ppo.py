@@ -7,6 +7,9 @@ optimizer is the fused AdamW, and nothing that is only logged is computed with g
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +48,9 @@ def run(task: str, size: Size, folder: Path, device: str, precision: str, meter:
         prompts[number, : len(row)] = torch.tensor(row)
     meter.begin()
     for _ in range(meter.total):
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16-mixed"):
-            _iteration(policy, critic, reference, reward, optimizer, prompts, lengths, size, meter)
+        # Passes are under it, one at a time: autocast's copies of weights must not outlive an optimizer's step.
+        autocast = partial(torch.autocast, device, torch.bfloat16, enabled=precision == "bf16-mixed")
+        _iteration(policy, critic, reference, reward, optimizer, prompts, lengths, size, meter, autocast)
         meter.step_ended()
     return meter.result((policy, critic, reference, reward), optimizer)
 
@@ -61,8 +65,9 @@ def _iteration(
     lengths: Tensor,
     size: Size,
     meter: Meter,
+    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    with torch.no_grad():
+    with torch.no_grad(), autocast():
         with meter.phase("rollout"):
             tokens, old = rollout(policy, prompts, lengths, size.new_tokens)
         steps = torch.arange(size.new_tokens, device=tokens.device)
@@ -86,10 +91,11 @@ def _iteration(
             for rows in part.split(size.micro_rows or len(part)):
                 width = int(lengths[rows].max()) + size.new_tokens
                 inputs = tokens[rows, :width]
-                log_probs = response_log_probs(policy, inputs, lengths[rows], steps)
+                with autocast():
+                    log_probs = response_log_probs(policy, inputs, lengths[rows], steps)
+                    predicted = scalars(critic, inputs).gather(1, lengths[rows][:, None] - 1 + steps)
                 ratio = (log_probs - old[rows]).exp()
                 gain = torch.minimum(advantages[rows] * ratio, advantages[rows] * ratio.clamp(1 - CLIP, 1 + CLIP))
-                predicted = scalars(critic, inputs).gather(1, lengths[rows][:, None] - 1 + steps)
                 clipped = values[rows] + (predicted - values[rows]).clamp(-CLIP, CLIP)
                 errors = torch.maximum((predicted - returns[rows]).square(), (clipped - returns[rows]).square())
                 loss = -gain.mean() + VALUE_COEF * 0.5 * errors.mean()

@@ -152,14 +152,16 @@ def _memory(results: dict[str, Any]) -> list[list[str]]:
 def _what(results: dict[str, Any], size: Size) -> str:
     done = next(iter(results["work"].values()), {})
     weights = "random weights" if size.folder is None else "its own weights"
+    mixed = results["precision"] == "bf16-mixed"
     model = (
         f"A Llama of {size.layers} layers of width {size.hidden}, vocabulary {size.vocabulary}, {weights}, "
-        f"{'float32 under autocast to bfloat16' if results['precision'] == 'bf16-mixed' else results['precision']}. "
+        f"{'float32 under autocast to bfloat16' if mixed else results['precision']}. "
     )
     passes = (
         f"Peers pass {size.micro_rows} rows of a minibatch at a time, ours by its default. " if size.micro_rows else ""
     )
     if results["task"] == "ppo":
+        model += "Of TRL's passes those of the update alone are under it. " if mixed else ""
         return model + (
             f"{size.prompts} prompts of {size.prompt[0]} to {size.prompt[1]} tokens, {size.new_tokens} new tokens to "
             f"each (no response ends before), {size.minibatches} minibatches, 1 epoch; policy, critic, reference and "
@@ -192,5 +194,6 @@ over the first and the last quarter of the steps of a process; in PPO of each si
 hardly move: `demo_against_trl.py` compares rewards in earnest."""
 LIMITS = """\
 Medians of steps that are timed by phase, apart from those above. The limit: the bare matrix products of the phase, on
-no padding, and the optimizer's bytes at the bandwidth of a copy, measured in the same run; attention's own products,
-norms and activations are not in it. "Update" lasts from the first pass with gradients to the end of the step."""
+no padding and a pair's prompt once, and the optimizer's bytes at the bandwidth of a copy, measured in the same run;
+attention's own products, norms and activations are not in it. "Update" lasts from the first pass with gradients to the
+end of the step."""

@@ -57,7 +57,8 @@ class Policy(nn.Module):
         logit_scale: c, where the model's logits are ``c * states @ weight.T`` with one c > 0 (checked at construction;
             1 for most, not so for Cohere, Granite and others). The fused operator then computes the log-probs without
             holding ``[N, V]`` logits. None where the head is another (bias, capped logits): the model's own head runs.
-        packs: whether passes leave padding out (``models/packing.py``); False for models that this is not known of.
+        packs: whether passes leave padding and repeated beginnings out (``models/packing.py``); False for models that
+            this is not known of.
 
     Raises:
         InputError: the branch does not reproduce the trunk (it adds positions to its inputs, say), or the

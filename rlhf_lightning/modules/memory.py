@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from rlhf_lightning.errors import out_of_memory
 from rlhf_lightning.models.passes import explain
+from rlhf_lightning.ops.extension import keep_memory
 
 
 class ExplainMemory(Callback):
-    """Gives an out-of-memory error the words that help; every `RLHFModule` brings it with it.
+    """Gives an out-of-memory error the words that help, and kept memory back; every `RLHFModule` brings it with it.
 
     That covers the forward, the backward and the optimizer's step of modules that users write, too.
     """
@@ -24,7 +26,9 @@ class ExplainMemory(Callback):
         self._phase = phase if done < total else ""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Rewrite the message."""
+        """Rewrite the message, and do what ``on_fit_end`` does after a training without an error."""
+        if trainer.state.fn == TrainerFn.FITTING and pl_module.device.type == "cpu":
+            keep_memory(False)
         if out_of_memory(exception):
             explain(exception, self._phase, _advice(pl_module, trainer, self._phase))
 

@@ -74,7 +74,7 @@ def keep_memory(on: bool) -> None:
     """Keep the memory of large CPU tensors for the next ones of their size, or stop it and give back what is kept.
 
     On Linux, fresh memory costs a page fault for every page and the system's zeros in it, in each step of a training
-    anew. As much is kept as was in use at once, 256 MiB at least. Without the extension it does nothing.
+    anew. As much is kept as was in use at once, or 256 MiB. Without the extension it does nothing.
     """
     if LOADED:
         library = importlib.import_module("rlhf_lightning._C")

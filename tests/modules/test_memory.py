@@ -18,6 +18,7 @@ from rlhf_lightning.errors import out_of_memory
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.ops import extension
 from rlhf_lightning.rewards import ModelReward
 
 ROWS = [[0, 1, 2]]
@@ -56,6 +57,24 @@ def test_offline_modules_name_their_batch(cls: type, rows: int, tiny_policy_dir:
     assert f"the last forward pass was of {rows} rows x {width} tokens, vocabulary 64, float32" in words
     assert "--data.batch_tokens (512) or --data.batch_size (3)" in words
     assert "--model.gradient_checkpointing true" in words and "Tried to allocate 2.00 GiB" in words
+
+
+def test_a_training_that_fails_gives_kept_memory_back(tiny_policy_dir: Path) -> None:
+    kept = []
+
+    class Failing(SFTModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            kept.append(keeps_memory())
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        train(Failing(str(tiny_policy_dir)), SmallData(tiny_policy_dir, ROWS))
+    assert kept == [extension.LOADED] and not keeps_memory()
+
+
+def keeps_memory() -> bool:
+    """Blocks that are kept begin with a huge page, those of malloc behind its own header."""
+    return torch.empty(1 << 20).data_ptr() % (1 << 21) == 0
 
 
 @pytest.mark.parametrize(
