@@ -19,12 +19,14 @@ namespace rlhf_lightning {
 namespace {
 constexpr size_t kHugePage = size_t{1} << 21;
 constexpr size_t kLarge = 8 * kHugePage;
-constexpr size_t kMedium = kHugePage / 2;           // what the allocator keeps: from here on, a block wastes half at most
+constexpr size_t kMedium = kHugePage / 2;  // what the allocator keeps, from here on
+constexpr size_t kSmallStep = size_t{1} << 16;
 constexpr size_t kKeptBytes = size_t{256} << 20;  // kept at least
 
 std::atomic<bool> keeping{false};  // whether every large tensor's memory is
 
-// A mapping of whole huge pages, or none.
+// A mapping that begins with a huge page, or none. Where it ends within one, small pages take its place: a whole one would
+// be wasted in part, and a training has its gradients and the optimizer's state in such blocks.
 struct Block {
   char* start = nullptr;
   size_t size = 0;
@@ -191,8 +193,8 @@ class KeepingAllocator final : public c10::Allocator {
  public:
   at::DataPtr allocate(size_t bytes) override {
     if (bytes < kMedium || !keeping) return plain().allocate(bytes);
-    // Few sizes, so that blocks find takers: eight to a doubling, in whole huge pages.
-    size_t step = kHugePage;
+    // Few sizes, so that blocks find takers: eight to a doubling, in whole pages.
+    size_t step = bytes < kLarge ? kSmallStep : kHugePage;
     while (16 * step <= bytes) step *= 2;
     auto allocation = rlhf_lightning::allocate(bytes, (bytes + step - 1) / step * step);
     return allocation.data ? std::move(allocation.data) : plain().allocate(bytes);
