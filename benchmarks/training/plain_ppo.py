@@ -46,10 +46,10 @@ def run(task: str, size: Size, folder: Path, device: str, precision: str, meter:
     prompts = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64, device=device)
     for number, row in enumerate(rows):
         prompts[number, : len(row)] = torch.tensor(row)
+    # Passes are under it, one at a time: autocast's copies of weights must not outlive an optimizer's step.
+    autocast = partial(torch.autocast, device, torch.bfloat16, enabled=precision == "bf16-mixed")
     meter.begin()
     for _ in range(meter.total):
-        # Passes are under it, one at a time: autocast's copies of weights must not outlive an optimizer's step.
-        autocast = partial(torch.autocast, device, torch.bfloat16, enabled=precision == "bf16-mixed")
         _iteration(policy, critic, reference, reward, optimizer, prompts, lengths, size, meter, autocast)
         meter.step_ended()
     return meter.result((policy, critic, reference, reward), optimizer)

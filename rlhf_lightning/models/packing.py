@@ -83,12 +83,11 @@ class PackedRows:
         starts = (last - first).cumsum(0) - last
         at = torch.minimum(columns, (last - 1).clamp(min=0))  # padding is a copy of the last token; nobody sees it
         owner = torch.where(at >= first, torch.arange(len(ends))[:, None], 0).cummax(0).values
-        ordered = starts[owner, 0] + at
         slots = torch.empty(self.shape, dtype=torch.int64)
-        slots[order] = ordered
+        slots[order] = starts[owner, 0] + at
         places = order[:, None] * width + columns
         self.positions = columns.expand(self.shape)[own][None].to(device)  # [1, N]
-        self._rows = _Copies(slots.view(-1), places[own], places[copied], ordered[copied], device)
+        self._rows = _Copies(slots.view(-1), places[own], places[copied], device)
 
         by_length = ends.argsort(descending=True, stable=True)
         self.similar: list[tuple[int, int]] = []  # [n, w] of the rows that are attended to at once
@@ -102,7 +101,7 @@ class PackedRows:
             begins[rows] = size + widest * torch.arange(len(rows))
             size += widest * len(rows)
         places = begins[order, None] + columns
-        self._attended = _Copies(torch.cat(attended), places[own], places[copied], ordered[copied], device)
+        self._attended = _Copies(torch.cat(attended), places[own], places[copied], device)
         self._masks: dict[tuple[int, int], Tensor] = {}
 
     def pack(self, x: Tensor) -> Tensor:
@@ -140,13 +139,11 @@ class _Copies:
         slots: ``[M]`` int64, which of the N.
         own: ``[N]`` int64 in M, a token's own place.
         copied: ``[K]`` int64 in M, the places of tokens that have their own elsewhere. The rest is padding.
-        copied_slots: ``[K]`` int64 in N, which tokens these are.
     """
 
-    def __init__(self, slots: Tensor, own: Tensor, copied: Tensor, copied_slots: Tensor, device: torch.device) -> None:
-        self.slots, self.own, self.copied, self.copied_slots = (
-            x.to(device) for x in (slots, own, copied, copied_slots)
-        )
+    def __init__(self, slots: Tensor, own: Tensor, copied: Tensor, device: torch.device) -> None:
+        self.slots, self.own, self.copied = (x.to(device) for x in (slots, own, copied))
+        self.copied_slots = slots[copied].to(device)  # [K] in N
 
     def of(self, x: Tensor) -> Tensor:
         """``[N, ...]`` -> ``[M, ...]``."""

@@ -59,7 +59,7 @@ class PreferenceModule(PolicyModule):
 
     def terms(self, batch: PreferenceBatch) -> PairTerms:
         """Losses, rewards and log-probs of the pairs."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define terms(batch)")
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the pairs' losses."""
