@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.sizes import Size, size_of, work
+from training.sizes import PRECISIONS, Size, size_of, work
 
 REPEATS = 5
 
@@ -30,9 +30,9 @@ REPEATS = 5
 class Machine:
     """The weights of a model, and the times of products with them."""
 
-    def __init__(self, size: Size, device: str, dtype: torch.dtype, master: int | None = None) -> None:
-        self.size, self.device, self.dtype = size, device, dtype
-        self.master = master or dtype.itemsize  # bytes of a weight for the optimizer
+    def __init__(self, size: Size, device: str, dtype: torch.dtype, trained: torch.dtype) -> None:
+        self.size, self.device, self.dtype = size, device, dtype  # of the products
+        self.trained = trained  # what the optimizer has the weights in
         head = size.hidden // size.heads
         wide, narrow = size.heads * head, size.kv_heads * head
         shapes = [(wide, size.hidden), (narrow, size.hidden), (narrow, size.hidden), (size.hidden, wide)]
@@ -127,7 +127,7 @@ def _decoding(machine: Machine, size: Size, prompts: list[int]) -> float:
 
 
 def _step(machine: Machine, models: int) -> float:
-    return models * 7 * machine.parameters() * machine.master / machine.bytes_a_second
+    return models * 7 * machine.parameters() * machine.trained.itemsize / machine.bytes_a_second
 
 
 def of_supervised(task: str, machine: Machine, rows: dict[str, Any]) -> dict[str, float]:
@@ -151,8 +151,8 @@ def main() -> None:
     task, name, device, precision, threads, folder, out = sys.argv[1:]
     torch.set_num_threads(int(threads))
     size, rows = size_of(name, device), work(Path(folder))
-    mixed = precision == "bf16-mixed"
-    machine = Machine(size, device, torch.bfloat16 if mixed else getattr(torch, precision), 4 if mixed else None)
+    products = torch.float32 if precision == "float32" else torch.bfloat16
+    machine = Machine(size, device, products, getattr(torch, PRECISIONS[precision]))
     found = of_ppo(machine, size, rows) if task == "ppo" else of_supervised(task, machine, rows)
     Path(out).write_text(json.dumps({"seconds": found, "copy_gb_a_second": machine.bytes_a_second / 1e9}))
 
