@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_lightning.data.records import Record
+from rlhf_lightning.data.records import PAIR, Record
 from rlhf_lightning.data.tokenization import Example
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -16,7 +16,7 @@ from padding import padding, tensors
 
 
 def example(prompt: int, *responses: int) -> Example:
-    record = Record("", (), (), "here", "pair")
+    record = Record("", (), (), "here", PAIR)
     tokens = [torch.zeros(length, dtype=torch.int32) for length in (prompt, *responses)]
     return Example(tokens[0], tuple(tokens[1:]), 0.0, 1.0, 0, record)
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from rlhf_lightning.batches import PreferenceBatch, PromptBatch, Rollout
 from rlhf_lightning.data.collate import collate
-from rlhf_lightning.data.records import Record
+from rlhf_lightning.data.records import PROMPT, Record
 from rlhf_lightning.data.tokenization import Example, Kind
 from rlhf_lightning.modules import DPOModule, PPOModule, RewardModelModule, SFTModule
 from rlhf_lightning.rewards import ModelReward
@@ -175,7 +175,7 @@ def examples(task: str, folder: Path) -> tuple[Kind, list[Example]]:
 
 def _example(number: int, prompt: list[int], *responses: list[int]) -> Example:
     encoded = [torch.tensor(ids, dtype=torch.int32) for ids in (prompt, *responses)]
-    record = Record("", (), (), where=f"row {number}", form="prompt")
+    record = Record("", (), (), where=f"row {number}", form=PROMPT)
     return Example(encoded[0], tuple(encoded[1:]), margin=0.0, weight=1.0, row=number, record=record)
 
 

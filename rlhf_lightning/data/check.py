@@ -125,10 +125,10 @@ def _check_file(path: str, measure: Measure) -> tuple[FileReport, set[str]]:
     keys = [record.key for record in records]
     report.usable = len(records)
     report.dropped = dict(sorted(dropped.items()))
-    report.forms = dict(Counter(record.form for record in records).most_common())
+    report.forms = dict(Counter(str(record.form) for record in records).most_common())
     report.columns = sorted({name for record in records for name in record.columns})
     report.prompts = len(set(keys))
-    labels = [record.desirable if record.form == "labelled" else None for record in records]
+    labels = [record.desirable if record.form.labelled else None for record in records]
     report.desirable = labels.count(True)
     rows = [(key, r.responses, r.pairs, label) for key, r, label in zip(keys, records, labels, strict=True)]
     report.duplicates = len(rows) - len(set(rows))

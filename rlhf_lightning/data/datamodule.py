@@ -133,7 +133,7 @@ class PreferenceDataModule(LightningDataModule):
         self.pad_id = encoder.pad_id
         records = load_records(self.path)
         self.dropped = Counter(records.dropped)
-        if self.kind == "pairs" and view.labels and any(row.form == "labelled" for row in records.rows):
+        if self.kind == "pairs" and view.labels and any(row.form.labelled for row in records.rows):
             self.kind = "labels"
         if stage == "predict":
             self.train, self.held_out = [], self._encode(encoder, records, "answer")

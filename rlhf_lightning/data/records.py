@@ -19,6 +19,7 @@ from rlhf_lightning.data.readers import RawRow, kind_of, read_rows, shown
 from rlhf_lightning.data.values import (
     Message,
     Prompt,
+    Response,
     checked_list,
     checked_messages,
     checked_number,
@@ -28,6 +29,27 @@ from rlhf_lightning.data.values import (
     refused,
 )
 from rlhf_lightning.errors import InputError
+
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a row is, and so what it can be used for; `FORMS` has their keys."""
+
+    name: str  # in reports
+    compared: bool = False  # has better and worse responses
+    labelled: bool = False  # has one response that was judged by itself, in column `label`
+    transcript: bool = False  # its texts are of the form "\\n\\nHuman: ... \\n\\nAssistant:"
+    conversation: bool = False  # the assistant's turns in its prompt are demonstrations, too
+
+    def __str__(self) -> str:
+        return self.name
+
+
+PAIR, TRANSCRIPT = Form("pair", compared=True), Form("transcript", compared=True, transcript=True)
+RANKING, RATING = Form("ranking", compared=True), Form("rating", compared=True)
+DEMONSTRATION, LABELLED = Form("demonstration"), Form("labelled", labelled=True)
+CHAT, PROMPT = Form("chat", conversation=True), Form("prompt")
 
 FORMS = (
     "prompt+chosen+rejected",
@@ -57,13 +79,14 @@ class Record:
     """
 
     prompt: Prompt  # text, or the messages up to the one to answer
-    responses: tuple[str, ...]
+    responses: tuple[Response, ...]
     pairs: tuple[tuple[int, int], ...]
     where: str  # "file:line"
-    form: str  # pair | transcript | ranking | rating | demonstration | labelled | chat | prompt
+    form: Form
     margin: float = 0.0
     weight: float = 1.0
     columns: dict[str, Any] = field(default_factory=dict)  # the row's other keys, `id` among them
+    tools: str = ""  # the row's tools as a JSON list, for the chat template; empty where it has none
 
     @property
     def key(self) -> str:
@@ -76,6 +99,20 @@ class Record:
     def desirable(self) -> bool:
         """Of a labelled row: whether its response is one to give. A column like the others, as rewards may read it."""
         return bool(self.columns["label"])
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The prompt as a chat: one user message where it is a text, the turns of a transcript."""
+        if not isinstance(self.prompt, str):
+            return self.prompt
+        return transcript_messages(self.prompt) if self.form.transcript else (Message("user", self.prompt),)
+
+    def answer(self, number: int) -> tuple[Message, ...]:
+        """Response ``number`` as what goes on with the chat ``messages``."""
+        response = self.responses[number]
+        if not isinstance(response, str):
+            return response
+        return (Message("assistant", response.strip() if self.form.transcript else response),)
 
     @property
     def text(self) -> str:
@@ -161,12 +198,12 @@ def parse_row(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
     if "prompt" in row and "completion" in row:
         return _demonstration(row, where, dropped)
     if "prompt" in row:
-        return _record(row, where, "prompt", checked_prompt(row["prompt"], where, "prompt"), (), ())
+        return _record(row, where, PROMPT, checked_prompt(row["prompt"], where, "prompt"), (), ())
     raise _missing(row, where, "prompt")
 
 
 def _record(
-    row: RawRow, where: str, form: str, prompt: Prompt, responses: Sequence[str], pairs: Sequence[tuple[int, int]]
+    row: RawRow, where: str, form: Form, prompt: Prompt, responses: Sequence[Response], pairs: Sequence[tuple[int, int]]
 ) -> Record:
     margin = checked_number(row["margin"], where, "margin") if "margin" in row else 0.0
     weight = checked_number(row["weight"], where, "weight") if "weight" in row else 1.0
@@ -183,14 +220,14 @@ def _pair(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
         if key not in row:
             raise _missing(row, where, key)
     chosen, rejected = row["chosen"], row["rejected"]
-    form = "pair"
+    form = PAIR
     if isinstance(chosen, list) and isinstance(rejected, list):
         prompt, texts = _chat_pair(row, where)
     elif "prompt" in row:
         prompt = checked_prompt(row["prompt"], where, "prompt")
         texts = (checked_response(chosen, where, "chosen"), checked_response(rejected, where, "rejected"))
     else:
-        form = "transcript"
+        form = TRANSCRIPT
         prompt, texts = _transcripts(
             checked_text(chosen, where, "chosen"), checked_text(rejected, where, "rejected"), where
         )
@@ -282,7 +319,7 @@ def _listed(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
                 dropped["ties"] += 1
             elif _usable_pair(better, worse, dropped):
                 pairs.append((kept.index((better, grade)), kept.index((worse, lower))))
-    form = "ranking" if by == ["ranks"] else "rating"
+    form = RANKING if by == ["ranks"] else RATING
     record = _record(row, where, form, prompt, [text for text, _ in kept], pairs)
     return record if kept else None
 
@@ -291,8 +328,8 @@ def _demonstration(row: RawRow, where: str, dropped: Counter[str]) -> Record | N
     """A response to imitate; with a label, one that was judged by itself."""
     prompt = checked_prompt(row["prompt"], where, "prompt")
     response = checked_response(row["completion"], where, "completion")
-    form = "labelled" if "label" in row else "demonstration"
-    if form == "labelled" and not isinstance(row["label"], bool):
+    form = LABELLED if "label" in row else DEMONSTRATION
+    if form.labelled and not isinstance(row["label"], bool):
         problem = (
             f"must be true (a response to give) or false, got {kind_of(row['label'])}; repair it, or rename the key"
         )
@@ -308,10 +345,10 @@ def _chat(row: RawRow, where: str, dropped: Counter[str]) -> Record | None:
     """A conversation: the last assistant message is the response; one that ends in a user message is a prompt alone."""
     messages = checked_messages(row["messages"], where, "messages")
     if messages[-1].role != "assistant":
-        return _record(row, where, "chat", messages, (), ())
+        return _record(row, where, CHAT, messages, (), ())
     if len(messages) == 1:
         raise refused(where, "messages", "holds an answer without the message it answers; add the user's")
-    record = _record(row, where, "chat", messages[:-1], (messages[-1].content,), ())
+    record = _record(row, where, CHAT, messages[:-1], (messages[-1].content,), ())
     if messages[-1].content.strip():
         return record
     dropped["empty response"] += 1

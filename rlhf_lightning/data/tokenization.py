@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.records import Record, transcript_messages
+from rlhf_lightning.data.records import Record
 from rlhf_lightning.errors import InputError
 
 Kind = Literal["demonstrations", "pairs", "labels", "prompts"]
@@ -110,7 +110,7 @@ class Encoder:
         wanted = [(record, _wanted(record, kind, demonstrations)) for record in records]
         prompts = self._prompt_ids(records, dropped)
         texts = {
-            (record.form == "transcript" and self.chat, record.responses[i])
+            (record.form.transcript and self.chat, record.responses[i])
             for record, choices in wanted
             for choice in choices
             for i in choice
@@ -126,7 +126,7 @@ class Encoder:
                 continue
             for choice in choices:
                 pairs += 1
-                key = record.form == "transcript" and self.chat
+                key = record.form.transcript and self.chat
                 responses = tuple(encoded[key, record.responses[i]] for i in choice)
                 longest = max(map(len, responses), default=0)
                 if self.max_response_tokens is not None and longest > self.max_response_tokens:
@@ -150,7 +150,7 @@ class Encoder:
 
     def _source(self, record: Record) -> tuple[Any, bool]:
         """What a prompt's ids depend on."""
-        return record.prompt, record.form == "transcript"
+        return record.prompt, record.form.transcript
 
     def _prompt_ids(self, records: Sequence[Record], dropped: Counter[str]) -> dict[tuple[Any, bool], Tensor]:
         """Token ids by ``_source``; a prompt that the policy drops is absent."""
@@ -226,18 +226,12 @@ class Encoder:
         found = dict(zip(safe, self._call(rendered), strict=True))
         return [found[i] if i in found else self._apart(chat, records[i].where) for i, chat in enumerate(chats)]
 
-    def _turns(self, record: Record) -> list[dict[str, str]]:
-        if not isinstance(record.prompt, str):
-            messages = record.prompt
-        elif record.form == "transcript":
-            messages = transcript_messages(record.prompt)
-            if not messages:
-                raise InputError(f"{record.where}: key 'chosen': the transcript has no Human turn; delete the row")
-        else:
-            return [{"role": "user", "content": record.prompt}]
-        return [{"role": message.role, "content": message.content} for message in messages]
+    def _turns(self, record: Record) -> list[dict[str, Any]]:
+        if not record.messages:
+            raise InputError(f"{record.where}: key 'chosen': the transcript has no Human turn; delete the row")
+        return [message.turn() for message in record.messages]
 
-    def _render(self, turns: list[dict[str, str]], where: str, generation_prompt: bool = True) -> str:
+    def _render(self, turns: list[dict[str, Any]], where: str, generation_prompt: bool = True) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 turns, chat_template=self.template, tokenize=False, add_generation_prompt=generation_prompt
@@ -246,7 +240,7 @@ class Encoder:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{where}: the chat template refuses the messages ({reason}); repair either") from None
 
-    def _apart(self, turns: list[dict[str, str]], where: str) -> list[int]:
+    def _apart(self, turns: list[dict[str, Any]], where: str) -> list[int]:
         """Ids of a chat whose texts spell special tokens: template and texts are tokenised apart.
 
         Each text is rendered as a placeholder from Unicode's private use area, so that the template's special tokens
@@ -282,13 +276,13 @@ class Encoder:
 def _wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int, ...], ...]:
     """Which of the record's responses each example takes."""
     if kind == "prompts":
-        return ((0,),) if demonstrations and record.responses and record.form != "labelled" else ((),)
+        return ((0,),) if demonstrations and record.responses and not record.form.labelled else ((),)
     if kind == "labels":
-        if record.form != "labelled":
+        if not record.form.labelled:
             problem = "is missing, and other rows have one; give all rows 'completion' and 'label', or none"
             raise InputError(f"{record.where}: key 'label': {problem}")
         return ((0,),)
-    if record.form == "labelled":
+    if record.form.labelled:
         remedy = {
             "demonstrations": "a demonstration has none; leave out the rows of label false, and the key in the others",
             "pairs": "a comparison has 'chosen' and 'rejected'; responses labelled one by one are for KTOModule, in "
@@ -300,7 +294,7 @@ def _wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int
             problem = "there is no response to imitate; add key 'completion', or leave the row out"
             raise InputError(f"{record.where}: key 'completion': {problem}")
         return ((0,),)
-    if record.form in ("prompt", "chat", "demonstration"):
+    if not record.form.compared:
         problem = (
             "there is no comparison; add 'chosen' and 'rejected', or completions with ranks or ratings (for KTOModule "
             "a 'completion' with 'label' true or false does too)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,20 @@ class Message:
     """One turn of a chat."""
 
     role: str
-    content: str
+    content: str  # empty where the row has null, as beside tool calls
+    more: str = ""  # the message's other keys (`tool_calls`, `name`, ...) as a JSON object; empty where it has none
+
+    def turn(self) -> dict[str, Any]:
+        """The message as chat templates read it."""
+        more = json.loads(self.more) if self.more else {}
+        content = None if not self.content and "tool_calls" in more else self.content
+        return {"role": self.role, "content": content, **more}
 
 
+# A prompt as messages may end in the assistant's own words: a beginning that the response goes on from.
 Prompt = str | tuple[Message, ...]
+# What follows a prompt. As messages: from an assistant's to an assistant's, with the user's or a tool's between them.
+Response = str | tuple[Message, ...]
 
 
 def refused(where: str, key: str, problem: str) -> InputError:

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import Rollout, micro_batches
-from rlhf_lightning.data.records import Record
+from rlhf_lightning.data.records import DEMONSTRATION, Record
 from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import check_length, load_scalar_model, load_tokenizer, same_vocabulary
@@ -86,7 +86,7 @@ class ModelReward(Reward):
         for row, response in enumerate(rollout.responses):
             prompt = rollout.tokens[row, : rollout.prompt_lengths[row]].tolist()
             text = str(policy_tokenizer.decode(prompt, skip_special_tokens=True))
-            records.append(Record(text, (response,), (), f"reward {self.path}", "demonstration"))
+            records.append(Record(text, (response,), (), f"reward {self.path}", DEMONSTRATION))
         examples, _ = encoder.encode(records, "demonstrations")
         ended = (~rollout.truncated).tolist()
         encoded = [

@@ -25,7 +25,7 @@ def parse(row):
 
 def test_a_text_pair_keeps_its_columns():
     row, _ = parse({"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2, "weight": 0.5, "id": 7, "by": "ann"})
-    assert (row.form, row.prompt, row.responses, row.pairs) == ("pair", "p", ("a", "b"), ((0, 1),))
+    assert (str(row.form), row.prompt, row.responses, row.pairs) == ("pair", "p", ("a", "b"), ((0, 1),))
     assert (row.margin, row.weight, row.columns, row.text) == (2.0, 0.5, {"id": 7, "by": "ann"}, "p")
 
 
@@ -46,7 +46,7 @@ def test_chat_pairs(row):
 def test_transcripts_are_split_before_their_last_answer():
     start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     record, _ = parse({"chosen": start + " yes", "rejected": start + " no"})
-    assert (record.form, record.prompt, record.responses) == ("transcript", start, (" yes", " no"))
+    assert (str(record.form), record.prompt, record.responses) == ("transcript", start, (" yes", " no"))
     turns = transcript_messages(start)
     assert turns == (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
 
@@ -99,7 +99,7 @@ def test_what_teaches_nothing_is_dropped_and_counted(row, reason):
 def test_demonstrations_chats_and_prompts():
     assert parse({"prompt": "p", "completion": "c"})[0].responses == ("c",)
     labelled = parse({"prompt": [USER], "completion": [ANSWER], "label": False, "weight": 2})[0]
-    assert (labelled.form, labelled.responses, labelled.desirable, labelled.weight) == (
+    assert (str(labelled.form), labelled.responses, labelled.desirable, labelled.weight) == (
         "labelled",
         ("hello",),
         False,
