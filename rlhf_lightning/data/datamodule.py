@@ -89,6 +89,7 @@ class PreferenceDataModule(LightningDataModule):
         self.view: View | None = None
         # Of the batches served: the view's; labels where it takes them for pairs; prompts for `predict`.
         self.kind: Kind = "prompts"
+        self.answering = False  # for `predict`: every row of ``path`` is in `held_out`, numbered as in its records
         self.pad_id = 0
         self.train: list[Example] = []
         self.held_out: list[Example] = []
@@ -119,11 +120,12 @@ class PreferenceDataModule(LightningDataModule):
         Args:
             view: what to serve.
             tokenizer: a Hugging Face tokenizer, where none was set before.
-            stage: ``predict`` answers every prompt of ``path``, holding none out; other stages split.
+            stage: ``predict`` answers every row of ``path``, holding none out; other stages split.
 
         Returns: itself.
         """
         self.view = view
+        self.answering = stage == "predict"
         self.kind = "prompts" if stage == "predict" else view.kind
         if tokenizer is not None:
             self.tokenizer = tokenizer
@@ -136,7 +138,7 @@ class PreferenceDataModule(LightningDataModule):
         if self.kind == "pairs" and view.labels and any(row.form.labelled for row in records.rows):
             self.kind = "labels"
         if stage == "predict":
-            self.train, self.held_out = [], self._encode(encoder, records, "answer")
+            self.train, self.held_out = [], self._encode(encoder, records, "answer", every_row=True)
             return self
         if self.val_path is not None:
             held_out = load_records(self.val_path)
@@ -181,7 +183,7 @@ class PreferenceDataModule(LightningDataModule):
         return self._held_out_or_error("test on")
 
     def predict_dataloader(self) -> Loader:
-        """Every distinct prompt of ``path`` once."""
+        """Every row of ``path`` once, also where several have one prompt."""
         return self._held_out_or_error("answer")
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,8 +218,15 @@ class PreferenceDataModule(LightningDataModule):
             long_responses=self.long_responses,
         )
 
-    def _encode(self, encoder: Encoder, records: Records, purpose: str, demonstrations: bool = False) -> list[Example]:
-        examples, dropped = encoder.encode(records.rows, self.kind, demonstrations)
+    def _encode(
+        self,
+        encoder: Encoder,
+        records: Records,
+        purpose: str,
+        demonstrations: bool = False,
+        every_row: bool = False,
+    ) -> list[Example]:
+        examples, dropped = encoder.encode(records.rows, self.kind, demonstrations, every_row)
         self.dropped.update(dropped)
         if not examples:
             raise InputError(
@@ -284,6 +293,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def summary(self) -> str:
         """One line: how much there is, and what was dropped."""
+        if self.answering:
+            return f"data: {len(self.held_out):,} prompts to answer; {self._dropped_text()}"
         counts = f"data: {len(self.train):,} {self.kind} to train on, {len(self.held_out):,} held out"
         return f"{counts}; {self._dropped_text()}"
 

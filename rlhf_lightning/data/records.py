@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_lightning.data.readers import RawRow, kind_of, read_rows, shown
@@ -87,6 +87,8 @@ class Record:
     weight: float = 1.0
     columns: dict[str, Any] = field(default_factory=dict)  # the row's other keys, `id` among them
     tools: str = ""  # the row's tools as a JSON list, for the chat template; empty where it has none
+    row: int = 0  # its number in its file, from 0
+    number: int = 0  # its number in all files together, from 0; rows that are dropped have theirs
 
     @property
     def key(self) -> str:
@@ -158,9 +160,9 @@ def load_records(paths: str | Sequence[str]) -> Records:
         for item in checked_rows(path, records.dropped):
             if isinstance(item, InputError):
                 raise item
-            records.read += 1
             if item is not None:
-                records.rows.append(item)
+                records.rows.append(replace(item, row=records.read - before, number=records.read))
+            records.read += 1
         if records.read == before:
             raise InputError(f"{path}: contains no rows; give a file with at least one")
     return records

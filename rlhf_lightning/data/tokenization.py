@@ -12,7 +12,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,20 +92,21 @@ class Encoder:
         return self.tokenizer.eos_token_id if pad is None else pad
 
     def encode(
-        self, records: Sequence[Record], kind: Kind, demonstrations: bool = False
+        self, records: Sequence[Record], kind: Kind, demonstrations: bool = False, every_row: bool = False
     ) -> tuple[list[Example], Counter[str]]:
         """The examples of one kind in the records' order, and what was dropped, by reason.
 
         ``demonstrations``: each record's best response. ``pairs``: every pair. ``labels``: each labelled response.
         ``prompts``: each distinct prompt once, with the columns of the first row that has it; with ``demonstrations``
-        also that row's best response, where it has one that is not too long.
+        also that row's best response, where it has one that is not too long. With ``every_row`` a prompt is there as
+        often as rows have it, and each example has its record's number.
 
         Raises:
             InputError: a record without what ``kind`` needs, chat rows without a template, or an over-long text whose
                 policy is ``error``.
         """
         dropped: Counter[str] = Counter()
-        if kind == "prompts":
+        if kind == "prompts" and not every_row:
             records = list({record.key: record for record in reversed(records)}.values())[::-1]
         wanted = [(record, _wanted(record, kind, demonstrations)) for record in records]
         prompts = self._prompt_ids(records, dropped)
@@ -146,6 +147,8 @@ class Encoder:
             )
         if too_long:
             dropped["response over max_response_tokens"] += len(too_long)
+        if every_row:
+            examples = [replace(example, row=example.record.number) for example in examples]
         return examples, dropped
 
     def _source(self, record: Record) -> tuple[Any, bool]:

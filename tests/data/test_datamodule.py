@@ -102,11 +102,24 @@ def test_labelled_rows_take_the_place_of_pairs_where_the_module_takes_them(tmp_p
         make_data([str(path), str(tmp_path / "pairs.jsonl")]).prepare(View("pairs", labels=True))
 
 
-def test_predict_answers_every_distinct_prompt_of_the_path(tmp_path):
-    path = write_rows(tmp_path / "rows.jsonl")
-    found = make_trainer().predict(Notes(VIEWS["pairs"]), datamodule=make_data(path))
-    rows = [row for batch in found for row in batch]
-    assert sorted(number for number, _ in rows) == list(range(27)) and len({text for _, text in rows}) == 27
+def test_predict_answers_every_row_of_the_path(tmp_path):
+    first, second = write_rows(tmp_path / "rows.jsonl"), write_rows(tmp_path / "more.jsonl", 3)
+    data = make_data([first, second])
+    found = make_trainer().predict(Notes(VIEWS["pairs"]), datamodule=data)
+    rows = sorted(row for batch in found for row in batch)
+    expected = [json.loads(line)["prompt"] for path in (first, second) for line in Path(path).read_text().splitlines()]
+    assert rows == list(enumerate(expected))  # the second file repeats prompts of the first
+    assert data.summary() == "data: 30 prompts to answer; nothing dropped"
+    assert [example.record.row for example in data.held_out] == [*range(27), 0, 1, 2]
+
+
+def test_what_predict_leaves_out_is_counted_and_the_others_keep_their_numbers(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    prompts = ["how are you", "how " * 30, "how are you"]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    data = make_data(str(path), max_prompt_tokens=20, long_prompts="drop").prepare(VIEWS["pairs"], stage="predict")
+    assert [example.row for example in data.held_out] == [0, 2]
+    assert data.summary() == "data: 2 prompts to answer; prompt over max_prompt_tokens: 1"
 
 
 def test_validation_can_have_its_own_file_and_leaks_are_said(tmp_path):
