@@ -31,7 +31,6 @@ from rlhf_lightning.data.values import (
 from rlhf_lightning.errors import InputError
 
 
-
 @dataclass(frozen=True)
 class Form:
     """What a row is, and so what it can be used for; `FORMS` has their keys."""
