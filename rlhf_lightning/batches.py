@@ -72,6 +72,9 @@ class DemonstrationBatch(_Batch):
     lengths: Tensor  # [B] int64, prompt + response tokens
     prompt_lengths: Tensor  # [B] int64, prompt tokens; the response is tokens[b, prompt_lengths[b]:lengths[b]]
     weights: Tensor  # [B] float32, how much the row counts; 0 marks a filler row that evens out the ranks
+    # [B, T] bool, which response tokens are the assistant's own words: False on the user's and the tools' between two
+    # of its turns, and past the end. None where all of a response is.
+    spoken: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -82,10 +85,17 @@ class DemonstrationBatch(_Batch):
         return length_mask(self.lengths, self.tokens.shape[1])
 
     @property
-    def response_weights(self) -> Tensor:
-        """[B, T] float32, how much each response token counts: its row's weight, and 0 past the end."""
+    def response_mask(self) -> Tensor:
+        """[B, T] bool, True on the response tokens that are learnt from and measured."""
+        if self.spoken is not None:
+            return self.spoken
         steps = self.lengths - self.prompt_lengths
-        return length_mask(steps, int(steps.max())) * self.weights[:, None]
+        return length_mask(steps, int(steps.max()))
+
+    @property
+    def response_weights(self) -> Tensor:
+        """[B, T] float32, how much each response token counts: its row's weight, and 0 where it does not."""
+        return self.response_mask * self.weights[:, None]
 
     def take(self, rows: Tensor) -> DemonstrationBatch:
         """The given rows, cut to the longest of them."""
@@ -94,7 +104,11 @@ class DemonstrationBatch(_Batch):
             lengths=self.lengths[rows],
             prompt_lengths=self.prompt_lengths[rows],
             weights=self.weights[rows],
+            spoken=None if self.spoken is None else self.spoken[rows, : self._steps(rows)],
         )
+
+    def _steps(self, rows: Tensor) -> int:
+        return int((self.lengths - self.prompt_lengths)[rows].max())
 
 
 @dataclass

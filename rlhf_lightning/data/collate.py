@@ -55,7 +55,7 @@ def column_names(examples: Sequence[Example]) -> list[str]:
 def _demonstrations(examples: Sequence[Example], pad_id: int) -> DemonstrationBatch:
     """The responses of prompts, where they have one; an empty one of weight 0 keeps the row's place."""
     empty = torch.zeros(0, dtype=torch.int32)
-    filled = [e if e.responses else replace(e, responses=(empty,), weight=0.0) for e in examples]
+    filled = [e if e.responses else replace(e, responses=(empty,), masks=(), weight=0.0) for e in examples]
     return _side(filled, 0, pad_id)
 
 
@@ -66,7 +66,20 @@ def _side(examples: Sequence[Example], side: int, pad_id: int) -> DemonstrationB
         lengths=lengths,
         prompt_lengths=torch.tensor([len(example.prompt) for example in examples]),
         weights=_weights(examples),
+        spoken=_spoken(examples, side),
     )
+
+
+def _spoken(examples: Sequence[Example], side: int) -> Tensor | None:
+    """``[B, T]`` bool; None where all of every response counts."""
+    masks = [example.masks[side] if example.masks else None for example in examples]
+    if all(mask is None for mask in masks):
+        return None
+    whole = [
+        torch.ones(len(example.responses[side]), dtype=torch.bool) if mask is None else mask
+        for example, mask in zip(examples, masks, strict=True)
+    ]
+    return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
 
 
 def _weights(examples: Sequence[Example]) -> Tensor:

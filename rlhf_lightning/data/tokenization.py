@@ -38,6 +38,8 @@ class Example:
     weight: float
     row: int  # number in the whole set
     record: Record
+    # each [response tokens] bool, True where the assistant speaks, or None where it does all through; () for None alone
+    masks: tuple[Tensor | None, ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ def kl_to_reference(
 
 @torch.no_grad()
 def perplexity(policy: Policy, batches: Iterable[DemonstrationBatch]) -> float:
-    """``exp`` of the mean negative log-likelihood of all response tokens, EOS included, given their prompts.
+    """``exp`` of the mean negative log-likelihood of all response tokens, EOS included, given what stands before them.
 
     The mean is over tokens, not over rows or batches, so batching does not change it. Rows of weight 0 do not count.
 
@@ -53,7 +53,7 @@ def perplexity(policy: Policy, batches: Iterable[DemonstrationBatch]) -> float:
     total, count = 0.0, 0
     for batch in batches:
         log_probs = policy(batch.tokens, batch.lengths, batch.prompt_lengths).log_probs.double()
-        mask = length_mask(batch.lengths - batch.prompt_lengths, log_probs.shape[1]) & (batch.weights > 0)[:, None]
+        mask = batch.response_mask & (batch.weights > 0)[:, None]
         total -= float(log_probs.where(mask, 0.0).sum())
         count += int(mask.sum())
     if count == 0:

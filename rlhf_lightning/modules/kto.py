@@ -91,7 +91,8 @@ class KTOModule(ReferencedModule):
 
     def labelled_loss(self, batch: LabelledBatch, totals: Totals, prefix: str, groups: tuple[str, str]) -> Tensor:
         """The weighted sum of the responses' losses; their metrics go into ``totals``."""
-        rows = Rows(batch.responses.tokens, batch.responses.lengths, batch.responses.prompt_lengths)
+        given = batch.responses
+        rows = Rows(given.tokens, given.lengths, given.prompt_lengths, given.response_mask)
         scores = self.row_scores(rows)
         ratios = self.log_ratios(scores)
         baseline = self.baseline(rows, batch.weights)
@@ -142,6 +143,7 @@ class _Answered(NamedTuple):
     process: int
     prompt: list[int]
     responses: list[list[int]]
+    masks: list[list[bool]]  # of the responses: the tokens that count
     weight: float
 
 
@@ -164,6 +166,7 @@ def mismatched(rows: Rows, weights: Tensor) -> tuple[Rows, Tensor]:
     dealt = zip_longest(*all_gather_objects(own))
     batch = [one for turn in dealt for one in turn if one is not None]
     sides: list[list[list[int]]] = [[] for _ in range(len(rows.lengths) // len(weights))]
+    masks: list[list[list[bool]]] = [[] for _ in sides]
     prompts, counted = [], []
     for place, one in enumerate(batch):
         if one.process != number:
@@ -174,20 +177,25 @@ def mismatched(rows: Rows, weights: Tensor) -> tuple[Rows, Tensor]:
         counted.append(0.0 if other is None else one.weight)
         for side, response in zip(sides, (other or one).responses, strict=True):
             side.append(one.prompt + response)
+        for side_masks, mask in zip(masks, (other or one).masks, strict=True):
+            side_masks.append(mask)
     sequences = [torch.tensor(sequence) for side in sides for sequence in side]
+    counted_tokens = [torch.tensor(mask, dtype=torch.bool) for side_masks in masks for mask in side_masks]
     device = rows.tokens.device
     mixed = Rows(
         tokens=pad_sequence(sequences, batch_first=True).to(device),
         lengths=torch.tensor([len(sequence) for sequence in sequences], device=device),
         prompt_lengths=torch.tensor(prompts * len(sides), device=device),
+        response_mask=pad_sequence(counted_tokens, batch_first=True).to(device),
     )
     return mixed, torch.tensor(counted * len(sides), device=device)
 
 
-def _texts(rows: Rows, weights: Tensor) -> list[tuple[list[int], list[list[int]]]]:
-    """Each prompt and its responses."""
-    tokens, prompts = rows.tokens.tolist(), rows.prompt_lengths.tolist()
-    whole = [row[:length] for row, length in zip(tokens, rows.lengths.tolist(), strict=True)]
+def _texts(rows: Rows, weights: Tensor) -> list[tuple[list[int], list[list[int]], list[list[bool]]]]:
+    """Each prompt, its responses, and which of their tokens count."""
+    tokens, prompts, lengths = rows.tokens.tolist(), rows.prompt_lengths.tolist(), rows.lengths.tolist()
+    responses = [row[start:end] for row, start, end in zip(tokens, prompts, lengths, strict=True)]
+    masks = [row[: len(ids)] for row, ids in zip(rows.response_mask.tolist(), responses, strict=True)]
     return [
-        (whole[b][: prompts[b]], [row[prompts[b] :] for row in whole[b :: len(weights)]]) for b in range(len(weights))
+        (tokens[b][: prompts[b]], responses[b :: len(weights)], masks[b :: len(weights)]) for b in range(len(weights))
     ]

@@ -17,16 +17,20 @@ class Rows(NamedTuple):
     tokens: Tensor  # [2B, S] int64, right-padded
     lengths: Tensor  # [2B] int64, prompt + response
     prompt_lengths: Tensor  # [2B] int64
+    response_mask: Tensor  # [2B, T] bool, the response tokens that count
 
 
 def as_rows(batch: PreferenceBatch) -> Rows:
     """Chosen above rejected, the narrower side padded with 0 (any id would do: masks come from the lengths)."""
     sides = (batch.chosen, batch.rejected)
     width = max(side.tokens.shape[1] for side in sides)
+    masks = [side.response_mask for side in sides]
+    steps = max(mask.shape[1] for mask in masks)
     return Rows(
         tokens=torch.cat([pad(side.tokens, (0, width - side.tokens.shape[1])) for side in sides]),
         lengths=torch.cat([side.lengths for side in sides]),
         prompt_lengths=torch.cat([side.prompt_lengths for side in sides]),
+        response_mask=torch.cat([pad(mask, (0, steps - mask.shape[1])) for mask in masks]),
     )
 
 

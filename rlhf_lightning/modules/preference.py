@@ -18,7 +18,6 @@ from rlhf_lightning.batches import PreferenceBatch, View
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
 from rlhf_lightning.models.policy import Reference
-from rlhf_lightning.models.positions import response_mask
 from rlhf_lightning.modules.pairs import Rows, weighted_sum
 from rlhf_lightning.modules.policy import PolicyModule
 from rlhf_lightning.modules.reward_model import wins
@@ -38,12 +37,12 @@ class RowScores(NamedTuple):
     """Both responses of every pair under the policy."""
 
     rows: Rows
-    mask: Tensor  # [2B, T] bool
-    log_probs: Tensor  # [2B] summed over the response
+    mask: Tensor  # [2B, T] bool, the response tokens that count
+    log_probs: Tensor  # [2B] summed over them
 
     @property
     def tokens(self) -> Tensor:
-        """``[2B]`` int64, tokens of the response; 1 where it has none, so that it can be divided by."""
+        """``[2B]`` int64, tokens of the response that count; 1 where none does, so that it can be divided by."""
         return self.mask.sum(dim=1).clamp(min=1)
 
 
@@ -76,8 +75,8 @@ class PreferenceModule(PolicyModule):
     def row_scores(self, rows: Rows) -> RowScores:
         """The rows of any pairs in one forward pass."""
         assert self.policy is not None
-        mask = response_mask(rows.prompt_lengths, rows.lengths)
-        return RowScores(rows, mask, -negative_log_likelihood(self.policy(*rows).log_probs, mask))
+        log_probs = self.policy(rows.tokens, rows.lengths, rows.prompt_lengths).log_probs
+        return RowScores(rows, rows.response_mask, -negative_log_likelihood(log_probs, rows.response_mask))
 
     def _add_metrics(
         self, batch: PreferenceBatch, terms: PairTerms, totals: Totals, prefix: str, groups: tuple[str, str]
@@ -130,5 +129,7 @@ class ReferencedModule(PreferenceModule):
         """``[2B]``, the responses' summed log-probs under the policy less those under the reference."""
         assert self.reference is not None
         with torch.no_grad():
-            reference = -negative_log_likelihood(self.reference(*scores.rows).log_probs, scores.mask)
+            rows = scores.rows
+            log_probs = self.reference(rows.tokens, rows.lengths, rows.prompt_lengths).log_probs
+            reference = -negative_log_likelihood(log_probs, scores.mask)
         return scores.log_probs - reference

@@ -118,7 +118,7 @@ class RewardModelModule(RLHFModule):
         chosen, rejected = self.scores(batch)
         counted = batch.weights > 0
         won = wins(chosen, rejected)
-        lengths = [side.lengths - side.prompt_lengths for side in (batch.chosen, batch.rejected)]
+        lengths = [side.response_mask.sum(dim=1) for side in (batch.chosen, batch.rejected)]
         totals.add("loss", self._losses(chosen, rejected, batch), batch.weights)
         totals.add("accuracy", won, counted)
         totals.add("accuracy_longer", won, counted & (lengths[0] > lengths[1]))

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from rlhf_lightning.batches import DemonstrationBatch, View
-from rlhf_lightning.models.positions import response_mask
 from rlhf_lightning.modules.policy import PolicyModule
 from rlhf_lightning.modules.totals import Totals
 
 
 class SFTModule(PolicyModule):
-    """Supervised fine-tuning on prompts and chosen responses; the prompt's own tokens carry no loss.
+    """Supervised fine-tuning on prompts and chosen responses; only what the assistant says carries loss.
 
-    The loss, in nats, is the mean over all response tokens of an optimizer step (each weighted by its row's weight),
+    The loss, in nats, is the mean over all its tokens of an optimizer step (each weighted by its row's weight),
     whatever the number of micro-batches and processes. Logs ``train/loss``; held out ``val/loss`` and
     ``val/perplexity``.
     """
@@ -29,7 +27,7 @@ class SFTModule(PolicyModule):
     def training_step(self, batch: DemonstrationBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the tokens' negative log-likelihoods."""
         assert self.policy is not None
-        mask, weights = self._weights(batch)
+        mask, weights = batch.response_mask, batch.response_weights
         # Known before the forward pass, so the head can make its gradients in it.
         loss, log_probs = self.policy.cross_entropy(batch.tokens, batch.lengths, batch.prompt_lengths, weights)
         self.count(weights.sum(), loss, tokens=batch.lengths.sum())
@@ -40,7 +38,7 @@ class SFTModule(PolicyModule):
     def measure(self, batch: DemonstrationBatch, totals: Totals) -> None:
         """``loss`` a token, and the response length."""
         assert self.policy is not None
-        mask, weights = self._weights(batch)
+        mask, weights = batch.response_mask, batch.response_weights
         log_probs = self.policy(batch.tokens, batch.lengths, batch.prompt_lengths).log_probs
         totals.add("loss", -log_probs, weights)
         totals.add("response_length", mask.sum(dim=1), batch.weights > 0)
@@ -48,8 +46,3 @@ class SFTModule(PolicyModule):
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         """Perplexity is exp of the mean loss: it cannot be averaged itself."""
         return {**means, "perplexity": math.exp(min(means["loss"], 700.0))} if "loss" in means else means
-
-    def _weights(self, batch: DemonstrationBatch) -> tuple[Tensor, Tensor]:
-        """Which response tokens are real and how much each counts, both ``[B, T]``."""
-        mask = response_mask(batch.prompt_lengths, batch.lengths)
-        return mask, torch.where(mask, batch.weights[:, None], 0.0)

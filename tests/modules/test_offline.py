@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.positions import response_mask
 from rlhf_lightning.modules.kto import KTOModule, mismatched
 from rlhf_lightning.modules.orpo import ORPOModule
 from rlhf_lightning.modules.pairs import Rows
@@ -202,7 +203,8 @@ def pairs_of(*texts: tuple[list[int], list[int], list[int]]) -> Rows:
     tokens = torch.full((len(sequences), int(lengths.max()) + 1), 9)
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence)] = torch.tensor(sequence)
-    return Rows(tokens, lengths, torch.tensor([len(text[0]) for text in texts] * 2))
+    prompts = torch.tensor([len(text[0]) for text in texts] * 2)
+    return Rows(tokens, lengths, prompts, response_mask(prompts, lengths))
 
 
 def texts_of(rows: Rows) -> list[list[int]]:
