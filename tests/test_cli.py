@@ -9,7 +9,6 @@ import pytest
 from rlhf_lightning import __version__
 from rlhf_lightning.cli import main
 from rlhf_lightning.cli.configs import find_config, keys_with_lines, resolve_configs, shipped_configs
-from rlhf_lightning.cli.runs import check_unused, run_name
 from rlhf_lightning.cli.suggestions import did_you_mean
 from rlhf_lightning.errors import InputError
 
@@ -125,33 +124,7 @@ def test_suggestions(name: str, hint: str) -> None:
     assert did_you_mean(name, ["model.kl_coef", "trainer.max_epochs", "data.path"], "--") == hint
 
 
-# Run folders
-
-
-def test_a_run_is_named_after_its_module_and_the_time() -> None:
-    assert run_name("mine", "PPOModule") == "mine"
-    stage, date, time = run_name(None, "RewardModelModule").split("-")
-    assert stage == "reward_model"
-    assert (len(date), len(time)) == (8, 6)
-
-
-def test_the_other_processes_of_a_run_take_the_first_ones_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run_name(None, "PPOModule")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert run_name(None, "DPOModule") == first
-
-
-@pytest.mark.parametrize("name", ["../up", "a/b", "", "a b"])
-def test_a_run_name_is_no_path(name: str) -> None:
-    with pytest.raises(InputError, match="it names a folder in runs/"):
-        run_name(name, "PPOModule")
-
-
-def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
-    check_unused(tmp_path)
-    write(tmp_path / "metrics.jsonl", "")
-    with pytest.raises(InputError, match=r"holds a run already.*--ckpt_path last"):
-        check_unused(tmp_path)
+# The plain commands
 
 
 @pytest.mark.parametrize(

@@ -82,13 +82,20 @@ def test_a_fit_leaves_a_run_folder_and_says_where(sft: list[str], capsys: pytest
     assert any("val/perplexity" in line for line in metrics("sft"))
 
 
-def test_a_run_is_never_written_over(sft: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_takes_a_name_of_its_own(sft: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *sft]) == 0
-    before = Path("runs/sft/metrics.jsonl").read_bytes()
+    before = {path: path.read_bytes() for path in Path("runs/sft").rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert main(["fit", *sft]) == 2
+    assert main(["fit", *sft]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "run       runs/sft holds a run already: this one is runs/sft-2"
+    assert said[0] in said[-4:] and "model     runs/sft-2/model" in said[-3]
+    assert {path: path.read_bytes() for path in Path("runs/sft").rglob("*") if path.is_file()} == before
+    assert main(["fit", *sft, "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
+    assert "run       runs/sft-2 goes on from batch-00000003.ckpt" in capsys.readouterr().out
+    assert (len(metrics("sft")), len(metrics("sft-2"))) == (4, 8)
+    assert main(["fit", *sft, "--run", "sft"]) == 2
     assert "runs/sft holds a run already" in error_of(capsys)
-    assert Path("runs/sft/metrics.jsonl").read_bytes() == before
 
 
 def test_the_saved_config_repeats_the_run(sft: list[str]) -> None:
@@ -226,8 +233,8 @@ def test_another_runs_checkpoint_does_not_open_a_run_to_overwriting(
     capsys.readouterr()
     (checkpoint,) = Path("runs/other/checkpoints").glob("*.ckpt")
     longer = ["--ckpt_path", str(checkpoint), "--trainer.max_epochs", "2"]
-    assert main(["fit", *sft, *longer]) == 2
-    assert "runs/sft holds a run already" in error_of(capsys)
+    assert main(["fit", *sft, *longer]) == 0
+    assert Path("runs/sft-2/model").is_dir()
     assert Path("runs/sft/metrics.jsonl").read_bytes() == before
     assert main(["fit", *sft, *longer, "--run", "third"]) == 0
     assert main(["fit", *sft, *longer, "--run", "other"]) == 0
@@ -270,11 +277,15 @@ def test_what_is_missing_is_named(
     assert said in error_of(capsys)
 
 
-def test_last_without_a_run_names_the_newest(sft: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_without_a_run_of_that_name_names_the_newest(sft: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *sft, "--run", "first"]) == 0
     capsys.readouterr()
-    assert main(["fit", "--config", "runs/first/config.yaml", "--ckpt_path", "last"]) == 2
-    assert "of which run? Add --run NAME; the newest is first" in error_of(capsys)
+    assert main(["fit", *sft, "--ckpt_path", "last"]) == 2
+    said = error_of(capsys)
+    assert "runs/sft/checkpoints holds no whole checkpoint; start without it, or name a run" in said
+    assert said.endswith("the newest that has one is first, --run first")
+    assert main(["fit", "--config", "runs/first/config.yaml", "--ckpt_path", "last"]) == 0
+    assert "run       runs/first goes on from batch-00000003.ckpt" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_nan_exits_with_1_and_saves_nothing(sft: list[str], capsys: pytest.CaptureFixture[str]) -> None:

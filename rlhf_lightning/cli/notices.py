@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from rlhf_lightning.cli.runs import Run
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
@@ -31,9 +33,13 @@ class Preflight(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """Print, on the first process."""
         if trainer.is_global_zero:
-            width = 10
             for name, text in report(trainer, pl_module, self.folder):
-                print(f"{name:<{width}}{text}", flush=True)
+                print(notice(name, text), flush=True)
+
+
+def notice(name: str, text: str) -> str:
+    """One line of what is said before and after a run."""
+    return f"{name:<10}{text}"
 
 
 def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple[str, str]]:
@@ -101,19 +107,20 @@ def _operators(trainer: Trainer) -> str:
     return ("plain PyTorch" if len(plain) == len(paths) else f"native but for {', '.join(plain)}") + " (see `info`)"
 
 
-def farewell(folder: Path, module: RLHFModule) -> str:
+def farewell(run: Run, module: RLHFModule) -> str:
     """Where a finished fit left everything, and the command that may come next."""
-    model = folder / "model"
+    model = run.folder / "model"
     kind = "AutoModelForSequenceClassification" if isinstance(module, RewardModelModule) else "AutoModelForCausalLM"
     lines = {
+        **({"run": run.note} if run.note else {}),
         "model": f"{model} (for {kind}.from_pretrained)",
-        "curves": f"tensorboard --logdir {folder.parent}",
-        "next": f"python -m rlhf_lightning {_next(module, model)}",
+        "curves": f"tensorboard --logdir {shlex.quote(str(run.folder.parent))}",
+        "next": f"python -m rlhf_lightning {_next(module, shlex.quote(str(model)))}",
     }
-    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+    return "\n".join(notice(name, text) for name, text in lines.items())
 
 
-def _next(module: RLHFModule, model: Path) -> str:
+def _next(module: RLHFModule, model: str) -> str:
     if isinstance(module, SFTModule):
         return f"fit --config reward_model.yaml --model.model {model} --data.path PAIRS"
     if isinstance(module, RewardModelModule):

@@ -1,52 +1,200 @@
-"""Run folders: ``runs/<run>/`` holds everything that one run leaves."""
+"""Run folders: ``runs/<run>/`` holds everything that one run leaves, and no run writes over another.
+
+A name that a config gives, or that is made of the module and the time, is one that many runs may want: the second takes
+``NAME-2``. A name typed with ``--run`` is meant as it stands, since other commands will look there: it is refused where
+a run is there already.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from rlhf_lightning.callbacks.checkpoints import latest
 from rlhf_lightning.errors import InputError
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_TIMED = re.compile(r"-\d{8}-\d{6}(-\d+)?")
 # Lightning starts the other processes of a run by the same command line, some seconds later; this is how they learn the
-# name that the first one took.
-_SHARED_NAME = "RLHF_LIGHTNING_RUN"
+# folder that the first one took. (torchrun starts all at once: they look before the first one has written anything.)
+_SHARED = "RLHF_LIGHTNING_RUN"
 
 
-def run_name(given: str | None, module: str) -> str:
-    """The name given by ``--run``, checked, or a new one: the module and the time (``ppo-20260131-142501``)."""
-    if given is not None:
-        if not _NAME.fullmatch(given):
-            raise InputError(
-                f"--run {given}: use letters, digits, dots, dashes, underscores; it names a folder in runs/"
-            )
-        return given
-    if os.environ.get("LOCAL_RANK", "0") != "0" and _SHARED_NAME in os.environ:
-        return os.environ[_SHARED_NAME]
-    stage = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", module.removesuffix("Module")).lower()
-    name = f"{stage}-{datetime.now():%Y%m%d-%H%M%S}"
-    os.environ[_SHARED_NAME] = name
-    return name
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line and the config say about the run.
+
+    Args:
+        root: the folder of the run folders.
+        name: ``run``; None to make a name of the module and the time.
+        typed: whether the name stands on the command line.
+        module: name of the module's class.
+        checkpoint: ``--ckpt_path``; ``last`` for the newest of the run.
+        configs: the config files.
+        fresh: whether a folder of its own is wanted where no run goes on (``fit``).
+    """
+
+    root: Path
+    name: str | None
+    typed: bool
+    module: str
+    checkpoint: str | None
+    configs: Sequence[Path] = ()
+    fresh: bool = True
+
+    @property
+    def stage(self) -> str:
+        """``reward_model`` for ``RewardModelModule``."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.module.removesuffix("Module")).lower()
 
 
-def check_unused(folder: Path) -> None:
-    """InputError where the folder holds a run already: a fit never writes over one."""
-    left = next((name for name in ("checkpoints", "model", "metrics.jsonl") if (folder / name).exists()), None)
-    if left is not None:
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes, what it starts from, and what is to be said of that, first and last; "" for nothing."""
+
+    folder: Path
+    checkpoint: Path | None = None
+    note: str = ""
+    goes_on: bool = False  # from a checkpoint of its own
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def choose(wanted: Wanted, first: bool = True, busy: Sequence[Path] = ()) -> Run:
+    """The run's folder and checkpoint.
+
+    Args:
+        wanted: what was asked for.
+        first: False for a process that another one of this run has started: it takes that one's name.
+        busy: folders that other runs are about to use.
+
+    Raises:
+        InputError: a name that is no name, a checkpoint that is not there, a typed name that another run has.
+    """
+    if wanted.name is not None and not _NAME.fullmatch(wanted.name):
+        raise InputError(
+            f"--run {wanted.name}: use letters, digits, dots, dashes, underscores, at most 200; "
+            "it names a folder in runs/"
+        )
+    if not first and _SHARED in os.environ:
+        folder = Path(os.environ[_SHARED])
+        return Run(folder, latest(folder / "checkpoints") if wanted.checkpoint == "last" else _given(wanted.checkpoint))
+    run = _newest(wanted) if wanted.checkpoint == "last" else _by_name(wanted, busy)
+    if first:
+        os.environ[_SHARED] = str(run.folder)
+    return run
+
+
+def holds_run(folder: Path) -> str | None:
+    """What a run has left in the folder; None where it is free."""
+    return next((name for name in ("checkpoints", "model", "metrics.jsonl") if (folder / name).exists()), None)
+
+
+def family(root: Path, name: str) -> list[Path]:
+    """The runs in ``root`` called ``name``, the one started last at the end: ``NAME``, ``NAME-2``, ``NAME-3``, ..."""
+    return sorted((path for path in _folders(root) if _number(path, name) and holds_run(path)), key=_started)
+
+
+def _number(folder: Path, name: str) -> int:
+    """1 for ``NAME``, 2 for ``NAME-2``, ...; 0 for other names."""
+    if folder.name == name:
+        return 1
+    digits = folder.name.removeprefix(f"{name}-")
+    return int(digits) if digits != folder.name and re.fullmatch(r"[2-9]|[1-9]\d{1,5}", digits) else 0
+
+
+def _started(run: Path) -> tuple[float, str]:
+    """When: by its first metrics, since a copy of the folder has other times than the folder."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            return float(json.loads(file.readline(1 << 20))["time"]), run.name
+    except (OSError, ValueError, KeyError, TypeError):
+        config = run / "config.yaml"
+        return config.stat().st_mtime if config.exists() else 0.0, run.name
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return [path for path in root.iterdir() if path.is_dir()]
+    except OSError:  # not there, or not to be read: whether it can be written to is asked later
+        return []
+
+
+def _by_name(wanted: Wanted, busy: Sequence[Path]) -> Run:
+    checkpoint = _given(wanted.checkpoint)
+    name = wanted.name or f"{wanted.stage}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = wanted.root / name
+    if checkpoint is not None:
+        # From its own checkpoint a run goes on; from another run's this is a new one.
+        own = [folder] if wanted.typed else family(wanted.root, name)
+        found = next((path for path in own if checkpoint.resolve().is_relative_to(path.resolve())), None)
+        if found is not None:
+            note = "" if found == folder else f"{found} goes on from {checkpoint.name}"
+            return Run(found, checkpoint, note, goes_on=True)
+    left = holds_run(folder)
+    if not wanted.fresh or not (left or folder in busy):
+        return Run(folder, checkpoint)
+    if wanted.typed:
+        if not left:
+            raise InputError(f"--run {name}: another process is writing to {folder}; choose another name")
         raise InputError(
             f"{folder} holds a run already ({left}); continue it with --ckpt_path last, choose another name with "
             "--run, or remove the folder"
         )
+    last = max(_number(path, name) for path in [folder, *family(wanted.root, name), *busy])
+    fresh = wanted.root / f"{name}-{last + 1}"
+    return Run(fresh, checkpoint, f"{folder} holds a run already: this one is {fresh}")
 
 
-def remove_if_nothing_logged(folder: Path) -> None:
-    """Remove the folder of a run that ended before its first step was logged: it holds its config and no event."""
-    files = list(folder.iterdir()) if folder.is_dir() else []
-    if files and all(file.name == "config.yaml" or file.name.startswith("events.out.tfevents.") for file in files):
-        for file in files:
-            file.unlink()
-        folder.rmdir()
-        if not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+def _newest(wanted: Wanted) -> Run:
+    """The newest run of the name that was typed or configured, or else of the module's kind, to go on."""
+    if wanted.typed:
+        assert wanted.name is not None
+        runs = [wanted.root / wanted.name]
+    elif (of_config := _run_of_config(wanted)) is not None:
+        runs = [of_config]
+    elif wanted.name is not None:
+        runs = family(wanted.root, wanted.name)
+    else:
+        runs = family(wanted.root, wanted.stage)
+        runs += [p for p in _folders(wanted.root) if _TIMED.fullmatch(p.name.removeprefix(wanted.stage))]
+        runs.sort(key=_started)
+    runs = [run for run in runs if holds_run(run)] or [wanted.root / (wanted.name or wanted.stage)]
+    run = runs[-1]
+    checkpoint = latest(run / "checkpoints")
+    if checkpoint is None:
+        # An older run is not gone on with unasked: that would write to it.
+        raise InputError(
+            f"--ckpt_path last: {run / 'checkpoints'} holds no whole checkpoint; start without it"
+            f"{_known_runs(wanted.root)}"
+        )
+    return Run(run, checkpoint, f"{run} goes on from {checkpoint.name}", goes_on=True)
+
+
+def _run_of_config(wanted: Wanted) -> Path | None:
+    """The run whose own ``config.yaml`` is among the configs, where no other name is given."""
+    own = [path.parent for path in wanted.configs if path.name == "config.yaml" and holds_run(path.parent)]
+    return own[-1] if own and wanted.name is None else None
+
+
+def _given(checkpoint: str | None) -> Path | None:
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    if not path.exists():
+        raise InputError(f"--ckpt_path {path}: no such checkpoint; give its path, or `last` for the newest one")
+    return path
+
+
+def _known_runs(root: Path) -> str:
+    runs = sorted((path for path in _folders(root) if latest(path / "checkpoints")), key=_started)
+    if not runs:
+        return f" ({root} holds no run with checkpoints)"
+    return f", or name a run: the newest that has one is {runs[-1].name}, --run {runs[-1].name}"

@@ -9,6 +9,7 @@ import typing
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_lightning import modules, rewards
-from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.callbacks.export import ModelExport
 from rlhf_lightning.callbacks.metrics import JsonlLogger
 from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable
+from rlhf_lightning.cli.claims import claimed, cleared_up, first_process
 from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
-from rlhf_lightning.cli.notices import Preflight, farewell
+from rlhf_lightning.cli.notices import Preflight, farewell, notice
 from rlhf_lightning.cli.parse_errors import explain
 from rlhf_lightning.cli.predictions import PredictionWriter, check_writable
-from rlhf_lightning.cli.runs import check_unused, remove_if_nothing_logged, run_name
+from rlhf_lightning.cli.runs import Run, Wanted, choose
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
@@ -77,19 +79,20 @@ class TrainingCLI(LightningCLI):
         self.arguments = list(arguments)
         self.paths = list(paths)
         raise_errors = {"exit_on_error": False, "allow_abbrev": False}
-        super().__init__(
-            RLHFModule,
-            PreferenceDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,  # modules create their optimizers after the weights exist
-            save_config_callback=SaveRunConfig,
-            seed_everything_default=0,
-            trainer_defaults=dict(_TRAINER_DEFAULTS),
-            parser_kwargs={**raise_errors, **{name: dict(raise_errors) for name in _SUBCOMMANDS}},
-            args=self.arguments,
-            load_from_checkpoint_support=False,  # it would put class paths into checkpoints
-        )
+        with ExitStack() as self.until_the_end:
+            super().__init__(
+                RLHFModule,
+                PreferenceDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,  # modules create their optimizers after the weights exist
+                save_config_callback=SaveRunConfig,
+                seed_everything_default=0,
+                trainer_defaults=dict(_TRAINER_DEFAULTS),
+                parser_kwargs={**raise_errors, **{name: dict(raise_errors) for name in _SUBCOMMANDS}},
+                args=self.arguments,
+                load_from_checkpoint_support=False,  # it would put class paths into checkpoints
+            )
 
     # Parsing
 
@@ -97,7 +100,7 @@ class TrainingCLI(LightningCLI):
         """Our options beside LightningCLI's: the run's name, and the callbacks that can be configured."""
         parser.set_defaults({"data": {"class_path": _class_path(PreferenceDataModule)}})
         parser.add_argument(
-            "--run", type=str | None, default=None, help="Name of the run folder, runs/NAME. Default: module and time."
+            "--run", type=str | None, default=None, help="Name of the run folder, runs/NAME. Default: config's, or time."
         )
         parser.add_argument(
             "--runs",
@@ -158,18 +161,11 @@ class TrainingCLI(LightningCLI):
             stages = ", ".join(name for name in shipped_configs() if "/" not in name)
             raise InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")
         _check_trainer(self.options.trainer, subcommand)
-        root = self.options.runs or Path(self.options.trainer.default_root_dir or ".") / "runs"
-        if self.options.ckpt_path == "last" and self.options.run is None:
-            raise InputError(f"--ckpt_path last: of which run? Add --run NAME{_known_runs(root)}")
-        self.run = run_name(self.options.run, self.options.model.class_path.rsplit(".", 1)[-1])
-        self.folder = root / self.run
-        checkpoint = None if self.options.ckpt_path is None else self._checkpoint(self.options.ckpt_path)
-        if checkpoint is not None:
-            self.options.ckpt_path = str(checkpoint)
-        # From its own checkpoint a run goes on; from another run's this is a new one.
-        goes_on = checkpoint is not None and checkpoint.resolve().is_relative_to(self.folder.resolve())
-        if subcommand == "fit" and not goes_on and _first_process():
-            check_unused(self.folder)
+        self.run = self._run_to_write()
+        if self.run.checkpoint is not None:
+            self.options.ckpt_path = str(self.run.checkpoint)
+        if self.run.note and first_process():
+            print(notice("run", self.run.note), flush=True)
         if subcommand == "predict":
             check_writable(self._predictions)
         self.save_config_kwargs = {"overwrite": True}
@@ -189,14 +185,29 @@ class TrainingCLI(LightningCLI):
                 raise
             raise link from None
 
-    def _checkpoint(self, given: str) -> Path:
-        folder = self.folder / "checkpoints"
-        path = latest(folder) if given == "last" else Path(given)
-        if path is None:
-            raise InputError(f"--ckpt_path last: {folder} holds no whole checkpoint; start without it")
-        if not path.exists():
-            raise InputError(f"--ckpt_path {path}: no such checkpoint; give its path, or `last` for the newest one")
-        return path
+    def _run_to_write(self) -> Run:
+        options = self.options
+        wanted = Wanted(
+            root=options.runs or Path(options.trainer.default_root_dir or ".") / "runs",
+            name=options.run,
+            typed=any(argument.partition("=")[0] == "--run" for argument in self.arguments),
+            module=options.model.class_path.rsplit(".", 1)[-1],
+            checkpoint=options.ckpt_path,
+            configs=self.paths,
+            fresh=self.config.subcommand == "fit",
+        )
+        if not first_process():
+            return choose(wanted, first=False)
+        if wanted.fresh:
+            return self.until_the_end.enter_context(claimed(wanted))
+        run = choose(wanted)
+        self.until_the_end.enter_context(cleared_up(run.folder))
+        return run
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run.folder
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the run's loggers before the user's own, and the callbacks that every run has."""
@@ -205,7 +216,7 @@ class TrainingCLI(LightningCLI):
         loggers: list[Logger] = list(own) if isinstance(own, Iterable) else [own]
         if given is not False and self.subcommand != "predict":
             loggers = [
-                EventLogger(save_dir=str(self.folder.parent), name=self.run, version=""),
+                EventLogger(save_dir=str(self.folder.parent), name=self.run.name, version=""),
                 JsonlLogger(self.folder),
                 *loggers,
             ]
@@ -229,19 +240,10 @@ class TrainingCLI(LightningCLI):
     def _predictions(self) -> Path:
         return self.options.output or self.folder / "predictions.jsonl"
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        existed = self.folder.exists()
-        try:
-            super()._run_subcommand(subcommand)
-        except BaseException:
-            if not existed and _first_process():
-                remove_if_nothing_logged(self.folder)
-            raise
-
     def after_fit(self) -> None:
         """Say where everything is and what the next command may be."""
-        if _first_process() and not self.options.trainer.fast_dev_run:
-            print(farewell(self.folder, self.model), flush=True)
+        if first_process() and not self.options.trainer.fast_dev_run:
+            print(farewell(self.run, self.model), flush=True)
 
 
 class EventLogger(TensorBoardLogger):
@@ -343,12 +345,3 @@ def _check_trainer(options: Namespace, subcommand: str) -> None:
         raise InputError(
             f"trainer.accumulate_grad_batches: expected a number from 1, got {options.accumulate_grad_batches}"
         )
-
-
-def _first_process() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
-def _known_runs(root: Path) -> str:
-    runs = sorted((path.parent for path in root.glob("*/checkpoints")), key=lambda path: path.stat().st_mtime)
-    return f"; the newest is {runs[-1].name}" if runs else f" ({root} holds no run with checkpoints)"

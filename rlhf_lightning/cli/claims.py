@@ -1,0 +1,111 @@
+"""A run's folder is this process's from before its models are loaded to its end."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from rlhf_lightning.cli.runs import Run, Wanted, choose, holds_run
+from rlhf_lightning.errors import InputError
+
+# What Lightning, torchrun, SLURM and LSF tell a process. (`rank_zero_only` looks at it once, when it is imported.)
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+
+def first_process() -> bool:
+    """Whether this process is the run's first: it speaks and writes for the others."""
+    ranks = [os.environ.get(name, "0") for name in _RANKS]
+    return getattr(rank_zero_only, "rank", 0) == 0 and all(rank == "0" for rank in ranks)
+
+
+@contextmanager
+def claimed(wanted: Wanted) -> Iterator[Run]:
+    """The run of a ``fit``, with its folder made and held against other processes, where the file system has locks.
+
+    A fit that ends before its first step is logged leaves no folder behind.
+
+    Raises:
+        InputError: see `runs.choose`; the folder cannot be written to, or another process goes on with this run.
+    """
+    busy: list[Path] = []
+    while True:
+        run = choose(wanted, busy=busy)
+        existed = run.folder.exists()
+        _check_writable(run.folder)
+        held = _lock(run.folder)
+        if held is not None and (run.goes_on or not holds_run(run.folder)):
+            break
+        if held is not None:  # a run has come and gone since the name was chosen
+            os.close(held)
+        elif run.goes_on:
+            raise InputError(f"{run.folder}: another process is training it; wait for its end, or stop it")
+        else:
+            busy.append(run.folder)
+    try:
+        yield run
+    finally:
+        if not existed:
+            remove_if_nothing_logged(run.folder)
+        os.close(held)
+
+
+@contextmanager
+def cleared_up(folder: Path) -> Iterator[None]:
+    """What fails in here leaves no new folder without anything logged."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            remove_if_nothing_logged(folder)
+        raise
+
+
+def remove_if_nothing_logged(folder: Path) -> None:
+    """Remove the folder of a run that ended before its first step was logged: it holds its config and no event."""
+    if not folder.is_dir():
+        return
+    files = list(folder.iterdir())
+    if all(file.name == "config.yaml" or file.name.startswith("events.out.tfevents.") for file in files):
+        for file in files:
+            file.unlink()
+        folder.rmdir()
+        if not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+
+
+def _check_writable(folder: Path) -> None:
+    """Make the folder and write to it: what fails now would fail after hours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written to ({error.strerror}); choose another place with --runs FOLDER"
+        ) from None
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder until it is closed, or the process has ended; None where another has it."""
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
