@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,6 +34,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.layers import embedding_weight
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -59,6 +61,8 @@ def load_causal_lm(
     path: str | Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The causal LM of a model folder or hub name, dropout off, in ``dtype``, on the CPU.
+
+    Here and in `load_scalar_model` the model's ``stored_dtype`` is the one that the folder has its weights in.
 
     Raises:
         InputError: no such folder, missing or unreadable weights, not a causal LM.
@@ -169,11 +173,20 @@ def check_length(model: PreTrainedModel, tokens: int, where: str | Path = "model
 
 
 def eos_ids(source: PreTrainedModel | GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response, sorted: the tokenizer's EOS and the generation config's (an int or a list)."""
+    """The ids that end a response, sorted, each once.
+
+    They are the tokenizer's EOS, the generation config's (an int or a list), and the token by which the chat template
+    ends a turn: the attribute ``turn_end_id`` of a tokenizer whose template was looked at.
+
+    Raises:
+        InputError: the generation config names something else than ids.
+    """
     config = source.generation_config if isinstance(source, PreTrainedModel) else source
     declared = getattr(config, "eos_token_id", None)
-    ids = [declared] if isinstance(declared, int) else list(declared or [])
-    return sorted({*ids, tokenizer.eos_token_id} - {None})
+    ids = list(declared) if isinstance(declared, list | tuple) else [declared]
+    if any(not isinstance(id, int | None) for id in ids):
+        raise InputError(f"generation_config.json: eos_token_id is {declared!r}: give an id, or a list of ids")
+    return sorted({*ids, tokenizer.eos_token_id, getattr(tokenizer, "turn_end_id", None)} - {None})
 
 
 def _find(path: str | Path) -> str:
@@ -216,6 +229,7 @@ def _load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told below, in one line
         )
+    model.stored_dtype = _stored_dtype(config, Path(folder))
     missing = set(info["missing_keys"])
     for name, found, expected in info["mismatched_keys"]:
         if not name.startswith("score."):
@@ -232,6 +246,19 @@ def _load_model(
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
     return model, sorted(missing)
+
+
+def _stored_dtype(config: PretrainedConfig, folder: Path) -> torch.dtype:
+    """What stock transformers would load the weights in: by config.json, else by the first floats in the weights."""
+    named = config.dtype if config.dtype is not None else config.get_text_config().dtype
+    if named is None:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as weights:
+                kinds = (weights.get_slice(name).get_dtype() for name in sorted(weights.keys()))
+                named = next((_SAFETENSORS[kind] for kind in kinds if kind in _SAFETENSORS), None)
+            break
+    dtype = getattr(torch, named.removeprefix("torch.")) if isinstance(named, str) else named
+    return dtype if dtype in _SAFETENSORS.values() else torch.float32
 
 
 def _disable_dropout(config: PretrainedConfig) -> None:

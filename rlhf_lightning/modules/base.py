@@ -18,7 +18,7 @@ from rlhf_lightning.batches import PromptBatch, Rollout, View
 from rlhf_lightning.distributed import FSDP2Strategy, failing_together
 from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.models.compilation import compile_layers
-from rlhf_lightning.models.export import export_policy
+from rlhf_lightning.models.export import ExportDtype, export_policy, try_export
 from rlhf_lightning.models.layers import checkpoint_activations
 from rlhf_lightning.models.loading import (
     check_length,
@@ -56,6 +56,7 @@ class RLHFModule(OptimisedModule):
             weights alone; exported models have the adapter added to their weights.
         lora_alpha: the adapters' output is scaled by lora_alpha / lora_rank; None takes twice the rank.
         lora_targets: endings of the names of the layers to adapt (``q_proj``); None: all linear layers but the head.
+        export_dtype: of the exported model's weights; ``auto`` is that of ``model``'s folder. Training is in float32.
         kwargs: the optimizer's options, see `OptimisedModule`.
 
     Raises: InputError when options contradict each other.
@@ -82,6 +83,7 @@ class RLHFModule(OptimisedModule):
         lora_rank: PositiveInt | None = None,
         lora_alpha: PositiveFloat | None = None,
         lora_targets: list[str] | None = None,
+        export_dtype: ExportDtype = "auto",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -99,6 +101,7 @@ class RLHFModule(OptimisedModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile_layers
         self.trust_remote_code = trust_remote_code
+        self.export_dtype = export_dtype
         self.policy: Policy | None = None
         self.scalar: ScalarModel | None = None
         self.held_out_totals = Totals()  # what is logged after validation
@@ -351,7 +354,18 @@ class RLHFModule(OptimisedModule):
             if batch.weights[index] > 0
         ]
 
-    def export(self, folder: str | Path) -> None:
-        """Write the trained model as a Hugging Face folder; every process calls it, the first one writes."""
+    def export(self, folder: str | Path, card: str | None = None) -> None:
+        """Write the trained model as a Hugging Face folder; every process calls it, the first one writes.
+
+        Args:
+            folder: where to.
+            card: the folder's README.md; None writes none.
+        """
         assert self.policy is not None
-        export_policy(self.policy, self.tokenizer, folder)
+        export_policy(self.policy, self.tokenizer, folder, self.export_dtype, card)
+
+    def try_export(self, folder: str | Path) -> list[str]:
+        """See `models.export.try_export`; one process calls it, before there is anything to lose."""
+        model = self.policy if self.policy is not None else self.scalar
+        assert model is not None
+        return try_export(model, self.tokenizer, folder, self.export_dtype, self.trust_remote_code)

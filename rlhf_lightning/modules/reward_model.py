@@ -181,11 +181,11 @@ class RewardModelModule(RLHFModule):
         spread = deviation if self.normalise == "mean_and_std" and deviation > 0 else 1.0
         self.scalar.set_normalisation(mean, spread)
 
-    def export(self, folder: str | Path) -> None:
+    def export(self, folder: str | Path, card: str | None = None) -> None:
         """Write an ``AutoModelForSequenceClassification`` folder; every process calls it, the first one writes."""
         assert self.scalar is not None
         self._set_normalisation()  # of a run resumed after its end, where `on_train_end` is not called
-        export_scalar(self.scalar, self.tokenizer, folder)
+        export_scalar(self.scalar, self.tokenizer, folder, self.export_dtype, card)
 
 
 def _moments(scores: Tensor, counted: Tensor) -> Tensor:
