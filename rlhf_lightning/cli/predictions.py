@@ -1,33 +1,32 @@
-"""``predict``: the responses as a JSONL file, one line a prompt, in the order of the prompts."""
+"""``predict``: the responses as a JSONL file, one line a row of the data, in the order of the rows."""
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
-import os
+import math
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from rlhf_lightning.distributed import all_gather_objects
+from rlhf_lightning.data.datamodule import PreferenceDataModule
+from rlhf_lightning.data.records import Record
+from rlhf_lightning.distributed import all_gather_objects, failing_together
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.outputs import write_whole
 
-
-def check_writable(path: Path) -> None:
-    """InputError where the file cannot be written; asked before the work that its content takes."""
-    if path.is_dir():
-        raise InputError(f"--output {path}: this is a folder; name a file in it")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise InputError(f"--output {path}: {parent} is a file, not a folder; choose another place")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--output {path}: no permission to write to {parent}; choose another place")
+_OURS = ("row", "where", "prompt", "response", "tokens", "truncated")
 
 
 class PredictionWriter(Callback):
     """Collects the rows that ``predict_step`` returns, on all processes, and writes them once at the end.
+
+    A line has ``row`` (the number of the row in its file, from 0), ``where`` (its file and line, as in messages),
+    ``prompt`` (as it stands in the data: text, or the messages up to the one to answer), ``response``, ``tokens`` (of
+    the response, EOS included), ``truncated`` (no EOS came), and then the row's other columns. One of those that has
+    such a name itself is written as ``input_NAME``.
 
     Args:
         path: the file to write. It appears whole or not at all.
@@ -36,6 +35,30 @@ class PredictionWriter(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: list[dict[str, Any]] = []
+        self._records: dict[int, dict[str, Any]] = {}  # by number: what is known of a row before it is answered
+        self._left_out = ""
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what will be answered, and what not; refuse columns that could not be written, before the work.
+
+        Raises:
+            InputError: a column holds what JSON has no value for.
+        """
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, PreferenceDataModule):
+            return
+        if trainer.is_global_zero:
+            print(data.summary().replace("data: ", f"{'data':<10}"), flush=True)
+            if data.dropped:
+                self._left_out = data.summary().partition("; ")[2]
+        with failing_together():
+            if trainer.is_global_zero:
+                records = [example.record for example in data.held_out]
+                names = _names({name for record in records for name in record.columns})
+                for old, new in names.items():
+                    if old != new:
+                        print(f"{'':<10}column {old!r} is written as {new!r}", flush=True)
+                self._records = {record.number: _known(record, names) for record in records}
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
@@ -49,10 +72,68 @@ class PredictionWriter(Callback):
         if not trainer.is_global_zero:
             return
         rows.sort(key=lambda row: row["row"])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        staged = self.path.with_name(f".{self.path.name}.tmp")
-        with staged.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(staged, self.path)
-        print(f"{len(rows)} responses in {self.path}")
+        lines = [self._line(row) for row in rows]
+        write_whole(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        print(f"{len(rows):,} responses in {self.path}" + (f" ({self._left_out})" if self._left_out else ""))
+
+    def _line(self, row: dict[str, Any]) -> dict[str, Any]:
+        known = self._records.get(row["row"])
+        if known is None:
+            return row
+        first = {name: known[name] for name in ("row", "where", "prompt")}
+        return {**first, **{name: value for name, value in row.items() if name not in first}, **known["columns"]}
+
+
+def _names(columns: set[str]) -> dict[str, str]:
+    """Under which name each column is written: its own, unless that is taken."""
+    names: dict[str, str] = {}
+    for name in sorted(columns):
+        new = name
+        while new in _OURS or (new != name and new in columns):
+            new = f"input_{new}"
+        names[name] = new
+    return names
+
+
+def _known(record: Record, names: dict[str, str]) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for name, value in record.columns.items():
+        try:
+            columns[names[name]] = _plain(value)
+        except TypeError as error:
+            raise InputError(
+                f"{record.where}: key '{name}': holds {error}, which has no place in JSON; leave the column out"
+            ) from None
+    prompt = record.prompt if isinstance(record.prompt, str) else [message.turn() for message in record.prompt]
+    return {"row": record.row, "where": record.where, "prompt": prompt, "columns": columns}
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: dates and decimals, which Parquet files have, as text; NaN and infinities as null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, datetime.timedelta | decimal.Decimal):
+        return str(value)
+    if value is None or isinstance(value, str | int):
+        return value
+    raise TypeError(type(value).__name__)
+
+
+def inputs_of(data: Any, model: str | None) -> list[str]:
+    """The files and folders that a run reads, of the parsed options of its DataModule; no output may take their place.
+
+    Args:
+        data: a namespace with ``path``, ``val_path`` and ``chat_template``, each missing or None, one or several.
+        model: the model's folder.
+    """
+    found = [model]
+    for key in ("path", "val_path", "chat_template", "tokenizer"):
+        given = data.get(key)
+        found += [given] if isinstance(given, str) else list(given or [])
+    return [str(item) for item in found if item is not None]

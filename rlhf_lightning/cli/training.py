@@ -31,11 +31,12 @@ from rlhf_lightning.cli.claims import claimed, cleared_up, first_process
 from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
 from rlhf_lightning.cli.notices import Preflight, farewell, notice
 from rlhf_lightning.cli.parse_errors import explain
-from rlhf_lightning.cli.predictions import PredictionWriter, check_writable
+from rlhf_lightning.cli.predictions import PredictionWriter, inputs_of
 from rlhf_lightning.cli.runs import Run, Wanted, choose
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.outputs import check_output
 
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
 _TRAINER_DEFAULTS = {
@@ -167,7 +168,8 @@ class TrainingCLI(LightningCLI):
         if self.run.note and first_process():
             print(notice("run", self.run.note), flush=True)
         if subcommand == "predict":
-            check_writable(self._predictions)
+            read = inputs_of(self.options.data.init_args, self.options.model.init_args.get("model"))
+            check_output(self._predictions, "--output", [*read, *self.paths])
         self.save_config_kwargs = {"overwrite": True}
 
     def instantiate_classes(self) -> None:

@@ -1,0 +1,59 @@
+"""Files that a command writes: refused before the work where they cannot or must not be, and whole or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from rlhf_lightning.errors import InputError
+
+
+def check_output(path: str | Path, option: str, inputs: Iterable[str | Path] = ()) -> None:
+    """Ask before the work whether the file may be written.
+
+    Args:
+        path: the file.
+        option: of the command line, for the message.
+        inputs: files and folders that the command reads; what does not exist (a hub name) is passed over.
+
+    Raises:
+        InputError: it is a folder, a device or a pipe, one of the inputs, or in a place that cannot be written to.
+    """
+    given, path = f"{option} {path}", Path(path).absolute()
+    place = path.resolve()
+    if place.is_dir():
+        raise InputError(f"{given}: this is a folder; name a file in it")
+    # A shell may have put a regular file behind /dev/stdout.
+    devices = (Path("/dev"), Path("/proc"))
+    if path.name == "-" or any(part.is_relative_to(d) for part in (path, place) for d in devices) or place.is_fifo():
+        raise InputError(
+            f"{given}: this is no file but a device or a pipe; name a file, which is written whole at the end"
+        )
+    if place.exists() and not place.is_file():
+        raise InputError(f"{given}: this is no file that can be replaced; name another one")
+    for source in (Path(source).expanduser() for source in inputs):
+        if place.exists() and source.exists() and (place.samefile(source) or place.is_relative_to(source.resolve())):
+            raise InputError(f"{given}: this command reads it ({source}) and would write over it; name another file")
+    parent = place.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"{given}: {parent} is a file, not a folder; choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{given}: no permission to write to {parent}; choose another place")
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file in one rename, with the folders that it lies in; a link is followed.
+
+    A lone surrogate, which a JSON escape may put into a text, has no UTF-8 form and becomes a question mark.
+    """
+    place = Path(path).resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    staged = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        staged.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(staged, place)
+    finally:
+        staged.unlink(missing_ok=True)

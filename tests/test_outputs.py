@@ -1,0 +1,67 @@
+"""Where a command may write, and that it writes there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.outputs import check_output, write_whole
+
+
+def test_what_can_be_written_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("old.jsonl").write_text("old")
+    Path("rows.jsonl").write_text("rows")
+    for name in ("new.jsonl", "deep/er/new.jsonl", "old.jsonl"):
+        check_output(Path(name), "--output", ["rows.jsonl", "owner/of_a_hub_name", tmp_path / "no_folder"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old.jsonl", "rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("/dev/null", "a device or a pipe"),
+        ("/dev/stdout", "a device or a pipe"),
+        ("/dev/fd/1", "a device or a pipe"),
+        ("/proc/self/fd/1", "a device or a pipe"),
+        ("-", "a device or a pipe"),
+        ("pipe", "a device or a pipe"),
+        ("link_to_null", "a device or a pipe"),
+        (".", "this is a folder"),
+        ("rows.jsonl", "this command reads it"),
+        ("link.jsonl", "this command reads it"),
+        ("hard.jsonl", "this command reads it"),
+        ("model/config.json", "this command reads it"),
+        ("rows.jsonl/a.jsonl", "rows.jsonl is a file, not a folder"),
+    ],
+)
+def test_what_cannot_or_must_not_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("rows")
+    Path("link.jsonl").symlink_to("rows.jsonl")
+    os.link("rows.jsonl", "hard.jsonl")
+    Path("link_to_null").symlink_to("/dev/null")
+    os.mkfifo("pipe")
+    Path("model").mkdir()
+    Path("model/config.json").write_text("{}")
+    with pytest.raises(InputError, match=said) as caught:
+        check_output(name, "--output", ["rows.jsonl", "model"])
+    assert str(caught.value).startswith(f"--output {name}: ") and "\n" not in str(caught.value)
+    assert Path("rows.jsonl").read_text() == "rows"
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("there.txt")
+    write_whole(tmp_path / "link.txt", "new \ud800")
+    assert (tmp_path / "there.txt").read_text() == "new ?" and (tmp_path / "link.txt").is_symlink()
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(tmp_path / "there.txt", "newer")
+    assert (tmp_path / "there.txt").read_text() == "new ?"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.txt", "there.txt"]
