@@ -3,8 +3,9 @@
     python benchmarks/demo_against_trl.py [--seeds 0 1 2 3 4] [--quick] [--out runs/against_trl] [--json FILE]
 
 For each seed the demo's SFT and reward model are trained once (`rlhf_lightning demo`'s own stages). Both sides then
-start from them, with the settings of configs/demo/ppo.yaml; for TRL, which takes raw scores, the reward model's mean
-and deviation are put into its head. Reward at equal KL is read from the training's own samples: all iterations after
+start from them, with the settings of configs/demo/ppo.yaml less its penalties on answers that are long or have no end,
+which TRL's PPO lacks in part; for TRL, which takes raw scores, the reward model's mean and deviation are put into its
+head. Reward at equal KL is read from the training's own samples: all iterations after
 the first, in bins of half a nat of their KL; in each bin that both sides visited the difference of their mean scores,
 and of these the mean, each bin counting alike. Beside it score, KL and what both maximise over the last iterations, and
 the trained policies on held-out questions: KL to the SFT model, proxy and gold reward, from the same draws. Writes
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ from rlhf_lightning.rewards import FunctionReward, ModelReward
 
 HERE = Path(__file__).resolve().parent
 CONFIG = yaml.safe_load((HERE.parent / "configs" / "demo" / "ppo.yaml").read_text(encoding="utf-8"))
+# Both sides learn from the bare score of the reward model.
+BARE = ("--model.missing_eos_penalty", "0", "--model.length_threshold", "0", "--model.length_penalty", "0")
 BIN = 0.5  # nats
 LAST = 10  # iterations
 OURS, TRL = "ours", TRL_PPO
@@ -51,6 +55,7 @@ OURS, TRL = "ours", TRL_PPO
 def run(seed: int, root: Path, size: stages.Size, threads: int) -> dict[str, Any]:
     """Both sides of one seed."""
     folder = stages.Folder(root)
+    size = replace(size, options={**size.options, "ppo": (*size.options.get("ppo", ()), *BARE)})
     shutil.rmtree(root, ignore_errors=True)
     stages.prepare(folder, size, seed)
     stages.train("sft", folder, size, seed)

@@ -1,6 +1,7 @@
 """Check the demo's report.json: `python tests/check_report.py DIR`. Exit code 1 with the reason when it is not right.
 
-Held are its schema, that every number is finite and in its range, and that PPO beat the SFT model.
+Held are its schema, that every number is finite and in its range, and what docs/demo.md promises of every run: PPO's
+win rate, its KL, and that it does not exploit the reward model. The bounds are those of `demo --quick`, the lower ones.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ ALIGNED = {
     "kl": (-1.0, 1000.0),  # nats; a mean of the k1 estimator may come out slightly negative near zero
     "win_rate_vs_sft": (0.0, 1.0),
 }
+LEAST_WIN_RATE = 0.65
+MOST_KL = 15.0  # nats
 SECTIONS = {
     "sft": {"perplexity": (1.0, math.inf), "gold_reward": (-math.inf, math.inf)},
     "reward_model": {"accuracy": (0.5, 1.0), "label_ceiling": (0.5, 1.0), "calibration_error": (0.0, 1.0)},
@@ -27,7 +30,7 @@ SECTIONS = {
 
 def problems(report: dict[str, Any]) -> list[str]:
     """What is wrong with a report, one line each; empty when it is right."""
-    found = [f"no {key!r}" for key in ("seed", "versions", "wall_seconds", *SECTIONS) if key not in report]
+    found = [f"no {key!r}" for key in ("seed", "warnings", "versions", "wall_seconds", *SECTIONS) if key not in report]
     if found:
         return found
     for section, ranges in SECTIONS.items():
@@ -43,9 +46,16 @@ def problems(report: dict[str, Any]) -> list[str]:
             found.append(f"{section}.win_rate_ci is {interval!r}, expected [low, high]")
         elif not 0 <= interval[0] <= report[section]["win_rate_vs_sft"] <= interval[1] <= 1:
             found.append(f"{section}.win_rate_ci {interval} does not enclose the win rate")
-    if not found and report["ppo"]["win_rate_vs_sft"] <= 0.5:
-        found.append(f"PPO does not beat SFT: win rate {report['ppo']['win_rate_vs_sft']:.3f}")
-    return found
+    return found or _broken_promises(report)
+
+
+def _broken_promises(report: dict[str, Any]) -> list[str]:
+    ppo, found = report["ppo"], []
+    if ppo["win_rate_vs_sft"] < LEAST_WIN_RATE:
+        found.append(f"PPO does not beat SFT as it should: win rate {ppo['win_rate_vs_sft']:.3f} < {LEAST_WIN_RATE}")
+    if ppo["kl"] > MOST_KL:
+        found.append(f"PPO went too far: KL {ppo['kl']:.1f} > {MOST_KL} nats")
+    return found + [f"the report warns: {line}" for line in report["warnings"] if line.startswith("PPO")]
 
 
 def _number(name: str, value: Any, low: float, high: float) -> list[str]:
@@ -66,7 +76,7 @@ def main(folder: Path) -> int:
     for line in found:
         print(f"report: {line}", file=sys.stderr)
     if not found:
-        print("report: complete, finite, and PPO beats SFT")
+        print("report: complete, finite, and PPO beats SFT by as much as is promised")
     return 1 if found else 0
 
 

@@ -38,9 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from rlhf_lightning.demo.report import terminal_table
-    from rlhf_lightning.demo.stages import FULL, QUICK
+    from rlhf_lightning.demo.stages import FULL, HACKING, QUICK
 
-    results = run(root, QUICK if options.quick else FULL, options.seed, methods)
+    size = HACKING if options.hacking else QUICK if options.quick else FULL
+    results = run(root, size, options.seed, methods)
+    for warning in results.warnings():
+        print(f"\nWARNING: {warning}")
     Console(width=None if sys.stdout.isatty() else 120).print(terminal_table(results))
     reward_model = results.numbers()["reward_model"]
     print(
@@ -121,13 +124,15 @@ def run(root: Path, size: Size, seed: int, methods: Sequence[str] = DEFAULT) -> 
         seconds=seconds,
         comparison=comparison,
         curves=read_all_curves(root, trained),
-        label_ceiling=stages.annotator(seed).label_ceiling([pair for ranking in held_out for pair in ranking.pairs()]),
+        label_ceiling=stages.annotator(size, seed).label_ceiling(
+            [pair for ranking in held_out for pair in ranking.pairs()]
+        ),
         notes={
             "command": f"python -m rlhf_lightning demo --seed {seed} --out {root}"
-            + (" --quick" if size is stages.QUICK else "")
+            + (" --quick" if size is stages.QUICK else " --hacking" if size is stages.HACKING else "")
             + (f" --methods {' '.join(methods)}" if tuple(methods) != DEFAULT else ""),
             "wall time": "\n".join(f"{name}: {spent:.1f} s" for name, spent in seconds.items()),
-            "annotator": f"Plackett-Luce at temperature {stages.ANNOTATOR_TEMPERATURE} of gold reward, "
+            "annotator": f"Plackett-Luce at temperature {size.annotator_temperature} of gold reward, "
             f"{stages.ANNOTATOR_LAPSE:.0%} of rankings at random",
         },
     )
@@ -160,5 +165,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"methods to compare beside {' and '.join(DEFAULT)}, or all: "
         f"{', '.join(name for name in METHODS if name not in DEFAULT)}",
     )
-    parser.add_argument("--quick", action="store_true", help="a reduced size, as a check that everything works")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a reduced size, as a check that everything works")
+    size.add_argument(
+        "--hacking",
+        action="store_true",
+        help="the reduced size with a weak reward model and nothing that keeps PPO from exploiting it, to see how "
+        "that looks",
+    )
     return parser

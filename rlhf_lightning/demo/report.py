@@ -19,6 +19,7 @@ from rlhf_lightning.demo.methods import BEST_OF, DEFAULT, METHODS
 from rlhf_lightning.evaluation.charts import Figure, Series, line_chart, trajectory_chart
 from rlhf_lightning.evaluation.compare import Comparison, best_of_name
 from rlhf_lightning.evaluation.curves import Curves, path_over, read_curves, series
+from rlhf_lightning.evaluation.exploitation import warnings
 from rlhf_lightning.evaluation.present import sections
 from rlhf_lightning.evaluation.report import Highlight, Report, Section, write_report
 
@@ -41,12 +42,17 @@ class Results:
     label_ceiling: float
     notes: dict[str, str]  # what was run, for the end of the page
 
+    def warnings(self) -> list[str]:
+        """A sentence for every policy that pleases the reward model and not the gold reward."""
+        return warnings(self.comparison, "proxy", {**LABELS, "proxy": "the reward model", "gold": "the gold reward"})
+
     def numbers(self) -> dict[str, Any]:
         """The content of report.json; all on held-out prompts."""
         answers = self.comparison.answers
         reward_model = self.curves["reward_model"]
         found: dict[str, Any] = {
             "seed": self.seed,
+            "warnings": self.warnings(),
             "versions": versions(),
             "wall_seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
             "sft": {"perplexity": answers["sft"].perplexity, "gold_reward": _mean(self.comparison, "sft", "gold")},
@@ -94,8 +100,9 @@ def page(results: Results) -> Report:
         summary=(
             "A tiny Llama learned to answer questions about pot plants from gardeners of mixed skill (SFT). Its "
             "answers were ranked by a simulated annotator, a reward model learned from the rankings, and PPO and DPO "
-            "improved the SFT model. The gold reward, known here and never trained on, prefers PPO's answer to SFT's "
-            f"on {ppo['win_rate_vs_sft']:.0%} of {count} held-out questions, and DPO's on {dpo['win_rate_vs_sft']:.0%}."
+            "trained the SFT model further. The gold reward, known here and never trained on, prefers PPO's answer to "
+            f"SFT's on {ppo['win_rate_vs_sft']:.0%} of {count} held-out questions, and DPO's on "
+            f"{dpo['win_rate_vs_sft']:.0%}."
         ),
         highlights=[
             _win_rate("PPO over SFT", ppo),
@@ -109,6 +116,7 @@ def page(results: Results) -> Report:
         ],
         sections=[*sections(results.comparison, LABELS), _over_optimisation(results), _learning(results.curves)],
         provenance={**results.notes, "versions": ", ".join(f"{k} {v}" for k, v in versions().items())},
+        warnings=results.warnings(),
     )
 
 
@@ -143,7 +151,8 @@ def _over_optimisation(results: Results) -> Section:
     )
     return Section(
         "Does the reward model stay right?",
-        "A policy can learn to please the reward model (the proxy) without getting better. As long as both rise with "
+        "".join(f"{warning}\n\n" for warning in results.warnings())
+        + "A policy can learn to please the reward model (the proxy) without getting better. As long as both rise with "
         f"the distance from the SFT model, optimising the proxy pays. The best possible gold reward is {BEST:g}.",
         figures=[chart, *([every] if len(paths) > 1 else [])],
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rlhf_lightning.cli import training
@@ -28,9 +28,7 @@ MAX_NEW_TOKENS = 64  # the default of every module; the longest demonstration ha
 TEMPERATURE = 1.0  # likewise
 VOCABULARY = 768
 
-# An annotator who sees a difference of 1.25 points of gold reward with log-odds of 1, and looks away at times.
-ANNOTATOR_TEMPERATURE = 1.25
-ANNOTATOR_LAPSE = 0.05
+ANNOTATOR_LAPSE = 0.05  # how often the annotator looks away
 
 
 @dataclass(frozen=True)
@@ -41,29 +39,51 @@ class Size:
     held_out: int  # questions that everything is measured on
     ranked: int  # training questions whose candidates are ranked
     candidates: int  # answers a ranked question gets
+    annotator_temperature: float  # the difference in gold reward that the annotator sees with log-odds of 1
     hidden: int  # width of the model
     layers: int
     options: dict[str, tuple[str, ...]]  # stage -> options that its config is changed by
+    configs: dict[str, str] = field(default_factory=dict)  # stage -> its config, where it is not demo/<stage>.yaml
 
 
-FULL = Size(train=4096, held_out=512, ranked=1536, candidates=3, hidden=192, layers=2, options={})
+# Two answers to many questions teach a reward model more, for the same training, than three to fewer do.
+FULL = Size(
+    train=4096,
+    held_out=512,
+    ranked=3072,
+    candidates=2,
+    annotator_temperature=0.75,
+    hidden=192,
+    layers=2,
+    options={},
+)
 QUICK = Size(
     train=2048,
     held_out=256,
-    ranked=512,
-    candidates=3,
+    ranked=1536,
+    candidates=2,
+    annotator_temperature=0.75,
     hidden=128,
     layers=2,
     options={
         "sft": ("--trainer.max_steps", "250"),
-        # Fewer iterations, of 64 responses.
-        "ppo": ("--model.iterations", "15", "--data.batch_size", "64"),
+        # Fewer iterations, of 64 responses; and the weaker reward model is followed less far.
+        "ppo": ("--model.iterations", "15", "--data.batch_size", "64", "--model.kl_coef", "0.1"),
         "grpo": ("--model.iterations", "15", "--data.batch_size", "16"),
         "rloo": ("--model.iterations", "15", "--data.batch_size", "16"),
         "reinforce": ("--model.iterations", "15", "--data.batch_size", "64"),
         "online_dpo": ("--model.iterations", "15", "--data.batch_size", "32"),
         "rejection_sampling": ("--model.iterations", "15", "--data.batch_size", "16"),
     },
+)
+# What goes wrong where a reward model learned from few noisy labels and nothing keeps PPO from it.
+HACKING = replace(
+    QUICK,
+    ranked=256,
+    candidates=3,
+    annotator_temperature=1.25,
+    options={"sft": QUICK.options["sft"]},
+    configs={stage: f"demo/hacking/{stage}.yaml" for stage in ("reward_model", "ppo")},
 )
 
 
@@ -112,7 +132,14 @@ def train(stage: str, folder: Folder, size: Size, seed: int) -> None:
     data = "rankings" if kind == "pairs" else "demonstrations"
     start = folder.start if stage == "sft" else folder.model("sft")
     options = [
-        *("--config", f"demo/{stage}.yaml", "--runs", str(folder.root), "--seed_everything", str(seed)),
+        *(
+            "--config",
+            size.configs.get(stage, f"demo/{stage}.yaml"),
+            "--runs",
+            str(folder.root),
+            "--seed_everything",
+            str(seed),
+        ),
         *("--model.model", str(start), "--model.seed", str(seed), "--data.seed", str(seed)),
         *("--data.path", str(folder.data(data)), "--data.val_path", str(folder.data(f"{data}_held_out"))),
         *(("--model.reward.path", str(folder.model("reward_model"))) if kind == "samples" else ()),
@@ -145,7 +172,7 @@ def rank(folder: Folder, size: Size, seed: int) -> list[Ranking]:
             seed=own_seed,
             progress=_say,
         )
-        rankings = annotate(candidates, annotator(own_seed), gold_reward)
+        rankings = annotate(candidates, annotator(size, own_seed), gold_reward)
         write_rankings(rankings, folder.data(name))
         best = rankings[0].candidates.completions[rankings[0].ranks.index(1)]
         worst = rankings[0].candidates.completions[rankings[0].ranks.index(size.candidates)]
@@ -154,9 +181,9 @@ def rank(folder: Folder, size: Size, seed: int) -> list[Ranking]:
     return rankings
 
 
-def annotator(seed: int) -> SimulatedAnnotator:
+def annotator(size: Size, seed: int) -> SimulatedAnnotator:
     """The demo's annotator."""
-    return SimulatedAnnotator(ANNOTATOR_TEMPERATURE, ANNOTATOR_LAPSE, seed)
+    return SimulatedAnnotator(size.annotator_temperature, ANNOTATOR_LAPSE, seed)
 
 
 def _say(done: int, total: int) -> None:

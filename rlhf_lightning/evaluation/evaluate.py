@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.baseline is not None and options.baseline not in policies:
         raise InputError(f"--baseline {options.baseline}: no such policy: it must be one of {', '.join(policies)}")
     _check_numbers(options)
+    proxy = _proxy(options)
     best_of = _best_of(options, policies)
     out = Path(options.out)
     if out.exists() and not out.is_dir():
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from rlhf_lightning.data.records import load_records
     from rlhf_lightning.evaluation.compare import Settings, compare
-    from rlhf_lightning.evaluation.present import comparison_table, terminal_table
+    from rlhf_lightning.evaluation.exploitation import warnings
+    from rlhf_lightning.evaluation.present import comparison_tables, terminal_table
     from rlhf_lightning.models.passes import explain
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             reference=options.reference,
             text=text,
             best_of=best_of,
+            judge=proxy,
             say=lambda line: print(line, flush=True),
         )
     except RuntimeError as error:
@@ -92,8 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     seconds = time.perf_counter() - start
     told = _provenance(options, arguments, comparison, device, len(text)) | {"wall time": f"{seconds:.1f} s"}
-    _write(comparison, told, out, seconds)
-    Console(width=None if sys.stdout.isatty() else 200).print(terminal_table(comparison_table(comparison)))
+    warned = warnings(comparison, proxy) if proxy else []
+    _write(comparison, told, out, seconds, warned)
+    for warning in warned:
+        print(f"WARNING: {warning}")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for table in comparison_tables(comparison):
+        console.print(terminal_table(table))
+        console.print()
     print(f"{out / 'report.html'}")
     return 0
 
@@ -121,13 +130,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=WHAT",
         help="reward model folders, and functions as file.py:function (the file is run: name only code you trust)",
     )
+    add(
+        "--proxy",
+        metavar="NAME",
+        help="the --reward that the policies were trained against, which the others watch over: a policy that pleases "
+        "it alone is named (default: the only reward model among them, else the first)",
+    )
     add("--baseline", metavar="NAME", help="the policy that win rates are over (default: the first)")
     add(
         "--best_of",
         nargs="+",
         default=[],
         metavar="NAME=N",
-        help="policies that also answer with the best of N by the first --reward, each a row of its own",
+        help="policies that also answer with the best of N by the --proxy, each a row of its own",
     )
     add("--reference", metavar="DIR", help="the model that KL is measured to (default: the baseline)")
     add(
@@ -173,6 +188,19 @@ def _named(given: Sequence[str], option: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def _proxy(options: argparse.Namespace) -> str | None:
+    """The reward that policies were trained against; None where there is no reward at all."""
+    rewards = _named(options.reward, "--reward")
+    names = [name for name, _ in rewards]
+    if options.proxy is None:
+        models = [name for name, what in rewards if not _is_function(what)]
+        return models[0] if len(models) == 1 else next(iter(names), None)
+    if options.proxy not in names:
+        given = f"it must be one of {', '.join(names)}" if names else "no --reward is given"
+        raise InputError(f"--proxy {options.proxy}: no such reward: {given}")
+    return str(options.proxy)
+
+
 def _best_of(options: argparse.Namespace, policies: dict[str, str]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, count in _named(options.best_of, "--best_of"):
@@ -190,7 +218,7 @@ def _best_of(options: argparse.Namespace, policies: dict[str, str]) -> dict[str,
 
 def _own_name(what: str) -> str:
     """``runs/ppo/model`` is ppo, ``my_rewards.py:brevity`` is brevity."""
-    if ":" in what and not Path(what).exists():
+    if _is_function(what):
         return what.rpartition(":")[2]
     path = Path(what)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
@@ -202,9 +230,13 @@ def _rewards(given: Sequence[str], trust_remote_code: bool) -> dict[str, Reward]
 
     rewards: dict[str, Reward] = {}
     for name, what in _named(given, "--reward"):
-        is_function = ":" in what and not Path(what).exists()
-        rewards[name] = FunctionReward(what) if is_function else ModelReward(what, trust_remote_code=trust_remote_code)
+        function = _is_function(what)
+        rewards[name] = FunctionReward(what) if function else ModelReward(what, trust_remote_code=trust_remote_code)
     return rewards
+
+
+def _is_function(what: str) -> bool:
+    return ":" in what and not Path(what).exists()
 
 
 def _prompts(records: list[Record], limit: int | None) -> list[Record]:
@@ -238,7 +270,7 @@ def _versions() -> dict[str, str]:
     return found | {name: metadata.version(name) for name in ("torch", "transformers")}
 
 
-def _write(comparison: Comparison, settings: dict[str, str], out: Path, seconds: float) -> None:
+def _write(comparison: Comparison, settings: dict[str, str], out: Path, seconds: float, warned: Sequence[str]) -> None:
     from rlhf_lightning.evaluation.report import write_report
 
     out.mkdir(parents=True, exist_ok=True)
@@ -248,6 +280,7 @@ def _write(comparison: Comparison, settings: dict[str, str], out: Path, seconds:
         "wall_seconds": {"total": round(seconds, 2)},
         "prompts": len(comparison.prompts),
         "baseline": comparison.baseline,
+        "warnings": list(warned),
         "settings": settings,
         "policies": comparison.summary(),
     }
@@ -269,10 +302,10 @@ def _write(comparison: Comparison, settings: dict[str, str], out: Path, seconds:
     ]
     _replace(out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     _replace(out / "report.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    write_report(_report(comparison, settings), out / "report.html")
+    write_report(_report(comparison, settings, warned), out / "report.html")
 
 
-def _report(comparison: Comparison, settings: dict[str, str]) -> Report:
+def _report(comparison: Comparison, settings: dict[str, str], warned: Sequence[str]) -> Report:
     from rlhf_lightning.evaluation.present import listed, sections
     from rlhf_lightning.evaluation.report import Report
 
@@ -286,7 +319,7 @@ def _report(comparison: Comparison, settings: dict[str, str]) -> Report:
                 f"({100 * rate.low:.1f} to {100 * rate.high:.1f}) by {comparison.rewards[0]}"
             )
     summary = f"{listed(names)} on {len(comparison.prompts)} held-out prompts." + "".join(f" {line}." for line in told)
-    return Report(f"Evaluation of {listed(names)}", summary, sections(comparison), provenance=settings)
+    return Report(f"Evaluation of {listed(names)}", summary, sections(comparison), provenance=settings, warnings=warned)
 
 
 def _replace(path: Path, content: str) -> None:

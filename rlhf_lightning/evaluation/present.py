@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.table import Table as TerminalTable
 from rich.text import Text
@@ -18,47 +18,64 @@ _MOST_SAMPLES = 24
 _MOST_HISTOGRAMS = 3  # over each other in one chart, with room for their names
 
 
-def comparison_table(comparison: Comparison, labels: Mapping[str, str] | None = None) -> Table:
-    """One row a policy: rewards, win rates over the baseline with intervals, KL, length, repetition, perplexity.
+def comparison_tables(comparison: Comparison, labels: Mapping[str, str] | None = None) -> list[Table]:
+    """Two tables, one row a policy: what it comes to, narrow enough for a page, and what to look at beside it.
+
+    The first has rewards, win rates over the baseline with intervals, KL and length; the second the win rates at equal
+    length, the answers without an end, repetition, and perplexity.
 
     Args:
-        labels: what to call a policy or a reward in the table; its own name where there is none.
+        labels: what to call a policy or a reward in the tables; its own name where there is none.
     """
-    labels = labels or {}
-    base = labels.get(comparison.baseline, comparison.baseline)
+    return [_main_table(comparison, labels or {}), _second_table(comparison, labels or {})]
+
+
+def _main_table(comparison: Comparison, labels: Mapping[str, str]) -> Table:
+    base, several = labels.get(comparison.baseline, comparison.baseline), len(comparison.answers) > 1
+    measured = any(answers.k1 is not None for answers in comparison.answers.values())
     columns = ["policy"]
     for reward in comparison.rewards:
-        columns.append(f"{labels.get(reward, reward)} reward")
-        if len(comparison.answers) > 1:
-            columns += [f"win rate over {base}, by {labels.get(reward, reward)}", "length-controlled"]
-    answers = comparison.answers.values()
-    has_kl, has_text = any(a.k1 is not None for a in answers), any(a.perplexity is not None for a in answers)
-    columns += ["KL, nats"] * has_kl + ["tokens", "cut off", "repeated 4-grams"] + ["perplexity"] * has_text
-    rows = [[labels.get(name, name), *_cells(comparison, name, has_kl, has_text)] for name in comparison.answers]
+        columns += [f"score by {labels.get(reward, reward)}"]
+        columns += [f"win rate over {base}, by {labels.get(reward, reward)}"] * several
+    columns += ["KL, nats"] * measured + ["tokens"]
+    rows: list[list[Cell]] = []
+    for name, answers in comparison.answers.items():
+        row: list[Cell] = [labels.get(name, name)]
+        for reward in comparison.rewards:
+            row.append(float(answers.scores[reward].double().mean()))
+            row += [_over_baseline(comparison, name, comparison.win_rate, reward)] * several
+        bounded = answers.kl is not None and answers.best_of > 1
+        row += [f"at most {answers.kl:.2f}" if bounded else answers.kl] * measured
+        rows.append([*row, f"{float(answers.lengths.double().mean()):.1f}"])
     note = (
-        "Intervals hold with 95% confidence, and the dashed line is one half; a tie counts half. Length-controlled: "
-        "the win rate at equal length in characters. KL: mean over answers of the summed k1, to the reference; of the "
-        "best of n a bound, log n - (n - 1) / n more. Cut "
-        f"off: the answer reached {comparison.settings.max_new_tokens} tokens without an end."
+        "Scores are means. Intervals hold with 95% confidence, and the dashed line is one half; a tie counts half. KL: "
+        "mean over answers of the summed k1, to the reference; of the best of n a bound, log n - (n - 1) / n more."
     )
     return Table(columns, rows, note=note)
 
 
-def _cells(comparison: Comparison, name: str, has_kl: bool, has_text: bool) -> list[Cell]:
-    answers = comparison.answers[name]
-    cells: list[Cell] = []
-    for reward in comparison.rewards:
-        cells.append(float(answers.scores[reward].double().mean()))
-        if len(comparison.answers) > 1:
-            own = name == comparison.baseline
-            cells.append(None if own else _interval(comparison.win_rate(name, reward)))
-            cells.append(None if own else _interval(comparison.length_controlled(name, reward)))
-    if has_kl:
-        bounded = answers.kl is not None and answers.best_of > 1
-        cells.append(f"at most {answers.kl:.2f}" if bounded else answers.kl)
-    cells += [f"{float(answers.lengths.double().mean()):.1f}", _share(float(answers.truncated.double().mean()))]
-    cells.append(_share(float(answers.repetition.mean())))
-    return cells + [answers.perplexity] * has_text
+def _second_table(comparison: Comparison, labels: Mapping[str, str]) -> Table:
+    base, several = labels.get(comparison.baseline, comparison.baseline), len(comparison.answers) > 1
+    has_text = any(answers.perplexity is not None for answers in comparison.answers.values())
+    controlled = [f"win rate at equal length, by {labels.get(reward, reward)}" for reward in comparison.rewards]
+    columns = ["policy", *controlled * several, "cut off", "repeated 4-grams"] + ["perplexity"] * has_text
+    rows: list[list[Cell]] = []
+    for name, answers in comparison.answers.items():
+        rates = [
+            _over_baseline(comparison, name, comparison.length_controlled, reward)
+            for reward in comparison.rewards * several
+        ]
+        shares = [_share(float(answers.truncated.double().mean())), _share(float(answers.repetition.mean()))]
+        rows.append([labels.get(name, name), *rates, *shares, *[answers.perplexity] * has_text])
+    note = (
+        f"At equal length: the win rate over {base} if answers were equally long in characters. "
+        f"Cut off: the answer reached {comparison.settings.max_new_tokens} tokens without an end."
+    )
+    return Table(columns, rows, title="Beside it", note=note)
+
+
+def _over_baseline(comparison: Comparison, name: str, rate: Callable[[str, str], WinRate], reward: str) -> Cell:
+    return None if name == comparison.baseline else _interval(rate(name, reward))
 
 
 def win_rate_chart(comparison: Comparison, reward: str, labels: Mapping[str, str] | None = None) -> Figure:
@@ -132,7 +149,7 @@ def sections(comparison: Comparison, labels: Mapping[str, str] | None = None) ->
     )
     even = "Prompts evenly spread over the set, not chosen; every policy's answer to each."
     return [
-        Section("The comparison", asked, tables=[comparison_table(comparison, labels)], figures=charts),
+        Section("The comparison", asked, tables=comparison_tables(comparison, labels), figures=charts),
         Section("Samples", even, samples=samples(comparison, labels=labels)),
     ]
 

@@ -89,13 +89,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole page. ``provenance`` (seed, versions, wall times, command) closes it, as names and values."""
+    """A whole page. ``warnings`` open it; ``provenance`` (seed, versions, wall times, command) closes it, as names and
+    values."""
 
     title: str
     summary: str
     sections: Sequence[Section]
     highlights: Sequence[Highlight] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()  # what a reader has to know before any number
 
 
 def render(report: Report) -> str:
@@ -107,6 +109,7 @@ def render(report: Report) -> str:
     links = "".join(element("a", clean(t), href=f"#s{i}") for i, t in enumerate(titles))
     body = [
         element("h1", clean(report.title)),
+        *(element("p", clean(warning), class_="warning", role="alert") for warning in report.warnings),
         _paragraphs(report.summary, "summary"),
         element("nav", links, aria_label="Contents") if len(titles) > 2 else "",
         _highlights(report.highlights),
@@ -165,13 +168,24 @@ def _highlights(highlights: Sequence[Highlight]) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(element("th", clean(name), scope="col") for name in table.columns)
+    # On a phone the style sheet makes a card of each row and writes the column's name before each cell. Browsers forget
+    # what such elements are, so their roles are written out.
+    head = "".join(element("th", clean(name), scope="col", role="columnheader") for name in table.columns)
     rows = "".join(
-        element("tr", element("th", _cell(row[0]), scope="row") + "".join(element("td", _cell(c)) for c in row[1:]))
+        element(
+            "tr",
+            element("th", _cell(row[0]), scope="row", role="rowheader")
+            + "".join(
+                element("td", _cell(cell), role="cell", data_label=name)
+                for name, cell in zip(table.columns[1:], row[1:], strict=True)
+            ),
+            role="row",
+        )
         for row in table.rows
     )
     caption = element("caption", clean(table.title)) if table.title else ""
-    whole = element("table", caption + element("thead", element("tr", head)) + element("tbody", rows))
+    body = element("thead", element("tr", head, role="row"), role="rowgroup") + element("tbody", rows, role="rowgroup")
+    whole = element("table", caption + body, role="table")
     # A region that scrolls must be reachable by keyboard and have a name.
     name = table.title or " and ".join(table.columns[:2])
     note = element("p", clean(table.note), class_="note") if table.note else ""

@@ -26,6 +26,7 @@ h2 { font-size: 1.3rem; line-height: 1.3; font-weight: 650; letter-spacing: -0.0
 h3 { font-size: 0.95rem; line-height: 1.4; font-weight: 650; margin: 0; }
 p { max-width: 44rem; margin: 0 0 1rem; text-wrap: pretty; }
 .summary { font-size: 1.125rem; }
+.warning { border-left: 4px solid var(--c2); background: var(--card); padding: 0.8rem 1rem; font-weight: 600; }
 .note, figcaption p { color: var(--quiet); font-size: 0.875rem; line-height: 1.5; margin: 0.5rem 0 0; }
 nav { margin-top: 1.5rem; font-size: 0.9rem; display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; }
 a { color: var(--c1); text-underline-offset: 0.2em; text-decoration-thickness: 1px; }
@@ -101,6 +102,16 @@ svg .area { stroke: none; fill-opacity: 0.16; } svg .whisker { stroke-width: 2.5
   main { padding: 2rem 1rem 3rem; } h1 { font-size: 1.6rem; }
   .highlights { grid-template-columns: repeat(2, 1fr); } .provenance { grid-template-columns: 1fr; gap: 0; }
   .provenance dd { margin-bottom: 0.6rem; } figure { padding: 0.8rem; }
+  /* No screen that narrow has room for a table: each row is a card, each cell a line with its column's name. */
+  .scroll { overflow: visible; } table, caption, tbody, tr { display: block; }
+  thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  tbody tr { background: var(--card); border: 1px solid var(--line); border-radius: 0.6rem; padding: 0.7rem 0.8rem;
+    margin: 0 0 0.8rem; }
+  tbody th, tbody td { display: flex; justify-content: space-between; align-items: center; gap: 1rem; border: 0;
+    padding: 0.3rem 0; white-space: normal; }
+  tbody th { font-size: 1rem; padding-bottom: 0.4rem; }
+  tbody td::before { content: attr(data-label); color: var(--quiet); text-align: left; line-height: 1.3; }
+  td .interval { flex: none; }
 }
 @media print { body { background: none; } figure, .sample { break-inside: avoid; } nav { display: none; } }
 """

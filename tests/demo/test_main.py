@@ -6,14 +6,19 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_lightning.cli.configs import shipped_configs
 from rlhf_lightning.demo import main as demo
-from rlhf_lightning.demo.stages import Size
+from rlhf_lightning.demo import report as demo_report
+from rlhf_lightning.demo.stages import HACKING, Size
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.evaluation.compare import Answers, Comparison, Settings
+from rlhf_lightning.evaluation.report import render
 
 ROOT = Path(__file__).resolve().parents[2]
 MICRO = Size(
@@ -21,6 +26,7 @@ MICRO = Size(
     held_out=12,
     ranked=12,
     candidates=2,
+    annotator_temperature=1.0,
     hidden=16,
     layers=1,
     options={
@@ -45,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_report_json_has_exactly_the_promised_keys(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     aligned = {"gold_reward", "proxy_reward", "kl", "win_rate_vs_sft", "win_rate_ci"}
-    assert set(report) == {"seed", "versions", "wall_seconds", "sft", "reward_model", *METHODS}
+    assert set(report) == {"seed", "warnings", "versions", "wall_seconds", "sft", "reward_model", *METHODS}
     assert set(report["sft"]) == {"perplexity", "gold_reward"}
     assert set(report["reward_model"]) == {"accuracy", "label_ceiling", "calibration_error"}
     assert all(set(report[method]) == aligned for method in METHODS)
@@ -101,6 +107,8 @@ def test_bad_options_are_one_line(tmp_path: Path) -> None:
         demo.main(["--methods", "grpo", "grop"])
     with pytest.raises(InputError, match="--seed -1"):
         demo.main(["--seed", "-1"])
+    with pytest.raises(InputError, match="--hacking: not allowed with argument --quick"):
+        demo.main(["--quick", "--hacking"])
 
 
 def test_methods_come_beside_the_default_ones() -> None:
@@ -112,8 +120,47 @@ def test_methods_come_beside_the_default_ones() -> None:
 def test_every_method_that_trains_has_a_config() -> None:
     trained = {f"demo/{name}.yaml" for name, method in demo.METHODS.items() if method.kind != "untrained"}
     assert trained | {"demo/sft.yaml", "demo/reward_model.yaml"} == {
-        name for name in shipped_configs() if name.startswith("demo/")
+        name for name in shipped_configs() if name.startswith("demo/") and name.count("/") == 1
     }
+    assert set(HACKING.configs.values()) == {name for name in shipped_configs() if name.startswith("demo/hacking/")}
+
+
+def test_a_policy_that_exploits_the_reward_model_is_named_before_any_number(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert isinstance(report["warnings"], list)
+    ends = (torch.zeros(2), torch.full((2,), 30), torch.zeros(2, dtype=torch.bool), torch.zeros(2))
+    measured = {
+        policy: Answers(
+            ["a", "b"], ends[1], ends[2], ends[3].double(), scores, k1=ends[0].double(), k3=ends[0].double()
+        )
+        for policy, scores in {
+            "sft": {"gold": torch.tensor([0.0, 1.0]), "proxy": torch.tensor([0.0, 1.0])},
+            "ppo": {"gold": torch.tensor([-3.0, -2.0]), "proxy": torch.tensor([5.25, 6.25])},
+            "dpo": {"gold": torch.tensor([1.0, 2.0]), "proxy": torch.tensor([1.0, 2.0])},
+        }.items()
+    }
+    results = replace(
+        _results(folder), comparison=Comparison(["a", "b"], measured, "sft", ("gold", "proxy"), Settings())
+    )
+    sentence = (
+        "PPO's score by the reward model rose by 5.25 over SFT's while its score by the gold reward fell by 3.00: it "
+        "exploits the reward model and did not become better."
+    )
+    assert results.numbers()["warnings"] == [sentence]
+    html = render(demo_report.page(results)).replace("&#39;", "'").replace("&#x27;", "'")
+    assert html.index(sentence) < html.index("A tiny Llama") < html.index("What was run")
+    monkeypatch.setattr(demo, "run", lambda *_: results)
+    assert demo.main(["--out", str(tmp_path / "demo")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.startswith(f"WARNING: {sentence}")
+
+
+def _results(folder: Path) -> demo_report.Results:
+    curves = demo_report.read_all_curves(folder, ("ppo", "dpo"))
+    nothing = Comparison([], {}, "sft", (), Settings())
+    return demo_report.Results(0, {"total": 1.0}, nothing, curves, 0.75, {})
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, PreTra
 
 from rlhf_lightning.cli import main as cli
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.evaluation.evaluate import main
+from rlhf_lightning.evaluation.evaluate import _parser, _proxy, main
 
 PROMPTS = ["a cat", "the red dog likes", "what is a fish ?", "hello", "who sees the bird", "one two three", "why not"]
 
@@ -102,6 +102,66 @@ def test_from_folders_to_a_report(
     printed = capsys.readouterr().out
     assert "flat: 7 prompts answered" in printed
     assert "report.html" in printed
+
+
+def test_a_policy_that_pleases_the_proxy_alone_is_named_before_any_number(
+    tmp_path: Path,
+    prompts: Path,
+    tiny_policy_dir: Path,
+    other_policy_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "judges.py"
+    path.write_text(
+        "def longer(prompts, responses, wanted):\n    return [float(len(r)) for r in responses]\n"
+        "def shorter(prompts, responses, wanted):\n    return [-2.0 * len(r) for r in responses]\n"
+    )
+    policies = [f"sft={tiny_policy_dir}", f"flat={other_policy_dir}"]
+    rewards = [f"longer={path}:longer", f"shorter={path}:shorter"]
+    plain = evaluate(prompts, tmp_path / "plain", "--reward", *rewards, policies=policies)
+    means = [plain["policies"][name]["rewards"]["longer"]["mean"] for name in ("sft", "flat")]
+    up, down = ("longer", "shorter") if means[1] > means[0] else ("shorter", "longer")
+    capsys.readouterr()
+    # Seven prompts alone leave wide errors, so each is asked in many ways.
+    many = tmp_path / "many.jsonl"
+    many.write_text(
+        "".join(json.dumps({"prompt": f"{p} {n}", "wanted": "cat"}) + "\n" for p in PROMPTS for n in range(60))
+    )
+    out = tmp_path / "out"
+    report = evaluate(many, out, "--proxy", up, "--batch_size", "420", "--reward", *rewards, policies=policies)
+    changes = {
+        reward: report["policies"]["flat"]["rewards"][reward]["mean"]
+        - report["policies"]["sft"]["rewards"][reward]["mean"]
+        for reward in (up, down)
+    }
+    sentence = (
+        f"flat's score by {up} rose by {changes[up]:.2f} over sft's while its score by {down} fell by "
+        f"{-changes[down]:.2f}: it exploits {up} and did not become better."
+    )
+    assert report["warnings"] == [sentence]
+    said = [line for line in capsys.readouterr().out.splitlines() if "prompts answered" not in line]
+    assert said[0] == f"WARNING: {sentence}"
+    page = (out / "report.html").read_text().replace("&#x27;", "'").replace("&#39;", "'")
+    assert page.index(sentence) < page.index("420 held-out prompts")
+    assert evaluate(many, out, "--proxy", down, "--reward", *rewards, policies=policies)["warnings"] == []
+
+
+def test_the_proxy_is_the_reward_model_unless_it_is_named(
+    tmp_path: Path, prompts: Path, judge: str, tiny_policy_dir: Path, tiny_reward_dir: Path
+) -> None:
+    def proxy(*options: str) -> str | None:
+        return _proxy(_parser().parse_args(["--policies", "a=x", "--prompts", "p", *options]))
+
+    folder = str(tiny_reward_dir)
+    assert proxy() is None
+    assert proxy("--reward", f"gold={judge}", f"model={folder}") == "model"
+    assert proxy("--reward", f"gold={judge}", f"other={judge}") == "gold"
+    assert proxy("--reward", f"gold={judge}", f"a={folder}", f"b={folder}") == "gold"
+    assert proxy("--reward", f"gold={judge}", f"model={folder}", "--proxy", "gold") == "gold"
+    with pytest.raises(InputError, match="--proxy modle: no such reward: it must be one of gold"):
+        proxy("--reward", f"gold={judge}", "--proxy", "modle")
+    with pytest.raises(InputError, match="--proxy gold: no such reward: no --reward is given"):
+        proxy("--proxy", "gold")
 
 
 def test_equal_policies_tie_everywhere_and_batching_changes_nothing(
