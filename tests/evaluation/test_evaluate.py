@@ -106,7 +106,6 @@ def test_from_folders_to_a_report(
 
 def test_a_policy_that_pleases_the_proxy_alone_is_named_before_any_number(
     tmp_path: Path,
-    prompts: Path,
     tiny_policy_dir: Path,
     other_policy_dir: Path,
     capsys: pytest.CaptureFixture[str],
@@ -118,17 +117,19 @@ def test_a_policy_that_pleases_the_proxy_alone_is_named_before_any_number(
     )
     policies = [f"sft={tiny_policy_dir}", f"flat={other_policy_dir}"]
     rewards = [f"longer={path}:longer", f"shorter={path}:shorter"]
-    plain = evaluate(prompts, tmp_path / "plain", "--reward", *rewards, policies=policies)
-    means = [plain["policies"][name]["rewards"]["longer"]["mean"] for name in ("sft", "flat")]
-    up, down = ("longer", "shorter") if means[1] > means[0] else ("shorter", "longer")
-    capsys.readouterr()
     # Seven prompts alone leave wide errors, so each is asked in many ways.
     many = tmp_path / "many.jsonl"
     many.write_text(
         "".join(json.dumps({"prompt": f"{p} {n}", "wanted": "cat"}) + "\n" for p in PROMPTS for n in range(60))
     )
+    options = ("--batch_size", "420", "--reward", *rewards)
+    plain = evaluate(many, tmp_path / "plain", *options, "--proxy", "shorter", policies=policies)
+    means = [plain["policies"][name]["rewards"]["longer"]["mean"] for name in ("sft", "flat")]
+    up, down = ("longer", "shorter") if means[1] > means[0] else ("shorter", "longer")
+    assert len(plain["warnings"]) == (up == "shorter")
+    capsys.readouterr()
     out = tmp_path / "out"
-    report = evaluate(many, out, "--proxy", up, "--batch_size", "420", "--reward", *rewards, policies=policies)
+    report = evaluate(many, out, *options, "--proxy", up, policies=policies)
     changes = {
         reward: report["policies"]["flat"]["rewards"][reward]["mean"]
         - report["policies"]["sft"]["rewards"][reward]["mean"]
@@ -143,7 +144,6 @@ def test_a_policy_that_pleases_the_proxy_alone_is_named_before_any_number(
     assert said[0] == f"WARNING: {sentence}"
     page = (out / "report.html").read_text().replace("&#x27;", "'").replace("&#39;", "'")
     assert page.index(sentence) < page.index("420 held-out prompts")
-    assert evaluate(many, out, "--proxy", down, "--reward", *rewards, policies=policies)["warnings"] == []
 
 
 def test_the_proxy_is_the_reward_model_unless_it_is_named(
