@@ -67,10 +67,10 @@ def test_the_page_has_the_numbers_and_says_how_many_runs_there_are(tmp_path: Pat
         "quick seed 10 threads 1": facts | result(0.8) | {"recipe": "earlier"},
     }
     page = tmp_path / "demo.md"
-    page.write_text(f"before\n{demo_table.BEGIN}old{demo_table.END}after\n")
+    page.write_text(f"before\n{demo_table.BEGIN}stale{demo_table.END}after\n")
     demo_table.write_page({"recipe": "now", "runs": runs}, page)
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     told = " ".join(text.split())
     assert "2 of 20 runs: PPO's win rate over SFT is 0.800 on average and 0.700 in the worst run" in told
     assert "6.2 nats at most, and it exploits the reward model in 1 of them. Commit abc1234." in told
