@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from rlhf_lightning.data.records import PAIR, Record
+from rlhf_lightning.data.forms import PAIR
+from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Example
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from rlhf_lightning.batches import PreferenceBatch, PromptBatch, Rollout
 from rlhf_lightning.data.collate import collate
-from rlhf_lightning.data.records import PROMPT, Record
+from rlhf_lightning.data.forms import PROMPT
+from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Example, Kind
 from rlhf_lightning.modules import DPOModule, PPOModule, RewardModelModule, SFTModule
 from rlhf_lightning.rewards import ModelReward

@@ -13,7 +13,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_lightning.data.records import ACCEPTED, FORMS, Record, checked_rows
+from rlhf_lightning.data.forms import ACCEPTED, FORMS
+from rlhf_lightning.data.records import checked_rows
+from rlhf_lightning.data.rows import Record
+from rlhf_lightning.data.values import Response
 from rlhf_lightning.errors import CommandParser, InputError
 from rlhf_lightning.text import printable
 
@@ -133,9 +136,9 @@ def _check_file(path: str, measure: Measure) -> tuple[FileReport, set[str]]:
     rows = [(key, r.responses, r.pairs, label) for key, r, label in zip(keys, records, labels, strict=True)]
     report.duplicates = len(rows) - len(set(rows))
     report.prompt_lengths = _lengths(measure([_whole(record) for record in records]))
-    report.response_lengths = _lengths(measure([text for record in records for text in record.responses]))
+    report.response_lengths = _lengths(measure([_words(text) for record in records for text in record.responses]))
     pairs = [
-        (key, record.responses[better], record.responses[worse])
+        (key, _words(record.responses[better]), _words(record.responses[worse]))
         for key, record in zip(keys, records, strict=True)
         for better, worse in record.pairs
     ]
@@ -160,6 +163,10 @@ def _whole(record: Record) -> str:
     if isinstance(record.prompt, str):
         return record.prompt
     return "\n".join(message.content for message in record.prompt)
+
+
+def _words(response: Response) -> str:
+    return response if isinstance(response, str) else "\n".join(message.content for message in response)
 
 
 def _character_counts(texts: list[str]) -> list[int]:
@@ -238,7 +245,7 @@ def _render_refused(report: Report, console: Console) -> None:
     if any(ACCEPTED in message for message in refused):
         console.print("accepted forms of a row:")
         for form in FORMS:
-            console.print(f"  {_plain(form)}", soft_wrap=True)
+            console.print(f"  {_plain(form.keys)}", soft_wrap=True)
     if refused:
         console.print(f"[red]{len(refused):,} refused[/red]: training would stop at the first")
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from rlhf_lightning.data.records import Record
+from rlhf_lightning.data.rows import Record
 from rlhf_lightning.errors import InputError
 
 

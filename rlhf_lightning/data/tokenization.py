@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.records import Record
+from rlhf_lightning.data.rows import Record
 from rlhf_lightning.errors import InputError
 
 Kind = Literal["demonstrations", "pairs", "labels", "prompts"]
@@ -108,12 +108,14 @@ class Encoder:
                 policy is ``error``.
         """
         dropped: Counter[str] = Counter()
+        for record in records:
+            _check_encodable(record, bool(self._bos))
         if kind == "prompts" and not every_row:
             records = list({record.key: record for record in reversed(records)}.values())[::-1]
         wanted = [(record, _wanted(record, kind, demonstrations)) for record in records]
         prompts = self._prompt_ids(records, dropped)
         texts = {
-            (record.form.transcript and self.chat, record.responses[i])
+            (record.form.transcript and self.chat, str(record.responses[i]))
             for record, choices in wanted
             for choice in choices
             for i in choice
@@ -130,7 +132,7 @@ class Encoder:
             for choice in choices:
                 pairs += 1
                 key = record.form.transcript and self.chat
-                responses = tuple(encoded[key, record.responses[i]] for i in choice)
+                responses = tuple(encoded[key, str(record.responses[i])] for i in choice)
                 longest = max(map(len, responses), default=0)
                 if self.max_response_tokens is not None and longest > self.max_response_tokens:
                     if kind == "prompts":
@@ -276,6 +278,23 @@ class Encoder:
                 f"{json.dumps(self.tokenizer.eos_token)}, and responses are ended with that",
                 stacklevel=2,
             )
+
+
+def _check_encodable(record: Record, has_bos: bool) -> None:
+    """Refuses what has no tokens here yet: answers of several messages, begun answers, texts that nothing precedes."""
+    problem = ""
+    if any(not isinstance(response, str) for response in record.responses):
+        problem = (
+            "an answer of several messages, or with a call of a tool, is not encoded yet; end it at its first text"
+        )
+    elif not isinstance(record.prompt, str) and record.prompt[-1].role == "assistant":
+        problem = "a prompt that ends in the assistant's words is not encoded yet; put them into the response"
+    elif record.form.whole and not has_bos:
+        problem = "the tokenizer has no BOS token to put before it; give rows with 'prompt' and 'completion'"
+    elif record.tools:
+        problem = "tools are not given to the chat template yet; delete the key"
+    if problem:
+        raise InputError(f"{record.where}: key '{'text' if record.form.whole else 'messages'}': {problem}")
 
 
 def _wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int, ...], ...]:

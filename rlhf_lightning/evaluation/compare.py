@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch, Rollout
 from rlhf_lightning.data.collate import collate, column_names
-from rlhf_lightning.data.records import Record
+from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Encoder, Kind
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.evaluation.metrics import kl_to_reference, mean_and_error, perplexity, repetition

@@ -22,7 +22,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning.errors import CommandParser, InputError, out_of_memory
 
 if TYPE_CHECKING:
-    from rlhf_lightning.data.records import Record
+    from rlhf_lightning.data.rows import Record
     from rlhf_lightning.evaluation.compare import Comparison
     from rlhf_lightning.evaluation.report import Report
     from rlhf_lightning.rewards.base import Reward

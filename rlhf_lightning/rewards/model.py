@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import Rollout, micro_batches
-from rlhf_lightning.data.records import DEMONSTRATION, Record
+from rlhf_lightning.data.forms import DEMONSTRATION
+from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import check_length, load_scalar_model, load_tokenizer, same_vocabulary

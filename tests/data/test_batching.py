@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.data.batching import endless_batch, epoch_batches, in_order, make_bins, share
-from rlhf_lightning.data.records import PAIR, Record
+from rlhf_lightning.data.forms import PAIR
+from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Example
 from rlhf_lightning.errors import InputError
 

@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from rlhf_lightning.data.records import load_records, parse_row, transcript_messages
+from rlhf_lightning.data.records import load_records, parse_row
+from rlhf_lightning.data.rows import transcript_messages
 from rlhf_lightning.data.split import split_by_prompt
 from rlhf_lightning.data.values import Message
 from rlhf_lightning.errors import InputError
@@ -120,15 +121,18 @@ def test_demonstrations_chats_and_prompts():
         ({"rejected": "a"}, "key 'chosen': is missing"),
         ({"completion": "a"}, "key 'prompt': is missing; keys found: completion"),
         ({}, "key 'prompt': is missing; keys found: none"),
-        ({"instruction": "i", "output": "o"}, "rename 'instruction' to 'prompt'; rename 'output' to 'completion'"),
+        ({"question": "q", "answer": "a"}, "set data.columns: {prompt: question, completion: answer}, or rename in"),
+        ({"promt": "p", "chosen": "a", "rejected": "b"}, "set data.columns: {prompt: promt}, or rename in the file"),
+        ({"instruction": "i", "instances": [{"input": "a"}]}, "key 'instances': holds several inputs and outputs"),
+        ({"instruction": "i", "output": "o", "history": [["a", "b"]]}, "key 'history': holds earlier turns; write"),
         ({"chosen": "a", "rejected": "b"}, "key 'chosen': there is no key 'prompt', and the text has no"),
         ({"prompt": "p", "chosen": None, "rejected": "b"}, "key 'chosen': must be text, got null"),
         ({"prompt": "p", "chosen": "a", "rejected": 3}, "key 'rejected': must be text, got a number"),
         ({"prompt": None}, "key 'prompt': must be text or a list of messages, got null"),
         ({"prompt": " "}, "key 'prompt': is empty"),
         (
-            {"prompt": "p", "completion": "c", "label": 1},
-            "key 'label': must be true (a response to give) or false, got a",
+            {"prompt": "p", "completion": "c", "label": 2},
+            "key 'label': must be true (a response to give) or false, got 2",
         ),
         (
             {"prompt": "p", "completion": "c", "label": None},
@@ -158,19 +162,29 @@ def test_demonstrations_chats_and_prompts():
             {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "ratings": [1, 2]},
             "key 'ratings': stands beside",
         ),
-        ({"messages": [USER], "prompt": "p"}, "key 'messages': stands beside 'prompt'"),
+        ({"messages": [USER], "completion": "c"}, "key 'messages': stands beside 'completion'"),
         ({"messages": []}, "key 'messages': is an empty list"),
         ({"messages": [ANSWER]}, "key 'messages': holds an answer without"),
         ({"messages": ["hi"]}, "key 'messages[0]': must be an object with role and content, got text"),
         ({"messages": [{"role": "user"}]}, "key 'messages[0].content': is missing"),
         ({"messages": [{"role": "human", "content": "x"}]}, "key 'messages[0].role': is 'human'; use one of system"),
-        ({"messages": [{**USER, "tool_calls": []}]}, "key 'messages[0].tool_calls': is not understood"),
-        ({"messages": [{"role": "user", "content": [1]}]}, "key 'messages[0].content': must be text, got a list"),
-        ({"prompt": [ANSWER]}, "key 'prompt': the last message is the assistant's"),
+        ({"messages": [{**USER, "weight": 0}]}, "key 'messages[0].weight': one message's own weight is not read"),
+        ({"messages": [{**USER, "content": [1]}]}, "key 'messages[0].content[0]': must be text, got a number"),
+        ({"messages": [{**USER, "content": [{"type": "image"}]}]}, "key 'messages[0].content[0]': is of type 'image'"),
+        ({"messages": [{"role": "user", "content": None}]}, "key 'messages[0].content': must be text, got null"),
+        ({"conversations": [{"from": "me", "value": "x"}]}, "key 'conversations[0].from': is 'me'; use one of system"),
+        ({"conversations": [{"from": "function_call", "value": "x"}]}, "conversations[0].value': must be JSON, and is"),
+        ({"messages": [USER], "tools": "[{"}, "key 'tools': must be JSON, and is not valid"),
+        ({"messages": [USER], "tools": [1]}, "key 'tools[0]': must be an object that describes a tool, got a number"),
+        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "key 'system': differs from the system"),
+        ({"prompt": [ANSWER]}, "key 'prompt': the only messages are the assistant's; begin with the one to answer"),
         ({"chosen": [USER], "rejected": [USER]}, "key 'chosen': the last message is from 'user'"),
         ({"chosen": [ANSWER], "rejected": [OTHER]}, "key 'prompt': is missing, and chosen and rejected hold"),
         ({"chosen": [USER, ANSWER], "rejected": [ANSWER, OTHER]}, "key 'rejected': the conversations differ"),
-        ({"prompt": "p", "chosen": [USER, ANSWER], "rejected": "b"}, "key 'chosen': must be text or one assistant"),
+        (
+            {"prompt": "p", "chosen": [USER, ANSWER], "rejected": "b"},
+            "key 'chosen': must begin with an assistant message",
+        ),
     ],
 )
 def test_every_refused_row_names_place_and_key(row, message):

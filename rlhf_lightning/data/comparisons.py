@@ -1,0 +1,219 @@
+"""The forms of comparisons: pairs, and several answers with ranks or ratings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_lightning.data.hints import renaming
+from rlhf_lightning.data.messages import as_response, checked_messages, checked_prompt, checked_response
+from rlhf_lightning.data.prompts import COMPARED, PROMPTS, agreeing_prompt, asked, missing
+from rlhf_lightning.data.readers import RawRow
+from rlhf_lightning.data.rows import ASSISTANT, Form, Record, Row, is_empty, said
+from rlhf_lightning.data.values import Message, Prompt, Response, checked_list, checked_number, checked_text
+
+GRADED = ("completions", "ranks", "ratings")
+
+
+class Transcript(Form):
+    """Two transcripts as of Anthropic's HH: the same up to the last answer."""
+
+    name, keys = "transcript", r"chosen+rejected as transcripts with '\n\nHuman:' and '\n\nAssistant:' turns"
+    compared = transcript = True
+
+    def matches(self, row: RawRow) -> bool:
+        """Both sides, neither a list, and nothing that could be their prompt."""
+        sides = [row[key] for key in COMPARED if key in row]
+        lists = any(isinstance(side, list | dict) for side in sides)
+        return len(sides) == 2 and not lists and not any(key in row for key in PROMPTS)
+
+    def read(self, row: Row) -> Record | None:
+        """Both transcripts, cut before their last answer."""
+        texts = [checked_text(row.take(key), row.where, key) for key in COMPARED]
+        for key, text in zip(COMPARED, texts, strict=True):
+            if ASSISTANT not in text:
+                problem = "there is no key 'prompt', and the text has no '\\n\\nAssistant:' turn"
+                hint = renaming(row.columns, ["prompt"])
+                remedy = hint or "add the prompt, or write it as a transcript"
+                raise row.refused(key, f"{problem}; {remedy}")
+        (prompt, better), (other, worse) = map(_before_last_answer, texts)
+        if prompt != other:
+            row.drop("transcripts that part early")
+            return None
+        return _pair(self, row, prompt, better, worse)
+
+
+class ChatPair(Form):
+    """Two whole conversations: the common beginning is the prompt, what follows are the responses."""
+
+    name, keys = "chat pair", "chosen+rejected as chat messages"
+    compared = True
+
+    def matches(self, row: RawRow) -> bool:
+        """Both are lists, and one begins before the answer, or nothing could be the prompt."""
+        sides = [row.get(key) for key in COMPARED]
+        if not all(isinstance(side, list) for side in sides):
+            return False
+        return any(map(_asks, sides)) or not any(key in row for key in PROMPTS)
+
+    def read(self, row: Row) -> Record | None:
+        """The conversations, parted where they part."""
+        chosen, rejected = (checked_messages(row.take(key), row.where, key) for key in COMPARED)
+        for key, messages in zip(COMPARED, (chosen, rejected), strict=True):
+            if messages[-1].role != "assistant":
+                raise row.refused(key, f"the last message is from '{messages[-1].role}'; end with the assistant's")
+        if len(chosen) == len(rejected) == 1:
+            raise row.refused("prompt", "is missing, and chosen and rejected hold the answers alone; add it")
+        cut = _parting(chosen, rejected)
+        if not cut:
+            raise row.refused(
+                "rejected", "the conversations differ before the first answer; make them the same up to it"
+            )
+        agreeing_prompt(row, chosen)
+        return _pair(self, row, chosen[:cut], as_response(chosen[cut:]), as_response(rejected[cut:]))
+
+
+class Pair(Form):
+    """A better and a worse answer to a prompt."""
+
+    name, keys = "pair", "prompt+chosen+rejected"
+    compared = True
+
+    def matches(self, row: RawRow) -> bool:
+        """Either side."""
+        return any(key in row for key in COMPARED)
+
+    def read(self, row: Row) -> Record | None:
+        """Prompt and answers, each as text or messages."""
+        for key in COMPARED:
+            if key not in row:
+                raise missing(row, key, ("chosen", "rejected", "prompt"))
+        prompt = asked(row, ("chosen", "rejected"))
+        chosen, rejected = (checked_response(row.take(key), row.where, key) for key in COMPARED)
+        return _pair(self, row, prompt, chosen, rejected)
+
+
+class _Graded(Form):
+    """Several answers with a number each: every two that are no tie make a pair."""
+
+    compared = True
+    by: str
+    sign: int  # 1 where less is better
+
+    def read(self, row: Row) -> Record | None:
+        """Responses best first, and every pair that is no tie."""
+        for key in ("completions", self.by):
+            if key not in row:
+                both = key == "ranks" and not any(name in row for name in ("ranks", "ratings"))
+                raise missing(row, "ranks' or 'ratings" if both else key, GRADED)
+        prompt = asked(row, GRADED)
+        completions = checked_list(row.take("completions"), row.where, "completions")
+        answers = [checked_response(item, row.where, f"completions[{i}]") for i, item in enumerate(completions)]
+        listed = checked_list(row.take(self.by), row.where, self.by)
+        grades = [checked_number(grade, row.where, f"{self.by}[{i}]") for i, grade in enumerate(listed)]
+        if len(answers) < 2:
+            raise row.refused("completions", f"holds {len(answers)}; a comparison needs at least 2")
+        if len(grades) != len(answers):
+            raise row.refused(self.by, f"holds {len(grades)} for {len(answers)} completions; give one for each")
+        self.check(row, grades)
+        order = sorted(range(len(answers)), key=lambda i: self.sign * grades[i])
+        kept = [i for i in order if not is_empty(answers[i])]
+        pairs = []
+        for place, i in enumerate(order):
+            for j in order[place + 1 :]:
+                if grades[i] == grades[j]:
+                    row.drop("ties")
+                elif _usable_pair(row, answers[i], answers[j]):
+                    pairs.append((kept.index(i), kept.index(j)))
+        record = row.record(self, prompt, [answers[i] for i in kept], pairs)
+        return record if kept else None
+
+    def check(self, row: Row, grades: Sequence[float]) -> None:
+        """Refuses grades that cannot be."""
+
+
+class Rating(_Graded):
+    """Several answers with a rating each; more is better."""
+
+    name, keys = "rating", "prompt+completions+ratings"
+    by, sign = "ratings", -1
+
+    def matches(self, row: RawRow) -> bool:
+        """Ratings."""
+        return "ratings" in row
+
+    def check(self, row: Row, grades: Sequence[float]) -> None:
+        """Refuses ranks beside them."""
+        if "ranks" in row:
+            raise row.refused("ratings", "stands beside 'ranks'; keep one of them")
+
+
+class Ranking(_Graded):
+    """Several answers with a rank each; 1 is best, equal ranks are ties."""
+
+    name, keys = "ranking", "prompt+completions+ranks"
+    by, sign = "ranks", 1
+
+    def matches(self, row: RawRow) -> bool:
+        """Ranks, or completions without any grade."""
+        return "completions" in row or "ranks" in row
+
+    def check(self, row: Row, grades: Sequence[float]) -> None:
+        """Refuses what is no rank."""
+        if any(grade < 1 or grade != int(grade) for grade in grades):
+            raise row.refused("ranks", "must be whole numbers from 1 (best); equal numbers are ties")
+
+
+class StackPair(Form):
+    """A pair as of TRL's StackExchange data: response j was preferred."""
+
+    name, keys = "question pair", "question+response_j+response_k"
+    compared = True
+
+    def matches(self, row: RawRow) -> bool:
+        """Either response."""
+        return "response_j" in row or "response_k" in row
+
+    def read(self, row: Row) -> Record | None:
+        """The question and both responses."""
+        for key in ("question", "response_j", "response_k"):
+            if key not in row:
+                raise missing(row, key, ("question", "response_j", "response_k"))
+        question = checked_prompt(row.take("question"), row.where, "question")
+        better, worse = (checked_response(row.take(key), row.where, key) for key in ("response_j", "response_k"))
+        return _pair(self, row, question, better, worse)
+
+
+def _before_last_answer(transcript: str) -> tuple[str, str]:
+    cut = transcript.rindex(ASSISTANT) + len(ASSISTANT)
+    return transcript[:cut], transcript[cut:]
+
+
+def _asks(side: Any) -> bool:
+    """Whether a list of messages begins before the answer."""
+    first = side[0] if side else None
+    return isinstance(first, dict) and first.get("role", first.get("from")) not in ("assistant", "gpt")
+
+
+def _parting(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """Where two conversations part: the last place up to which they are equal, and at which both have an answer."""
+    shortest = min(len(chosen), len(rejected)) - 1
+    cut = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest)
+    while cut and not (chosen[cut].role == rejected[cut].role == "assistant" and chosen[cut - 1].role != "assistant"):
+        cut -= 1
+    return cut
+
+
+def _pair(form: Form, row: Row, prompt: Prompt, better: Response, worse: Response) -> Record | None:
+    record = row.record(form, prompt, (better, worse), ((0, 1),))
+    return record if _usable_pair(row, better, worse) else None
+
+
+def _usable_pair(row: Row, better: Response, worse: Response) -> bool:
+    if is_empty(better) or is_empty(worse):
+        row.drop("empty response")
+        return False
+    if said(better) == said(worse):
+        row.drop("equal responses")
+        return False
+    return True

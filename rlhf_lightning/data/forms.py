@@ -1,0 +1,191 @@
+"""The forms of rows, each told apart by its keys: one class says how, what a report calls it, and how it is read.
+
+A row is read by the first of ``FORMS`` that it matches. What a form does not take is a column, handed on to rewards.
+Texts are kept byte for byte.
+"""
+
+from __future__ import annotations
+
+from rlhf_lightning.data.comparisons import GRADED, ChatPair, Pair, Ranking, Rating, StackPair, Transcript
+from rlhf_lightning.data.messages import as_response, checked_messages, checked_response
+from rlhf_lightning.data.prompts import COMPARED, PROMPTS, Missing, agreeing_prompt, asked, instruction, missing
+from rlhf_lightning.data.readers import RawRow, kind_of
+from rlhf_lightning.data.rows import Form, Record, Row, is_empty
+from rlhf_lightning.data.values import Prompt, Response, checked_text
+
+ACCEPTED = "; accepted forms: "  # ends a message about missing keys, before the forms
+
+
+class Chat(Form):
+    """A conversation: the last assistant message is the response; one that ends in another's is a prompt alone."""
+
+    name, keys = "chat", "messages (role, content)"
+    conversation = True
+    key = "messages"
+
+    def matches(self, row: RawRow) -> bool:
+        """The list's key."""
+        return self.key in row
+
+    def read(self, row: Row) -> Record | None:
+        """The turns up to the last answer, and that answer; judged by itself where there is a label."""
+        if "completion" in row:
+            raise row.refused(self.key, "stands beside 'completion'; keep one of the two forms")
+        messages = checked_messages(row.take(self.key), row.where, self.key)
+        agreeing_prompt(row, messages)
+        cut = len(messages)
+        while cut and messages[cut - 1].role == "assistant":
+            cut -= 1
+        if not cut:
+            raise row.refused(self.key, "holds an answer without the message it answers; add the user's")
+        if cut == len(messages):
+            return row.record(self, messages)
+        return _answered(self, row, messages[:cut], as_response(messages[cut:]))
+
+
+class ShareGPT(Chat):
+    """A conversation under ShareGPT's key, most often with from and value."""
+
+    name, keys = "sharegpt", "conversations (from, value)"
+    key = "conversations"
+
+
+class Demonstration(Form):
+    """A response to imitate; with a label, one that was judged by itself."""
+
+    name, keys = "demonstration", "prompt+completion"
+
+    def matches(self, row: RawRow) -> bool:
+        """A completion."""
+        return "completion" in row
+
+    def read(self, row: Row) -> Record | None:
+        """Prompt and completion, each as text or messages."""
+        prompt = asked(row, ("completion",))
+        return _answered(self, row, prompt, checked_response(row.take("completion"), row.where, "completion"))
+
+
+class Labelled(Demonstration):
+    """A response that was judged by itself; every form of one response is of this form where it has a label."""
+
+    name, keys = "labelled", "prompt+completion+label"
+    labelled = True
+
+    def matches(self, row: RawRow) -> bool:
+        """A completion and a label."""
+        return "completion" in row and "label" in row
+
+
+class Alpaca(Form):
+    """An instruction, perhaps with an input, and its output. The prompt is the instruction, a line break, the input."""
+
+    name, keys = "alpaca", "instruction[+input]+output"
+    output, input = "output", "input"
+
+    def matches(self, row: RawRow) -> bool:
+        """An instruction with its output."""
+        return "instruction" in row and self.output in row
+
+    def read(self, row: Row) -> Record | None:
+        """The joined prompt and the output."""
+        prompt = instruction(row, self.input)
+        return _answered(self, row, prompt, checked_response(row.take(self.output), row.where, self.output))
+
+
+class Dolly(Alpaca):
+    """The same under Dolly's names."""
+
+    name, keys = "dolly", "instruction[+context]+response"
+    output, input = "response", "context"
+
+
+class Text(Form):
+    """A text without a prompt, learnt as a whole."""
+
+    name, keys = "text", "text"
+    whole = True
+
+    def matches(self, row: RawRow) -> bool:
+        """A text, and nothing that asks for one."""
+        return "text" in row and not any(key in row for key in PROMPTS)
+
+    def read(self, row: Row) -> Record | None:
+        """The text."""
+        return _answered(self, row, "", checked_text(row.take("text"), row.where, "text"))
+
+
+class PromptAlone(Form):
+    """A prompt to answer."""
+
+    name, keys = "prompt", "prompt"
+
+    def matches(self, row: RawRow) -> bool:
+        """A prompt, or an instruction without its output."""
+        return "prompt" in row or "instruction" in row
+
+    def read(self, row: Row) -> Record | None:
+        """The prompt, as text or messages."""
+        if "instances" in row and "prompt" not in row:
+            problem = "holds several inputs and outputs; write a row with instruction, input and output for each"
+            raise row.refused("instances", problem)
+        return row.record(self, asked(row, ()))
+
+
+PAIR, LABELLED, DEMONSTRATION, PROMPT = Pair(), Labelled(), Demonstration(), PromptAlone()
+FORMS: tuple[Form, ...] = (
+    Transcript(),
+    ChatPair(),
+    PAIR,
+    Rating(),
+    Ranking(),
+    StackPair(),
+    Chat(),
+    ShareGPT(),
+    LABELLED,
+    DEMONSTRATION,
+    Alpaca(),
+    Dolly(),
+    Text(),
+    PROMPT,
+)
+
+
+def read_row(row: Row) -> Record | None:
+    """The row, read by the first form that it matches; None when nothing of it is left (the reason is counted).
+
+    Raises:
+        InputError: it matches none, or cannot be read as the one it matches.
+    """
+    compared = [key for key in COMPARED if key in row]
+    graded = [key for key in GRADED if key in row]
+    if compared and graded:
+        raise row.refused(graded[0], "stands beside 'chosen' and 'rejected'; keep one form of comparison")
+    form = next((form for form in FORMS if form.matches(row.values)), None)
+    try:
+        if form is not None:
+            return form.read(row)
+        raise missing(row, "prompt", ("prompt", "completion", "chosen", "rejected", "messages", *GRADED))
+    except Missing as error:
+        raise Missing(f"{error}{ACCEPTED}{' | '.join(form.keys for form in FORMS)}") from None
+
+
+def _answered(form: Form, row: Row, prompt: Prompt, response: Response) -> Record | None:
+    """A prompt and one response, judged where the row has a label."""
+    if not form.whole and "label" in row:
+        form = LABELLED
+        row.columns["label"] = _label(row)
+    record = row.record(form, prompt, (response,))
+    if not is_empty(response):
+        return record
+    row.drop("empty response")
+    return None
+
+
+def _label(row: Row) -> bool:
+    value = row.values["label"]
+    if isinstance(value, str):
+        value = {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower(), value)
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    got = f"got {value}" if isinstance(value, int | float) else f"got {kind_of(value)}"
+    raise row.refused("label", f"must be true (a response to give) or false, {got}; repair it, or rename the key")

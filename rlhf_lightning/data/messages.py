@@ -1,0 +1,146 @@
+"""Chat messages and what stands beside them, checked: of OpenAI's and transformers' form, or of ShareGPT's."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rlhf_lightning.data.readers import kind_of, shown
+from rlhf_lightning.data.values import ROLES, Message, Prompt, Response, checked_list, checked_text, refused
+
+# What ShareGPT's `from` says, and the role that it means. A function call is the assistant's, its value is JSON.
+_CALL = "function_call"
+_FROM = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    _CALL: "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+def checked_messages(value: Any, where: str, key: str) -> tuple[Message, ...]:
+    """A list of one message or more: objects with ``role`` and ``content``, or with ``from`` and ``value``.
+
+    Raises:
+        InputError: an unknown role, a content that is no text, or a message with a part that is not read.
+    """
+    messages = [_message(item, where, f"{key}[{i}]") for i, item in enumerate(checked_list(value, where, key))]
+    if not messages:
+        raise refused(where, key, "is an empty list; give at least one message")
+    return tuple(messages)
+
+
+def checked_prompt(value: Any, where: str, key: str) -> Prompt:
+    """A prompt as text that is not empty, or as messages: up to the one to answer, or to the answer's beginning."""
+    if isinstance(value, list):
+        messages = checked_messages(value, where, key)
+        if all(message.role == "assistant" for message in messages):
+            raise refused(where, key, "the only messages are the assistant's; begin with the one to answer")
+        if "tool_calls" in messages[-1].more:
+            raise refused(where, key, "the last message is a tool call; end with the one to answer")
+        return messages
+    if isinstance(value, str) and not value.strip():
+        raise refused(where, key, "is empty; give the text to answer, or delete the row")
+    if not isinstance(value, str):
+        raise refused(where, key, f"must be text or a list of messages, got {kind_of(value)}; repair the row")
+    return value
+
+
+def checked_response(value: Any, where: str, key: str) -> Response:
+    """A response as text, or as one or more messages from an assistant's to an assistant's."""
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
+    if not isinstance(value, list):
+        return checked_text(value, where, key)
+    messages = checked_messages(value, where, key)
+    if messages[0].role != "assistant":
+        raise refused(where, key, "must begin with an assistant message; put earlier turns into the prompt")
+    if messages[-1].role != "assistant":
+        raise refused(where, key, f"the last message is from '{messages[-1].role}'; end with the assistant's")
+    return as_response(messages)
+
+
+def as_response(messages: tuple[Message, ...]) -> Response:
+    """Text where it is one message without more, so that it can also follow a prompt that is text."""
+    return messages[0].content if len(messages) == 1 and not messages[0].more else messages
+
+
+def checked_tools(value: Any, where: str, key: str) -> str:
+    """Tools as a JSON list, from a list or from its JSON text; empty where there are none."""
+    tools = _from_json(value, where, key) if isinstance(value, str) and value.strip() else value
+    if not tools:
+        return ""
+    tools = [tools] if isinstance(tools, dict) else checked_list(tools, where, key)
+    tools = [_from_json(tool, where, f"{key}[{i}]") if isinstance(tool, str) else tool for i, tool in enumerate(tools)]
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise refused(where, f"{key}[{i}]", f"must be an object that describes a tool, got {kind_of(tool)}")
+    return _to_json(tools)
+
+
+def _message(item: Any, where: str, at: str) -> Message:
+    if not isinstance(item, dict):
+        raise refused(where, at, f"must be an object with role and content, got {kind_of(item)}")
+    speaker, text = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+    more = {name: value for name, value in item.items() if name not in (speaker, text) and value is not None}
+    if not more.get("tool_calls", True):  # an empty list says that no tool is called
+        del more["tool_calls"]
+    if speaker not in item:
+        raise refused(where, f"{at}.{speaker}", "is missing; a message has role and content")
+    if item.get(text) is None and "tool_calls" in more:
+        return Message(_role(item, speaker, where, at), "", _to_json(more))
+    if text not in item:
+        raise refused(where, f"{at}.{text}", f"is missing; a message has {speaker} and {text}")
+    role, content = _role(item, speaker, where, at), _content(item[text], where, f"{at}.{text}")
+    if more.pop("weight", 1) != 1:
+        problem = "one message's own weight is not read; give the row a 'weight', or delete the key"
+        raise refused(where, f"{at}.weight", problem)
+    if speaker == "from" and item[speaker] == _CALL:
+        calls = _from_json(content, where, f"{at}.{text}")
+        calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+        return Message(role, "", _to_json({"tool_calls": calls, **more}))
+    if not content and "tool_calls" in more:
+        more["content"] = ""  # the row says so, where null would say that there is none
+    return Message(role, content, _to_json(more) if more else "")
+
+
+def _role(item: dict[str, Any], speaker: str, where: str, at: str) -> str:
+    given = item[speaker]
+    known = {role: role for role in ROLES} if speaker == "role" else _FROM
+    if not isinstance(given, str) or given not in known:
+        said = repr(given) if isinstance(given, str) else kind_of(given)
+        raise refused(where, f"{at}.{speaker}", f"is {shown(said)}; use one of {', '.join(known)}")
+    return known[given]
+
+
+def _content(value: Any, where: str, key: str) -> str:
+    """A text, or a list of parts that are texts: they follow each other as they are."""
+    if not isinstance(value, list):
+        return checked_text(value, where, key)
+    texts = []
+    for i, part in enumerate(value):
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if isinstance(part, dict) and kind != "text":
+            raise refused(where, f"{key}[{i}]", f"is of type {kind!r}; only text is read: delete the row")
+        text = part.get("text") if isinstance(part, dict) else part
+        texts.append(checked_text(text, where, f"{key}[{i}]"))
+    return "".join(texts)
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)  # a table's dates and the like become text
+
+
+def _from_json(text: str, where: str, key: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise refused(where, key, "must be JSON, and is not valid; repair it, or delete the row") from None
