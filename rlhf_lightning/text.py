@@ -1,8 +1,11 @@
-"""Text of others (models, data files) made fit to be shown."""
+"""Text of others (models, data files) made fit to be shown, and shown."""
 
 from __future__ import annotations
 
+import os
+import sys
 import unicodedata
+from typing import TextIO
 
 
 def printable(text: str) -> str:
@@ -10,3 +13,26 @@ def printable(text: str) -> str:
     return "".join(
         character for character in text if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf")
     )
+
+
+def say(line: str, stream: TextIO | None = None) -> bool:
+    """Print a line at once; whether that worked. A stream that is closed, full or narrow is no reason to end a run.
+
+    Args:
+        line: what the stream's encoding has no character for is escaped.
+        stream: by default stdout.
+    """
+    stream = stream or sys.stdout
+    try:
+        try:
+            print(line, file=stream, flush=True)
+        except UnicodeEncodeError:
+            encoding = stream.encoding or "ascii"
+            print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:
+        # Nobody reads it any more; what is pending in it would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    except (OSError, ValueError):
+        return False
+    return True

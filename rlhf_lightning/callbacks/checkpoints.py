@@ -19,6 +19,7 @@ from rlhf_lightning.callbacks.folders import run_folder, sync_to_disk
 from rlhf_lightning.callbacks.metrics import rewind_loggers
 from rlhf_lightning.distributed import barrier
 from rlhf_lightning.models.export import flush
+from rlhf_lightning.text import say
 
 _STAGING = ".staging-"
 
@@ -144,7 +145,7 @@ class RunCheckpoint(Checkpoint):
     def _take_over_interrupts(self) -> None:
         def handler(number: int, frame: FrameType | None) -> None:
             self._stop = True
-            print("\nstopping after this batch; Ctrl-C again stops at once", flush=True)
+            say("\nstopping after this batch; Ctrl-C again stops at once")
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -19,13 +20,25 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON line; NaN and infinities, which JSON does not have, become null."""
+    """Append one JSON line; NaN and infinities, which JSON does not have, become null.
+
+    Raises: OSError, and the file ends where it did: half a line would spoil the next one too.
+    """
     clean = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+    # Half a surrogate pair, which JSON texts can spell, is in no UTF-8 file.
+    line = (json.dumps(clean, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def rewind_lines(path: Path, last_step: int) -> None:
@@ -33,14 +46,14 @@ def rewind_lines(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines(): JSON text may hold U+2028
+    for line in path.read_bytes().split(b"\n"):  # not splitlines(): JSON text may hold U+2028
         try:
             if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):  # a torn line may end within a character, too
             continue
     staged = path.with_name(path.name + ".staged")
-    staged.write_text("".join(kept), encoding="utf-8")
+    staged.write_bytes(b"".join(kept))
     os.replace(staged, path)
 
 

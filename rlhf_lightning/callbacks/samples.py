@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch, Rollout, length_mask
 from rlhf_lightning.callbacks.folders import append_line, logged_step, rewind_lines, run_folder
+from rlhf_lightning.callbacks.sinks import Sink
 from rlhf_lightning.modules.base import RLHFModule
-from rlhf_lightning.text import printable
+from rlhf_lightning.text import printable, say
 
 # Everything that HTML or Markdown could take for markup, as entities; one pass, so that no entity is escaped again.
 _ENTITIES = {ord(character): f"&#{ord(character)};" for character in "&<>\\`*_{}[]()#+-!|~"}
@@ -35,6 +37,7 @@ class SampleTable(Callback):
         self.every_n_batches = every_n_batches
         self._held_out: PromptBatch | None = None
         self._validated = False  # whether this validation's table is written
+        self._file, self._events = Sink("samples.jsonl"), Sink("TensorBoard's samples")
 
     def on_validation_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """A validation has one table, of its first batch."""
@@ -86,16 +89,27 @@ class SampleTable(Callback):
                 "truncated": bool(rollout.truncated[index]),
                 **{name: round(float(values[index]), 4) for name, values in scores.items()},
             }
-            append_line(self.path, {"step": step, "stage": stage, "row": int(rollout.prompts.rows[index]), **sample})
+            row = {"step": step, "stage": stage, "row": int(rollout.prompts.rows[index]), **sample}
+            with self._file:
+                append_line(self.path, row)
             samples.append(sample)
         present = rollout.prompts.weights > 0
         distributions = {"length": rollout.response_lengths[present].float()}
         distributions |= {name: values[present] for name, values in scores.items()}
         for logger in trainer.loggers:
-            if samples and isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(f"samples/{stage}", markdown_table(samples), step)
-                for name, values in distributions.items():
-                    logger.experiment.add_histogram(f"samples/{stage}_{name}", values, step)
+            if samples and isinstance(logger, TensorBoardLogger) and not self._events.given_up:
+                with self._events:
+                    logger.experiment.add_text(f"samples/{stage}", markdown_table(samples), step)
+                    for name, values in distributions.items():
+                        # A histogram of no number, or with one that is not finite, is an error to TensorBoard.
+                        if len(finite := values[values.isfinite()]):
+                            logger.experiment.add_histogram(f"samples/{stage}_{name}", finite, step)
+
+    def teardown(self, trainer: Trainer, pl_module: RLHFModule, stage: str) -> None:  # type: ignore[override]
+        """Say what could not be written."""
+        for sink in (self._file, self._events):
+            if (text := sink.summary()) is not None:
+                say(text, sys.stderr)
 
 
 def prompts_of(batch: Any, rows: int, tokenizer: Any) -> PromptBatch | None:

@@ -15,7 +15,7 @@ from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.ops import extension
-from rlhf_lightning.text import printable
+from rlhf_lightning.text import printable, say
 
 _PROMPT_SHOWN, _RESPONSE_SHOWN = 160, 160  # characters: the end of the prompt, the beginning of the response
 
@@ -34,7 +34,7 @@ class Preflight(Callback):
         """Print, on the first process."""
         if trainer.is_global_zero:
             for name, text in report(trainer, pl_module, self.folder):
-                print(notice(name, text), flush=True)
+                say(notice(name, text))
 
 
 def notice(name: str, text: str) -> str:

@@ -27,8 +27,10 @@ from rlhf_lightning.callbacks.export import ModelExport
 from rlhf_lightning.callbacks.metrics import JsonlLogger
 from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable
+from rlhf_lightning.callbacks.sinks import SinkGuard
 from rlhf_lightning.cli.claims import claimed, cleared_up, first_process
 from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
+from rlhf_lightning.cli.foreign import check_loggers, of_callback
 from rlhf_lightning.cli.notices import Preflight, farewell, notice
 from rlhf_lightning.cli.parse_errors import explain
 from rlhf_lightning.cli.predictions import PredictionWriter, inputs_of
@@ -37,6 +39,7 @@ from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.outputs import check_output
+from rlhf_lightning.text import say
 
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
 _TRAINER_DEFAULTS = {
@@ -56,6 +59,10 @@ def main(arguments: Sequence[str]) -> int:
         TrainingCLI(resolved, paths)
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
+    except Exception as error:
+        if (said := of_callback(error)) is not None:
+            raise said from error
+        raise
     return 0
 
 
@@ -101,7 +108,10 @@ class TrainingCLI(LightningCLI):
         """Our options beside LightningCLI's: the run's name, and the callbacks that can be configured."""
         parser.set_defaults({"data": {"class_path": _class_path(PreferenceDataModule)}})
         parser.add_argument(
-            "--run", type=str | None, default=None, help="Name of the run folder, runs/NAME. Default: config's, or time."
+            "--run",
+            type=str | None,
+            default=None,
+            help="Name of the run folder, runs/NAME. Default: module and time.",
         )
         parser.add_argument(
             "--runs",
@@ -166,7 +176,7 @@ class TrainingCLI(LightningCLI):
         if self.run.checkpoint is not None:
             self.options.ckpt_path = str(self.run.checkpoint)
         if self.run.note and first_process():
-            print(notice("run", self.run.note), flush=True)
+            say(notice("run", self.run.note))
         if subcommand == "predict":
             read = inputs_of(self.options.data.init_args, self.options.model.init_args.get("model"))
             check_output(self._predictions, "--output", [*read, *self.paths])
@@ -215,13 +225,16 @@ class TrainingCLI(LightningCLI):
         """The Trainer with the run's loggers before the user's own, and the callbacks that every run has."""
         given = self._get(self.config_init, "trainer").get("logger")
         own = [] if isinstance(given, bool) or given is None else given
-        loggers: list[Logger] = list(own) if isinstance(own, Iterable) else [own]
+        own = list(own) if isinstance(own, Iterable) else [own]
+        loggers: list[Logger] = own
         if given is not False and self.subcommand != "predict":
             loggers = [
                 EventLogger(save_dir=str(self.folder.parent), name=self.run.name, version=""),
                 JsonlLogger(self.folder),
                 *loggers,
             ]
+        if not self.options.trainer.fast_dev_run:  # which logs nothing
+            check_loggers(own)
         self.trainer_defaults["callbacks"] = self._run_callbacks()
         try:
             # Callbacks write to the first logger's folder, and without loggers to this root.
@@ -231,7 +244,7 @@ class TrainingCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
 
     def _run_callbacks(self) -> list[Any]:
-        callbacks: list[Any] = [RunProgress()]
+        callbacks: list[Any] = [SinkGuard(), RunProgress()]
         if self.subcommand == "fit":
             callbacks += [Preflight(self.folder), ModelExport()]
         if self.subcommand == "predict":
@@ -245,7 +258,7 @@ class TrainingCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say where everything is and what the next command may be."""
         if first_process() and not self.options.trainer.fast_dev_run:
-            print(farewell(self.run, self.model), flush=True)
+            say(farewell(self.run, self.model))
 
 
 class EventLogger(TensorBoardLogger):

@@ -1,0 +1,55 @@
+"""Errors of the callbacks and loggers that a user has added, in one line in place of a traceback through Lightning."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger
+
+from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
+
+_OURS = ("rlhf_lightning.", "lightning.")
+
+
+def check_loggers(loggers: Iterable[Logger]) -> None:
+    """InputError where a logger cannot start: it would not later either, and now nothing is lost."""
+    for logger in loggers:
+        try:
+            _ = logger.experiment if hasattr(type(logger), "experiment") else None
+        except Exception as error:
+            raise InputError(
+                f"trainer.logger: {type(logger).__name__} cannot start ({_first_line(error)}); "
+                "set it up, or leave it out"
+            ) from error
+
+
+def of_callback(error: Exception) -> InputError | None:
+    """What to say of an error that a callback of the user's raised; None for all others."""
+    if isinstance(error, InputError | TrainingDiverged | MisconfigurationException) or out_of_memory(error):
+        return None
+    callback, hook = _raised_in(error)
+    if callback is None or type(callback).__module__.startswith(_OURS):
+        return None
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return InputError(
+        f"trainer.callbacks: {type(callback).__name__} failed in {hook} ({_first_line(error)}; {place.filename}:"
+        f"{place.lineno}); mend it, or leave it out"
+    )
+
+
+def _raised_in(error: Exception) -> tuple[Any, str]:
+    """The innermost callback that was being called, by the frames of Lightning's loop over the callbacks or ours."""
+    found, hook = None, ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        names = frame.f_locals
+        if frame.f_code.co_name in ("_call_callback_hooks", "_call_setup_hook", "_tell") and "callback" in names:
+            found, hook = names["callback"], names.get("hook_name") or names.get("hook", "")
+    return found, hook
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,62 @@
+"""Errors of callbacks and loggers that a user has added are one line that names them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from small_data import SmallData, train
+
+from rlhf_lightning.cli.foreign import check_loggers, of_callback
+from rlhf_lightning.errors import InputError, TrainingDiverged
+from rlhf_lightning.modules.sft import SFTModule
+
+
+class Mailer(Callback):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        raise self.error
+
+
+def raised(model: Path, error: Exception) -> Exception:
+    with pytest.raises(type(error)) as caught:
+        train(SFTModule(str(model)), SmallData(model, [[0, 1]]), callbacks=[Mailer(error)])
+    return caught.value
+
+
+def test_a_callback_that_fails_is_named_with_its_line(tiny_policy_dir: Path) -> None:
+    said = of_callback(raised(tiny_policy_dir, ConnectionError("no server\nat all")))
+    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "raise self.error" in text)
+    assert str(said) == (
+        f"trainer.callbacks: Mailer failed in on_train_batch_end (ConnectionError: no server; {__file__}:{line}); "
+        "mend it, or leave it out"
+    )
+
+
+@pytest.mark.parametrize("error", [InputError("a row"), TrainingDiverged("NaN"), RuntimeError("can't allocate memory")])
+def test_errors_that_have_an_answer_of_their_own_keep_it(tiny_policy_dir: Path, error: Exception) -> None:
+    assert of_callback(raised(tiny_policy_dir, error)) is None
+
+
+def test_errors_of_ours_keep_their_traceback(tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mailer, "__module__", "rlhf_lightning.callbacks.mail")
+    assert of_callback(raised(tiny_policy_dir, ValueError())) is None
+    assert of_callback(ValueError()) is None
+
+
+def test_a_logger_that_cannot_start_is_refused(tmp_path: Path) -> None:
+    class Service(CSVLogger):
+        @property
+        @rank_zero_experiment
+        def experiment(self) -> Any:
+            raise PermissionError("api_key not configured")
+
+    check_loggers([CSVLogger(str(tmp_path))])
+    with pytest.raises(InputError, match=r"trainer.logger: Service cannot start \(PermissionError: api_key not"):
+        check_loggers([Service(str(tmp_path))])
