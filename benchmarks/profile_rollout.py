@@ -30,6 +30,7 @@ from steps.training import SIZES, EvenTokens, RandomBatches, Size
 from training.sizes import save_random
 
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.models.head import Head
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.modules.ppo import PPOModule
@@ -114,7 +115,7 @@ def measure(size: Size, folder: Path, repeats: int, with_step: bool) -> list[dic
     policy, batches = Policy(load_causal_lm(folder)), RandomBatches(folder, "ppo", size, repeats + 1)
     clock = Clock()
     clock.wrap(Policy, "decode", "decode")
-    clock.wrap(Policy, "_logits", "head")
+    clock.wrap(Head, "logits", "head")
     clock.wrap(SlotCache, "update", "cache")
     rows = []
     for label, filters in FILTERS.items():

@@ -40,6 +40,8 @@ class CopyEngine(RolloutEngine):
     ) -> Responses:
         """One response to every prompt; log-probs are those of the distribution sampled from."""
         rows, width = len(prompts), sampling.max_new_tokens
+        ids = torch.arange(self.model.get_output_embeddings().weight.shape[0], device=prompts.tokens.device)
+        without_token = ids[policy.vocabulary.strangers(ids)].tolist()  # rows of the head that only fill it up
         tokens, log_probs = torch.zeros(rows, width, dtype=torch.int64), torch.zeros(rows, width)
         lengths, truncated = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.bool)
         for row in range(rows):
@@ -52,6 +54,7 @@ class CopyEngine(RolloutEngine):
                 temperature=sampling.temperature or None,
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
+                suppress_tokens=without_token or None,
                 eos_token_id=list(sampling.eos_ids),
                 pad_token_id=0,
                 return_dict_in_generate=True,

@@ -9,7 +9,7 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 TEXT = """
     user assistant : . , ? ! a the one two three four five six red green blue cat dog bird fish sees likes finds and
     not is was good bad big small old new it he she they what who where why how yes no please thanks hello bye very
-    Human Assistant
+    Human Assistant of to in on at with for
 """
 WORDS = TEXT.split()
 CHAT_TEMPLATE = (
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(pad_token: str) -> PreTrainedTokenizerFast:
-    """One token a word, 64 at most; others are <unk>. Ids: <pad> 0, <eos> 1, <bos> 2, <unk> 3, then the words."""
+    """One token a word, 64 in all; others are <unk>. Ids: <pad> 0, <eos> 1, <bos> 2, <unk> 3, then the words."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

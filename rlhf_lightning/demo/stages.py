@@ -19,7 +19,7 @@ from rlhf_lightning.demo.corpus import Question, build_corpus
 from rlhf_lightning.demo.gold import gold_reward
 from rlhf_lightning.demo.methods import METHODS
 from rlhf_lightning.demo.start import save_start, train_tokenizer
-from rlhf_lightning.models.loading import eos_ids, load_causal_lm, load_tokenizer
+from rlhf_lightning.models.loading import eos_ids, load_causal_lm, load_tokenizer, token_ids
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.preferences.annotator import SimulatedAnnotator
 from rlhf_lightning.preferences.candidates import Ranking, annotate, sample_candidates, write_rankings, write_rows
@@ -152,7 +152,7 @@ def train(stage: str, folder: Folder, size: Size, seed: int) -> None:
 def rank(folder: Folder, size: Size, seed: int) -> list[Ranking]:
     """Sample candidates from the SFT model, have them ranked, write both files; returns the held-out rankings."""
     tokenizer = load_tokenizer(folder.model("sft"))
-    policy = Policy(load_causal_lm(folder.model("sft"))).eval()
+    policy = Policy(load_causal_lm(folder.model("sft")), ids=token_ids(tokenizer)).eval()
     rankings: list[Ranking] = []
     for name, source, count, own_seed in (
         ("rankings", "demonstrations", size.ranked, 2 * seed),

@@ -31,6 +31,7 @@ from rlhf_lightning.models.loading import (
     load_causal_lm,
     load_tokenizer,
     same_vocabulary,
+    token_ids,
 )
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rewards.base import Reward
@@ -217,7 +218,7 @@ def _check_reference(reference: str | Path, policies: Mapping[str, str | Path], 
 def _load(folder: str | Path, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Policy:
     model = load_causal_lm(folder, trust_remote_code=settings.trust_remote_code)
     check_vocabularies(tokenizer, model, folder)
-    return Policy(model).eval().requires_grad_(False).to(settings.device)
+    return Policy(model, ids=token_ids(tokenizer)).eval().requires_grad_(False).to(settings.device)
 
 
 def _batches(encoder: Encoder, records: Sequence[Record], kind: Kind, settings: Settings) -> list[Any]:

@@ -143,13 +143,21 @@ def same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerB
     return all(known.get(token) == index for token, index in first.get_vocab().items())
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that have a token, ascending: what ``Policy`` takes for ``ids``."""
+    return sorted(set(tokenizer.get_vocab().values()))
+
+
 def check_vocabularies(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, where: str | Path = "model") -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for.
+    """Refuse a tokenizer with ids that the model has no embedding, or no row of its head, for.
 
     Raises:
         InputError: on a GPU that would be a device-side assert, long after the start.
     """
     rows = embedding_weight(model).shape[0]
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        rows = min(rows, head.weight.shape[0])
     token, index = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if index >= rows:
         raise InputError(

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn import functional
 from transformers import Cache, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.head import Head, head_rows, probe, weighted_loss
 from rlhf_lightning.models.layers import decoder_layers, embedding_weight, linear_in_full_precision, nearly_equal
 from rlhf_lightning.models.loading import draw_head
 from rlhf_lightning.models.lora import adapter_off
 from rlhf_lightning.models.packing import can_pack, hidden_states, takes_positions
 from rlhf_lightning.models.passes import note
 from rlhf_lightning.models.positions import response_mask
-from rlhf_lightning.ops.linear_cross_entropy import linear_cross_entropy
-from rlhf_lightning.ops.linear_token_log_probs import linear_token_log_probs
+from rlhf_lightning.models.vocabulary import Vocabulary
 from rlhf_lightning.ops.token_log_probs import token_log_probs
 
 
@@ -52,30 +49,46 @@ class Policy(nn.Module):
             N(0, 1 / (H + 1)), or from ``load_critic_head``. The critic's loss reaches the shared trunk; scale it, or
             detach by using a critic of its own.
         seed: of the critic head's draw.
+        ids: the ids that have a token (``loading.token_ids``); None: all that the head has rows for. The others are
+            never sampled, have no share in any probability, and get no gradient from the head.
 
     Attributes:
         logit_scale: c, where the model's logits are ``c * states @ weight.T`` with one c > 0 (checked at construction;
             1 for most, not so for Cohere, Granite and others). The fused operator then computes the log-probs without
-            holding ``[N, V]`` logits. None where the head is another (bias, capped logits): the model's own head runs.
+            holding ``[N, V]`` logits. None where the head is another (bias, capped logits): the model's own head runs;
+            or the model's whole forward, where its head cannot be run apart. Both are slower, and a warning says so.
+        vocabulary: the rows of the head that count.
         packs: whether passes leave padding and repeated beginnings out (``models/packing.py``); False for models that
             this is not known of.
 
     Raises:
-        InputError: the branch does not reproduce the trunk (it adds positions to its inputs, say), or the
-            architecture's head cannot be reached.
+        InputError: the branch does not reproduce the trunk (it adds positions to its inputs, say), or a critic is to
+            share the trunk of a model whose head cannot be run apart.
     """
 
-    def __init__(self, model: PreTrainedModel, critic: Literal["head"] | int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        critic: Literal["head"] | int | None = None,
+        seed: int = 0,
+        ids: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self._trunk_takes_positions = takes_positions(self._trunk)
         self.packs = can_pack(self._trunk)
-        self.logit_scale = self._find_logit_scale()
+        self.vocabulary = Vocabulary(head_rows(model), ids)
+        self.head = Head(model, self.vocabulary)
         self._branch_layers = 0
         self.branch: nn.Module | None = None
         self.critic_head: nn.Linear | None = None
         if critic is None:
             return
+        if not self.head.alone:
+            raise InputError(
+                f"critic: {type(model).__name__} cannot share its trunk with a critic, because its head cannot be run "
+                "apart from it: use critic: model, a critic model of its own"
+            )
         if critic != "head":
             self._branch_layers = _checked_depth(critic, len(decoder_layers(self._trunk)[1]))
             self.branch = _branch(self._trunk, self._branch_layers)
@@ -84,6 +97,11 @@ class Policy(nn.Module):
         width = model.config.get_text_config().hidden_size
         self.critic_head = nn.Linear(width, 1, device=embeddings.device, dtype=embeddings.dtype)
         draw_head(self.critic_head, seed)
+
+    @property
+    def logit_scale(self) -> float | None:
+        """See the class."""
+        return self.head.scale
 
     @property
     def _trunk(self) -> PreTrainedModel:
@@ -121,8 +139,12 @@ class Policy(nn.Module):
         columns = prompt_lengths[rows] - 1 + slots
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             with contextlib.nullcontext() if adapted else adapter_off(self):
-                below, last = self._states(tokens, lengths)
-            log_probs, entropy = self._score(last[rows, columns], tokens[rows, columns + 1], temperature)
+                below, last, logits = self._pass(tokens, lengths)
+            targets = tokens[rows, columns + 1]
+            if logits is None:
+                log_probs, entropy = self.head.score(last[rows, columns], targets, temperature)
+            else:
+                log_probs, entropy = token_log_probs(logits[rows, columns], targets, temperature)
         values = None
         if self.critic_head is not None and adapted:
             states = last if self.branch is None else self._branch_states(below, lengths)
@@ -156,14 +178,12 @@ class Policy(nn.Module):
         mask = weights > 0
         rows, slots = mask.nonzero(as_tuple=True)
         columns = prompt_lengths[rows] - 1 + slots
-        states, targets = self._states(tokens, lengths)[1][rows, columns], tokens[rows, columns + 1]
-        if self.logit_scale is None:
-            log_probs, _ = token_log_probs(self._own_head(states), targets)
-            loss = -(weights[mask] * log_probs).sum()
+        targets = tokens[rows, columns + 1]
+        _, states, logits = self._pass(tokens, lengths)
+        if logits is None:
+            loss, log_probs = self.head.cross_entropy(states[rows, columns], targets, weights[mask])
         else:
-            loss, log_probs, _ = linear_cross_entropy(
-                *self._operands(states), targets, weights[mask], 1.0 / self.logit_scale
-            )
+            loss, log_probs = weighted_loss(token_log_probs(logits[rows, columns], targets)[0], weights[mask])
         return loss, _scatter(log_probs.detach(), mask)
 
     def decode(
@@ -178,18 +198,18 @@ class Policy(nn.Module):
             last: ``[B]`` int64, which of the q positions; None where q is 1.
             attention: handed to every layer's attention function.
 
-        Returns: ``[B, V]`` float32 (float64 for float64 models).
+        Returns: ``[B, V]`` float32 (float64 for float64 models), V the highest id that has a token, plus 1; -inf at
+            ids without a token below it.
         """
         assert not (self.training and self.model.is_gradient_checkpointing), (
             "checkpointed layers drop the cache: eval()"
         )
         note(self.model, tokens)
         arguments = {"position_ids": positions} if self._trunk_takes_positions else {}
-        states = self._trunk(
-            input_ids=tokens, past_key_values=cache, use_cache=True, **arguments, **attention
-        ).last_hidden_state
-        picked = states[:, 0] if last is None else states[torch.arange(states.shape[0], device=states.device), last]
-        logits = self._logits(picked)
+        inputs = {"input_ids": tokens, "past_key_values": cache, "use_cache": True, **arguments, **attention}
+        found = self._trunk(**inputs).last_hidden_state if self.head.alone else self.model(**inputs).logits
+        picked = found[:, 0] if last is None else found[torch.arange(found.shape[0], device=found.device), last]
+        logits = self.head.logits(picked) if self.head.alone else self.vocabulary.logits(picked)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def generate(self, tokens: Tensor, **options: Any) -> Tensor:
@@ -228,96 +248,30 @@ class Policy(nn.Module):
         below = None if self.branch is None else self._branch_layers
         return hidden_states(self._trunk, tokens, lengths, self.packs, below)
 
+    def _pass(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """`_states`, and None; or, where the head cannot be run on states, the logits ``[B, S, V]`` in their place."""
+        if self.head.alone:
+            return *self._states(tokens, lengths), None
+        note(self.model, tokens)
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        arguments = {"position_ids": places} if self._trunk_takes_positions else {}
+        logits = self.vocabulary.logits(self.model(input_ids=tokens, use_cache=False, **arguments).logits)
+        return None, logits, logits
+
     def _branch_states(self, below: Tensor | None, lengths: Tensor) -> Tensor:
         assert isinstance(self.branch, PreTrainedModel) and below is not None
         return hidden_states(self.branch, below, lengths, self.packs)[1]
 
-    def _score(self, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """``[N, H]``, ``[N]`` -> log-probs and entropies ``[N]``."""
-        if self.logit_scale is None:
-            return token_log_probs(self._own_head(states), tokens, temperature)
-        return linear_token_log_probs(*self._operands(states), tokens, temperature / self.logit_scale)
-
-    def _operands(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The states ``[N, H]`` and the head's weight ``[V, H]``, of one dtype."""
-        weight = self.model.get_output_embeddings().weight
-        device = states.device.type
-        if torch.is_autocast_enabled(device):
-            states, weight = (x.to(torch.get_autocast_dtype(device)) for x in (states, weight))
-        return states.to(weight.dtype), weight
-
-    def _logits(self, states: Tensor) -> Tensor:
-        """``[N, H]`` -> ``[N, V]``."""
-        if self.logit_scale is None:
-            return self._own_head(states)
-        logits = functional.linear(states, self.model.get_output_embeddings().weight)
-        return logits if self.logit_scale == 1.0 else logits * self.logit_scale
-
-    def _own_head(self, states: Tensor) -> Tensor:
-        """What the model itself makes of final hidden states ``[N, H]``: its forward, with the trunk's output given."""
-        name = self.model.base_model_prefix
-        trunk = self.model._modules[name]
-        self.model._modules[name] = _Given(self._output_type(last_hidden_state=states[None]))
-        try:
-            return self.model(inputs_embeds=states[None], use_cache=False).logits[0]
-        finally:
-            self.model._modules[name] = trunk
-
-    @torch.no_grad()
-    def _find_logit_scale(self) -> float | None:
-        """``logit_scale``, by trying the head on a few states; also checks that ``_own_head`` is right."""
-        tokens = _probe(self.model)
-        output = self._trunk(input_ids=tokens, use_cache=False)
-        self._output_type = type(output)
-        states = output.last_hidden_state[0]
-        own = self._own_head(states)
-        if not bool(torch.isfinite(own).all()):
-            raise InputError(f"{self.model.name_or_path}: its weights are NaN or infinite; take an earlier model")
-        if not _close(own, self.model(input_ids=tokens, use_cache=False).logits[0]):
-            raise InputError(f"{type(self.model).__name__}: logits do not follow from the last hidden state alone")
-        head = self.model.get_output_embeddings()
-        reason = "its head is not one plain linear layer"
-        if type(head) is nn.Linear and head.bias is None:
-            scale = self._configured(_ratio(own, functional.linear(states, head.weight)))
-            # Soft-capping only shows on large logits, so the states are magnified until the largest is 100.
-            larger = states * (100.0 / own.abs().max().clamp(min=1e-3))
-            products = ((x, functional.linear(x, head.weight)) for x in (states, larger))
-            if scale > 0.0 and all(_close(self._own_head(x), scale * product) for x, product in products):
-                return scale
-            reason = "its logits are capped, or are no multiple of the states' products with its weight"
-        warnings.warn(
-            f"{type(self.model).__name__}: {reason}, so log-probs take the slower way, which holds all logits",
-            stacklevel=3,
-        )
-        return None
-
-    def _configured(self, scale: float) -> float:
-        """The scale as the model's config has it, where it has one: the fitted number is that but for rounding."""
-        config = self.model.config.get_text_config()
-        named = [getattr(config, "logit_scale", None), 1 / (getattr(config, "logits_scaling", None) or 1.0)]
-        return next((c for c in named if c is not None and abs(c - scale) <= 1e-2 * abs(c)), scale)
-
     @torch.no_grad()
     def _check_branch(self) -> None:
-        tokens = _probe(self.model)
+        tokens = probe(self.model)
         lengths = torch.full((1,), tokens.shape[1], device=tokens.device)
         below, last = self._states(tokens, lengths)
-        if not _close(self._branch_states(below, lengths), last):
+        if not nearly_equal(self._branch_states(below, lengths), last, last.dtype):
             raise InputError(
                 f"critic: {self._branch_layers} does not work for {type(self.model).__name__}, whose trunk changes the "
                 "hidden states it is given: use critic: head, or a critic model of its own"
             )
-
-
-class _Given(nn.Module):
-    """Stands where the trunk was and returns the output it was given."""
-
-    def __init__(self, output: ModelOutput) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
-        return self.output
 
 
 def _branch(trunk: PreTrainedModel, depth: int) -> PreTrainedModel:
@@ -338,23 +292,6 @@ def _checked_depth(critic: Any, layers: int) -> int:
     if isinstance(critic, bool) or not isinstance(critic, int) or not 1 <= critic <= layers:
         raise InputError(f"critic: {critic!r} is not 'head', nor a number of layers from 1 to the model's {layers}")
     return critic
-
-
-def _probe(model: PreTrainedModel) -> Tensor:
-    embeddings = embedding_weight(model)
-    return torch.arange(min(3, embeddings.shape[0]), device=embeddings.device)[None]
-
-
-def _close(ours: Tensor, theirs: Tensor) -> bool:
-    return nearly_equal(ours, theirs, theirs.dtype)
-
-
-def _ratio(ours: Tensor, theirs: Tensor) -> float:
-    """The c of the least squares fit ``ours = c * theirs``, its rounding averaged out; 1 where they are the same."""
-    if _close(ours, theirs):
-        return 1.0
-    ours, theirs = ours.double(), theirs.double()
-    return float((ours * theirs).sum() / theirs.square().sum())
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

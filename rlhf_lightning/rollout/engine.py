@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch, Rollout, length_mask
-from rlhf_lightning.errors import TrainingDiverged
+from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.models.compilation import uncompiled
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.randomness import SAMPLING, uniform
@@ -96,6 +96,7 @@ class RolloutEngine(ABC):
 
         Raises:
             TrainingDiverged: a token's log-prob is NaN or infinite; names iteration and row.
+            InputError: a token has an id that is none of the policy's vocabulary.
             ValueError: the engine returned something of another shape than it must.
         """
         rows, device = len(prompts), prompts.tokens.device
@@ -103,6 +104,7 @@ class RolloutEngine(ABC):
         _check_shapes(type(self).__name__, rows, sampling, tokens, log_probs, lengths, truncated, entropy)
         longest = int(lengths.max()) if rows else 0
         inside = length_mask(lengths, longest)
+        _check_ids(type(self).__name__, policy, tokens[:, :longest].to(device), inside, prompts.rows)
         # masked_fill, not a product: what stands past the end may be NaN.
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
         log_probs = log_probs[:, :longest].to(device, dtype).masked_fill(~inside, 0.0)
@@ -177,6 +179,17 @@ def _check_shapes(
     most = min(tokens.shape[1], sampling.max_new_tokens)
     if bool(((lengths < 0) | (lengths > most)).any()):
         raise ValueError(f"{engine}.generate: lengths must lie between 0 and {most}, got {lengths.tolist()}")
+
+
+def _check_ids(engine: str, policy: Policy, tokens: Tensor, inside: Tensor, numbers: Tensor) -> None:
+    strange = policy.vocabulary.strangers(tokens) & inside
+    if not bool(strange.any()):
+        return
+    row, step = strange.nonzero()[0].tolist()
+    raise InputError(
+        f"{engine}.generate: id {int(tokens[row, step])} was sampled for prompt row {int(numbers[row])}, and the "
+        "tokenizer has no token for it: have the engine leave out the ids that policy.vocabulary.strangers() tells"
+    )
 
 
 def _check_finite(log_probs: Tensor, numbers: Tensor, iteration: int) -> None:

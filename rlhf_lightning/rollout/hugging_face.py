@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.sharding import unsharded
+from rlhf_lightning.models.vocabulary import Vocabulary
 from rlhf_lightning.ops.sample_tokens import sample_tokens
 from rlhf_lightning.rollout.engine import Progress, Responses, RolloutEngine, Sampling, ready_to_decode
 
@@ -41,7 +42,7 @@ class TransformersEngine(RolloutEngine):
         with unsharded(policy), ready_to_decode(policy), _plain_generation(policy.model):
             for length in prompts.lengths.unique().tolist():
                 rows = (prompts.lengths == length).nonzero()[:, 0]
-                drawn = _Draws(sampling, draws[rows], length, progress)
+                drawn = _Draws(policy.vocabulary, sampling, draws[rows], length, progress)
                 found = policy.generate(
                     prompts.tokens[rows, :length],
                     attention_mask=torch.ones(len(rows), length, dtype=torch.int64, device=rows.device),
@@ -65,7 +66,10 @@ class TransformersEngine(RolloutEngine):
 class _Draws(LogitsProcessor):
     """Draws the next tokens, and leaves greedy search no other choice than to take them."""
 
-    def __init__(self, sampling: Sampling, draws: Tensor, prompt: int, progress: Progress | None) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, sampling: Sampling, draws: Tensor, prompt: int, progress: Progress | None
+    ) -> None:
+        self.vocabulary = vocabulary
         self.sampling, self.draws, self.prompt, self.progress = sampling, draws, prompt, progress
         self.log_probs: list[Tensor] = []
         self.entropy: list[Tensor] = []
@@ -73,7 +77,7 @@ class _Draws(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step, options = input_ids.shape[1] - self.prompt, self.sampling
         tokens, log_probs, entropy = sample_tokens(
-            scores, self.draws[:, step], options.temperature, options.top_k, options.top_p
+            self.vocabulary.logits(scores), self.draws[:, step], options.temperature, options.top_k, options.top_p
         )
         self.log_probs.append(log_probs.float())
         self.entropy.append(entropy.float())

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerBase,
 )
 
@@ -102,23 +103,22 @@ def test_the_tokenizers_text_scores_the_same_in_stock(
 
 @pytest.mark.parametrize("spare_rows", [True, False])
 def test_a_pad_is_added_where_no_token_can_serve(
-    tiny_reward_dir: Path, pad_is_eos_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, spare_rows: bool
+    pad_is_eos_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, spare_rows: bool
 ) -> None:
     tokenizer = copy.deepcopy(pad_is_eos_tokenizer)
     tokenizer.bos_token = tokenizer.eos_token  # like GPT-2: one special token for everything
-    if not spare_rows:
-        tokenizer.add_tokens([f"new{i}" for i in range(7)])  # 64 tokens for 64 rows
-    scalar = ScalarModel(load_scalar_model(tiny_reward_dir, fresh_head=False))
+    rows = 70 if spare_rows else 64  # for 64 tokens
+    scalar = ScalarModel(LlamaForSequenceClassification(make_config(num_labels=1, vocab_size=rows)))
     export_scalar(scalar, tokenizer, tmp_path / "reward")
     saved = load_tokenizer(tmp_path / "reward")
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", dtype=torch.float32)
-    assert saved.pad_token == "<|pad|>" and saved.pad_token_id == (57 if spare_rows else 64)
-    assert stock.model.embed_tokens.weight.shape[0] == (64 if spare_rows else 65)
+    assert saved.pad_token == "<|pad|>" and saved.pad_token_id == 64
+    assert stock.model.embed_tokens.weight.shape[0] == (70 if spare_rows else 65)
     assert same_vocabulary(tokenizer, saved)
     tokens = rows_ending_in_eos(saved.pad_token_id)
     ours = at_last_token(scalar(tokens.clamp(max=63), LENGTHS), LENGTHS)
     torch.testing.assert_close(stock(tokens).logits[:, 0], ours)
-    assert tokenizer.pad_token_id == 1 and scalar.model.config.vocab_size == 64  # those at hand are left as they were
+    assert tokenizer.pad_token_id == 1 and scalar.model.config.vocab_size == rows  # those at hand are left as they were
 
 
 def test_an_older_model_is_replaced_whole(

@@ -27,8 +27,8 @@ TOKENS = torch.randint(3, 40, (4, 8), generator=torch.Generator().manual_seed(7)
 LENGTHS, PROMPTS = torch.tensor([8, 6, 5, 3]), torch.tensor([3, 2, 4, 3])
 
 
-def make_policy(name: str = "llama", critic: object = None) -> Policy:
-    return Policy(build(name), critic)
+def make_policy(name: str = "llama", critic: object = None, ids: list[int] | None = None) -> Policy:
+    return Policy(build(name), critic, ids=ids)
 
 
 def make_scalar() -> ScalarModel:
@@ -76,6 +76,8 @@ def train_policies(rank: int, folder: Path) -> None:
         ("cohere", None),
     ):
         compare_training(rank, make_policy(name, critic), make_policy(name, critic))
+    holed = [i for i in range(40) if i not in (2, 10)]  # ids without a token, none of them in TOKENS
+    compare_training(rank, make_policy("llama-tied", None, holed), make_policy("llama-tied", None, holed))
     checkpointed = make_policy("llama", 2).train()
     checkpoint_activations(checkpointed.model)
     compare_training(rank, checkpointed, make_policy("llama", 2))

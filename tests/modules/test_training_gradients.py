@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.head import Head
 from rlhf_lightning.ops import extension
 
 TASKS = ("sft", "dpo", "ppo")
@@ -147,8 +147,8 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Policies that hold all logits, as for a head that is not plain."""
-    probe = Policy._find_logit_scale
-    monkeypatch.setattr(Policy, "_find_logit_scale", lambda self: probe(self) and None)
+    probe = Head._find_scale
+    monkeypatch.setattr(Head, "_find_scale", lambda self: probe(self) and None)
 
 
 @pytest.mark.parametrize("path", [default, reference, unfused])

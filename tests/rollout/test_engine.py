@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -13,7 +15,10 @@ from torch.utils.data import DataLoader
 from rlhf_lightning.errors import TrainingDiverged
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.vocabulary import Vocabulary
 from rlhf_lightning.rollout import NativeEngine, Responses, RolloutEngine
+
+ANYONE = SimpleNamespace(vocabulary=Vocabulary(64))  # a policy that engines of a table do not ask
 
 
 class Constant(RolloutEngine):
@@ -31,7 +36,7 @@ class Constant(RolloutEngine):
 
 
 def test_a_foreign_engine_may_give_nothing():
-    rollout = sample(None, prompts(5), Constant())
+    rollout = sample(ANYONE, prompts(5), Constant())
     assert rollout.response_lengths.tolist() == [0, 1, 2, 3, 3]
     assert rollout.truncated.tolist() == [False, False, False, True, True]
     assert rollout.log_probs.tolist() == [[0, 0, 0], [-1, 0, 0], [-1, -1, 0], [-1, -1, -1], [-1, -1, -1]]
@@ -57,7 +62,7 @@ def test_a_foreign_engine_may_give_nothing():
 )
 def test_what_an_engine_returns_is_checked(changes, message):
     with pytest.raises(ValueError, match=message):
-        sample(None, prompts(5), Constant(**changes))
+        sample(ANYONE, prompts(5), Constant(**changes))
 
 
 def test_an_empty_response_trains_like_any_other(tiny_policy_dir):
