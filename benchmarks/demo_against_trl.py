@@ -206,6 +206,7 @@ def draw(results: dict[str, Any], path: Path) -> Path | None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
+        print("no plots: matplotlib is missing; run: pip install 'rlhf-lightning[plot]'", file=sys.stderr)
         return None
     seeds = results["seeds"]
     columns = min(3, len(seeds))

@@ -80,6 +80,7 @@ def draw(results: dict[str, Any], path: Path) -> Path | None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
+        print("no plots: matplotlib is missing; run: pip install 'rlhf-lightning[plot]'", file=sys.stderr)
         return None
     axes = results["axes"]
     figure, panels = pyplot.subplots(len(LINES), len(axes), figsize=(4 * len(axes), 6), squeeze=False)

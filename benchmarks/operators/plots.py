@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ def draw(results: dict[str, Any], path: Path) -> list[Path]:
     try:
         import matplotlib
     except ModuleNotFoundError:
+        print("no plots: matplotlib is missing; run: pip install 'rlhf-lightning[plot]'", file=sys.stderr)
         return []
     matplotlib.use("Agg")
     operators = dict.fromkeys(row["operator"] for row in results["sweeps"])

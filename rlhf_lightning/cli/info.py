@@ -106,6 +106,6 @@ def _operator_lines(status: dict[str, Any]) -> list[str]:
         architectures = ", ".join(build["cuda_architectures"]) or "none"
         lines.append(f"built for       CPU, CUDA architectures: {architectures}")
     if gpu is not None:
-        covered = "covered by this build" if gpu["covered"] else "not covered: set TORCH_CUDA_ARCH_LIST and build again"
+        covered = "covered by this build" if gpu["covered"] else "not covered, see above"
         lines.append(f"this GPU        {gpu['name']}, compute capability {gpu['compute_capability']}: {covered}")
     return lines

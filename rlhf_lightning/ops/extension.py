@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from rlhf_lightning.ops import rebuild
+
 OPERATORS = (
     "gae",
     "token_log_probs",
@@ -29,20 +31,34 @@ _log = logging.getLogger("rlhf_lightning")
 
 
 def _load() -> tuple[dict[str, Any] | None, str]:
-    """``build_info()`` of the library and why it is used; or None and why it is not."""
+    """``build_info()`` of the library and why it is used; or None, why it is not, and what to do."""
     try:
         info: dict[str, Any] = importlib.import_module("rlhf_lightning._C").build_info()
     except ModuleNotFoundError:
-        return None, "the extension is not built: `pip install -v --no-build-isolation -e .` shows why"
+        return None, _absent()
     except ImportError as error:
         first_line = str(error).partition("\n")[0]
-        return None, f"the extension cannot be loaded with torch {torch.__version__}, build it again: {first_line}"
+        return None, f"the extension cannot be loaded with torch {torch.__version__} ({first_line}); {_again()}"
     if info["torch"] != torch.__version__:
-        return None, f"the extension was built for torch {info['torch']}, this is {torch.__version__}: build it again"
+        torches = f"the extension was built for torch {info['torch']}, this is {torch.__version__}"
+        return None, f"{torches}; install torch {info['torch']}, or {_again()}"
     missing = [name for name in OPERATORS if not hasattr(torch.ops.rlhf_lightning, name)]
     if missing:
-        return None, f"the extension was built from older sources, without {', '.join(missing)}: build it again"
+        return None, f"the extension was built from older sources, without {', '.join(missing)}; {_again()}"
     return info, f"built for torch {info['torch']}"
+
+
+def _again(variables: str = "") -> str:
+    return f"build it again: {rebuild.command(variables)}"
+
+
+def _absent() -> str:
+    others = sorted(path.name for path in rebuild.PACKAGE.glob("_C.*.so"))
+    if others:
+        why = f"it was built for another Python ({', '.join(others)})"
+    else:
+        why = rebuild.note() or "this copy came without it"
+    return f"the extension is not built: {why}; build it: {rebuild.command()}"
 
 
 def _choice() -> str:
@@ -110,17 +126,29 @@ def use_native(operator: str, device: torch.device) -> bool:
     if _runs(operator, device):
         return True
     if CHOICE == "native":
-        raise RuntimeError(f"{VARIABLE}=native, but {_no_kernel(operator, device.type)}")
+        raise RuntimeError(f"{VARIABLE}=native, but {_no_kernel(operator, device)}")
     if LOADED and not torch.compiler.is_compiling() and device.type not in _said:
         _said.add(device.type)
-        _log.warning("rlhf_lightning: using the slower plain PyTorch operators: %s", _no_kernel(operator, device.type))
+        _log.warning("rlhf_lightning: using the slower plain PyTorch operators: %s", _no_kernel(operator, device))
     return False
 
 
-def _no_kernel(operator: str, device_type: str) -> str:
-    if _NATIVE.get((operator, device_type), False):  # then it is the GPU that the build does not know
-        return f"this GPU is not among those of the build, {', '.join((_BUILD or {})['cuda_architectures'])}"
-    return f"{operator} has no native kernel for {device_type} tensors in this build"
+def _no_kernel(operator: str, device: torch.device) -> str:
+    """Why a library that is loaded does not run ``operator`` on ``device``, and what to do where something can be."""
+    if not LOADED:
+        return _REASON
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"{operator} has no native kernel for {device.type} tensors in this build"
+    build = _BUILD or {}
+    number = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    again = _again(f"TORCH_CUDA_ARCH_LIST={number}")
+    if not build["cuda"]:
+        why = rebuild.note() or f"nvcc was not used; it is in the CUDA toolkit {torch.version.cuda}"
+        return f"this build has no CUDA kernels: {why}; {again}"
+    if _NATIVE.get((operator, "cuda"), False):
+        built = ", ".join(build["cuda_architectures"])
+        return f"this GPU, compute capability {number}, is not among those of the build, {built}; {again}"
+    return f"{operator} has no native kernel for cuda tensors in this build; {again}"
 
 
 def build_info() -> dict[str, Any] | None:
@@ -145,7 +173,7 @@ def _path(operator: str, device_type: str) -> dict[str, str]:
         return {"path": "reference", "why": f"{VARIABLE}=reference"}
     if _runs(operator, torch.device(device_type)):
         return {"path": "native", "why": _REASON}
-    return {"path": "reference", "why": _no_kernel(operator, device_type) if LOADED else _REASON}
+    return {"path": "reference", "why": _no_kernel(operator, torch.device(device_type))}
 
 
 def _gpu() -> dict[str, Any]:

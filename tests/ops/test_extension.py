@@ -11,7 +11,7 @@ import pytest
 import torch
 from ops.support import needs_native
 
-from rlhf_lightning.ops import extension
+from rlhf_lightning.ops import extension, rebuild
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -64,7 +64,8 @@ def test_a_build_for_another_torch_is_refused(monkeypatch):
     monkeypatch.setattr(extension.importlib, "import_module", lambda name: other)
     build, reason = extension._load()
     assert build is None
-    assert reason == f"the extension was built for torch 1.2.3, this is {torch.__version__}: build it again"
+    said = f"the extension was built for torch 1.2.3, this is {torch.__version__}; install torch 1.2.3, or"
+    assert reason == f"{said} build it again: {rebuild.command()}"
 
 
 @needs_native
@@ -72,7 +73,8 @@ def test_a_build_of_older_sources_is_refused(monkeypatch):
     monkeypatch.setattr(extension, "OPERATORS", (*extension.OPERATORS, "of_tomorrow"))
     build, reason = extension._load()
     assert build is None
-    assert reason == "the extension was built from older sources, without of_tomorrow: build it again"
+    said = "the extension was built from older sources, without of_tomorrow; build it again: "
+    assert reason == said + rebuild.command()
 
 
 def test_a_library_that_cannot_be_loaded_is_told_in_one_line(monkeypatch):
@@ -81,7 +83,8 @@ def test_a_library_that_cannot_be_loaded_is_told_in_one_line(monkeypatch):
 
     monkeypatch.setattr(extension.importlib, "import_module", fail)
     build, reason = extension._load()
-    assert build is None and "build it again: undefined symbol: _ZN2at" in reason and "\n" not in reason
+    assert build is None and "\n" not in reason
+    assert reason.endswith(f" (undefined symbol: _ZN2at); build it again: {rebuild.command()}")
 
 
 def test_status_covers_every_operator():
