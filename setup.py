@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 
@@ -27,10 +28,10 @@ MODE = os.environ.get("RLHF_LIGHTNING_BUILD", "auto")
 if MODE not in ("auto", "required", "none"):
     sys.exit(f"RLHF_LIGHTNING_BUILD must be auto, required or none, got {MODE}")
 
-try:
-    from torch.utils.cpp_extension import BuildExtension as torch_build_ext
-except ImportError:  # an sdist can be made, and the package installed, all the same
-    torch_build_ext = build_ext
+torch_build_ext = build_ext
+if MODE != "none":
+    with suppress(ImportError):  # an sdist can be made, and the package installed, all the same
+        from torch.utils.cpp_extension import BuildExtension as torch_build_ext
 
 NOTE = "_C.missing"  # beside the package's files; rlhf_lightning/ops/rebuild.py tells it to the user
 # No fused multiply-add unless the source says so: GAE and the value loss are then the same bits on every machine, and

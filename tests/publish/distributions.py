@@ -49,7 +49,7 @@ def make_sdist(out: Path, root: Path = ROOT) -> Path:
     """The sdist of ``root``, written to the folder ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-    call([sys.executable, "-c", code, out.resolve()], root)
+    call([sys.executable, "-c", code, out.resolve()], root, RLHF_LIGHTNING_BUILD="none")  # nothing to compile
     (sdist,) = out.glob("rlhf_lightning-*.tar.gz")
     return sdist
 
