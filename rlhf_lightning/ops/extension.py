@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 import os
+from importlib.machinery import EXTENSION_SUFFIXES
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def _again(variables: str = "") -> str:
 
 
 def _absent() -> str:
-    others = sorted(path.name for path in rebuild.PACKAGE.glob("_C.*.so"))
+    others = sorted(path.name for path in rebuild.PACKAGE.glob("_C.*.so") if path.name != f"_C{EXTENSION_SUFFIXES[0]}")
     if others:
         why = f"it was built for another Python ({', '.join(others)})"
     else:
