@@ -1,17 +1,20 @@
-"""The trained model as a folder that others can load."""
+"""The trained model as a folder that others can load, with a card that says what it is."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from rlhf_lightning.callbacks.card import Card
 from rlhf_lightning.callbacks.folders import run_folder
 from rlhf_lightning.distributed import failing_together
 from rlhf_lightning.modules.base import RLHFModule
 
 
 class ModelExport(Callback):
-    """At the end of a fit writes ``<run>/model``: weights, config and tokenizer, for transformers and the next stage.
+    """At the end of a fit writes ``<run>/model``, for transformers and later stages: weights, config, tokenizer, card.
 
     Args:
         name: the folder's name within the run.
@@ -19,6 +22,7 @@ class ModelExport(Callback):
 
     def __init__(self, name: str = "model") -> None:
         self.name = name
+        self._card: Card | None = None  # on the process that writes
 
     def on_fit_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """Try it, so that what cannot be saved or written is known before the training and not after.
@@ -33,8 +37,15 @@ class ModelExport(Callback):
             if trainer.is_global_zero:
                 for told in pl_module.try_export(folder):
                     rank_zero_warn(f"{pl_module.model}: {told}")
+                self._card = Card(trainer, pl_module)
+                self._card.text(self._title(folder), trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """Every process takes part: sharded weights are gathered."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            pl_module.export(run_folder(trainer) / self.name)
+            folder = run_folder(trainer) / self.name
+            card = None if self._card is None else self._card.text(self._title(folder), trainer)
+            pl_module.export(folder, card)
+
+    def _title(self, folder: Path) -> str:
+        return folder.parent.name if self.name == "model" else f"{folder.parent.name} {self.name}"

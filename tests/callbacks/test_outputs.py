@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from small_data import SmallData, train
@@ -55,6 +56,11 @@ def test_a_run_leaves_metrics_samples_and_a_model(tiny_policy_dir: Path, tmp_pat
     assert {"prompt", "response", "tokens", "truncated", "row", "stage"} <= samples[0].keys()
     assert max(row["tokens"] for row in samples) <= 4
     AutoModelForCausalLM.from_pretrained(run / "model")
+    card = ModelCard.load(run / "model" / "README.md")
+    (stage,) = card.data.to_dict()["rlhf_lightning"]
+    last = [row["val/perplexity"] for row in metrics if "val/perplexity" in row][-1]
+    assert stage["metrics"]["val/perplexity"] == pytest.approx(last)
+    assert stage["steps"] == 5 and "`train/loss`" in card.text
     events = EventAccumulator(str(run)).Reload()
     assert "train/loss" in events.Tags()["scalars"]
     assert "samples/val/text_summary" in events.Tags()["tensors"]
