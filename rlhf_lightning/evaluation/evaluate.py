@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import shlex
 import sys
@@ -20,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning import __version__
 from rlhf_lightning.errors import CommandParser, InputError, out_of_memory
+from rlhf_lightning.evaluation.asked import Asked, asked
+from rlhf_lightning.outputs import check_output, write_whole
 
 if TYPE_CHECKING:
-    from rlhf_lightning.data.rows import Record
     from rlhf_lightning.evaluation.compare import Comparison
     from rlhf_lightning.evaluation.report import Report
     from rlhf_lightning.rewards.base import Reward
@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: a file, where a folder is expected")
+    judges = [what.rpartition(":")[0] if _is_function(what) else what for _, what in _named(options.reward, "--reward")]
+    read = [*options.prompts, *options.text, *judges, *policies.values(), *filter(None, [options.reference])]
+    for name in ("samples.jsonl", "report.json", "report.html"):
+        check_output(out / name, "--out", read)
 
     # Imported here, so that --help and wrong options answer at once.
     import torch
@@ -63,8 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--device {device}: no CUDA device here, or torch was built without CUDA: leave the option out"
         )
     rewards = _rewards(options.reward, options.trust_remote_code)
-    prompts = _prompts(load_records(options.prompts).rows, options.max_prompts)
-    text = load_records(options.text).rows if options.text else []
+    prompts = asked(options.prompts, options.max_prompts)
+    print(f"prompts: {prompts.summary()}", flush=True)
+    told_text = load_records(options.text) if options.text else None
+    text = [] if told_text is None else told_text.rows
+    if told_text is not None and told_text.dropped:
+        dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(told_text.dropped.items()))
+        print(f"text: {len(text):,} of {told_text.read:,} rows; left out: {dropped}", flush=True)
     start = time.perf_counter()
     settings = Settings(
         max_new_tokens=options.max_new_tokens,
@@ -78,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         comparison = compare(
             policies,
-            prompts,
+            prompts.prompts,
             rewards,
             settings,
             baseline=options.baseline,
@@ -94,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             explain(error, "evaluate", [sizes])
         raise
     seconds = time.perf_counter() - start
-    told = _provenance(options, arguments, comparison, device, len(text)) | {"wall time": f"{seconds:.1f} s"}
+    told = _provenance(options, arguments, comparison, device, len(text), prompts) | {"wall time": f"{seconds:.1f} s"}
     warned = warnings(comparison, proxy) if proxy else []
-    _write(comparison, told, out, seconds, warned)
+    _write(comparison, told, out, seconds, warned, prompts)
     for warning in warned:
         print(f"WARNING: {warning}")
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -239,17 +248,13 @@ def _is_function(what: str) -> bool:
     return ":" in what and not Path(what).exists()
 
 
-def _prompts(records: list[Record], limit: int | None) -> list[Record]:
-    distinct = list({record.key: record for record in reversed(records)}.values())[::-1]
-    if not distinct:
-        raise InputError("--prompts: every row was dropped: give rows with a prompt")
-    if limit is None or limit >= len(distinct):
-        return distinct
-    return [distinct[i * len(distinct) // limit] for i in range(limit)]
-
-
 def _provenance(
-    options: argparse.Namespace, arguments: Sequence[str], comparison: Comparison, device: str, text_rows: int
+    options: argparse.Namespace,
+    arguments: Sequence[str],
+    comparison: Comparison,
+    device: str,
+    text_rows: int,
+    prompts: Asked,
 ) -> dict[str, str]:
     policies = dict(_named(options.policies, "--policies"))
     return {
@@ -258,7 +263,7 @@ def _provenance(
         "policies": "\n".join(f"{name}: {folder}" for name, folder in policies.items()),
         "reference for KL": options.reference or policies[comparison.baseline],
         "rewards": "\n".join(options.reward) or "none",
-        "prompts": f"{len(comparison.prompts)} from {', '.join(options.prompts)}",
+        "prompts": f"{prompts.summary()}; from {', '.join(options.prompts)}",
         "held-out text": f"{text_rows} rows from {', '.join(options.text)}" if options.text else "none",
         "device": device,
         "versions": ", ".join(f"{name} {version}" for name, version in _versions().items()),
@@ -270,7 +275,14 @@ def _versions() -> dict[str, str]:
     return found | {name: metadata.version(name) for name in ("torch", "transformers")}
 
 
-def _write(comparison: Comparison, settings: dict[str, str], out: Path, seconds: float, warned: Sequence[str]) -> None:
+def _write(
+    comparison: Comparison,
+    settings: dict[str, str],
+    out: Path,
+    seconds: float,
+    warned: Sequence[str],
+    prompts: Asked,
+) -> None:
     from rlhf_lightning.evaluation.report import write_report
 
     out.mkdir(parents=True, exist_ok=True)
@@ -279,6 +291,8 @@ def _write(comparison: Comparison, settings: dict[str, str], out: Path, seconds:
         "versions": _versions(),
         "wall_seconds": {"total": round(seconds, 2)},
         "prompts": len(comparison.prompts),
+        "rows_read": prompts.read,
+        "left_out": prompts.left_out,
         "baseline": comparison.baseline,
         "warnings": list(warned),
         "settings": settings,
@@ -300,8 +314,8 @@ def _write(comparison: Comparison, settings: dict[str, str], out: Path, seconds:
         }
         for row, prompt in enumerate(comparison.prompts)
     ]
-    _replace(out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _replace(out / "report.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(out / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(out / "report.json", json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     write_report(_report(comparison, settings, warned), out / "report.html")
 
 
@@ -320,10 +334,3 @@ def _report(comparison: Comparison, settings: dict[str, str], warned: Sequence[s
             )
     summary = f"{listed(names)} on {len(comparison.prompts)} held-out prompts." + "".join(f" {line}." for line in told)
     return Report(f"Evaluation of {listed(names)}", summary, sections(comparison), provenance=settings, warnings=warned)
-
-
-def _replace(path: Path, content: str) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    # A lone surrogate, which a prompt may hold as a JSON escape, has no UTF-8 form.
-    staged.write_text(content, encoding="utf-8", errors="replace")
-    os.replace(staged, path)

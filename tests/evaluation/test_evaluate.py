@@ -279,6 +279,30 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert not out.exists()
 
 
+def test_what_is_left_out_is_said_everywhere(
+    tmp_path: Path, judge: str, tiny_policy_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [("a cat", "cat"), ("a cat", "cat"), ("a cat", "dog"), ("a cat ", "dog"), ("hello", "cat"), ("bye", "cat")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "wanted": w}) + "\n" for p, w in asked))
+    said = "3 of 6 rows; left out: repeated prompts 2, over --max_prompts 3 1"
+    options = ["--reward", judge, "--max_prompts", "3"]
+    report = evaluate(path, tmp_path / "o", *options, policies=[str(tiny_policy_dir)])
+    assert said in capsys.readouterr().out
+    assert (report["rows_read"], report["left_out"]) == (6, {"repeated prompts": 2, "over --max_prompts 3": 1})
+    assert report["settings"]["prompts"].startswith(said) and said in (tmp_path / "o" / "report.html").read_text()
+
+
+def test_what_evaluate_reads_is_not_written_over(tmp_path: Path, prompts: Path, tiny_policy_dir: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    own = prompts.rename(out / "samples.jsonl")
+    before = own.read_bytes()
+    with pytest.raises(InputError, match=r"--out .*samples.jsonl: this command reads it"):
+        evaluate(own, out, policies=[str(tiny_policy_dir)])
+    assert own.read_bytes() == before and [path.name for path in out.iterdir()] == ["samples.jsonl"]
+
+
 def test_max_prompts_are_spread_over_the_file(tmp_path: Path, prompts: Path, tiny_policy_dir: Path) -> None:
     report = evaluate(prompts, tmp_path / "o", "--max_prompts", "3", policies=[str(tiny_policy_dir)])
     rows = [json.loads(line)["prompt"] for line in (tmp_path / "o" / "samples.jsonl").read_text().splitlines()]

@@ -1,0 +1,50 @@
+"""Which prompts of the files are asked, and which rows are left out, by reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_lightning.errors import InputError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data.rows import Record
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts to ask, in the files' order."""
+
+    prompts: list[Record]
+    read: int  # rows in the files
+    left_out: dict[str, int]  # rows by reason
+
+    def summary(self) -> str:
+        """As in ``5 of 9 rows; left out: repeated prompts 4``."""
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.left_out.items())
+        return f"{len(self.prompts):,} of {self.read:,} rows; left out: {reasons or 'none'}"
+
+
+def asked(paths: Sequence[str], limit: int | None) -> Asked:
+    """Each prompt once, and rows apart that differ in a column which a reward can read; at most ``limit``, evenly
+    spread over the files.
+
+    Raises:
+        InputError: see `load_records`; no row is left.
+    """
+    from rlhf_lightning.data.records import load_records
+
+    records = load_records(paths)
+    distinct: dict[tuple[str, str], Record] = {}
+    for record in records.rows:
+        distinct.setdefault((record.key, json.dumps(record.columns, sort_keys=True, default=repr)), record)
+    prompts = list(distinct.values())
+    left_out = {**dict(sorted(records.dropped.items())), "repeated prompts": len(records.rows) - len(prompts)}
+    if not prompts:
+        raise InputError("--prompts: every row was dropped: give rows with a prompt")
+    if limit is not None and limit < len(prompts):
+        left_out[f"over --max_prompts {limit}"] = len(prompts) - limit
+        prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
+    return Asked(prompts, records.read, {reason: count for reason, count in left_out.items() if count})
