@@ -99,7 +99,7 @@ def holds_run(folder: Path) -> str | None:
 
 def family(root: Path, name: str) -> list[Path]:
     """The runs in ``root`` called ``name``, the one started last at the end: ``NAME``, ``NAME-2``, ``NAME-3``, ..."""
-    return sorted((path for path in _folders(root) if _number(path, name) and holds_run(path)), key=_started)
+    return sorted((path for path in _folders(root) if _number(path, name) and holds_run(path)), key=started)
 
 
 def _number(folder: Path, name: str) -> int:
@@ -110,8 +110,8 @@ def _number(folder: Path, name: str) -> int:
     return int(digits) if digits != folder.name and re.fullmatch(r"[2-9]|[1-9]\d{1,5}", digits) else 0
 
 
-def _started(run: Path) -> tuple[float, str]:
-    """When: by its first metrics, since a copy of the folder has other times than the folder."""
+def started(run: Path) -> tuple[float, str]:
+    """When a run was: by its first metrics, since a copy of the folder has other times than the folder."""
     try:
         with (run / "metrics.jsonl").open("rb") as file:
             return float(json.loads(file.readline(1 << 20))["time"]), run.name
@@ -165,7 +165,7 @@ def _newest(wanted: Wanted) -> Run:
     else:
         runs = family(wanted.root, wanted.stage)
         runs += [p for p in _folders(wanted.root) if _TIMED.fullmatch(p.name.removeprefix(wanted.stage))]
-        runs.sort(key=_started)
+        runs.sort(key=started)
     runs = [run for run in runs if holds_run(run)] or [wanted.root / (wanted.name or wanted.stage)]
     run = runs[-1]
     checkpoint = latest(run / "checkpoints")
@@ -194,7 +194,7 @@ def _given(checkpoint: str | None) -> Path | None:
 
 
 def _known_runs(root: Path) -> str:
-    runs = sorted((path for path in _folders(root) if latest(path / "checkpoints")), key=_started)
+    runs = sorted((path for path in _folders(root) if latest(path / "checkpoints")), key=started)
     if not runs:
         return f" ({root} holds no run with checkpoints)"
     return f", or name a run: the newest that has one is {runs[-1].name}, --run {runs[-1].name}"

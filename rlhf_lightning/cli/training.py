@@ -35,6 +35,7 @@ from rlhf_lightning.cli.notices import Preflight, farewell, notice
 from rlhf_lightning.cli.parse_errors import explain
 from rlhf_lightning.cli.predictions import PredictionWriter, inputs_of
 from rlhf_lightning.cli.runs import Run, Wanted, choose
+from rlhf_lightning.cli.stages import check_inputs, newer_models, what_to_try
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
@@ -135,7 +136,9 @@ class TrainingCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise InputError(explain(str(error.message), self.arguments, self.paths, self._accepted)) from None
+            said = explain(str(error.message), self.arguments, self.paths, self._accepted)
+            way = what_to_try(self.paths) if ": required" in said else ""
+            raise InputError(f"{said}; {way}" if way else said) from None
         for section in ("model", "data"):
             chosen = self.options[section]
             if chosen is not None:
@@ -172,11 +175,15 @@ class TrainingCLI(LightningCLI):
             stages = ", ".join(name for name in shipped_configs() if "/" not in name)
             raise InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")
         _check_trainer(self.options.trainer, subcommand)
+        read_from = self.options.clone().as_dict()
+        check_inputs(read_from)
         self.run = self._run_to_write()
         if self.run.checkpoint is not None:
             self.options.ckpt_path = str(self.run.checkpoint)
-        if self.run.note and first_process():
-            say(notice("run", self.run.note))
+        if first_process():
+            notes = [("run", self.run.note)] if self.run.note else []
+            for heading, text in [*notes, *(("note", line) for line in newer_models(read_from))]:
+                say(notice(heading, text))
         if subcommand == "predict":
             read = inputs_of(self.options.data.init_args, self.options.model.init_args.get("model"))
             check_output(self._predictions, "--output", [*read, *self.paths])
