@@ -18,7 +18,8 @@ def check_loggers(loggers: Iterable[Logger]) -> None:
     """InputError where a logger cannot start: it would not later either, and now nothing is lost."""
     for logger in loggers:
         try:
-            _ = logger.experiment if hasattr(type(logger), "experiment") else None
+            if hasattr(type(logger), "experiment"):
+                getattr(logger, "experiment")  # noqa: B009 - a property, which not every logger has
         except Exception as error:
             raise InputError(
                 f"trainer.logger: {type(logger).__name__} cannot start ({_first_line(error)}); "

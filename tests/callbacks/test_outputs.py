@@ -1,4 +1,4 @@
-"""What a run leaves and shows: metrics.jsonl, samples.jsonl, tables, the exported model, the progress line."""
+"""What a run leaves and shows: metrics.jsonl, samples.jsonl, tables, the exported model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
 from rlhf_lightning.callbacks.export import ModelExport
 from rlhf_lightning.callbacks.folders import append_line, rewind_lines
 from rlhf_lightning.callbacks.metrics import JsonlLogger
-from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable, escaped, markdown_table
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
@@ -129,30 +128,6 @@ def test_metrics_that_json_has_no_number_for_become_null(tmp_path: Path) -> None
     logger.log_metrics({"a": float("nan"), "b": float("inf"), "c": 1.5}, step=3)
     (row,) = lines(tmp_path / "run" / "metrics.jsonl")
     assert (row["a"], row["b"], row["c"], row["step"]) == (None, None, 1.5, 3)
-
-
-def test_progress_off_a_terminal_is_plain_lines(
-    tiny_policy_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    fit(tmp_path / "run", SFTModule(str(tiny_policy_dir)), RunProgress(every_seconds=1e-6), enable_progress_bar=True)
-    output = capsys.readouterr().out
-    assert "\x1b" not in output and "\r" not in output
-    shown = output.splitlines()
-    last = next(line for line in reversed(shown) if line.startswith("train 5/5"))
-    assert "epoch 1/1" in last and "loss " in last and "tokens/s" in last and "0:00:00 left" in last
-    assert any("validation 1/2" in line for line in shown)
-
-
-def test_progress_shows_phases_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("rlhf_lightning.callbacks.progress.time.monotonic", lambda: now[0])
-    progress = RunProgress()
-    progress.disable()
-    progress._begin("train", 10, 2)
-    now[0], progress._done = 130.0, 5
-    progress.on_phase(None, None, "rollout", 31, 64)
-    # Three batches took 30 seconds; five are left.
-    assert progress.line() == "train 5/10 | rollout 31/64 | 0:00:50 left"
 
 
 def test_model_text_cannot_do_anything() -> None:
