@@ -21,6 +21,7 @@ ROWS = [
     {"prompt": "what " * 40, "answer": "dropped"},
     {"prompt": "hello"},
     {"messages": [{"role": "user", "content": "hello"}], "id": 5},
+    {"prompt": "hello", "chosen": "no", "rejected": "no", "margin": 0.5},  # of no use for training
 ]
 
 
@@ -46,13 +47,13 @@ def test_every_row_is_answered_with_its_number_and_columns(
 ) -> None:
     assert main(["predict", *options, "--output", "a.jsonl"]) == 0
     printed = capsys.readouterr().out
-    assert "8 prompts to answer; prompt over max_prompt_tokens: 1" in printed
-    assert printed.splitlines()[-1] == "8 responses in a.jsonl (prompt over max_prompt_tokens: 1)"
+    assert "9 prompts to answer; prompt over max_prompt_tokens: 1" in printed
+    assert printed.splitlines()[-1] == "9 responses in a.jsonl (prompt over max_prompt_tokens: 1)"
     assert "column 'row' is written as 'input_input_row'" in printed
     rows = answers("a.jsonl")
     assert [(row["row"], row["where"]) for row in rows] == [
         *((0, "rows.jsonl:1"), (1, "rows.jsonl:3"), (2, "rows.jsonl:5"), (4, "rows.jsonl:9"), (5, "rows.jsonl:11")),
-        *((0, "more.jsonl.gz:1"), (0, "table.csv:2"), (1, "table.csv:4")),
+        *((6, "rows.jsonl:13"), (0, "more.jsonl.gz:1"), (0, "table.csv:2"), (1, "table.csv:4")),
     ]
     assert rows[0]["prompt"] == ROWS[0]["prompt"] and rows[0]["answer"] == "4"
     assert rows[0]["input_tokens"] == 7 and rows[0]["input_row"] == "kept" and rows[0]["input_input_row"] == "mine"
@@ -60,6 +61,8 @@ def test_every_row_is_answered_with_its_number_and_columns(
     assert rows[1]["answer"] == "four" and "nested" not in rows[1] and "id" not in rows[1]
     assert rows[2]["answer"] is None and rows[2]["nested"] == ROWS[2]["nested"]
     assert rows[4]["prompt"] == ROWS[5]["messages"] and rows[4]["id"] == 5
+    assert "messages" not in rows[4]
+    assert (rows[5]["chosen"], rows[5]["rejected"], rows[5]["margin"]) == ("no", "no", 0.5)
     # Rows of one prompt are drawn for one by one; five times the same would be one draw for all.
     same = [row["response"] for row in rows if row["prompt"] == ROWS[0]["prompt"]]
     assert len(same) == 4 and len(set(same)) > 1

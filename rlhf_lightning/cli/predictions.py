@@ -54,7 +54,7 @@ class PredictionWriter(Callback):
         with failing_together():
             if trainer.is_global_zero:
                 records = [example.record for example in data.held_out]
-                names = _names({name for record in records for name in record.columns})
+                names = _names({name for record in records for name in _others(record)})
                 for old, new in names.items():
                     if old != new:
                         print(f"{'':<10}column {old!r} is written as {new!r}", flush=True)
@@ -97,15 +97,24 @@ def _names(columns: set[str]) -> dict[str, str]:
 
 def _known(record: Record, names: dict[str, str]) -> dict[str, Any]:
     columns: dict[str, Any] = {}
-    for name, value in record.columns.items():
+    for name, value in _others(record).items():
         try:
             columns[names[name]] = _plain(value)
         except TypeError as error:
             raise InputError(
                 f"{record.where}: key '{name}': holds {error}, which has no place in JSON; leave the column out"
             ) from None
-    prompt = record.prompt if isinstance(record.prompt, str) else [message.turn() for message in record.prompt]
-    return {"row": record.row, "where": record.where, "prompt": prompt, "columns": columns}
+    return {"row": record.row, "where": record.where, "prompt": _prompt(record), "columns": columns}
+
+
+def _prompt(record: Record) -> Any:
+    return record.prompt if isinstance(record.prompt, str) else [message.turn() for message in record.prompt]
+
+
+def _others(record: Record) -> dict[str, Any]:
+    """What the row has beside its prompt, responses too; not what is the prompt under another name."""
+    prompt = _prompt(record)
+    return {name: value for name, value in record.raw.items() if name != "prompt" and value != prompt}
 
 
 def _plain(value: Any) -> Any:

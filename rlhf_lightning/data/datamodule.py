@@ -133,7 +133,7 @@ class PreferenceDataModule(LightningDataModule):
             raise InputError("data.batch_tokens: has no effect on prompts to sample from; leave it out, set batch_size")
         encoder = self._encoder()
         self.pad_id = encoder.pad_id
-        records = load_records(self.path)
+        records = load_records(self.path, prompts=self.answering)
         self.dropped = Counter(records.dropped)
         if self.kind == "pairs" and view.labels and any(row.form.labelled for row in records.rows):
             self.kind = "labels"

@@ -38,8 +38,8 @@ class Records:
         return digest.hexdigest()
 
 
-def load_records(paths: str | Sequence[str]) -> Records:
-    """Reads and checks files (or hub data sets) in the order given.
+def load_records(paths: str | Sequence[str], prompts: bool = False) -> Records:
+    """Reads and checks files (or hub data sets) in the order given; ``prompts``: to answer them, see `parse_row`.
 
     Raises:
         InputError: for the first refused row (``path:line: key 'x': problem; remedy``), or a source without rows.
@@ -50,7 +50,7 @@ def load_records(paths: str | Sequence[str]) -> Records:
     records = Records([], paths, 0, Counter())
     for path in paths:
         before = records.read
-        for item in checked_rows(path, records.dropped):
+        for item in checked_rows(path, records.dropped, prompts):
             if isinstance(item, InputError):
                 raise item
             if item is not None:
@@ -61,7 +61,7 @@ def load_records(paths: str | Sequence[str]) -> Records:
     return records
 
 
-def checked_rows(path: str, dropped: Counter[str]) -> Iterator[Record | InputError | None]:
+def checked_rows(path: str, dropped: Counter[str], prompts: bool = False) -> Iterator[Record | InputError | None]:
     """Each row of a source as a ``Record``, as the ``InputError`` that refuses it, or None where all of it was dropped.
 
     What is dropped is counted in ``dropped`` by reason.
@@ -71,11 +71,21 @@ def checked_rows(path: str, dropped: Counter[str]) -> Iterator[Record | InputErr
             yield raw
             continue
         try:
-            yield parse_row(raw, f"{path}:{line}", dropped)
+            yield parse_row(raw, f"{path}:{line}", dropped, prompts)
         except InputError as error:
             yield error
 
 
-def parse_row(values: RawRow, where: str, dropped: Counter[str]) -> Record | None:
-    """Checks one row of any form; None when nothing of it is left (the reason is counted in ``dropped``)."""
-    return read_row(Row(values, where, dropped))
+def parse_row(values: RawRow, where: str, dropped: Counter[str], prompts: bool = False) -> Record | None:
+    """Checks one row of any form; None when nothing of it is left (the reason is counted in ``dropped``).
+
+    With ``prompts`` a row is there for its prompt, whatever its responses: then it comes without them where they would
+    have it dropped.
+    """
+    reasons: Counter[str] = Counter()
+    row = Row(values, where, reasons)
+    record = read_row(row)
+    if prompts and row.made is not None and row.made.prompt:
+        return record or replace(row.made, responses=(), pairs=())
+    dropped.update(reasons)
+    return record

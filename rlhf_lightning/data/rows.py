@@ -63,6 +63,7 @@ class Record:
     tools: str = ""  # the row's tools as a JSON list, for the chat template; empty where it has none
     row: int = 0  # its number in its file, from 0
     number: int = 0  # its number in all files together, from 0; rows that are dropped have theirs
+    raw: RawRow = field(default_factory=dict, repr=False, compare=False)  # all of its keys, as they were read
 
     @property
     def key(self) -> str:
@@ -109,6 +110,7 @@ class Row:
         self.where = where  # "file:line"
         self.dropped = dropped
         self.columns = dict(values)
+        self.made: Record | None = None  # also where its responses are of no use, and so it is dropped
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
@@ -142,7 +144,11 @@ class Row:
         if not (form.transcript or form.whole):
             tools = checked_tools(self.take("tools"), self.where, "tools")
             prompt = self._as_chat(prompt, responses, tools)
-        return Record(prompt, tuple(responses), tuple(pairs), self.where, form, margin, weight, self.columns, tools)
+        columns, raw = self.columns, self.values
+        self.made = Record(
+            prompt, tuple(responses), tuple(pairs), self.where, form, margin, weight, columns, tools, raw=raw
+        )
+        return self.made
 
     def _number(self, key: str, default: float) -> float:
         value = self.take(key)

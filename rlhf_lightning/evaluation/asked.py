@@ -36,7 +36,7 @@ def asked(paths: Sequence[str], limit: int | None) -> Asked:
     """
     from rlhf_lightning.data.records import load_records
 
-    records = load_records(paths)
+    records = load_records(paths, prompts=True)
     distinct: dict[tuple[str, str], Record] = {}
     for record in records.rows:
         distinct.setdefault((record.key, json.dumps(record.columns, sort_keys=True, default=repr)), record)

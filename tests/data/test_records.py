@@ -218,3 +218,25 @@ def test_one_prompt_cannot_be_split(write):
     records = load_records(write([{"prompt": "p", "completion": "a"}] * 3)).rows
     with pytest.raises(InputError, match=r"data.validation_fraction: 1 distinct prompts cannot be split"):
         split_by_prompt(records, 0.5, 0)
+
+
+def test_to_answer_its_prompt_a_row_needs_no_responses(write):
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "a"},
+        {"prompt": "q", "completion": " "},
+        {"prompt": "r", "completions": ["a", "b"], "ranks": [1, 1]},
+        {"messages": [{"role": "user", "content": "s"}, {"role": "assistant", "content": ""}], "id": 3},
+        {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"},
+    ]
+    path = write(rows)
+    found = load_records(path, prompts=True)
+    assert [record.text for record in found.rows] == ["p", "q", "r", "s"] and [r.number for r in found.rows] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert found.read == 5 and dict(found.dropped) == {"transcripts that part early": 1}
+    assert [record.raw for record in found.rows] == rows[:4]
+    trained = load_records(path)
+    assert trained.dropped["equal responses"] == 1 and trained.dropped["empty response"] == 2
