@@ -18,6 +18,7 @@ from rlhf_lightning.data.records import checked_rows
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.values import Response
 from rlhf_lightning.errors import CommandParser, InputError
+from rlhf_lightning.outputs import check_output
 from rlhf_lightning.text import printable
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", metavar="DIR", help="count lengths in this tokenizer's tokens, not characters")
     parser.add_argument("--json", metavar="FILE", help="write the report there too, refused rows in full")
     options = parser.parse_args(argv)
+    if options.json:
+        check_output(options.json, "--json", options.files)
     report = check(options.files, options.tokenizer)
     if options.json:
         _write(Path(options.json), json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")

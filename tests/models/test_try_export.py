@@ -18,6 +18,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.models import export
 from rlhf_lightning.models.export import export_policy, export_scalar, try_export
 from rlhf_lightning.models.loading import eos_ids, load_causal_lm, load_scalar_model
+from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
 
@@ -173,3 +174,21 @@ def test_a_turn_end_ends_responses_wherever_the_model_goes(tmp_path: Path) -> No
     assert found.tolist() == [[5, 6, 9]]
     with pytest.raises(InputError, match="eos_token_id is 'x'"):
         eos_ids(GenerationConfig(eos_token_id="x"), tokenizer)
+
+
+def test_an_adapter_is_added_in_float32_and_then_cast(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", torch.bfloat16)
+    model = load_causal_lm(base)
+    add_adapter(model, rank=2, alpha=4.0)
+    layer = model.model.layers[0].self_attn.q_proj
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        up.normal_(std=0.01)
+    expected = (layer.base_layer.weight.double() + 2.0 * up.double() @ down.double()).to(torch.bfloat16)
+    assert not torch.equal(expected, layer.base_layer.weight.to(torch.bfloat16))
+    export_policy(Policy(model), make_tokenizer("<pad>"), tmp_path / "model")
+    saved = load_file(tmp_path / "model" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    # float32 and float64 round alike to bfloat16, but for ties at most.
+    assert (saved != expected).float().mean() < 0.01 and saved.dtype == torch.bfloat16
+    rounded = layer.base_layer.weight.bfloat16() + (2.0 * up.bfloat16() @ down.bfloat16())
+    assert (rounded != expected).float().mean() > 0.01  # what adding in bfloat16 would give
