@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_lightning.data.forms import ACCEPTED, FORMS
+from rlhf_lightning.data.advice import advice
+from rlhf_lightning.data.columns import Columns
+from rlhf_lightning.data.forms import FORMS
 from rlhf_lightning.data.records import checked_rows
+from rlhf_lightning.data.refusals import ACCEPTED, Refusals
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.values import Response
 from rlhf_lightning.errors import CommandParser, InputError
@@ -24,7 +27,7 @@ from rlhf_lightning.text import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SHOWN = 20  # refused rows that are listed before the rest is only counted
+_SHOWN = 20  # causes that are listed before the rest is only counted
 _COLUMNS = 3  # files side by side in one table
 Measure = Callable[[list[str]], list[int]]
 
@@ -49,6 +52,7 @@ class FileReport:
     dropped: dict[str, int] = field(default_factory=dict)  # rows or pairs, by reason
     forms: dict[str, int] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)  # keys that are handed on to reward functions
+    advice: list[str] = field(default_factory=list)  # what to look at, though it can be read
     prompts: int = 0  # distinct
     pairs: int = 0
     desirable: int = 0  # labelled responses that are
@@ -79,32 +83,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m rlhf_lightning data check",
         description="What is in preference files, and what is wrong with them. Exit code 2 where a row is refused.",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help=".jsonl, .jsonl.gz, .csv or .parquet, or a hub name")
+    parser.add_argument("files", nargs="+", metavar="FILE", help=".jsonl, .json, .csv or .parquet, or a hub name")
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="OURS=YOURS",
+        help="names that rows have for keys: prompt=question",
+    )
     parser.add_argument("--tokenizer", metavar="DIR", help="count lengths in this tokenizer's tokens, not characters")
     parser.add_argument("--json", metavar="FILE", help="write the report there too, refused rows in full")
     options = parser.parse_args(argv)
     if options.json:
         check_output(options.json, "--json", options.files)
-    report = check(options.files, options.tokenizer)
+    report = check(options.files, options.tokenizer, _columns(options.columns))
     if options.json:
         _write(Path(options.json), json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
     render(report)
     return 2 if report.refused else 0
 
 
-def check(paths: Sequence[str], tokenizer: str | None = None) -> Report:
+def _columns(pairs: Sequence[str]) -> dict[str, str]:
+    columns = {}
+    for pair in pairs:
+        name, _, given = pair.partition("=")
+        if not name or not given:
+            raise InputError(f"--columns {pair}: write our name, =, and your name, as in prompt=question")
+        columns[name] = given
+    return columns
+
+
+def check(paths: Sequence[str], tokenizer: str | None = None, columns: Mapping[str, str] | None = None) -> Report:
     """Reads every file to its end; refused rows are collected, not raised.
 
     Args:
         paths: the files.
         tokenizer: a tokenizer's folder, to count lengths in tokens.
+        columns: for keys of ours, the names that the rows have for them.
+
+    Raises:
+        InputError: a column that no row has.
     """
     measure = _token_counts(tokenizer) if tokenizer else _character_counts
     files, prompts = [], []
+    names = Columns(columns)
     for path in dict.fromkeys(paths):
-        report, keys = _check_file(path, measure)
+        report, keys = _check_file(path, measure, names)
         files.append(report)
         prompts.append(keys)
+    names.check("--columns")
     leaks = [
         {"files": [files[a].path, files[b].path], "prompts": len(prompts[a] & prompts[b])}
         for a, b in combinations(range(len(files)), 2)
@@ -113,12 +140,12 @@ def check(paths: Sequence[str], tokenizer: str | None = None) -> Report:
     return Report("tokens" if tokenizer else "characters", files, leaks)
 
 
-def _check_file(path: str, measure: Measure) -> tuple[FileReport, set[str]]:
+def _check_file(path: str, measure: Measure, names: Columns) -> tuple[FileReport, set[str]]:
     report = FileReport(path)
     dropped: Counter[str] = Counter()
     records: list[Record] = []
     try:
-        for item in checked_rows(path, dropped):
+        for item in checked_rows(path, dropped, columns=names):
             report.rows += 1
             if isinstance(item, InputError):
                 report.refused.append(str(item))
@@ -133,6 +160,7 @@ def _check_file(path: str, measure: Measure) -> tuple[FileReport, set[str]]:
     report.dropped = dict(sorted(dropped.items()))
     report.forms = dict(Counter(str(record.form) for record in records).most_common())
     report.columns = sorted({name for record in records for name in record.columns})
+    report.advice = advice(records)
     report.prompts = len(set(keys))
     labels = [record.desirable if record.form.labelled else None for record in records]
     report.desirable = labels.count(True)
@@ -229,6 +257,9 @@ def render(report: Report, console: Console | None = None) -> None:
         first, second = leak["files"]
         text = f"prompt leak: {leak['prompts']:,} prompts stand in both {first} and {second}"
         console.print(f"[yellow]{_plain(text)}[/yellow]", soft_wrap=True)
+    for file in report.files:
+        for line in file.advice:
+            console.print(f"[yellow]look at[/yellow] {_plain(f'{Path(file.path).name}: {line}')}", soft_wrap=True)
     _render_refused(report, console)
 
 
@@ -241,10 +272,15 @@ def _plain(text: str) -> str:
 
 def _render_refused(report: Report, console: Console) -> None:
     refused = [message for file in report.files for message in file.refused]
-    for message in refused[:_SHOWN]:
-        console.print(f"[red]refused[/red] {_plain(message.partition(ACCEPTED)[0])}", soft_wrap=True)
-    if len(refused) > _SHOWN:
-        console.print(f"[red]refused[/red] and {len(refused) - _SHOWN:,} more; --json FILE lists them all")
+    refusals = Refusals()
+    for message in refused:
+        refusals.add(message)
+    causes = refusals.causes()
+    for message, count in causes[:_SHOWN]:
+        rows = f"{count:,} rows, the first: " if count > 1 else ""
+        console.print(f"[red]refused[/red] {rows}{_plain(message.partition(ACCEPTED)[0])}", soft_wrap=True)
+    if len(causes) > _SHOWN:
+        console.print(f"[red]refused[/red] for {len(causes) - _SHOWN:,} more causes; --json FILE lists every row")
     if any(ACCEPTED in message for message in refused):
         console.print("accepted forms of a row:")
         for form in FORMS:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_lightning.data.files import RawRow
 from rlhf_lightning.data.hints import renaming
 from rlhf_lightning.data.messages import as_response, checked_messages, checked_prompt, checked_response
 from rlhf_lightning.data.prompts import COMPARED, PROMPTS, agreeing_prompt, asked, missing
-from rlhf_lightning.data.readers import RawRow
 from rlhf_lightning.data.rows import ASSISTANT, Form, Record, Row, is_empty, said
 from rlhf_lightning.data.values import Message, Prompt, Response, checked_list, checked_number, checked_text
 

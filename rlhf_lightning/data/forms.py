@@ -7,13 +7,12 @@ Texts are kept byte for byte.
 from __future__ import annotations
 
 from rlhf_lightning.data.comparisons import GRADED, ChatPair, Pair, Ranking, Rating, StackPair, Transcript
+from rlhf_lightning.data.files import RawRow, kind_of
 from rlhf_lightning.data.messages import as_response, checked_messages, checked_response
 from rlhf_lightning.data.prompts import COMPARED, PROMPTS, Missing, agreeing_prompt, asked, instruction, missing
-from rlhf_lightning.data.readers import RawRow, kind_of
+from rlhf_lightning.data.refusals import ACCEPTED
 from rlhf_lightning.data.rows import Form, Record, Row, is_empty
 from rlhf_lightning.data.values import Prompt, Response, checked_text
-
-ACCEPTED = "; accepted forms: "  # ends a message about missing keys, before the forms
 
 
 class Chat(Form):
@@ -148,6 +147,11 @@ FORMS: tuple[Form, ...] = (
     Text(),
     PROMPT,
 )
+
+
+def is_known(row: RawRow) -> bool:
+    """Whether a row matches any form."""
+    return any(form.matches(row) for form in FORMS)
 
 
 def read_row(row: Row) -> Record | None:

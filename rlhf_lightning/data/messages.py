@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rlhf_lightning.data.readers import kind_of, shown
+from rlhf_lightning.data.files import kind_of, shown
 from rlhf_lightning.data.values import ROLES, Message, Prompt, Response, checked_list, checked_text, refused
 
 # What ShareGPT's `from` says, and the role that it means. A function call is the assistant's, its value is JSON.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rlhf_lightning.data.files import shown
 from rlhf_lightning.data.hints import renaming
 from rlhf_lightning.data.messages import checked_prompt
-from rlhf_lightning.data.readers import shown
 from rlhf_lightning.data.rows import Row
 from rlhf_lightning.data.values import Message, Prompt, checked_text
 from rlhf_lightning.errors import InputError

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rlhf_lightning.data.forms import read_row
-from rlhf_lightning.data.readers import RawRow, read_rows
+from rlhf_lightning.data.columns import Columns
+from rlhf_lightning.data.files import RawRow, faulty_text, shown
+from rlhf_lightning.data.forms import is_known, read_row
+from rlhf_lightning.data.readers import read_rows
+from rlhf_lightning.data.refusals import Refusals
 from rlhf_lightning.data.rows import Record, Row
+from rlhf_lightning.data.values import refused
 from rlhf_lightning.errors import InputError
 
 
@@ -38,42 +42,72 @@ class Records:
         return digest.hexdigest()
 
 
-def load_records(paths: str | Sequence[str], prompts: bool = False) -> Records:
-    """Reads and checks files (or hub data sets) in the order given; ``prompts``: to answer them, see `parse_row`.
+def load_records(
+    paths: str | Sequence[str], prompts: bool = False, columns: Columns | Mapping[str, str] | None = None
+) -> Records:
+    """Reads and checks files (or hub data sets) in the order given.
+
+    Args:
+        paths: the sources.
+        prompts: to answer them, see `parse_row`.
+        columns: for keys of ours, the names that the rows have for them, as ``{"prompt": "question"}``. One object for
+            several calls: a name has to be found in one of them, up to the last.
 
     Raises:
-        InputError: for the first refused row (``path:line: key 'x': problem; remedy``), or a source without rows.
+        InputError: for the first refused row (``path:line: key 'x': problem; remedy``), with the number of rows that
+            are refused for the same cause; a source without rows; a column that no row has.
     """
     paths = (paths,) if isinstance(paths, str) else tuple(str(path) for path in paths)
     if not paths:
         raise InputError("data.path: no file is named; give at least one")
     records = Records([], paths, 0, Counter())
+    names = columns if isinstance(columns, Columns) else Columns(columns)
+    refusals = Refusals()
     for path in paths:
         before = records.read
-        for item in checked_rows(path, records.dropped, prompts):
+        for item in checked_rows(path, records.dropped, prompts, names):
             if isinstance(item, InputError):
-                raise item
-            if item is not None:
+                refusals.add(item)
+            elif item is not None and not refusals:
                 records.rows.append(replace(item, row=records.read - before, number=records.read))
             records.read += 1
         if records.read == before:
             raise InputError(f"{path}: contains no rows; give a file with at least one")
+        if refusals:
+            break
+    names.check("data.columns")
+    if refusals:
+        raise refusals.error(records.read - before)
     return records
 
 
-def checked_rows(path: str, dropped: Counter[str], prompts: bool = False) -> Iterator[Record | InputError | None]:
+def checked_rows(
+    path: str, dropped: Counter[str], prompts: bool = False, columns: Columns | None = None
+) -> Iterator[Record | InputError | None]:
     """Each row of a source as a ``Record``, as the ``InputError`` that refuses it, or None where all of it was dropped.
 
     What is dropped is counted in ``dropped`` by reason.
     """
-    for line, raw in read_rows(path):
+    names = columns or Columns(None)
+    for line, raw in read_rows(path, lambda row: is_known(names.renamed(row))):
         if isinstance(raw, InputError):
             yield raw
             continue
+        where = f"{path}:{line}"
         try:
-            yield parse_row(raw, f"{path}:{line}", dropped, prompts)
+            _check_texts(raw, where)
+            yield parse_row(names.apply(raw, where), where, dropped, prompts)
         except InputError as error:
             yield error
+
+
+def _check_texts(row: RawRow, where: str) -> None:
+    try:
+        for key, value in row.items():
+            if fault := faulty_text(key) or faulty_text(value):
+                raise refused(where, shown(key), f"{fault}; repair the text")
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
 
 
 def parse_row(values: RawRow, where: str, dropped: Counter[str], prompts: bool = False) -> Record | None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_lightning.data.files import RawRow
 from rlhf_lightning.data.messages import checked_tools
-from rlhf_lightning.data.readers import RawRow
 from rlhf_lightning.data.values import Message, Prompt, Response, checked_number, checked_text, refused
 from rlhf_lightning.errors import InputError
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_lightning.data.readers import kind_of
+from rlhf_lightning.data.files import kind_of
 from rlhf_lightning.errors import InputError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

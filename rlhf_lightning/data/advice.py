@@ -1,0 +1,52 @@
+"""What looks wrong with rows that can all be read: few prompts, and columns that were likely meant for training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rlhf_lightning.data.files import shown
+from rlhf_lightning.data.hints import meant
+from rlhf_lightning.data.rows import Record
+
+_FEW = 50  # rows a prompt on average, from which on it looks as if the real prompt stood in another column
+# Columns that mean something where a form reads them, or in other libraries; elsewhere rewards alone are handed them.
+_KNOWN = (
+    *("system", "tools", "input", "instruction", "context", "history", "text", "messages", "conversations", "question"),
+    *(
+        "output",
+        "response",
+        "responses",
+        "label",
+        "score",
+        "scores",
+        "score_chosen",
+        "score_rejected",
+        "images",
+        "image",
+    ),
+)
+_WANTED = ("completion", "chosen", "rejected", "completions", "ranks", "ratings", "margin", "weight", "system", "tools")
+
+
+def advice(records: Sequence[Record]) -> list[str]:
+    """One line for each thing to look at."""
+    lines = []
+    prompts = len({record.key for record in records})
+    if len(records) > _FEW * prompts:
+        share = f"{len(records):,} rows have {prompts:,} distinct prompt{'s' * (prompts > 1)}"
+        lines.append(f"{share}; is the text to answer in another column? data.columns: {{prompt: NAME}} takes it")
+    counts = Counter(
+        name for record in records for name in record.columns if not (record.form.labelled and name == "label")
+    )
+    misspelt = {given: name for name, given in meant(counts, _WANTED).items() if given not in _KNOWN}
+    for name, count in counts.items():
+        if name in misspelt:
+            given = misspelt[name]
+            what = f"looks like '{given}', which it is not read as; data.columns: {{{given}: {shown(name)}}} does"
+        elif name in _KNOWN:
+            what = "is not used in training, where rewards alone are handed it"
+        else:
+            continue
+        lines.append(f"column '{shown(name)}' of {count:,} rows {what}")
+    return lines

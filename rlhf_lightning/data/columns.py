@@ -1,0 +1,60 @@
+"""The user's own names for the keys that forms read: ``{"prompt": "question"}``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from rlhf_lightning.data.files import RawRow, shown
+from rlhf_lightning.data.values import refused
+from rlhf_lightning.errors import InputError
+
+
+class Columns:
+    """Gives rows our names in place of the user's, and knows afterwards which of these no row had.
+
+    Args:
+        names: for each key of ours, the user's.
+    """
+
+    def __init__(self, names: Mapping[str, str] | None) -> None:
+        self.names = dict(names or {})
+        self._found: set[str] = set()
+        self._keys: dict[str, None] = {}  # of rows, in their order
+
+    def renamed(self, row: RawRow) -> RawRow:
+        """The row under our names; what it lacks stays away."""
+        given = {name: row[key] for name, key in self.names.items() if key in row}
+        taken = set(self.names.values())
+        return {**{key: value for key, value in row.items() if key not in taken}, **given} if given else row
+
+    def apply(self, row: RawRow, where: str) -> RawRow:
+        """The same, where the row is noted as one that was read.
+
+        Raises:
+            InputError: the row has a key of our name beside the one that shall take its place.
+        """
+        if not self.names:
+            return row
+        taken = set(self.names.values())
+        for name, key in self.names.items():
+            if key in row and name in row and name not in taken:
+                problem = f"stands beside '{shown(key)}', which data.columns puts in its place; keep one of the two"
+                raise refused(where, name, problem)
+        self._found.update(key for key in taken if key in row)
+        self._keys.update(dict.fromkeys(row))
+        return self.renamed(row)
+
+    def check(self, option: str) -> None:
+        """Refuses a name that no row had.
+
+        Raises:
+            InputError: with the nearest name that rows had.
+        """
+        for name, key in self.names.items():
+            if key not in self._found and self._keys:
+                near = difflib.get_close_matches(key, self._keys, n=1)
+                hint = f"; did you mean {shown(near[0])}?" if near else ""
+                found = ", ".join(map(shown, self._keys))
+                problem = f"no row has a key '{shown(key)}' for '{shown(name)}'"
+                raise InputError(f"{option}: {problem}{hint or ';'} keys found: {found}")

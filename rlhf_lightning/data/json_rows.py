@@ -1,0 +1,173 @@
+"""JSON files: one object a line, a list of objects, or an object that holds the list; indented or not."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rlhf_lightning.data.files import Numbered, RawRow, kind_of, not_utf8, shown, whole_file
+from rlhf_lightning.errors import InputError
+
+_BLANKS = re.compile(r"\s*")
+
+
+def read_json(path: str, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]:
+    """The rows of a JSON file. Lines are numbered where each holds one object, else the rows.
+
+    Args:
+        path: the file.
+        is_row: whether an object, the only one of its file, is a row by itself rather than the holder of a list.
+    """
+    data = whole_file(path)
+    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    head = data[start:].lstrip()[:1]
+    if head == b"[" or (head == b"{" and ".jsonl" not in path.lower() and not _one_a_line(data[start:])):
+        yield from _values(path, data, start, is_row)
+    else:
+        yield from _lines(path, data, start)
+
+
+def _one_a_line(data: bytes) -> bool:
+    """Whether the first line is a whole object, and not the only one."""
+    first, _, rest = data.lstrip().partition(b"\n")
+    if not rest.strip():
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return first.rstrip().endswith(b"}")
+    return True
+
+
+def _values(path: str, data: bytes, start: int, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]:
+    """Rows of a list, of an object that holds one, or of objects one after the other."""
+    try:
+        text = data.decode("utf-8")[1 if start else 0 :]
+    except UnicodeDecodeError as error:
+        yield data.count(b"\n", 0, error.start) + 1, not_utf8(path, data.count(b"\n", 0, error.start) + 1, error, 0)
+        return
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
+    place = _BLANKS.match(text).end()  # type: ignore[union-attr]
+    inside = text.startswith("[", place)
+    if not inside:
+        yield from _held(path, text, decoder, is_row)
+        return
+    row, place = 0, place + 1
+    while True:
+        place = _BLANKS.match(text, place).end()  # type: ignore[union-attr]
+        if text.startswith("]", place):
+            if text[place + 1 :].strip():
+                yield row, InputError(f"{path}:{row}: something follows the end of the list; write one list a file")
+            return
+        row += 1
+        value, place = _decoded(path, text, place, row, decoder)
+        yield row, value
+        if place < 0:
+            return
+        place = _BLANKS.match(text, place).end()  # type: ignore[union-attr]
+        if text.startswith(",", place):
+            place += 1
+        elif not text.startswith("]", place):
+            at = f"line {text.count(chr(10), 0, place) + 1}"
+            cut = "the file is cut off" if place >= len(text) else "a comma or ] is missing"
+            yield row, InputError(f"{path}:{row}: not valid JSON after this row ({at}): {cut}; repair the file")
+            return
+
+
+def _held(path: str, text: str, decoder: Any, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]:
+    """Objects one after the other; the only one of a file may be a row, or hold the list of rows."""
+    rows: list[Numbered] = []
+    place = 0
+    while text[place:].strip() and place >= 0:
+        place = _BLANKS.match(text, place).end()  # type: ignore[union-attr]
+        value, place = _decoded(path, text, place, len(rows) + 1, decoder)
+        rows.append((len(rows) + 1, value))
+        if place < 0:
+            break
+    if len(rows) == 1 and isinstance(rows[0][1], dict) and not is_row(rows[0][1]):
+        yield from _list_in(path, rows[0][1])
+    else:
+        yield from rows
+
+
+def _list_in(path: str, held: RawRow) -> Iterator[Numbered]:
+    lists = [key for key, value in held.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(lists) > 1:
+        names = ", ".join(map(shown, lists))
+        yield 1, InputError(f"{path}: holds several lists of rows ({names}); write each to a file of its own")
+    elif lists:
+        others = ", ".join(shown(key) for key in held if key not in lists)
+        if others:
+            warnings.warn(f"{path}: the rows are under key '{shown(lists[0])}'; not read: {others}", stacklevel=2)
+        for row, value in enumerate(held[lists[0]], 1):
+            yield row, checked_row(value, f"{path}:{row}")
+    elif held and all(isinstance(value, dict) and "0" in value for value in held.values()):
+        yield 1, InputError(f"{path}: a table by columns; write rows: DataFrame.to_json(path, orient='records')")
+    else:
+        yield 1, held
+
+
+def _decoded(path: str, text: str, place: int, row: int, decoder: Any) -> tuple[RawRow | InputError, int]:
+    """One value and where it ends, -1 where no more can be read."""
+    where = f"{path}:{row}"
+    try:
+        value, end = decoder.raw_decode(text, place)
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, column {error.colno}"
+        cut = "the file is cut off or " if error.pos >= len(text.rstrip()) else ""
+        return InputError(f"{where}: {cut}not valid JSON ({error.msg}, {at}); the rows after it are not read"), -1
+    except (ValueError, RecursionError) as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return InputError(f"{where}: {problem}; the rows after it are not read"), -1
+    return checked_row(value, where), end
+
+
+def checked_row(value: Any, where: str) -> RawRow | InputError:
+    """The value, where it is an object."""
+    if isinstance(value, dict):
+        return value
+    return InputError(f"{where}: a row must be a JSON object, not {kind_of(value)}; write one {{...}} for each")
+
+
+def _lines(path: str, data: bytes, start: int) -> Iterator[Numbered]:
+    line = 0
+    while start < len(data):
+        line += 1
+        end = data.find(b"\n", start)
+        complete = end >= 0
+        piece = data[start : end if complete else len(data)]
+        if piece.strip():
+            yield line, _parse_line(path, line, piece, start, complete)
+        start += len(piece) + 1
+
+
+def _parse_line(path: str, line: int, piece: bytes, start: int, complete: bool) -> RawRow | InputError:
+    where = f"{path}:{line}"
+    try:
+        text = piece.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return not_utf8(path, line, error, start)
+    try:
+        row = json.loads(text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        cut = "" if complete else "the last line is cut off or "
+        return InputError(f"{where}: {cut}not valid JSON ({error.msg}, column {error.colno}); write one object a line")
+    except (ValueError, RecursionError) as error:  # a repeated key, a number with thousands of digits, deep nesting
+        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return InputError(f"{where}: {problem}")
+    if not isinstance(row, dict):
+        return InputError(f"{where}: a row must be a JSON object, not {kind_of(row)}; write one {{...}} a line")
+    return row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> RawRow:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key '{shown(twice)}': stands twice in one object; keep one of them")
+    return row
