@@ -30,6 +30,7 @@ def whole_file(path: str) -> bytes:
 
 
 def not_utf8(path: str, line: int, error: UnicodeDecodeError, start: int) -> InputError:
+    """The error that names the byte at fault; ``start``: where in the file the piece that was decoded begins."""
     return InputError(
         f"{path}:{line}: not UTF-8: byte 0x{error.object[error.start]:02x} at byte {start + error.start} of the file; "
         "save the file as UTF-8"
