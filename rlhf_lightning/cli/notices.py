@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,12 @@ from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.ops import extension
+from rlhf_lightning.rewards.model import ModelReward
 from rlhf_lightning.text import printable, say
 
 _PROMPT_SHOWN, _RESPONSE_SHOWN = 160, 160  # characters: the end of the prompt, the beginning of the response
+_INDENT = 10
+_COMMANDS = ("curves", "next")  # to be copied in one piece
 
 
 class Preflight(Callback):
@@ -38,8 +44,13 @@ class Preflight(Callback):
 
 
 def notice(name: str, text: str) -> str:
-    """One line of what is said before and after a run."""
-    return f"{name:<10}{text}"
+    """A line of what is said before and after a run; in a terminal it is broken between words, but for commands."""
+    line = f"{name:<{_INDENT}}{text}"
+    if name in _COMMANDS or not sys.stdout.isatty():
+        return line
+    width = max(40, shutil.get_terminal_size().columns)
+    options: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False, "replace_whitespace": False}
+    return textwrap.fill(line, width, subsequent_indent=" " * _INDENT, **options)
 
 
 def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple[str, str]]:
@@ -114,15 +125,19 @@ def farewell(run: Run, module: RLHFModule) -> str:
     lines = {
         **({"run": run.note} if run.note else {}),
         "model": f"{model} (for {kind}.from_pretrained)",
-        "curves": f"tensorboard --logdir {shlex.quote(str(run.folder.parent))}",
-        "next": f"python -m rlhf_lightning {_next(module, shlex.quote(str(model)))}",
+        "curves": shlex.join(["tensorboard", "--logdir", str(run.folder.parent)]),
+        "next": shlex.join(["python", "-m", "rlhf_lightning", *_next(module, str(model))]),
     }
     return "\n".join(notice(name, text) for name, text in lines.items())
 
 
-def _next(module: RLHFModule, model: str) -> str:
+def _next(module: RLHFModule, model: str) -> list[str]:
+    """A command as words; those in capitals are for the user to fill in."""
     if isinstance(module, SFTModule):
-        return f"fit --config reward_model.yaml --model.model {model} --data.path PAIRS"
+        return ["fit", "--config", "reward_model.yaml", "--model.model", model, "--data.path", "PAIRS"]
     if isinstance(module, RewardModelModule):
-        return f"fit --config ppo.yaml --model.reward.path {model} --data.path PROMPTS"
-    return f"evaluate --help (to compare {model} with others)"
+        policy = ["--model.model", module.model, "--model.reward.path", model]
+        return ["fit", "--config", "ppo.yaml", *policy, "--data.path", "PROMPTS"]
+    reward = getattr(module, "reward", None)
+    scored = ["--reward", reward.path] if isinstance(reward, ModelReward) else []
+    return ["evaluate", "--policies", module.model, model, "--prompts", "PROMPTS", *scored]

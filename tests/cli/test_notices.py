@@ -1,0 +1,61 @@
+"""What a fit says first and last."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_lightning.cli.notices import farewell, notice
+from rlhf_lightning.cli.runs import Run
+from rlhf_lightning.evaluation.evaluate import _parser
+from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.ppo import PPOModule
+from rlhf_lightning.modules.reward_model import RewardModelModule
+from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.rewards.model import ModelReward
+
+RUN = Run(Path("my runs/sft-2"))
+MODEL = "my runs/sft-2/model"
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (SFTModule("base"), ["fit", "--config", "reward_model.yaml", "--model.model", MODEL, "--data.path", "PAIRS"]),
+        (
+            RewardModelModule("a b"),
+            [
+                *("fit", "--config", "ppo.yaml", "--model.model", "a b", "--model.reward.path", MODEL),
+                *("--data.path", "PROMPTS"),
+            ],
+        ),
+        (
+            PPOModule("a b", reward=ModelReward("my reward")),
+            ["evaluate", "--policies", "a b", MODEL, "--prompts", "PROMPTS", "--reward", "my reward"],
+        ),
+        (DPOModule("a b"), ["evaluate", "--policies", "a b", MODEL, "--prompts", "PROMPTS"]),
+    ],
+    ids=["sft", "reward model", "ppo", "dpo"],
+)
+def test_the_next_command_can_be_copied(module: Any, words: list[str]) -> None:
+    *_, curves, following = farewell(RUN, module).splitlines()
+    assert shlex.split(curves) == ["curves", "tensorboard", "--logdir", "my runs"]
+    assert shlex.split(following) == ["next", "python", "-m", "rlhf_lightning", *words]
+    if words[0] == "evaluate":
+        _parser().parse_args(words[1:])
+
+
+def test_a_terminal_breaks_lines_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "'a question  of  two spaces' | 'an answer<eos>' (7 tokens right of the bar carry the loss)"
+    assert notice("example", text) == f"example   {text}"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((80, 24)))
+    first, second = notice("example", text).splitlines()
+    assert first.startswith("example   'a question  of  two") and second.startswith(" " * 10)
+    assert max(len(first), len(second)) <= 80
+    assert "\n" not in notice("next", "word " * 40)
