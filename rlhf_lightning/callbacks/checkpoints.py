@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlhf_lightning.callbacks.folders import run_folder, sync_to_disk
 from rlhf_lightning.callbacks.metrics import rewind_loggers
-from rlhf_lightning.distributed import barrier
+from rlhf_lightning.distributed import barrier, failing_together
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.export import flush
 from rlhf_lightning.text import say
 
@@ -68,6 +69,19 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the run's folder, while all processes are here."""
         self._folder = run_folder(trainer) / "checkpoints"
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask for the room that the end of the run takes: one checkpoint and the model.
+
+        Raises:
+            InputError: there is less, so the training would be for nothing; on all processes.
+        """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with failing_together():
+            if trainer.is_global_zero:
+                assert self._folder is not None
+                _check_room(self._folder.parent, _bytes_at_the_end(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a resume, logs continue from the checkpoint: what was logged later is written again."""
@@ -152,6 +166,24 @@ class RunCheckpoint(Checkpoint):
             self._old_handler = signal.signal(signal.SIGINT, handler)
         except ValueError:  # not in the main thread, where Python allows no handlers
             self._old_handler = None
+
+
+def _bytes_at_the_end(module: LightningModule) -> int:
+    """At least: of what is trained the weights and AdamW's two moments, and the exported model in 16 bits."""
+    parameters = list(module.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    state = sum(parameter.numel() * (parameter.element_size() + 2 * 4) for parameter in trained)
+    return state + 2 * sum(parameter.numel() for parameter in parameters)
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    disk = shutil.disk_usage(there)
+    if 0 < disk.total and disk.free < needed:  # some network file systems tell nothing
+        raise InputError(
+            f"{folder}: {disk.free / 1e9:,.1f} GB of the disk are free, and a checkpoint and the model take at least "
+            f"{needed / 1e9:,.1f} GB; make room, or choose another place with --runs FOLDER"
+        )
 
 
 def _batches(trainer: Trainer) -> int:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from small_data import SmallData, train
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
-from rlhf_lightning.errors import TrainingDiverged
+from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.sft import SFTModule
 
@@ -186,3 +187,21 @@ def test_after_a_divergence_the_last_checkpoint_is_finite(tiny_policy_dir: Path,
     assert newest.name == "batch-00000003.ckpt"
     saved = torch.load(newest, weights_only=True)
     assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(
+    tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SFTModule(str(tiny_policy_dir))
+    data = SmallData(tiny_policy_dir, [[0, 1]])
+    room = {"free": 0}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=1 << 40, free=room["free"]))
+    refused = pytest.raises(InputError, match=r"0.0 GB of the disk are free, and a checkpoint and the model take")
+    with refused:
+        train(module, data, callbacks=[RunCheckpoint()], default_root_dir=str(tmp_path), enable_checkpointing=True)
+    assert module.trainer.global_step == 0
+    # Weights and two moments in float32, and the model in 16 bits.
+    room["free"] = 14 * sum(parameter.numel() for parameter in module.parameters())
+    module = SFTModule(str(tiny_policy_dir))
+    train(module, data, callbacks=[RunCheckpoint()], default_root_dir=str(tmp_path), enable_checkpointing=True)
+    assert module.trainer.global_step == 1
