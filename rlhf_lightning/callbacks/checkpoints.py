@@ -179,7 +179,7 @@ def _bytes_at_the_end(module: LightningModule) -> int:
 def _check_room(folder: Path, needed: int) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     disk = shutil.disk_usage(there)
-    if 0 < disk.total and disk.free < needed:  # some network file systems tell nothing
+    if disk.total > 0 and disk.free < needed:  # some network file systems tell nothing
         raise InputError(
             f"{folder}: {disk.free / 1e9:,.1f} GB of the disk are free, and a checkpoint and the model take at least "
             f"{needed / 1e9:,.1f} GB; make room, or choose another place with --runs FOLDER"
