@@ -9,16 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch
 from rlhf_lightning.data.collate import Batch, collate, column_names
 from rlhf_lightning.data.records import Records
+from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Encoder, Example, Kind
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.randomness import DATA_ORDER, permutation
 
 _BATCHES_PER_BIN = 8  # more mixes lengths more widely and pads more
+
+
+class Sized(Protocol):
+    """What bins are made of: an example, or a place that several take in turns."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The tokens of each sequence."""
+
+    @property
+    def record(self) -> Record:
+        """Its row, for messages."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Bin:
         return -(-len(self.rows) // self.batch_size)
 
 
-def make_bins(examples: Sequence[Example], batch_size: int, batch_tokens: int | None) -> list[Bin]:
+def make_bins(examples: Sequence[Sized], batch_size: int, batch_tokens: int | None) -> list[Bin]:
     """Bins from the longest rows to the shortest.
 
     Args:
@@ -65,7 +78,7 @@ def make_bins(examples: Sequence[Example], batch_size: int, batch_tokens: int | 
     return bins
 
 
-def _width(examples: Sequence[Example], rows: Sequence[int]) -> int:
+def _width(examples: Sequence[Sized], rows: Sequence[int]) -> int:
     """Padded tokens that one row takes in a batch of any of these rows."""
     return sum(map(max, zip(*(examples[i].widths for i in rows), strict=True)))
 

@@ -17,8 +17,10 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.batches import View
-from rlhf_lightning.data.batching import endless_batch, epoch_batches, in_order, make_bins, share
+from rlhf_lightning.data.batching import epoch_batches, in_order, make_bins, share
 from rlhf_lightning.data.collate import Batch, collate, column_names
+from rlhf_lightning.data.columns import Columns
+from rlhf_lightning.data.mixing import file_weights, make_slots, stepped_rows
 from rlhf_lightning.data.records import Records, load_records
 from rlhf_lightning.data.split import split_by_prompt
 from rlhf_lightning.data.tokenization import Encoder, Example, Kind
@@ -37,7 +39,8 @@ class PreferenceDataModule(LightningDataModule):
     a function of (seed, epoch), and a resumed run goes on at the batch after the checkpoint's.
 
     Args:
-        path: the data: one or more .jsonl, .jsonl.gz, .csv or .parquet files, or a hub data set's name.
+        path: the data: .jsonl, .json (each also with .gz), .csv or .parquet files, or a hub data set's name. As
+            {FILE: WEIGHT}, each row of a file comes WEIGHT times in an epoch; of a fraction, that share of its rows.
         val_path: held-out data; without it ``validation_fraction`` of the prompts in ``path`` is held out.
         tokenizer: folder with the tokenizer; the module's model folder if not given.
         batch_size: rows in a global batch, over all processes together.
@@ -50,12 +53,13 @@ class PreferenceDataModule(LightningDataModule):
         validation_fraction: share of the distinct prompts that is held out when there is no ``val_path``.
         chat: put plain prompts through the chat template as a user message (and transcripts as their turns).
         chat_template: file with a Jinja chat template to use in place of the tokenizer's.
+        columns: the rows' own names for the keys that forms read, as {prompt: question, completion: answer}.
         seed: seed of the order and of the split.
     """
 
     def __init__(
         self,
-        path: str | list[str],
+        path: dict[str, float] | list[str] | str,
         val_path: str | list[str] | None = None,
         tokenizer: str | None = None,
         batch_size: PositiveInt = 32,
@@ -68,10 +72,13 @@ class PreferenceDataModule(LightningDataModule):
         validation_fraction: Fraction = 0.05,  # type: ignore[valid-type]
         chat: bool = False,
         chat_template: str | None = None,
+        columns: dict[str, str] | None = None,
         seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
-        self.path = path
+        self.weights = file_weights(path)  # by file, where they are given
+        self.path = path if isinstance(path, str) else list(path)
+        self.columns = columns
         self.val_path = val_path
         self.tokenizer_path = tokenizer
         self.batch_size = int(batch_size)
@@ -133,7 +140,8 @@ class PreferenceDataModule(LightningDataModule):
             raise InputError("data.batch_tokens: has no effect on prompts to sample from; leave it out, set batch_size")
         encoder = self._encoder()
         self.pad_id = encoder.pad_id
-        records = load_records(self.path, prompts=self.answering)
+        names = Columns(self.columns)
+        records = load_records(self.path, prompts=self.answering, columns=names)
         self.dropped = Counter(records.dropped)
         if self.kind == "pairs" and view.labels and any(row.form.labelled for row in records.rows):
             self.kind = "labels"
@@ -141,7 +149,7 @@ class PreferenceDataModule(LightningDataModule):
             self.train, self.held_out = [], self._encode(encoder, records, "answer", every_row=True)
             return self
         if self.val_path is not None:
-            held_out = load_records(self.val_path)
+            held_out = load_records(self.val_path, columns=names)
             self.dropped.update(held_out.dropped)
             leaks = {row.key for row in records.rows} & {row.key for row in held_out.rows}
             if leaks:
@@ -252,7 +260,8 @@ class PreferenceDataModule(LightningDataModule):
             "chat",
             "seed",
         )
-        return {**{name: getattr(self, name) for name in names}, "view": self.kind}
+        weights = list(self.weights.values()) or None  # a run without them may go on from a checkpoint that knows none
+        return {**{name: getattr(self, name) for name in names}, "view": self.kind, "path": weights}
 
     def _check_resumed(self) -> None:
         if self._resumed is None:
@@ -322,7 +331,8 @@ class Loader:
         stepped = training and data.view.steps is not None
         self.steps = data.view.steps if stepped else None
         size = data.batch_size if training else data.val_batch_size
-        self.bins = [] if stepped else make_bins(self.examples, size, data.batch_tokens)
+        self.slots = make_slots(self.examples, data.weights if training else {})
+        self.bins = [] if stepped else make_bins(self.slots, size, data.batch_tokens)
         self.columns = column_names(data.train + data.held_out)
         self.pad_id = data.pad_id
         # Whether any of the rows has a response: the same answer on every process, whatever its own rows have.
@@ -337,7 +347,8 @@ class Loader:
         epoch, start, rank, world = self._place()
         order = [] if self.steps is not None else self._order(epoch)
         for number in range(start, len(self)):
-            batch = [self.examples[i] for i in order[number]] if order else self._stepped(epoch, number)
+            rows = [self.slots[i].row(self.data.seed, epoch, i) for i in order[number]] if order else []
+            batch = [self.examples[row] for row in rows] or self._stepped(epoch, number)
             yield collate(share(batch, rank, world), self.data.kind, self.pad_id, self.columns, self.demonstrated)
 
     def state_dict(self) -> dict[str, Any]:
@@ -351,9 +362,8 @@ class Loader:
         return epoch_batches(self.bins, self.data.seed, epoch) if self.training else in_order(self.bins)
 
     def _stepped(self, epoch: int, number: int) -> list[Example]:
-        size = len(self.examples)
-        numbers = endless_batch(size, self.data.batch_size, self.data.seed, epoch * len(self) + number)
-        return [replace(self.examples[i % size], row=i) for i in numbers]
+        rows = stepped_rows(self.slots, self.data.batch_size, self.data.seed, epoch * len(self) + number)
+        return [replace(self.examples[row], row=i) for i, row in rows]
 
     def _place(self) -> tuple[int, int, int, int]:
         """Epoch, first batch, rank and world size."""

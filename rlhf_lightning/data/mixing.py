@@ -1,0 +1,98 @@
+"""Files of different weight in one training: how often each row comes in an epoch.
+
+A weight says how often a row of its file comes in each epoch. Its whole part is exact. Its fraction f is that
+``round(f x n)`` of the file's n rows come once more: the rows, by length, are cut into that many runs of nearly equal
+size, and each epoch takes one row of each run, in a drawn order in which every row of a run comes before any comes
+again. So all epochs have the same number of rows and batches; which rows they are is a function of (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rlhf_lightning.data.batching import endless_batch
+from rlhf_lightning.data.rows import Record
+from rlhf_lightning.data.tokenization import Example
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.randomness import DATA_ORDER, permutation
+
+_FRACTIONS = 1 << 20  # keeps these draws apart from those of the bins
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in every epoch, and the rows that take turns in it; most have one."""
+
+    rows: tuple[int, ...]
+    widths: tuple[int, ...]  # the most tokens of each sequence that any of the rows becomes
+    record: Record  # the longest row's
+
+    def row(self, seed: int, epoch: int, number: int) -> int:
+        """The row that takes this slot, the ``number``-th, in an epoch."""
+        size = len(self.rows)
+        if size == 1:
+            return self.rows[0]
+        order = permutation(size, seed, DATA_ORDER, epoch // size, _FRACTIONS + number)
+        return self.rows[int(order[epoch % size])]
+
+
+def make_slots(examples: Sequence[Example], weights: Mapping[str, float]) -> list[Slot]:
+    """The slots of an epoch: one a row, but for files that have a weight.
+
+    Args:
+        examples: all rows.
+        weights: by file.
+
+    Raises:
+        InputError: a file's weight leaves it no row in an epoch.
+    """
+    files: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        files.setdefault(example.record.where.rpartition(":")[0], []).append(i)
+    slots = []
+    for path, rows in files.items():
+        weight = weights.get(path, 1.0)
+        whole, fraction = int(weight), weight - int(weight)
+        runs = round(fraction * len(rows))
+        if not whole and not runs:
+            raise InputError(f"data.path: {path}: a weight of {weight:g} is no row of {len(rows)}; raise it")
+        slots += [_slot(examples, [row]) for _ in range(whole) for row in rows]
+        ordered = sorted(rows, key=lambda i: (-sum(examples[i].widths), i))
+        cuts = [run * len(rows) // runs for run in range(runs + 1)] if runs else []
+        slots += [_slot(examples, ordered[start:end]) for start, end in pairwise(cuts)]
+    return slots
+
+
+def stepped_rows(slots: Sequence[Slot], batch_size: int, seed: int, number: int) -> list[tuple[int, int]]:
+    """Batch ``number`` of an endless walk over the slots, as ``(number in the batch's walk, row)``.
+
+    The first differ within a batch, also where one row comes more than once. Each pass over the slots is an epoch.
+    """
+    size = len(slots)
+    numbers = endless_batch(size, batch_size, seed, number)
+    passes = [place // size for place in range(number * batch_size, (number + 1) * batch_size)]
+    return [(i, slots[i % size].row(seed, epoch, i % size)) for i, epoch in zip(numbers, passes, strict=True)]
+
+
+def file_weights(path: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """The weights in ``data.path``; empty where it only names files.
+
+    Raises:
+        InputError: a weight that is no number above 0.
+    """
+    if isinstance(path, str) and path.lstrip().startswith("{"):
+        raise InputError(f"data.path: {path}: weights are numbers above 0, as in {{a.jsonl: 1, b.jsonl: 0.5}}")
+    if not isinstance(path, Mapping):
+        return {}
+    for name, weight in path.items():
+        if not 0 < weight < math.inf:
+            raise InputError(f"data.path: {name}: a weight of {weight:g}; give a number above 0, or leave the file out")
+    return {name: float(weight) for name, weight in path.items()}
+
+
+def _slot(examples: Sequence[Example], rows: Sequence[int]) -> Slot:
+    widths = tuple(map(max, zip(*(examples[row].widths for row in rows), strict=True)))
+    return Slot(tuple(rows), widths, examples[rows[0]].record)

@@ -1,0 +1,89 @@
+"""Weights of files: exact counts in every epoch, every row in its turn, the same batches after a resume."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+from data_runs import make_data
+
+from rlhf_lightning.batches import View
+from rlhf_lightning.errors import InputError
+
+PAIRS = View("pairs")
+
+
+def write_file(path, name, count):
+    rows = [{"prompt": f"{name}{i}", "chosen": "a" * (1 + i % 7), "rejected": "no"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def files(tmp_path):
+    return write_file(tmp_path / "a.jsonl", "a", 10), write_file(tmp_path / "b.jsonl", "b", 10)
+
+
+def prompts(data, epoch, start=0, rank=0, world=1):
+    """The prompts of each batch from ``start`` on."""
+    loader = data.train_dataloader()
+    loader._place = lambda: (epoch, start, rank, world)
+    found = []
+    for batch in loader:
+        side = batch.chosen
+        rows = zip(side.tokens.tolist(), side.prompt_lengths.tolist(), batch.weights.tolist(), strict=True)
+        found.append([data.tokenizer.decode(ids[:n]) for ids, n, weight in rows if weight > 0])
+    assert len(found) == len(loader) - start
+    return found
+
+
+@pytest.mark.parametrize("batch_tokens", [None, 60])
+def test_each_row_comes_as_often_as_its_file_weighs(tmp_path, batch_tokens):
+    a, b = files(tmp_path)
+    data = make_data({a: 2.3, b: 0.5}, validation_fraction=0.0, batch_tokens=batch_tokens).prepare(PAIRS)
+    total: Counter[str] = Counter()
+    for epoch in range(10):
+        counts = Counter(text for batch in prompts(data, epoch) for text in batch)
+        of_a = sorted(n for text, n in counts.items() if text[0] == "a")
+        assert of_a == [2] * 7 + [3] * 3  # 10 rows, 2 times each, and 3 of them once more
+        assert sorted(n for text, n in counts.items() if text[0] == "b") == [1] * 5
+        total += counts
+        if epoch % 2:  # in every two epochs each of b came once
+            assert {total[f"b{i}"] for i in range(10)} == {(epoch + 1) // 2}
+    assert prompts(data, 3) != prompts(data, 4) and prompts(data, 3) == prompts(data, 3)
+    assert prompts(data, 3, start=2) == prompts(data, 3)[2:]
+    shares = [prompts(data, 3, rank=rank, world=2) for rank in range(2)]
+    assert [sorted(x + y) for x, y in zip(*shares, strict=True)] == [sorted(batch) for batch in prompts(data, 3)]
+
+
+def test_weights_of_one_change_nothing(tmp_path):
+    a, b = files(tmp_path)
+    plain, mixed = (make_data(path).prepare(PAIRS) for path in ([a, b], {a: 1, b: 1}))
+    assert prompts(plain, 1) == prompts(mixed, 1)
+
+
+def test_sampled_prompts_are_mixed_too(tmp_path):
+    a, b = files(tmp_path)
+    data = make_data({a: 1, b: 0.5}, validation_fraction=0.0).prepare(View("prompts", steps=15))
+    batches = list(data.train_dataloader())
+    assert all(len(set(batch.rows.tolist())) == 4 for batch in batches)
+    counts = Counter(text for batch in batches for text in batch.prompts)  # 60 places, 15 in a pass: 4 passes
+    assert {counts[f"a{i}"] for i in range(10)} == {4} and {counts[f"b{i}"] for i in range(10)} == {2}
+
+
+def test_other_weights_cannot_be_resumed(tmp_path):
+    a, b = files(tmp_path)
+    data = make_data({a: 1, b: 0.5}).prepare(PAIRS)
+    with pytest.raises(InputError, match=r"data.weights|data.path: the checkpoint was made with \[1.0, 0.5\], now"):
+        make_data({a: 1, b: 2}).prepare(PAIRS).load_state_dict(data.state_dict())
+
+
+def test_weights_that_mean_nothing_are_refused(tmp_path):
+    a, b = files(tmp_path)
+    for path, message in (
+        ({a: 1, b: 0}, "a weight of 0; give a number above 0"),
+        ({a: 1, b: 0.01}, "a weight of 0.01 is no row of 10"),
+        (f"{{{a}: -1}}", "weights are numbers above 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make_data(path, validation_fraction=0.0).prepare(PAIRS).train_dataloader()
