@@ -61,7 +61,7 @@ class Card:
             base_model=str(self.base),
             library_name="transformers",
             pipeline_tag="text-classification" if self.classifies else "text-generation",
-            tags=["rlhf-lightning", str(self.stage["method"])],
+            tags=["rlhf-lightning", str(self.stage["method"]).removesuffix("Module").lower()],
             **self.licence,
             **{_STAGES: stages},
         )

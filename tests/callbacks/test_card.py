@@ -58,7 +58,7 @@ def test_a_card_says_what_a_model_is_made_of(base: Path, data: Any) -> None:
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["base_model"] == "owner/root" and front["library_name"] == "transformers"
     assert (front["license"], front["license_name"]) == ("other", "mine")
-    assert {"rlhf-lightning", "SFTModule"} <= set(front["tags"]) and front["pipeline_tag"] == "text-generation"
+    assert {"rlhf-lightning", "sft"} <= set(front["tags"]) and front["pipeline_tag"] == "text-generation"
     (stage,) = front["rlhf_lightning"]
     assert (stage["method"], stage["from"], stage["steps"], stage["seeds"]) == (
         "SFTModule",
