@@ -142,6 +142,8 @@ class PreferenceDataModule(LightningDataModule):
         self.pad_id = encoder.pad_id
         names = Columns(self.columns)
         records = load_records(self.path, prompts=self.answering, columns=names)
+        if self.kind == "prompts":
+            records.check_prompts()
         self.dropped = Counter(records.dropped)
         if self.kind == "pairs" and view.labels and any(row.form.labelled for row in records.rows):
             self.kind = "labels"

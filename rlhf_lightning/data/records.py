@@ -33,6 +33,18 @@ class Records:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def check_prompts(self) -> None:
+        """Refuses texts without a prompt, where prompts are to be answered.
+
+        Raises:
+            InputError: with the first one's place.
+        """
+        if texts := [row for row in self.rows if row.form.whole]:
+            problem = (
+                f"is no prompt to answer; give rows with 'prompt' ({len(texts):,} of {self.read:,} rows have none)"
+            )
+            raise refused(texts[0].where, "text", problem)
+
     def fingerprint(self) -> str:
         """Changes when any row's content or place in the order changes; renaming a file does not change it."""
         digest = hashlib.blake2b(digest_size=16)
@@ -78,6 +90,8 @@ def load_records(
     names.check("data.columns")
     if refusals:
         raise refusals.error(records.read - before)
+    if prompts:
+        records.check_prompts()
     return records
 
 

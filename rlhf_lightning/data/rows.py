@@ -82,7 +82,14 @@ class Record:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The prompt as a chat: one user message where it is a text, the turns of a transcript."""
+        """The prompt as a chat: one user message where it is a text, the turns of a transcript.
+
+        Raises:
+            InputError: the row is a text without a prompt, which no chat template has a place for.
+        """
+        if self.form.whole:
+            problem = "is learnt as it stands, outside of any chat template; set data.chat to false, or give a 'prompt'"
+            raise refused(self.where, "text", problem)
         if not isinstance(self.prompt, str):
             return self.prompt
         return transcript_messages(self.prompt) if self.form.transcript else (Message("user", self.prompt),)

@@ -306,6 +306,17 @@ def test_parquet_columns_given_twice_and_nul_are_refused(tmp_path):
     assert refusal(path) == f"{path}:1: key 'prompt': holds a NUL character; repair the text"
 
 
+def test_texts_without_a_prompt_are_neither_asked_nor_put_into_a_chat(tmp_path):
+    path = write_as([{"prompt": "p"}, {"text": "t"}, {"text": "u"}], tmp_path / "a.jsonl")
+    message = f"{path}:2: key 'text': is no prompt to answer; give rows with 'prompt' (2 of 3 rows have none)"
+    assert refusal(path, prompts=True) == message
+    records = load_records(path)
+    with pytest.raises(InputError, match="is no prompt to answer"):
+        records.check_prompts()
+    with pytest.raises(InputError, match=r"a.jsonl:2: key 'text': is learnt as it stands, outside of any chat"):
+        _ = records.rows[1].messages
+
+
 def test_csv_cells_hold_what_they_can(tmp_path):
     path = tmp_path / "a.csv"
     cell = json.dumps([user("q")]).replace('"', '""')
