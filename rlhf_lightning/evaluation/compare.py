@@ -1,7 +1,7 @@
 """Several policies on the same held-out prompts: answers, rewards, KL to a reference, win rates over a baseline.
 
 Every policy answers every prompt once, from the same random draws: two equal policies answer alike and tie everywhere.
-Best-of-n is one more way of answering: of n answers the one that the first reward likes best.
+Best-of-n is one more way of answering: of n answers the one that a reward, the judge, likes best.
 """
 
 from __future__ import annotations

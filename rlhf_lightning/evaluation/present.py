@@ -49,7 +49,7 @@ def _main_table(comparison: Comparison, labels: Mapping[str, str]) -> Table:
         rows.append([*row, f"{float(answers.lengths.double().mean()):.1f}"])
     note = (
         "Scores are means. Intervals hold with 95% confidence, and the dashed line is one half; a tie counts half. KL: "
-        "mean over answers of the summed k1, to the reference; of the best of n a bound, log n - (n - 1) / n more."
+        "mean over answers of the summed k1, to the reference; of the best of n a bound, higher by log n - (n - 1) / n."
     )
     return Table(columns, rows, note=note)
 
@@ -71,7 +71,7 @@ def _second_table(comparison: Comparison, labels: Mapping[str, str]) -> Table:
         f"At equal length: the win rate over {base} if answers were equally long in characters. "
         f"Cut off: the answer reached {comparison.settings.max_new_tokens} tokens without an end."
     )
-    return Table(columns, rows, title="Beside it", note=note)
+    return Table(columns, rows, title="Length, endings and repetition", note=note)
 
 
 def _over_baseline(comparison: Comparison, name: str, rate: Callable[[str, str], WinRate], reward: str) -> Cell:

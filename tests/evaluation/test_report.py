@@ -67,6 +67,7 @@ def example(text: str = "plain") -> Report:
         ],
         [Highlight(text, text, text)],
         {text: text},
+        [text],
     )
 
 
@@ -108,6 +109,26 @@ def test_contents_samples_and_intervals_are_all_there() -> None:
     links = [a["href"][1:] for t, a in page.tags if t == "a"]
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert links == ids and len(ids) == 3
+
+
+def test_warnings_stand_before_everything_but_the_title() -> None:
+    report = Report(
+        "the title", "the summary", [Section("a")], [Highlight("the best", "1")], warnings=["beware", "of it"]
+    )
+    places = [render(report).index(f">{text}<") for text in ("beware", "of it", "the summary", "the best")]
+    assert places == sorted(places)
+
+
+def test_every_cell_has_its_columns_name_for_screens_that_show_rows_as_cards() -> None:
+    html = render(
+        Report("t", "", [Section("s", tables=[Table(["policy", "KL, <nats>", "b"], [["x", 1, 2], ["y", 3, 4]])])])
+    )
+    cells = [a for t, a in Page(html).tags if t == "td"]
+    assert [a["data-label"] for a in cells] == ["KL, <nats>", "b"] * 2
+    # A row that is no longer a table's row to the browser keeps its meaning.
+    roles = [a.get("role") for t, a in Page(html).tags if t in ("table", "tr", "th", "td")]
+    assert roles.count("row") == 3 and roles.count("columnheader") == 3 and None not in roles
+    assert "attr(data-label)" in re.search(r"<style>(.*?)</style>", html, re.S).group(1)
 
 
 def test_every_class_in_the_page_is_styled() -> None:
