@@ -30,7 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import provenance
+import yaml
 from provenance import ROOT
+
+from rlhf_lightning.demo import stages
 
 FILE = ROOT / "benchmarks" / "results" / "demo_table.json"
 PAGE = ROOT / "docs" / "demo.md"
@@ -44,13 +47,20 @@ _written = threading.Lock()
 
 
 def recipe() -> str:
-    """A fingerprint of what the demo trains: the configs, the world, the sizes. Not of the methods' own code."""
-    demo = ROOT / "rlhf_lightning" / "demo"
-    paths = [*sorted((ROOT / "configs" / "demo").glob("*.yaml")), *(demo / f"{name}.py" for name in _WORLD)]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+    """A fingerprint of what the demo trains: the values of its configs and sizes, and the sources of its world.
+
+    Comments, and code that only carries the recipe out, do not count.
+    """
+    configs = sorted((ROOT / "configs" / "demo").glob("*.yaml"))
+    values = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in configs}
+    values |= {"full": vars(stages.FULL), "quick": vars(stages.QUICK)}
+    values |= {name: getattr(stages, name) for name in _NUMBERS}
+    world = [(ROOT / "rlhf_lightning" / "demo" / f"{name}.py").read_text(encoding="utf-8") for name in _WORLD]
+    return hashlib.sha256(json.dumps([values, world], sort_keys=True).encode()).hexdigest()[:12]
 
 
-_WORLD = ("corpus", "gold", "stages", "start")
+_WORLD = ("corpus", "gold", "start")
+_NUMBERS = ("MAX_NEW_TOKENS", "TEMPERATURE", "VOCABULARY", "ANNOTATOR_LAPSE")
 
 
 def name_of(size: str, seed: int, threads: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,16 @@ def test_the_recipe_follows_configs_and_sizes(tmp_path: Path, monkeypatch: pytes
             if path.is_file():
                 (tmp_path / name / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(demo_table, "ROOT", tmp_path)
-    first = demo_table.recipe()
-    for name, changes in (("configs/demo/ppo.yaml", True), ("rlhf_lightning/demo/report.py", False)):
+    for name, text, changes in (
+        ("configs/demo/ppo.yaml", "# a comment\n", False),
+        ("configs/demo/ppo.yaml", "more: 1\n", True),
+        ("rlhf_lightning/demo/gold.py", "BEST = 5.0\n", True),
+        ("rlhf_lightning/demo/report.py", "BEST = 5.0\n", False),
+    ):
         before = demo_table.recipe()
         with (tmp_path / name).open("a", encoding="utf-8") as file:
-            file.write("# changed\n")
-        assert (demo_table.recipe() != before) == changes, name
-    assert demo_table.recipe() != first
+            file.write(text)
+        assert (demo_table.recipe() != before) == changes, (name, text)
+    before = demo_table.recipe()
+    monkeypatch.setattr(demo_table.stages, "QUICK", replace(demo_table.stages.QUICK, ranked=3))
+    assert demo_table.recipe() != before
