@@ -33,5 +33,5 @@ def test_ppo_exploits_the_weak_reward_model_and_evaluate_says_so_first(
     assert report["policies"]["ppo"]["win_rates"]["gold"]["win_rate"] < 0.4
     (warning,) = report["warnings"]
     assert warning.startswith("ppo's score by proxy rose by") and "its score by gold fell by" in warning
-    said = [line for line in capsys.readouterr().out.splitlines() if "prompts answered" not in line]
-    assert said[0] == f"WARNING: {warning}"
+    said = capsys.readouterr().out.rpartition("prompts answered")[2].splitlines()
+    assert said[1] == f"WARNING: {warning}"

@@ -140,8 +140,8 @@ def test_a_policy_that_pleases_the_proxy_alone_is_named_before_any_number(
         f"{-changes[down]:.2f}: it exploits {up} and did not become better."
     )
     assert report["warnings"] == [sentence]
-    said = [line for line in capsys.readouterr().out.splitlines() if "prompts answered" not in line]
-    assert said[0] == f"WARNING: {sentence}"
+    said = capsys.readouterr().out.rpartition("prompts answered")[2].splitlines()
+    assert said[1] == f"WARNING: {sentence}"
     page = (out / "report.html").read_text().replace("&#x27;", "'").replace("&#39;", "'")
     assert page.index(sentence) < page.index("420 held-out prompts")
 
