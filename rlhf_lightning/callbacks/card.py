@@ -57,14 +57,15 @@ class Card:
         """
         metrics = {key: float(value) for key, value in sorted(trainer.callback_metrics.items())}
         stages = [*self.earlier, {**self.stage, "steps": trainer.global_step, "metrics": metrics}]
-        data = ModelCardData(
-            base_model=str(self.base),
-            library_name="transformers",
-            pipeline_tag="text-classification" if self.classifies else "text-generation",
-            tags=["rlhf-lightning", str(self.stage["method"]).removesuffix("Module").lower()],
+        facts: dict[str, Any] = {
+            "base_model": str(self.base),
+            "library_name": "transformers",
+            "pipeline_tag": "text-classification" if self.classifies else "text-generation",
+            "tags": ["rlhf-lightning", str(self.stage["method"]).removesuffix("Module").lower()],
             **self.licence,
-            **{_STAGES: stages},
-        )
+            _STAGES: stages,
+        }
+        data = ModelCardData(**facts)
         auto = "AutoModelForSequenceClassification" if self.classifies else "AutoModelForCausalLM"
         lines = [
             f"# {_code(name)}",

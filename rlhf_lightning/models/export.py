@@ -113,7 +113,10 @@ def try_export(
         InputError: ``folder`` cannot be written or has no room, holds something else than a model, or a config, a chat
             template or the tokenizer does not survive being saved and loaded.
     """
-    parts = (_policy_parts if isinstance(model, Policy) else _scalar_parts)(model, tokenizer, dtype)  # type: ignore[operator]
+    if isinstance(model, Policy):
+        parts = _policy_parts(model, tokenizer, dtype)
+    else:
+        parts = _scalar_parts(model, tokenizer, dtype)
     folder = Path(folder)
     _check_free(folder)
     made = [parent for parent in folder.parents if not parent.exists()]

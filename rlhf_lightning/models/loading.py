@@ -258,7 +258,7 @@ def _load_model(
 
 def _stored_dtype(config: PretrainedConfig, folder: Path) -> torch.dtype:
     """What stock transformers would load the weights in: by config.json, else by the first floats in the weights."""
-    named = config.dtype if config.dtype is not None else config.get_text_config().dtype
+    named: Any = config.dtype if config.dtype is not None else config.get_text_config().dtype
     if named is None:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as weights:
