@@ -306,6 +306,14 @@ def test_parquet_columns_given_twice_and_nul_are_refused(tmp_path):
     assert refusal(path) == f"{path}:1: key 'prompt': holds a NUL character; repair the text"
 
 
+def test_parquet_structs_lose_the_keys_that_only_other_rows_have(tmp_path):
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {name: 1}}} for name in ("a", "b")]
+    rows = [{"messages": [user("q"), {"role": "assistant", "content": None, "tool_calls": [call]}]} for call in calls]
+    records = load_records(write_as(rows, tmp_path / "a.parquet")).rows
+    for record, call in zip(records, calls, strict=True):
+        assert json.loads(record.responses[0][0].more) == {"tool_calls": [call]}
+
+
 def test_texts_without_a_prompt_are_neither_asked_nor_put_into_a_chat(tmp_path):
     path = write_as([{"prompt": "p"}, {"text": "t"}, {"text": "u"}], tmp_path / "a.jsonl")
     message = f"{path}:2: key 'text': is no prompt to answer; give rows with 'prompt' (2 of 3 rows have none)"
