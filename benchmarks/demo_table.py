@@ -156,7 +156,7 @@ def write_page(results: dict[str, Any], page: Path) -> None:
     """Replace the table in the page."""
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{table(results)}{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:
