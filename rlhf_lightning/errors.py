@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from typing import Any, NoReturn
 
 
@@ -38,11 +39,23 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self._given: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As the plain one; what was given is kept for `error`."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raise; an unknown option comes with the nearest known one."""
-        _, found, given = message.partition("unrecognized arguments: ")
-        name = given.split()[0].partition("=")[0] if found else ""
+        """Raise; an unknown option comes with the nearest known one.
+
+        It comes first too where something required is missing: often that is the same option, spelt rightly.
+        """
+        names = [word.partition("=")[0] for word in self._given if word.startswith("--")]
+        unknown = [name for name in names if name not in self._option_string_actions]
+        if unknown and not message.startswith("unrecognized arguments"):
+            message = f"unrecognized arguments: {' '.join(unknown)} ({message})"
+        name = unknown[0] if unknown else ""
         near = difflib.get_close_matches(name, self._option_string_actions, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"{message}; {hint}{self.prog} --help lists the options")

@@ -127,11 +127,22 @@ def test_suggestions(name: str, hint: str) -> None:
 # The plain commands
 
 
+@pytest.mark.parametrize("command", ["data check", "evaluate", "demo", "info", "data"])
+def test_usage_says_how_the_command_is_typed(command, capsys):
+    assert main([*command.split(), "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m rlhf_lightning {command} ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["evaluate"], "the following arguments are required: --policies, --prompts"),
         (["evaluate", "--policies", "a", "--prompts", "b", "--rewrd", "c"], "did you mean --reward?"),
+        (["evaluate", "--policies", "a", "--promts", "b"], "unrecognized arguments: --promts (the following"),
+        (["evaluate", "--policies", "a", "--promts", "b"], "did you mean --prompts?"),
+        (["evaluate", "--policies", "a", "--prompts"], "argument --prompts: expected at least one argument"),
+        (["data"], "data: which command? There is data check FILE..."),
+        (["data", "chekc"], "unknown command 'data chekc' (did you mean data check?)"),
         (["info", "--jsn"], "did you mean --json?"),
         (["data", "check", "--jso", "x", "f"], "did you mean --json?"),
         (["demo", "--seeds", "1"], "did you mean --seed?"),

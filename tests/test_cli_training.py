@@ -99,13 +99,21 @@ def test_a_second_run_takes_a_name_of_its_own(sft: list[str], capsys: pytest.Cap
 
 
 def test_the_saved_config_repeats_the_run(sft: list[str]) -> None:
-    assert main(["fit", *sft, "--model.learning_rate", "0.01"]) == 0
+    assert main(["fit", *sft, "--model.learning_rate", "0.01", "--seed_everything", "3"]) == 0
     saved = yaml.safe_load(Path("runs/sft/config.yaml").read_text(encoding="utf-8"))
     assert saved["run"] is None
+    assert (saved["seed_everything"], saved["data"]["init_args"]["seed"], saved["model"]["init_args"]["seed"]) == (
+        3,
+        3,
+        3,
+    )
     assert saved["model"]["init_args"]["learning_rate"] == 0.01
     assert main(["fit", "--config", "runs/sft/config.yaml", "--run", "again"]) == 0
     one, two = (AutoModelForCausalLM.from_pretrained(f"runs/{run}/model").state_dict() for run in ("sft", "again"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+    assert main(["fit", "--config", "runs/sft/config.yaml", "--run", "other", "--seed_everything", "4"]) == 0
+    other = AutoModelForCausalLM.from_pretrained("runs/other/model").state_dict()
+    assert not all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_print_config_can_be_run(sft: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +166,7 @@ def test_a_changed_batch_size_is_refused_on_resume(sft: list[str], capsys: pytes
         (["--data.batch_size", "0"], "--data.batch_size: expected PositiveInt (value >0), got 0"),
         (["--data.long_prompt", "drop"], "unknown key of PreferenceDataModule (did you mean --data.long_prompts?)"),
         (["--trainer.max_epoch", "3"], "--trainer.max_epoch: unknown key (did you mean --trainer.max_epochs?)"),
-        (["--trainer.strategy", "fsdp"], "trainer.strategy: fsdp is FSDP1, which cannot run PPO; use fsdp2"),
+        (["--trainer.strategy", "fsdp_cpu_offload"], "trainer.strategy: fsdp_cpu_offload is not supported: FSDP2"),
         (["--trainer.strategy", "fsdp9"], "trainer: You selected an invalid strategy name"),
         (["--weight_decay", "1"], "--weight_decay: unknown key (did you mean --model.weight_decay?)"),
         (["--run", "a/b"], "--run a/b: use letters, digits"),
@@ -199,6 +207,8 @@ def test_bad_input_of_ppo_is_one_line_and_leaves_nothing(
     # The last two are found at the first rollout, when there are a config and an event file.
     hang = "def hang(prompts, responses):\n    import time\n    time.sleep(60)\n"
     Path("mine.py").write_text(f"def short(prompts, responses):\n    return [1.0]\n{hang}", encoding="utf-8")
+    if options[0] == "--model.reward":
+        del ppo[2:4]  # the path of the reward model, which a function has not
     assert main(["fit", *ppo, *options]) == 2
     assert said in error_of(capsys)
     assert not Path("runs").exists()

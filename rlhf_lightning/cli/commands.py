@@ -65,6 +65,11 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"rlhf_lightning {__version__}")
         return DONE
     name = " ".join(arguments[:2]) if arguments[0] == "data" else arguments[0]
+    if name == "data":
+        raise InputError("data: which command? There is data check FILE...")
+    if name in ("data -h", "data --help"):
+        print("usage: python -m rlhf_lightning data check FILE...")
+        return DONE
     if name not in _COMMANDS:
         raise InputError(f"unknown command {name!r}{did_you_mean(name, _COMMANDS)}; --help lists the commands")
     module, _ = _COMMANDS[name]

@@ -1,4 +1,4 @@
-"""Errors of the callbacks and loggers that a user has added, in one line in place of a traceback through Lightning."""
+"""Errors of the callbacks and loggers that a user has added, and of Lightning itself, in one line."""
 
 from __future__ import annotations
 
@@ -39,6 +39,20 @@ def of_callback(error: Exception) -> InputError | None:
         f"trainer.callbacks: {type(callback).__name__} failed in {hook} ({_first_line(error)}; {place.filename}:"
         f"{place.lineno}); mend it, or leave it out"
     )
+
+
+def of_trainer(error: Exception) -> InputError | None:
+    """What to say where Lightning itself refused an option, some of which it looks at with the data; None otherwise."""
+    kinds = ValueError | TypeError | RuntimeError | ImportError
+    if isinstance(error, InputError | TrainingDiverged) or not isinstance(error, kinds) or out_of_memory(error):
+        return None
+    frames = list(traceback.walk_tb(error.__traceback__))
+    last = frames[-1][0] if frames else None
+    # A line that raises, and not one that broke on a value of ours.
+    code = traceback.extract_tb(error.__traceback__)[-1].line or "" if last is not None else ""
+    if last is None or not str(last.f_globals.get("__name__", "")).startswith("lightning.") or "raise" not in code:
+        return None
+    return InputError(f"trainer: {' '.join(str(error).split())}")
 
 
 def _raised_in(error: Exception) -> tuple[Any, str]:

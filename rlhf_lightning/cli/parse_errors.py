@@ -21,10 +21,22 @@ _UNKNOWN = re.compile(
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
 _RESTRICTION = re.compile(r"Not of type (\w+): (.+?) does not conform to restriction (.+)")
 _EXPECTED = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]+)\])|Not of type (\w+)")
-_GOT = re.compile(r"(?:Got value|Given value): (.+)")
-_NOT_A_NUMBER = re.compile(r"Not of type \w+: .*: '(.+)'")
+_GOT = re.compile(r"(?:Got value|Given value): (.*)")
+_NOT_A_NUMBER = re.compile(r"Not of type \w+: .*: ('.*?'|.+)$", re.M)
 _NO_VALUE = re.compile(r"argument (--[\w.]+).*: expected one argument")
-_NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_NO_CLASS = re.compile(r"Expected a dot import path string: (.+)")
+_NO_OPTION = re.compile(r"Invalid option \"(.*)\" for (--print_\w+)")
+# Of a class: why it cannot be had. The text of the first is any exception of the module's.
+_BROKEN_CLASS = re.compile(
+    r"Problem with given class_path '([^']+)':\n\s+(?!\s|Parser key|Option |unrecognized|the following)(\S.*)"
+)
+_NO_ATTRIBUTE = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
+_NO_MODULE = re.compile(r"No module named '([^']+)'")
+_OTHER_BASE = re.compile(r"Import path (\S+) does not correspond to a subclass of (\w+)")
+_NOT_A_CLASS = re.compile(r"Not a valid subclass of (\w+)")
+_NO_CONFIG = re.compile(r"Unable to load config '([^']*)'")
+_BASE = re.compile(r"Subtypes: \[<class '(?:\w+\.)*(\w+)'>")
+_INSIDE = re.compile(r"NestedArg\(key='([^']+)'")
 _COMPARED = re.compile(r"\bv(?=[<>=])")
 _MAX_LENGTH = 400
 
@@ -35,7 +47,7 @@ def explain(
     paths: Sequence[Path],
     accepted: Callable[[str | None], Sequence[str]],
 ) -> str:
-    """One line for a parser's report.
+    """One line for a parser's report: the place, what is wrong, and what to do.
 
     Args:
         message: the report.
@@ -45,6 +57,11 @@ def explain(
     """
     keys = _chain(message)
     classes: list[str] = _CLASS.findall(message)
+    bases = ("lightning.Callback", "lightning.pytorch.callbacks.Callback")  # tried last, beside the class that is meant
+    classes = [name for name in classes if name not in bases] or classes
+    flag = _NO_OPTION.search(message)
+    if flag:
+        return f"{flag[2]}={flag[1]}: no such flag; there are skip_default and skip_unset"
     unknown = _UNKNOWN.search(message)
     if unknown:
         return _explain_unknown(unknown, keys, classes, arguments, paths, accepted)
@@ -59,10 +76,9 @@ def explain(
     if restriction:
         kind, value, rule = restriction.groups()
         return f"{place}: expected {kind} ({_COMPARED.sub('value ', rule)}), got {value}"
-    no_class = _NO_CLASS.search(message)
-    if no_class:
-        hint = did_you_mean(no_class[1], accepted("classes"))
-        return f"{place}: no class {no_class[1]!r} is known{hint}; give its full path, package.module.Class"
+    of_class = _explain_class(message, place, key, accepted)
+    if of_class:
+        return of_class
     no_value = _NO_VALUE.search(message)
     if no_value:
         return f"{_without_value(no_value[1], arguments)}: a value must follow"
@@ -71,8 +87,46 @@ def explain(
     expected = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"]
     got = _GOT.search(cause) or _NOT_A_NUMBER.search(cause)
     if expected and got:
-        return f"{place}: expected {' or '.join(expected)}, got {got[1]}"
+        return f"{place}: expected {' or '.join(expected)}, got {got[1].strip(chr(39)) or 'nothing'}"
     return f"{place}: {_shortened(message)}" if place else _shortened(message)
+
+
+def _explain_class(message: str, place: str, key: str, accepted: Callable[[str | None], Sequence[str]]) -> str | None:
+    """What is wrong with the class at a place; None where that is not what is wrong."""
+    bases = _BASE.findall(message)
+    base = bases[-1] if bases else "class"
+    known = accepted("classes")
+    if (found := _NO_CLASS.search(message)) is not None:
+        name = found[1].strip()
+        if name in known:
+            return f"{place}: {name} is no {base}; name one that is"
+        hint = did_you_mean(name, known)
+        return f"{place}: no class {name!r} is known{hint}; give its full path, package.module.Class"
+    if (found := _OTHER_BASE.search(message)) is not None:
+        return f"{place}: {found[1]} is no {found[2]}; name a class that is"
+    if (found := _BROKEN_CLASS.search(message)) is not None:
+        path, cause = found[1], found[2].strip()
+        attribute, module = _NO_ATTRIBUTE.search(cause), _NO_MODULE.search(cause)
+        if attribute or module:
+            package = path.rpartition(".")[0]
+            hint = did_you_mean(path.rsplit(".", 1)[-1], known) if path.startswith("rlhf") else ""
+            what = f"{attribute[1]} has no {attribute[2]}" if attribute else f"there is no module {module[1]}"  # type: ignore[index]
+            more = "" if hint else "; check the spelling, and that it is installed or lies in this folder"
+            return f"{place}: no class {path!r}: {what if attribute or module else package}{hint}{more}"
+        if "object has no attribute 'keys'" in cause:
+            return f"{place}: its init_args are expected as `key: value` lines"
+        return f"{place}: {path} cannot be used: {cause}; mend it, or name another class"
+    if (found := _INSIDE.search(message)) is not None and "is abstract" in message:
+        return f"--{key}.{found[1]}: no class is chosen for {key}; add --{key} CLASS"
+    if (found := _NOT_A_CLASS.search(message)) is not None:
+        got = _GOT.search(message)
+        return (
+            f"{place}: expected the name of a {found[1]} and its init_args, got {got[1] if got else 'something else'}"
+        )
+    if (found := _NO_CONFIG.search(message)) is not None:
+        name = key.rsplit(".", 1)[-1]
+        return f"--{name} {found[1]}: no such config file; its options are written --{name}.OPTION VALUE"
+    return None
 
 
 def _explain_unknown(
@@ -88,12 +142,16 @@ def _explain_unknown(
         name = next((word for word in rest.split() if word.startswith("--")), rest.split()[0])
         if not name.startswith("-"):
             return f"{name}: this argument belongs to no option; options are written --key value"
-        name = name.lstrip("-").partition("=")[0]
+        name = ".".join([*keys, name.lstrip("-").partition("=")[0]])
         return f"--{name}: unknown key{did_you_mean(name, accepted(None), '--')}"
     key = ".".join([*keys, nested]) if nested else top
     place = _place(key, arguments, paths)
     if not classes:
         return f"{place}: unknown key{did_you_mean(key, accepted(None), '--')}"
+    if nested == "class_path":
+        return f"{place}: what stands beside class_path belongs under init_args; move it there"
+    if classes[-1].endswith(".Callback"):
+        return f"--{key}: no callback is chosen; add --{'.'.join(keys)}+=CLASS before it"
     valid = accepted(classes[-1])
     hint = did_you_mean(nested.rsplit(".", 1)[-1], valid, f"--{'.'.join(keys)}.")
     hint = hint or f"; its keys are {', '.join(valid)}"
@@ -101,7 +159,10 @@ def _explain_unknown(
 
 
 def _chain(message: str) -> list[str]:
-    """The keys from the outermost to the one at fault: each opens deeper than the one before."""
+    """The keys from the outermost to the one at fault: each opens deeper than the one before.
+
+    What the command line sets as a layer of its own is reported as a fault of ``config``, which is no key of ours.
+    """
     keys: list[str] = []
     depth = -1
     for line in message.splitlines():
@@ -109,7 +170,7 @@ def _chain(message: str) -> list[str]:
         if found and found.start() > depth:
             keys.append(found[1])
             depth = found.start()
-    return keys
+    return keys[1:] if keys[:1] == ["config"] else keys
 
 
 def _innermost(message: str) -> str:

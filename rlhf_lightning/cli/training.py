@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import logging
-import typing
+import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterable, Sequence
@@ -13,36 +11,41 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils.logging import disable_progress_bar
 
-from rlhf_lightning import modules, rewards
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.callbacks.export import ModelExport
 from rlhf_lightning.callbacks.metrics import JsonlLogger
 from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.callbacks.sinks import SinkGuard
+from rlhf_lightning.cli.arguments import ordered, repeats, split
 from rlhf_lightning.cli.claims import claimed, cleared_up, first_process
+from rlhf_lightning.cli.classes import CLASSES, built_of_plain_numbers, class_path, imported, keys_of, resolved
 from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
-from rlhf_lightning.cli.foreign import check_loggers, of_callback
+from rlhf_lightning.cli.foreign import check_loggers, of_callback, of_trainer
+from rlhf_lightning.cli.layers import Layers, lay
 from rlhf_lightning.cli.notices import Preflight, farewell, notice
+from rlhf_lightning.cli.nulls import refused_nulls
 from rlhf_lightning.cli.parse_errors import explain
 from rlhf_lightning.cli.predictions import PredictionWriter, inputs_of
 from rlhf_lightning.cli.runs import Run, Wanted, choose
+from rlhf_lightning.cli.seeds import follow_seed_everything
 from rlhf_lightning.cli.stages import check_inputs, newer_models, what_to_try
+from rlhf_lightning.cli.trainer_options import fit_trainer
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.outputs import check_output
 from rlhf_lightning.text import say
 
-_SUBCOMMANDS = ("fit", "validate", "test", "predict")
 _TRAINER_DEFAULTS = {
     "max_epochs": 1,
     "log_every_n_steps": 1,
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     except Exception as error:
-        if (said := of_callback(error)) is not None:
+        if (said := of_callback(error) or of_trainer(error)) is not None:
             raise said from error
         raise
     return 0
@@ -87,7 +90,8 @@ class TrainingCLI(LightningCLI):
     def __init__(self, arguments: Sequence[str], paths: Sequence[Path]) -> None:
         self.arguments = list(arguments)
         self.paths = list(paths)
-        raise_errors = {"exit_on_error": False, "allow_abbrev": False}
+        self.layers = self._arranged()
+        settings = {"exit_on_error": False, "allow_abbrev": False}
         with ExitStack() as self.until_the_end:
             super().__init__(
                 RLHFModule,
@@ -98,16 +102,39 @@ class TrainingCLI(LightningCLI):
                 save_config_callback=SaveRunConfig,
                 seed_everything_default=0,
                 trainer_defaults=dict(_TRAINER_DEFAULTS),
-                parser_kwargs={**raise_errors, **{name: dict(raise_errors) for name in _SUBCOMMANDS}},
-                args=self.arguments,
+                parser_kwargs={"prog": "python -m rlhf_lightning", **settings, self.arguments[0]: dict(settings)},
+                args=[self.arguments[0], *self.layers.arguments],
                 load_from_checkpoint_support=False,  # it would put class paths into checkpoints
             )
 
     # Parsing
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method in LightningCLI
+        """The one that was asked for: a parser takes a tenth of a second to build."""
+        return {self.arguments[0]: LightningCLI.subcommands()[self.arguments[0]]}
+
+    def _arranged(self) -> Layers:
+        """The command line as the parser gets it: in an order of ours, with the seeds that follow from it."""
+        given = split(self.arguments[1:])
+        options = [option for option in given if option.key != "config"]
+        layers = lay(self.paths, ordered(options), resolved, keys_of)
+        layers.notes += [
+            f"--{option.key} is given again later, so {option.value} is not used" for option in repeats(options)
+        ]
+
+        def has_seed(section: str) -> bool:
+            cls = resolved(layers.classes.get((section,), PreferenceDataModule.__name__ if section == "data" else ""))
+            return cls is not None and "seed" in keys_of(cls)
+
+        follow_seed_everything(layers, has_seed)
+        asked = {option.key.rsplit(".", 1)[-1] for option in given} & {"h", "help", "print_config"}
+        if ("model",) not in layers.classes and not asked and not layers.given(("model",)):
+            raise _no_module()
+        return layers
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our options beside LightningCLI's: the run's name, and the callbacks that can be configured."""
-        parser.set_defaults({"data": {"class_path": _class_path(PreferenceDataModule)}})
+        parser.set_defaults({"data": {"class_path": class_path(PreferenceDataModule)}})
         parser.add_argument(
             "--run",
             type=str | None,
@@ -133,32 +160,55 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; whatever is wrong comes back as an InputError of one line."""
+        for name, subparser in self._subcommand_parsers.items():
+            subparser.prog = f"python -m rlhf_lightning {name}"
+        if any(".help" in argument for argument in self.arguments):  # of a class: that parser asks Python for its name
+            sys.argv[0] = f"python -m rlhf_lightning {self.arguments[0]}"
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             said = explain(str(error.message), self.arguments, self.paths, self._accepted)
             way = what_to_try(self.paths) if ": required" in said else ""
             raise InputError(f"{said}; {way}" if way else said) from None
-        for section in ("model", "data"):
-            chosen = self.options[section]
-            if chosen is not None:
-                for key in _nulls_refused(_imported(chosen.class_path), dict(chosen.get("init_args", {}))):
-                    raise InputError(f"{section}.{key}: null is no value for it; leave the key out to get the default")
+        sections: dict[str, tuple[type | None, Any]] = {
+            "trainer": (Trainer, self.options.trainer),
+            "checkpoint": (RunCheckpoint, self.options.checkpoint),
+            "samples": (SampleTable, self.options.samples),
+        }
+        for name in ("model", "data"):
+            if (chosen := self.options[name]) is not None:
+                sections[name] = (resolved(chosen.class_path), chosen.get("init_args", Namespace()))
+        for name, (cls, values) in sections.items():
+            if not isinstance(values, Namespace):
+                raise InputError(f"{name}: expected its options as `key: value` lines, got {values}")
+            for key in refused_nulls(cls, values, name, resolved) if cls is not None else ():
+                raise InputError(f"{key}: null is no value for it; leave the key out to get the default")
+        if self.options.seed_everything is None:
+            raise InputError("seed_everything: null is no value for it; give a number, true or false")
 
-    def _accepted(self, class_path: str | None) -> list[str]:
+    def _accepted(self, cls: str | None) -> list[str]:
         """The valid keys of a class, or of the whole command where it is None; ``"classes"``: the known class names."""
-        if class_path == "classes":
-            return [cls.__name__ for cls in _CLASSES]
-        if class_path is not None:
-            return _keys_of(class_path)
+        if cls == "classes":
+            return [known.__name__ for known in CLASSES]
+        if cls is not None:
+            return keys_of(imported(cls))
         keys = list(self._subcommand_parsers[self.arguments[0]].get_defaults().keys())
         for prefix, base in (("model", RLHFModule), ("data", PreferenceDataModule)):
-            for cls in (base, *(cls for cls in _CLASSES if issubclass(cls, base))):
-                keys += [f"{prefix}.{key}" for key in _keys_of(_class_path(cls))]
+            for known in (base, *(known for known in CLASSES if issubclass(known, base))):
+                keys += [f"{prefix}.{key}" for key in keys_of(known)]
         return list(dict.fromkeys(keys))
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: LightningCLI lets the checkpoint's hyperparameters win over the config, and imports its class."""
+
+    def _set_seed(self) -> None:
+        """LightningCLI's, which knows the seed of ``true`` only now; data and module follow it as they do a number."""
+        chosen = self.options.seed_everything is True
+        super()._set_seed()
+        for section in ("data", "model") if chosen and self.options.model is not None else ():
+            init_args = self.options[section].get("init_args", Namespace())
+            if "seed" in init_args and not self.layers.given((section, "seed")):
+                init_args.seed = self.options.seed_everything
 
     # The run's folder, loggers and callbacks
 
@@ -169,12 +219,14 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Fix the run's folder and the checkpoint to start from, before anything is built."""
-        self.parser.add_instantiator(_built_of_plain_numbers, object, subclasses=True)
+        self.parser.add_instantiator(built_of_plain_numbers, object, subclasses=True)
         subcommand = self.config.subcommand
-        if self.options.model is None or _imported(self.options.model.class_path) is RLHFModule:
-            stages = ", ".join(name for name in shipped_configs() if "/" not in name)
-            raise InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")
-        _check_trainer(self.options.trainer, subcommand)
+        if self.options.model is None or imported(self.options.model.class_path) is RLHFModule:
+            raise _no_module()
+        self.layers.notes += fit_trainer(self.options.trainer, imported(self.options.model.class_path), subcommand)
+        if first_process():
+            for note in self.layers.notes:
+                say(notice("note", note))
         read_from = self.options.clone().as_dict()
         check_inputs(read_from)
         self.run = self._run_to_write()
@@ -213,7 +265,7 @@ class TrainingCLI(LightningCLI):
             module=options.model.class_path.rsplit(".", 1)[-1],
             checkpoint=options.ckpt_path,
             configs=self.paths,
-            fresh=self.config.subcommand == "fit",
+            fresh=self.config.subcommand == "fit" and not options.trainer.fast_dev_run,  # which leaves nothing
         )
         if not first_process():
             return choose(wanted, first=False)
@@ -247,11 +299,22 @@ class TrainingCLI(LightningCLI):
             # Callbacks write to the first logger's folder, and without loggers to this root.
             options = {"logger": loggers or False, "default_root_dir": str(self.folder), **kwargs}
             return super().instantiate_trainer(**options)
-        except (ValueError, TypeError) as error:  # how Trainer refuses an option's value
+        except (ValueError, TypeError, ImportError) as error:  # how Trainer refuses an option's value
             raise InputError(f"trainer: {error}") from error
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        left_out: tuple[type, ...] = (RunCheckpoint,) if config["enable_checkpointing"] is False else ()
+        if config["fast_dev_run"]:  # which leaves nothing
+            left_out = (RunCheckpoint, SampleTable)
+        callbacks = [callback for callback in callbacks if not isinstance(callback, left_out)]
+        return super()._instantiate_trainer(config, callbacks)
+
     def _run_callbacks(self) -> list[Any]:
-        callbacks: list[Any] = [SinkGuard(), RunProgress()]
+        callbacks: list[Any] = [SinkGuard()]
+        given = self._get(self.config_init, "trainer").get("callbacks") or []
+        own = any(isinstance(callback, ProgressBar) for callback in (given if isinstance(given, list) else [given]))
+        if self.options.trainer.enable_progress_bar is not False and not own:
+            callbacks.append(RunProgress())
         if self.subcommand == "fit":
             callbacks += [Preflight(self.folder), ModelExport()]
         if self.subcommand == "predict":
@@ -299,71 +362,6 @@ class SaveRunConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
 
-_CLASSES = (
-    *(getattr(modules, name) for name in modules.__all__),
-    *(getattr(rewards, name) for name in rewards.__all__),
-    PreferenceDataModule,
-)
-
-
-def _class_path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _imported(class_path: str) -> type:
-    """The class of a path that the parser has accepted, and so imported already."""
-    module, _, name = class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def _keys_of(class_path: str) -> list[str]:
-    """The constructor's keywords, base classes included, as the parser finds them."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(_imported(class_path), "it", fail_untyped=False, instantiate=False)
-    keys = parser.get_defaults().keys()  # a Namespace: iterating over it alone does not work
-    return [key.removeprefix("it.") for key in keys]
-
-
-def _built_of_plain_numbers(cls: type, *args: Any, **kwargs: Any) -> Any:
-    """``cls(...)`` with ``PositiveFloat(0.1)`` and its like as plain numbers.
-
-    The parser's restricted types are classes of their own. As an optimizer's option they would get into checkpoints,
-    which then could not be loaded with ``weights_only=True``.
-    """
-    return cls(*(_plain(value) for value in args), **{name: _plain(value) for name, value in kwargs.items()})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    for kind in (int, float):
-        if isinstance(value, kind) and not isinstance(value, bool):
-            return kind(value)
-    return value
-
-
-def _nulls_refused(cls: type, given: dict[str, Any]) -> list[str]:
-    """Keys given as null whose type has no None: the parser lets them pass."""
-    refused = []
-    for init in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
-        for name, kind in typing.get_type_hints(init).items():
-            if name in given and given[name] is None and type(None) not in typing.get_args(kind) and kind is not Any:
-                refused.append(name)
-        own = inspect.signature(init).parameters
-        given = {name: value for name, value in given.items() if name not in own}
-    return refused
-
-
-def _check_trainer(options: Namespace, subcommand: str) -> None:
-    """InputError for what Trainer accepts, and what would go wrong later, or wrong and unseen."""
-    if options.strategy in ("fsdp", "fsdp_cpu_offload"):
-        raise InputError(f"trainer.strategy: {options.strategy} is FSDP1, which cannot run PPO; use fsdp2 (fsdp.yaml)")
-    if subcommand == "fit" and options.precision in ("bf16-true", "16-true"):
-        raise InputError(
-            f"trainer.precision: {options.precision} keeps the weights in 16 bits, where most updates round to "
-            "nothing; use bf16-mixed"
-        )
-    if options.accumulate_grad_batches < 1:
-        raise InputError(
-            f"trainer.accumulate_grad_batches: expected a number from 1, got {options.accumulate_grad_batches}"
-        )
+def _no_module() -> InputError:
+    stages = ", ".join(name for name in shipped_configs() if "/" not in name)
+    return InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")

@@ -144,7 +144,7 @@ class RLHFModule(OptimisedModule):
         if not frozen:
             self._add_adapter(model, folder)
         with torch.device("cpu"):  # its checks run the model where it is; Lightning's default device is another
-            policy = Policy(model, critic, ids=token_ids(self.tokenizer))
+            policy = Policy(model, critic, self.seed, token_ids(self.tokenizer))
         return self._prepare(policy, frozen)
 
     def build_scalar(self, folder: str, *, fresh_head: bool, seed: int = 0, frozen: bool = False) -> ScalarModel:

@@ -1,0 +1,80 @@
+"""The classes that configs name: by their short names or dotted, their options, and how they are built."""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+
+from rlhf_lightning import modules, rewards
+from rlhf_lightning.data.datamodule import PreferenceDataModule
+from rlhf_lightning.errors import InputError
+
+CLASSES = (
+    *(getattr(modules, name) for name in modules.__all__),
+    *(getattr(rewards, name) for name in rewards.__all__),
+    PreferenceDataModule,
+)
+
+
+def class_path(cls: type) -> str:
+    """The dotted name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def imported(class_path: str) -> type:
+    """The class of a path that the parser has accepted, and so imported already."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def resolved(name: str) -> type | None:
+    """The class of a name as configs write it, short or dotted; None for one that cannot be imported."""
+    known = next((cls for cls in CLASSES if cls.__name__ == name), None)
+    if known is not None or "." not in name:
+        return known
+    try:
+        found = imported(name)
+    except Exception:  # whatever a module of the user's raises: the parser meets it again, and says it
+        return None
+    return found if isinstance(found, type) else None
+
+
+@lru_cache
+def keys_of(cls: type) -> list[str]:
+    """The constructor's keywords, base classes included, as the parser finds them."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "it", fail_untyped=False, instantiate=False)
+    keys = parser.get_defaults().keys()  # a Namespace: iterating over it alone does not work
+    return [key.removeprefix("it.") for key in keys]
+
+
+def built_of_plain_numbers(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """``cls(...)`` with ``PositiveFloat(0.1)`` and its like as plain numbers.
+
+    The parser's restricted types are classes of their own. As an optimizer's option they would get into checkpoints,
+    which then could not be loaded with ``weights_only=True``.
+
+    Raises:
+        InputError: a logger or a callback that cannot be built, as where the package behind it is not installed.
+    """
+    try:
+        return cls(*(_plain(value) for value in args), **{name: _plain(value) for name, value in kwargs.items()})
+    except Exception as error:
+        if not issubclass(cls, Logger | Callback) or isinstance(error, InputError):
+            raise
+        section = "logger" if issubclass(cls, Logger) else "callbacks"
+        raise InputError(f"trainer.{section}: {cls.__name__} cannot be built: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    for kind in (int, float):
+        if isinstance(value, kind) and not isinstance(value, bool):
+            return kind(value)
+    return value

@@ -1,0 +1,60 @@
+"""Values of null where an option's type has none: the parser lets them pass, and they would fail while building."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jsonargparse import Namespace
+
+
+def refused_nulls(cls: type, given: Namespace, place: str, resolve: Callable[[str], type | None]) -> Iterator[str]:
+    """The keys, with their places, that are null and whose type in ``cls``'s constructor has no None.
+
+    Args:
+        cls: whose options they are.
+        given: the parsed values.
+        place: the key of the section.
+        resolve: the class of a class path; None where there is none.
+    """
+    values = dict(vars(given))
+    for init in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
+        try:
+            kinds = typing.get_type_hints(init)
+        except Exception:  # a class of the user's may name what it does not import
+            kinds = {}
+        parameters = inspect.signature(init).parameters
+        for name in [name for name in values if name in parameters]:
+            value, kind = values.pop(name), kinds.get(name, Any)
+            if value is None and parameters[name].default is not None and not _takes_none(kind):
+                yield f"{place}.{name}"
+            else:
+                yield from _inside(value, kind, f"{place}.{name}", resolve)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return
+
+
+def _inside(value: Any, kind: Any, place: str, resolve: Callable[[str], type | None]) -> Iterator[str]:
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _inside(item, Any, f"{place}[{number}]", resolve)
+    if not isinstance(value, Namespace):
+        return
+    if isinstance(path := value.get("class_path"), str):
+        cls, value = resolve(path), value.get("init_args")
+    else:
+        cls = next((part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)), None)
+    if isinstance(cls, type) and isinstance(value, Namespace):
+        yield from refused_nulls(cls, value, place, resolve)
+
+
+def _takes_none(kind: Any) -> bool:
+    if isinstance(kind, typing.TypeVar):
+        return True
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(_takes_none(part) for part in typing.get_args(kind))
+    return kind in (Any, object, None, type(None), inspect.Parameter.empty)

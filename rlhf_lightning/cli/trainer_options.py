@@ -1,0 +1,103 @@
+"""Trainer's options as users of Lightning type them: made to fit this library's modules, or refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.strategies import StrategyRegistry
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.modules.base import RLHFModule
+
+# Strategies of Lightning's registry that the modules' gradients are right under.
+_SUPPORTED = ("auto", "single_device", "fsdp2")
+_REFUSED = {
+    "fsdp_cpu_offload": "FSDP2 keeps its shards on the devices here",
+    "spawn": "its processes start inside of this one, and take neither the models nor the signals with them",
+    "fork": "its processes start inside of this one, and take neither the models nor the signals with them",
+    "notebook": "its processes start inside of this one, and take neither the models nor the signals with them",
+    "deepspeed": "DeepSpeed scales and clips gradients by itself, and the losses here are sums",
+    "model_parallel": "it splits layers over the devices, which the models here are not written for",
+    "xla": "the operators have no XLA kernels",
+    "hpu": "the operators have no kernels for it",
+}
+_REMEDY = {
+    "fsdp_cpu_offload": "use fsdp2 with --model.gradient_checkpointing true, lora.yaml, or more devices",
+    "deepspeed": "use fsdp2 to shard the model",
+    "model_parallel": "use fsdp2 to shard the model",
+}
+# What Trainer leaves to the module where that steps its optimizer itself, and the module's own option for it.
+_MANUAL = {
+    "gradient_clip_val": "model.max_grad_norm, the bound on the gradient norm of each network",
+    "gradient_clip_algorithm": "model.max_grad_norm, the bound on the gradient norm of each network",
+    "accumulate_grad_batches": "model.micro_batch_tokens, the tokens in a forward and backward pass",
+}
+
+
+def fit_trainer(options: Namespace, module: type, subcommand: str) -> list[str]:
+    """Check the options of ``trainer`` and change what is spelt as elsewhere; returns notes of what was changed.
+
+    Raises:
+        InputError: an option that Trainer accepts, and that would go wrong later, or wrong and unseen.
+    """
+    notes = _fit_strategy(options)
+    if subcommand == "fit" and options.precision in ("bf16-true", "16-true"):
+        raise InputError(
+            f"trainer.precision: {options.precision} keeps the weights in 16 bits, where most updates round to "
+            "nothing; use bf16-mixed"
+        )
+    if options.accumulate_grad_batches < 1:
+        raise InputError(
+            f"trainer.accumulate_grad_batches: expected a number from 1, got {options.accumulate_grad_batches}"
+        )
+    if issubclass(module, RLHFModule) and not module.automatic:
+        for name, instead in _MANUAL.items():
+            if options[name] not in (None, 1) or (name == "gradient_clip_val" and options[name] is not None):
+                raise InputError(
+                    f"trainer.{name}: {module.__name__} steps its optimizer itself, so Trainer cannot; leave it out "
+                    f"and set {instead}"
+                )
+    elif options.gradient_clip_algorithm is not None and not options.gradient_clip_val:
+        raise InputError(
+            f"trainer.gradient_clip_algorithm: {options.gradient_clip_algorithm} clips nothing without a bound; set "
+            "trainer.gradient_clip_val too, or leave it out"
+        )
+    if options.barebones:
+        notes += _strip(options)
+    return notes
+
+
+def _fit_strategy(options: Namespace) -> list[str]:
+    name = options.strategy
+    if isinstance(name, Namespace):
+        if str(name.get("class_path", "")).endswith("FSDPStrategy"):
+            raise InputError(
+                "trainer.strategy: FSDPStrategy is FSDP1, which cannot step several times in a batch; use fsdp2 (or "
+                "class_path: rlhf_lightning.distributed.FSDP2Strategy)"
+            )
+        return []
+    if name == "fsdp" or name.rsplit(".", 1)[-1] == "FSDPStrategy":
+        options.strategy = "fsdp2"
+        return [f"trainer.strategy: {name} is run as fsdp2, PyTorch's FSDP2 (fully_shard)"]
+    if name in _SUPPORTED:
+        return []
+    for part, why in _REFUSED.items():
+        if part in name and name in StrategyRegistry:
+            raise InputError(
+                f"trainer.strategy: {name} is not supported: {why}; {_REMEDY.get(part, 'use ddp or fsdp2')}"
+            )
+    return []  # ddp and its variants, or no strategy: Trainer says which there are
+
+
+def _strip(options: Namespace) -> list[str]:
+    """Under ``barebones`` Trainer refuses what this command line adds by itself."""
+    given: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    for name, value in given.items():
+        if options[name] not in (None, value):
+            raise InputError(
+                f"trainer.barebones: does without {name}, and {options[name]} is given; leave one of them out"
+            )
+        options[name] = value
+    options.log_every_n_steps = options.num_sanity_val_steps = 0
+    return ["trainer.barebones: no logs, no checkpoints and no progress; the model is written at the end"]

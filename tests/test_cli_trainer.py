@@ -1,0 +1,212 @@
+"""Trainer's options as users of Lightning type them: they work, or are refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import Logger
+
+from rlhf_lightning.cli import main
+from rlhf_lightning.cli.configs import resolve_configs
+from rlhf_lightning.cli.training import TrainingCLI
+from rlhf_lightning.errors import InputError
+
+
+class ParsedOnly(TrainingCLI):
+    """The command line up to the point where something would be built."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+class NoLogger(Logger):
+    """Cannot be built, as a logger whose package is missing."""
+
+    name = version = None
+
+    def __init__(self) -> None:
+        raise ModuleNotFoundError("Requirement 'nowhere>=1' not met")
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class NoCallback(Callback):
+    """Cannot be built."""
+
+    def __init__(self) -> None:
+        raise RuntimeError("no server\nanswers")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder in which no stage has been run, and none is asked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlhf_lightning.cli.training.check_inputs", lambda options: None)
+
+
+@pytest.fixture
+def sft(tmp_path: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options of a small SFT run: 2 batches, and 2 of 10 prompts held out."""
+    monkeypatch.chdir(tmp_path)
+    prompts = [f"the {colour} {animal}" for colour in ("red", "blue") for animal in "cat dog bird fish boat".split()]
+    rows = [{"prompt": prompt, "completion": "a big fish"} for prompt in prompts]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = f"--config sft.yaml --model.model {tiny_policy_dir} --data.path rows.jsonl --data.batch_size 4"
+    options += " --data.validation_fraction 0.2 --model.max_new_tokens 4 --trainer.accelerator cpu --run one"
+    return ["fit", *shlex.split(options)]
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def left() -> set[str]:
+    names = {path.name for path in Path("runs/one").iterdir()} if Path("runs/one").is_dir() else set()
+    return {"events" if name.startswith("events.out") else name for name in names}
+
+
+EVERYTHING = {"checkpoints", "config.yaml", "events", "metrics.jsonl", "model", "samples.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ("--trainer.enable_progress_bar false", set()),
+        ("--trainer.enable_checkpointing false", {"checkpoints"}),
+        ("--trainer.callbacks+=TQDMProgressBar", set()),
+        ("--trainer.barebones true", {"checkpoints", "events", "metrics.jsonl"}),
+        ("--trainer.fast_dev_run true", EVERYTHING),
+    ],
+)
+def test_flags_that_leave_something_out(sft: list[str], options: str, missing: set[str]) -> None:
+    assert main([*sft, *shlex.split(options)]) == 0
+    assert left() == EVERYTHING - missing
+
+
+def test_without_a_progress_bar_no_progress_is_printed(sft: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("true", "false"):
+        assert main([*sft, "--run", option, "--trainer.enable_progress_bar", option]) == 0
+        assert ("train 2/2" in capsys.readouterr().out) == (option == "true")
+
+
+def test_fsdp_is_fsdp2_in_the_runs_config(elsewhere: None, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("fsdp", "lightning.pytorch.strategies.FSDPStrategy"):
+        line = f"fit --config ppo.yaml --data.path x --trainer.strategy {name}"
+        assert ParsedOnly(*resolve_configs(shlex.split(line))).options.trainer.strategy == "fsdp2"
+        assert f"trainer.strategy: {name} is run as fsdp2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "said"),
+    [
+        (
+            "ppo.yaml",
+            "--trainer.gradient_clip_val 1",
+            "trainer.gradient_clip_val: PPOModule .* set model.max_grad_norm",
+        ),
+        ("grpo.yaml", "--trainer.gradient_clip_algorithm norm", "set model.max_grad_norm"),
+        (
+            "rloo.yaml",
+            "--trainer.accumulate_grad_batches 2",
+            "accumulate_grad_batches: .* set model.micro_batch_tokens",
+        ),
+        ("dpo.yaml", "--trainer.gradient_clip_algorithm value --trainer.gradient_clip_val null", "clips nothing"),
+        ("ppo.yaml", "--trainer.strategy fsdp_cpu_offload", "fsdp_cpu_offload is not supported: .*; use fsdp2 with"),
+        ("ppo.yaml", "--trainer.strategy ddp_spawn", "ddp_spawn is not supported: .*; use ddp or fsdp2"),
+        ("sft.yaml", "--trainer.strategy deepspeed_stage_2", "deepspeed_stage_2 is not supported: .*; use fsdp2"),
+        ("sft.yaml", "--trainer.barebones true --trainer.logger true", "trainer.barebones: does without logger"),
+    ],
+)
+def test_what_the_modules_cannot_do_names_what_they_can(config: str, options: str, said: str, elsewhere: None) -> None:
+    with pytest.raises(InputError, match=said):
+        ParsedOnly(*resolve_configs(shlex.split(f"fit --config {config} --model.model m --data.path x {options}")))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (f"--trainer.logger {__name__}.NoLogger", "trainer.logger: NoLogger cannot be built: Requirement 'nowhere>=1'"),
+        (
+            f"--trainer.callbacks+={__name__}.NoCallback",
+            "trainer.callbacks: NoCallback cannot be built: no server answers",
+        ),
+        ("--trainer.val_check_interval 100", "`val_check_interval` (100) must be less than or equal to the number"),
+        ("--trainer.precision transformer-engine", "trainer: Requirement 'transformer_engine"),
+        ("--trainer.devices 0", "value is not a valid input using cpu"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
+    sft: list[str], options: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*sft, *shlex.split(options)]) == 2
+    assert said in error_of(capsys)
+    assert not left()
+
+
+# What the parser says
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--model rlhf_lightning.modules.PPOModul", "--model: no class .* has no PPOModul (did you mean PPOModule?)"),
+        ("--model rlhf.modules.PPOModule", "--model: no class .*: there is no module rlhf"),
+        ("--model.reward rlhf_lightning.rewards.ModelRewar", "--model.reward: no class .*(did you mean ModelReward?)"),
+        ("--model.reward PPOModule", "--model.reward: PPOModule is no Reward"),
+        ("--model torch.nn.Linear", "--model: torch.nn.Linear is no RLHFModule"),
+        ("--model [1]", "--model: expected the name of a RLHFModule and its init_args, got [1]"),
+        ("--model.learning_rate=", "--model.learning_rate: expected PositiveFloat, got nothing"),
+        ("--model.nope.x 3", "--model.nope.x: unknown key"),
+        ("--data", "--data: a value must follow"),
+        ("--trainer.callbacks+=my.Nope", "--trainer.callbacks: no class 'my.Nope': there is no module my"),
+        ("--trainer.callbacks.x=1", "--trainer.callbacks.x: no callback is chosen; add --trainer.callbacks+=CLASS"),
+        ("--trainer.logger.save_dir x", "--trainer.logger.save_dir: no class is chosen for trainer.logger"),
+        ("--trainer.logger CSVLogger", "trainer.logger.save_dir: required by CSVLogger but not given"),
+        (
+            "--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitr=x",
+            "unknown key of EarlyStopping (did you mean --trainer.callbacks.monitor?)",
+        ),
+        ("--checkpoint x", "--checkpoint x: no such config file; its options are written --checkpoint.OPTION VALUE"),
+        ("--print_config=nope", "--print_config=nope: no such flag; there are skip_default and skip_unset"),
+    ],
+)
+def test_the_parsers_reports_are_one_line_with_a_remedy(
+    options: str, said: str, elsewhere: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(shlex.split(f"fit --config ppo.yaml --data.path x {options}")) == 2
+    told = error_of(capsys)
+    for part in said.split(".*"):
+        assert part in told
+
+
+def test_a_misspelt_class_in_a_config_is_placed(elsewhere: None, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("c.yaml").write_text("model:\n  class_path: rlhf_lightning.modules.PPOModul\n", encoding="utf-8")
+    assert main(["fit", "--config", "c.yaml", "--data.path", "x"]) == 2
+    assert "c.yaml:1: model: no class 'rlhf_lightning.modules.PPOModul'" in error_of(capsys)
+
+
+@pytest.mark.parametrize("flag", [["--print_config", "skip_default"], ["--print_config=skip_default"]])
+def test_print_config_takes_its_flags_in_both_spellings(
+    flag: list[str], elsewhere: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *flag, "--config", "ppo.yaml", "--data.path", "x", "--model.kl_coef", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "kl_coef: 0.5" in printed and "clip_low" not in printed
+
+
+def test_usage_says_how_the_command_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["fit", "--help"], ["predict", "--help"], ["fit", "--model.help", "PPOModule"]):
+        assert main(command) == 0
+        assert capsys.readouterr().out.startswith(f"usage: python -m rlhf_lightning {command[0]} ")
