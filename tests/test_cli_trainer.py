@@ -58,7 +58,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def sft(tmp_path: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Options of a small SFT run: 2 batches, and 2 of 10 prompts held out."""
     monkeypatch.chdir(tmp_path)
-    prompts = [f"the {colour} {animal}" for colour in ("red", "blue") for animal in "cat dog bird fish boat".split()]
+    prompts = [f"the {colour} {animal}" for colour in ("red", "blue") for animal in ("cat", "dog", "bird", "fish")]
+    prompts += ["the boat", "the big boat"]
     rows = [{"prompt": prompt, "completion": "a big fish"} for prompt in prompts]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     options = f"--config sft.yaml --model.model {tiny_policy_dir} --data.path rows.jsonl --data.batch_size 4"
