@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import random
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonargparse.typing import PositiveInt
 
 from rlhf_lightning.cli.arguments import ordered, split
 from rlhf_lightning.cli.configs import resolve_configs
 from rlhf_lightning.cli.training import TrainingCLI
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.modules import PPOModule
 
 
 class ParsedOnly(TrainingCLI):
@@ -191,6 +194,46 @@ def test_null_where_a_type_has_none_is_refused(option: str) -> None:
     key = option.split()[0].removeprefix("--")
     with pytest.raises(InputError, match=f"^{key}: null is no value for it"):
         parsed(f"fit --config ppo.yaml --data.path x {option}")
+
+
+# Options in groups, as a user's own class may have them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """Two options."""
+
+    first: PositiveInt = 1
+    second: PositiveInt | None = 2
+
+
+class Grouped(PPOModule):
+    """A user's own method."""
+
+    def __init__(self, extra: Extra = Extra(), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+def test_groups_of_options_are_reached_in_any_order_and_by_null() -> None:
+    line = f"fit --model.extra.first 5 --model {__name__}.Grouped --model.extra.second null --data.path x"
+    found = model(f"{line} --config ppo.yaml")
+    assert found["extra"] == {"first": 5, "second": None} and found["adam_eps"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "said"),
+    [
+        ("", "--model.extra.frist 3", r"^--model.extra.frist: unknown key \(did you mean --model.extra.first\?\)"),
+        ("", "--model.extra.first null", r"^model.extra.first: null is no value for it"),
+        ("extra: {frist: 3}", "", r"c.yaml:3: model.extra.frist: unknown key of Grouped \(did you mean"),
+        ("extra:", "", r"^model.extra: null is no value for it"),
+        ("extra: 5", "", r"^model.extra: expected its options as `key: value` lines, got 5"),
+    ],
+)
+def test_faults_in_groups_of_options_are_named(text: str, option: str, said: str) -> None:
+    config = write("c.yaml", f"model:\n  init_args:\n    {text}\n" if text else "{}")
+    with pytest.raises(InputError, match=said):
+        parsed(f"fit --config ppo.yaml --config {config} --model {__name__}.Grouped --data.path x {option}")
 
 
 # Seeds

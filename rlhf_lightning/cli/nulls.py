@@ -1,4 +1,4 @@
-"""Values of null where an option's type has none: the parser lets them pass, and they would fail while building."""
+"""Values that the parser lets pass, and that would fail while building: null, or a number for a group of options."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from jsonargparse import Namespace
 
 
-def refused_nulls(cls: type, given: Namespace, place: str, resolve: Callable[[str], type | None]) -> Iterator[str]:
-    """The keys, with their places, that are null and whose type in ``cls``'s constructor has no None.
+def refused_values(cls: type, given: Namespace, place: str, resolve: Callable[[str], type | None]) -> Iterator[str]:
+    """What is wrong with values whose type in ``cls``'s constructor has no None, or is a dataclass; one line each.
 
     Args:
         cls: whose options they are.
@@ -31,7 +31,7 @@ def refused_nulls(cls: type, given: Namespace, place: str, resolve: Callable[[st
         for name in [name for name in values if name in parameters]:
             value, kind = values.pop(name), kinds.get(name, Any)
             if value is None and parameters[name].default is not None and not _takes_none(kind):
-                yield f"{place}.{name}"
+                yield f"{place}.{name}: null is no value for it; leave the key out to get the default"
             else:
                 yield from _inside(value, kind, f"{place}.{name}", resolve)
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -42,14 +42,16 @@ def _inside(value: Any, kind: Any, place: str, resolve: Callable[[str], type | N
     if isinstance(value, list):
         for number, item in enumerate(value):
             yield from _inside(item, Any, f"{place}[{number}]", resolve)
+    group = next((part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)), None)
     if not isinstance(value, Namespace):
+        if group is not None and kind is group:
+            yield f"{place}: expected its options as `key: value` lines, got {value}"
         return
+    cls: Any = group
     if isinstance(path := value.get("class_path"), str):
         cls, value = resolve(path), value.get("init_args")
-    else:
-        cls = next((part for part in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(part)), None)
     if isinstance(cls, type) and isinstance(value, Namespace):
-        yield from refused_nulls(cls, value, place, resolve)
+        yield from refused_values(cls, value, place, resolve)
 
 
 def _takes_none(kind: Any) -> bool:

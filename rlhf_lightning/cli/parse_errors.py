@@ -18,6 +18,7 @@ _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _UNKNOWN = re.compile(
     r"(?:Option '([^']+)' is not accepted|does not accept option '([^']+)'|unrecognized arguments: (.+))"
 )
+_GROUP = re.compile(r"Group '([^']+)' does not accept option")
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
 _RESTRICTION = re.compile(r"Not of type (\w+): (.+?) does not conform to restriction (.+)")
 _EXPECTED = re.compile(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[([^\]]+)\])|Not of type (\w+)")
@@ -138,12 +139,16 @@ def _explain_unknown(
     accepted: Callable[[str | None], Sequence[str]],
 ) -> str:
     nested, top, rest = found.groups()
+    if classes and top is not None:  # of a group of options inside of the class
+        group = _GROUP.search(found.string)
+        nested = f"{group[1]}.{top}" if group else top
     if rest:
         name = next((word for word in rest.split() if word.startswith("--")), rest.split()[0])
         if not name.startswith("-"):
             return f"{name}: this argument belongs to no option; options are written --key value"
         name = ".".join([*keys, name.lstrip("-").partition("=")[0]])
-        return f"--{name}: unknown key{did_you_mean(name, accepted(None), '--')}"
+        valid = [".".join([*keys, key]) for key in accepted(classes[-1])] if classes else accepted(None)
+        return f"--{name}: unknown key{did_you_mean(name, valid, '--')}"
     key = ".".join([*keys, nested]) if nested else top
     place = _place(key, arguments, paths)
     if not classes:

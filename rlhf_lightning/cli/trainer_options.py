@@ -51,7 +51,7 @@ def fit_trainer(options: Namespace, module: type, subcommand: str) -> list[str]:
         raise InputError(
             f"trainer.accumulate_grad_batches: expected a number from 1, got {options.accumulate_grad_batches}"
         )
-    if issubclass(module, RLHFModule) and not module.automatic:
+    if subcommand == "fit" and issubclass(module, RLHFModule) and not module.automatic:
         for name, instead in _MANUAL.items():
             if options[name] not in (None, 1) or (name == "gradient_clip_val" and options[name] is not None):
                 raise InputError(

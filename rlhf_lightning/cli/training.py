@@ -33,7 +33,7 @@ from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
 from rlhf_lightning.cli.foreign import check_loggers, of_callback, of_trainer
 from rlhf_lightning.cli.layers import Layers, lay
 from rlhf_lightning.cli.notices import Preflight, farewell, notice
-from rlhf_lightning.cli.nulls import refused_nulls
+from rlhf_lightning.cli.nulls import refused_values
 from rlhf_lightning.cli.parse_errors import explain
 from rlhf_lightning.cli.predictions import PredictionWriter, inputs_of
 from rlhf_lightning.cli.runs import Run, Wanted, choose
@@ -181,8 +181,8 @@ class TrainingCLI(LightningCLI):
         for name, (cls, values) in sections.items():
             if not isinstance(values, Namespace):
                 raise InputError(f"{name}: expected its options as `key: value` lines, got {values}")
-            for key in refused_nulls(cls, values, name, resolved) if cls is not None else ():
-                raise InputError(f"{key}: null is no value for it; leave the key out to get the default")
+            for said in refused_values(cls, values, name, resolved) if cls is not None else ():
+                raise InputError(said)
         if self.options.seed_everything is None:
             raise InputError("seed_everything: null is no value for it; give a number, true or false")
 
