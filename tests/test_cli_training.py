@@ -17,7 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.cli import main
-from rlhf_lightning.models import policy
+from rlhf_lightning.models import head
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -321,7 +321,7 @@ def test_memory_that_runs_out_exits_with_1_and_names_the_options(
     def starved(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(policy, "linear_cross_entropy", starved)
+    monkeypatch.setattr(head, "linear_cross_entropy", starved)
     assert main(["fit", *sft]) == 1
     told = error_of(capsys)
     assert "out of memory" in told and "vocabulary 64" in told and "--data.batch_size (4)" in told
