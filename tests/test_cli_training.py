@@ -353,6 +353,20 @@ def test_validate_and_test(sft: list[str], capsys: pytest.CaptureFixture[str]) -
     assert main(["test", *sft, "--run", "looked"]) == 0
     assert "test/perplexity" in capsys.readouterr().out
     assert not Path("runs/looked/config.yaml").exists()
+    assert len(metrics("looked")) == 2
+    # The metrics of a training are its own.
+    assert main(["fit", *sft]) == 0
+    before = metrics("sft")
+    capsys.readouterr()
+    assert main(["validate", *sft, "--ckpt_path", "last"]) == 0
+    assert "run       the metrics are written to runs/sft/validate" in capsys.readouterr().out
+    assert metrics("sft") == before
+    assert "val/perplexity" in metrics("sft/validate")[-1]
+
+
+def test_a_fast_dev_run_leaves_nothing(sft: list[str]) -> None:
+    assert main(["fit", *sft, "--trainer.fast_dev_run", "true"]) == 0
+    assert not Path("runs").exists()
 
 
 def test_predict_answers_every_prompt_in_order(sft: list[str]) -> None:

@@ -78,7 +78,9 @@ class SampleTable(Callback):
                 self.write(trainer, rollout, {}, "val")
 
     def write(self, trainer: Trainer, rollout: Rollout, scores: dict[str, Tensor], stage: str) -> None:
-        """One line a sample, and one table."""
+        """One line a sample, and one table; nothing in a ``fast_dev_run``, which is to leave nothing."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         step = logged_step(trainer)
         samples = []
         for index in (rollout.prompts.weights > 0).nonzero()[: self.rows, 0].tolist():

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -65,6 +65,13 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    def within(self, stage: str) -> Run:
+        """Where a stage that only measures writes: not among the metrics of the training whose folder this is."""
+        if not (self.folder / "config.yaml").exists():
+            return self
+        folder = self.folder / stage
+        return replace(self, folder=folder, note=f"the metrics are written to {folder}")
 
 
 def choose(wanted: Wanted, first: bool = True, busy: Sequence[Path] = ()) -> Run:

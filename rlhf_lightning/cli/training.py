@@ -267,12 +267,13 @@ class TrainingCLI(LightningCLI):
             configs=self.paths,
             fresh=self.config.subcommand == "fit" and not options.trainer.fast_dev_run,  # which leaves nothing
         )
-        if not first_process():
-            return choose(wanted, first=False)
-        if wanted.fresh:
+        if wanted.fresh and first_process():
             return self.until_the_end.enter_context(claimed(wanted))
-        run = choose(wanted)
-        self.until_the_end.enter_context(cleared_up(run.folder))
+        run = choose(wanted, first=first_process())
+        if self.config.subcommand in ("validate", "test"):
+            run = run.within(self.config.subcommand)
+        if first_process():
+            self.until_the_end.enter_context(cleared_up(run.folder))
         return run
 
     @property

@@ -203,3 +203,12 @@ def test_a_folder_that_cannot_be_made(root: Path) -> None:
     root.write_text("a file", encoding="utf-8")
     with pytest.raises(InputError, match=r"cannot be written to .*--runs FOLDER"), claimed(wanted(root)):
         pass
+
+
+def test_what_only_measures_leaves_a_trainings_metrics_alone(tmp_path: Path) -> None:
+    run = Run(tmp_path / "sft", tmp_path / "a.ckpt")
+    assert run.within("validate") == run
+    run.folder.mkdir()
+    (run.folder / "config.yaml").touch()
+    inside = run.within("validate")
+    assert (inside.folder, inside.checkpoint) == (run.folder / "validate", run.checkpoint)
