@@ -191,7 +191,7 @@ class Rollout(_Batch):
     prompt_lengths: Tensor  # [B] int64
     log_probs: Tensor  # [B, T] float32 (float64 of a float64 policy), of each token as it was sampled; 0 past the end
     truncated: Tensor  # [B] bool, True where the token limit ended the response: no EOS was sampled, none is added
-    responses: list[str]  # B decoded responses without special tokens
+    responses: list[str]  # B decoded responses; of special tokens those of a format (`<think>`) stay, see `decoded`
     entropy: Tensor | None = None  # [B, T] nats, of the distributions sampled from; None where not known
 
     def __len__(self) -> int:

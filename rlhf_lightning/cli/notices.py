@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from rlhf_lightning.cli.runs import Run
+from rlhf_lightning.data.ids import readable
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
@@ -70,14 +71,16 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
     )
     yield "data", data.summary().removeprefix("data: ")
     example = data.train[0]
-    prompt = printable(str(tokenizer.decode(example.prompt.tolist())))[-_PROMPT_SHOWN:]
+    prompt = printable(readable(tokenizer, example.prompt.tolist()))[-_PROMPT_SHOWN:]
     if not example.responses:
         yield "example", f"{prompt!r} | (the policy answers)"
     sides = ("chosen", "rejected") if len(example.responses) == 2 else ("example",)
-    for side, response in zip(sides, example.responses, strict=False):
-        text = printable(str(tokenizer.decode(response.tolist())))
+    masks = example.masks or (None,) * len(example.responses)
+    for side, response, mask in zip(sides, example.responses, masks, strict=False):
+        text = printable(readable(tokenizer, response.tolist()))
+        count = len(response) if mask is None else f"{int(mask.sum())} of {len(response)}"
         shown = text if len(text) <= _RESPONSE_SHOWN else text[:_RESPONSE_SHOWN] + "..."
-        yield side, f"{prompt!r} | {shown!r} ({len(response)} tokens right of the bar carry the loss)"
+        yield side, f"{prompt!r} | {shown!r} ({count} tokens right of the bar carry the loss)"
     yield "hardware", f"{_hardware(trainer)}; operators: {_operators(trainer)}"
 
 

@@ -359,7 +359,10 @@ class SaveRunConfig(SaveConfigCallback):
         """Too early to write."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write; every process takes part."""
+        """Write, with the date that chats were rendered with; every process takes part."""
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, PreferenceDataModule) and data.template is not None and data.template.dated:
+            self.config.data.init_args.date = data.date
         super().setup(trainer, pl_module, "fit")
 
 

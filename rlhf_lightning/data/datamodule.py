@@ -6,10 +6,11 @@ It is for a Trainer; ``batching`` has functions that serve evaluation and script
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
+from datetime import date as Date
 from typing import Any, Literal, cast
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
@@ -17,15 +18,18 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.batches import View
-from rlhf_lightning.data.batching import epoch_batches, in_order, make_bins, share
-from rlhf_lightning.data.collate import Batch, collate, column_names
 from rlhf_lightning.data.columns import Columns
-from rlhf_lightning.data.mixing import file_weights, make_slots, stepped_rows
+from rlhf_lightning.data.ids import SpecialTokens
+from rlhf_lightning.data.loader import Loader
+from rlhf_lightning.data.mixing import file_weights
 from rlhf_lightning.data.records import Records, load_records
 from rlhf_lightning.data.split import split_by_prompt
-from rlhf_lightning.data.tokenization import Encoder, Example, Kind
+from rlhf_lightning.data.tokenization import Encoder, Example, Kind, TrainOn
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer
+from rlhf_lightning.models.template import ChatTemplate, checked_date
+
+_COMPARED = 2000  # sequences whose ids are compared with those of the whole text: all of a small set
 
 Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)], docstring="A number in [0, 1).")
 
@@ -54,6 +58,13 @@ class PreferenceDataModule(LightningDataModule):
         chat: put plain prompts through the chat template as a user message (and transcripts as their turns).
         chat_template: file with a Jinja chat template to use in place of the tokenizer's.
         columns: the rows' own names for the keys that forms read, as {prompt: question, completion: answer}.
+        chat_template_name: which of the tokenizer's named chat templates to use; the one named default if not given.
+        chat_template_kwargs: variables of the chat template, as ``{enable_thinking: false}``.
+        date: the day that a chat template with a clock says it is, as 2026-01-31; the day of the run's start if not
+            given, also where the run is resumed.
+        special_tokens: special tokens that texts spell are letters (``text``), or are taken for the ``tokens``, as in
+            prompts that a chat template was applied to already.
+        train_on: of conversations (``messages``) every turn of the assistant's carries loss, or the last alone.
         seed: seed of the order and of the split.
     """
 
@@ -73,6 +84,11 @@ class PreferenceDataModule(LightningDataModule):
         chat: bool = False,
         chat_template: str | None = None,
         columns: dict[str, str] | None = None,
+        chat_template_name: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        date: str | None = None,
+        special_tokens: SpecialTokens = "text",
+        train_on: TrainOn = "all_assistant",
         seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
@@ -91,6 +107,12 @@ class PreferenceDataModule(LightningDataModule):
         self.validation_fraction = float(validation_fraction)
         self.chat = chat
         self.chat_template = chat_template
+        self.chat_template_name = chat_template_name
+        self.chat_template_kwargs = chat_template_kwargs
+        self.date = checked_date(date) if date is not None else Date.today().isoformat()
+        self._date_given = date is not None
+        self.special_tokens = special_tokens
+        self.train_on = train_on
         self.seed = int(seed)
         self.tokenizer: Any = None
         self.view: View | None = None
@@ -101,6 +123,8 @@ class PreferenceDataModule(LightningDataModule):
         self.train: list[Example] = []
         self.held_out: list[Example] = []
         self.dropped: Counter[str] = Counter()  # rows or pairs left out, by reason
+        self.noted: Counter[str] = Counter()  # rows that are there, and otherwise than one would expect
+        self.template: ChatTemplate | None = None  # what chats are rendered with
         self._fingerprint = self._encoding = ""
         self._resumed: dict[str, Any] | None = None
 
@@ -119,6 +143,7 @@ class PreferenceDataModule(LightningDataModule):
             if not isinstance(folder, str):
                 raise InputError("data.tokenizer: is not set, and the module names no model folder; set it")
             self.tokenizer = load_tokenizer(folder, bool(getattr(module, "trust_remote_code", False)))
+        self.date = self.trainer.strategy.broadcast(self.date)  # one for all, also around midnight
         self.prepare(cast(View, module.data_view), stage=stage)
 
     def prepare(self, view: View, tokenizer: Any = None, stage: str = "fit") -> PreferenceDataModule:
@@ -139,7 +164,9 @@ class PreferenceDataModule(LightningDataModule):
         if view.steps is not None and self.batch_tokens is not None:
             raise InputError("data.batch_tokens: has no effect on prompts to sample from; leave it out, set batch_size")
         encoder = self._encoder()
-        self.pad_id = encoder.pad_id
+        self.pad_id, self.template, self.noted = encoder.pad_id, encoder.template, Counter()
+        if self.template is not None and (self.chat_template or self.chat_template_name):
+            self.tokenizer.chat_template = self.template.text  # it ends what is sampled, and travels with the model
         names = Columns(self.columns)
         records = load_records(self.path, prompts=self.answering, columns=names)
         if self.kind == "prompts":
@@ -174,6 +201,7 @@ class PreferenceDataModule(LightningDataModule):
             self._fingerprint = records.fingerprint()
             self._encoding = _encoding(self.train, self.kind)
             self._check_resumed()
+        self._tell_spelled(encoder)
         rank_zero_info(self.summary())
         return self
 
@@ -203,16 +231,29 @@ class PreferenceDataModule(LightningDataModule):
             "encoding": self._encoding,
             "rows": len(self.train),
             "options": self._options(),
+            "date": self.date if self.template is not None and self.template.dated else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Checks that the data and the options that make the batches are still those of the checkpoint.
 
+        Chats are rendered with the date of the checkpoint, unless another was given.
+
         Raises:
             InputError: they changed, so the checkpoint's batch numbers would mean other rows.
         """
         self._resumed = state_dict
-        if self._fingerprint:
+        then = state_dict.get("date")
+        if self._fingerprint and then is not None and then != self.date:
+            if self._date_given:
+                raise InputError(
+                    f"data.date: the checkpoint was made with {then}, now it is {self.date}; set it back to resume, or "
+                    "start a new run from the exported model"
+                )
+            assert self.view is not None
+            self.date = then
+            self.prepare(self.view)
+        elif self._fingerprint:
             self._check_resumed()
 
     # -- how it is done ------------------------------------------------------------------------------------------------
@@ -222,6 +263,12 @@ class PreferenceDataModule(LightningDataModule):
             self.tokenizer,
             chat=self.chat,
             chat_template=self.chat_template,
+            chat_template_name=self.chat_template_name,
+            chat_template_kwargs=self.chat_template_kwargs,
+            date=self.date,
+            special_tokens=self.special_tokens,
+            train_on=self.train_on,
+            compared=_COMPARED,
             max_prompt_tokens=self.max_prompt_tokens,
             max_response_tokens=self.max_response_tokens,
             long_prompts=self.long_prompts,
@@ -238,6 +285,11 @@ class PreferenceDataModule(LightningDataModule):
     ) -> list[Example]:
         examples, dropped = encoder.encode(records.rows, self.kind, demonstrations, every_row)
         self.dropped.update(dropped)
+        self.noted = encoder.noted
+        if encoder.borders["merged"]:
+            self.noted["borders held that a merge would cross"] = encoder.borders["merged"]
+        if encoder.borders["compared"] < encoder.borders["sequences"]:
+            self.noted["sequences compared with their whole texts"] = encoder.borders["compared"]
         if not examples:
             raise InputError(
                 f"{', '.join(records.paths)}: no {self.kind} left to {purpose} of {records.read} rows read "
@@ -260,6 +312,10 @@ class PreferenceDataModule(LightningDataModule):
             "long_responses",
             "validation_fraction",
             "chat",
+            "chat_template_name",
+            "chat_template_kwargs",
+            "special_tokens",
+            "train_on",
             "seed",
         )
         weights = list(self.weights.values()) or None  # a run without them may go on from a checkpoint that knows none
@@ -309,8 +365,23 @@ class PreferenceDataModule(LightningDataModule):
         counts = f"data: {len(self.train):,} {self.kind} to train on, {len(self.held_out):,} held out"
         return f"{counts}; {self._dropped_text()}"
 
+    def _tell_spelled(self, encoder: Encoder) -> None:
+        if not encoder.spelled:
+            return
+        tokens = ", ".join(json.dumps(token, ensure_ascii=False) for token, _ in encoder.spelled.most_common(3))
+        count = f"data: the texts of {encoder.spelling_rows:,} rows spell special tokens ({tokens})"
+        if self.special_tokens == "tokens":
+            rank_zero_info(f"{count}, which are taken for them")
+        else:
+            rank_zero_warn(
+                f"{count}, which stay text, letter by letter; where a chat template was applied to them already, set "
+                "data.special_tokens to tokens, or give rows of messages"
+            )
+
     def _dropped_text(self) -> str:
-        return ", ".join(f"{reason}: {count:,}" for reason, count in sorted(self.dropped.items())) or "nothing dropped"
+        dropped = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(self.dropped.items()))
+        noted = "".join(f"; {what}: {count:,}" for what, count in sorted(self.noted.items()))
+        return (dropped or "nothing dropped") + noted
 
 
 def _encoding(examples: list[Example], kind: Kind) -> str:
@@ -320,60 +391,3 @@ def _encoding(examples: list[Example], kind: Kind) -> str:
         for ids in (example.prompt, *(() if kind == "prompts" else example.responses)):
             digest.update(len(ids).to_bytes(4, "little") + ids.numpy().tobytes())
     return digest.hexdigest()
-
-
-class Loader:
-    """One process's batches for Lightning to iterate. No ``DataLoader``, so Lightning adds no sampler of its own."""
-
-    def __init__(self, data: PreferenceDataModule, training: bool) -> None:
-        assert data.view is not None, "prepare() comes first"
-        self.data = data
-        self.training = training
-        self.examples = data.train if training else data.held_out
-        stepped = training and data.view.steps is not None
-        self.steps = data.view.steps if stepped else None
-        size = data.batch_size if training else data.val_batch_size
-        self.slots = make_slots(self.examples, data.weights if training else {})
-        self.bins = [] if stepped else make_bins(self.slots, size, data.batch_tokens)
-        self.columns = column_names(data.train + data.held_out)
-        self.pad_id = data.pad_id
-        # Whether any of the rows has a response: the same answer on every process, whatever its own rows have.
-        self.demonstrated = data.kind == "prompts" and any(example.responses for example in self.examples)
-
-    def __len__(self) -> int:
-        """Batches in a whole epoch, also when this one is resumed in its middle."""
-        return self.steps if self.steps is not None else sum(map(len, self.bins))
-
-    def __iter__(self) -> Iterator[Batch]:
-        # The body runs at the first `next`. Lightning has restored its progress by then, and not at `iter`.
-        epoch, start, rank, world = self._place()
-        order = [] if self.steps is not None else self._order(epoch)
-        for number in range(start, len(self)):
-            rows = [self.slots[i].row(self.data.seed, epoch, i) for i in order[number]] if order else []
-            batch = [self.examples[row] for row in rows] or self._stepped(epoch, number)
-            yield collate(share(batch, rank, world), self.data.kind, self.pad_id, self.columns, self.demonstrated)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: the Trainer knows the position. To Lightning, a loader that has this method can resume."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to restore, see ``state_dict``."""
-
-    def _order(self, epoch: int) -> list[tuple[int, ...]]:
-        return epoch_batches(self.bins, self.data.seed, epoch) if self.training else in_order(self.bins)
-
-    def _stepped(self, epoch: int, number: int) -> list[Example]:
-        rows = stepped_rows(self.slots, self.data.batch_size, self.data.seed, epoch * len(self) + number)
-        return [replace(self.examples[row], row=i) for i, row in rows]
-
-    def _place(self) -> tuple[int, int, int, int]:
-        """Epoch, first batch, rank and world size."""
-        trainer = self.data.trainer
-        if trainer is None:
-            return 0, 0, 0, 1
-        if not self.training:
-            return 0, 0, trainer.global_rank, trainer.world_size
-        loop: Any = trainer.fit_loop
-        epoch, done = loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
-        return epoch, done, trainer.global_rank, trainer.world_size

@@ -1,30 +1,38 @@
-"""Text to token ids: prompt and response apart, so that a boundary never merges into one token.
+"""Records to token ids: prompts and responses, what carries loss in them, and what is dropped.
 
-The ids of a sequence are ``prompt ids + response ids``. A response ends in exactly one EOS. A plain prompt begins with
-BOS where the tokenizer adds one by itself; a chat prompt is what the chat template renders, generation prompt included.
-Text in user data that spells a special token (``<|im_end|>``) stays text: it is never given the special token's id.
+The ids of a sequence are ``prompt ids + response ids``, and no token crosses the border between them. A plain prompt
+begins with BOS where the tokenizer adds one by itself, and a plain response ends in one EOS. A chat's ids are what the
+chat template renders for the whole conversation, up to the token that ends its last turn (EOS where none does). Text in
+user data that spells a special token (``<|im_end|>``) stays text, unless ``special_tokens`` says otherwise.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from rlhf_lightning.data.conversations import Conversations, Rendered
+from rlhf_lightning.data.ids import SpecialTokens, TextIds
+from rlhf_lightning.data.lengths import surely_over
 from rlhf_lightning.data.rows import Record
+from rlhf_lightning.data.sequences import Pieces, common_prompt, split
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.template import ChatTemplate, template_text
 
 Kind = Literal["demonstrations", "pairs", "labels", "prompts"]
 LongPrompts = Literal["error", "drop", "truncate_left"]
 LongResponses = Literal["error", "drop"]
+TrainOn = Literal["all_assistant", "last_assistant"]
+
+REPEATED = "repeated prompt"
+SAME_TOKENS = "responses of equal tokens"
+OTHER_PROMPT = "demonstration behind another prompt than is sampled from, its prompt kept"
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,19 @@ class Example:
         return tuple(len(self.prompt) + len(response) for response in self.responses) or (len(self.prompt),)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What becomes an example: a record's prompt, with the sides to learn from behind it."""
+
+    record: Record
+    prompt: Rendered | None  # as sampling is given it, where it is sampled from
+    sides: tuple[Rendered, ...]
+
+    @property
+    def sequences(self) -> tuple[Rendered, ...]:
+        return (*([self.prompt] if self.prompt is not None else []), *self.sides)
+
+
 class Encoder:
     """Encodes records for one tokenizer.
 
@@ -54,10 +75,18 @@ class Encoder:
         tokenizer: a Hugging Face tokenizer with an EOS token.
         chat: put plain prompts (and transcripts' turns) through the chat template too.
         chat_template: a file with a Jinja chat template, used in place of the tokenizer's own.
-        max_prompt_tokens: longest prompt, template included; None for no limit.
-        max_response_tokens: longest response, EOS included; None for no limit.
+        chat_template_name: which of the tokenizer's named templates; None for its default.
+        chat_template_kwargs: variables of the template, as ``enable_thinking``.
+        date: what ``strftime_now`` says in the template, as YYYY-MM-DD; None for today.
+        special_tokens: special tokens that a text spells stay ``text``, or are taken for the ``tokens``.
+        train_on: in conversations (`messages`) every turn of the assistant's carries loss, or the last alone.
+        max_prompt_tokens: longest prompt, template included; None for no limit. Of a conversation, all before its last
+            turn is meant.
+        max_response_tokens: longest response, EOS included; None for no limit. Of a conversation, each turn of the
+            assistant's is meant.
         long_prompts: what to do with longer prompts; ``truncate_left`` keeps BOS and the last tokens.
         long_responses: what to do with longer responses; they are never cut.
+        compared: of so many sequences at most, evenly spread, the ids are compared with those of the text as a whole.
     """
 
     def __init__(
@@ -66,26 +95,40 @@ class Encoder:
         *,
         chat: bool = False,
         chat_template: str | None = None,
+        chat_template_name: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        date: str | None = None,
+        special_tokens: SpecialTokens = "text",
+        train_on: TrainOn = "all_assistant",
         max_prompt_tokens: int | None = None,
         max_response_tokens: int | None = None,
         long_prompts: LongPrompts = "error",
         long_responses: LongResponses = "error",
+        compared: int = 0,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no EOS token to end responses with; set eos_token in its folder")
         self.tokenizer = tokenizer
         self.chat = chat
+        self.train_on = train_on
         self.max_prompt_tokens = max_prompt_tokens
         self.max_response_tokens = max_response_tokens
         self.long_prompts = long_prompts
         self.long_responses = long_responses
-        self.template = _read_template(chat_template) if chat_template else tokenizer.chat_template
-        self._turn_end_checked = False
-        added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special_ids = (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
-        probe = tokenizer("a").input_ids
-        bos = tokenizer.bos_token_id
-        self._bos = [bos] if bos is not None and probe and probe[0] == bos else []
+        self.compared = compared
+        self.ids = TextIds(tokenizer, special_tokens)
+        text = template_text(tokenizer, chat_template, chat_template_name)
+        self.template = ChatTemplate(tokenizer, text, chat_template_kwargs, date) if text else None
+        self.conversations: Conversations | None = None
+        if self.template is not None:
+            self.conversations = Conversations(self.template, self.ids.pattern if special_tokens == "text" else None)
+        elif chat_template_kwargs:
+            raise InputError(
+                "data.chat_template_kwargs: the tokenizer has no chat template that reads them; leave it out"
+            )
+        self.borders: Counter[str] = Counter()  # sequences: all, compared, and those where a merge crosses a border
+        self.spelled: Counter[str] = Counter()  # special tokens that texts spell, by the rows that do
+        self.spelling_rows = 0
 
     @property
     def pad_id(self) -> int:
@@ -93,208 +136,218 @@ class Encoder:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
+    @property
+    def noted(self) -> Counter[str]:
+        """What the template made of rows that one would not expect, by how many."""
+        return Counter(self.conversations.noted if self.conversations is not None else {})
+
     def encode(
         self, records: Sequence[Record], kind: Kind, demonstrations: bool = False, every_row: bool = False
     ) -> tuple[list[Example], Counter[str]]:
         """The examples of one kind in the records' order, and what was dropped, by reason.
 
-        ``demonstrations``: each record's best response. ``pairs``: every pair. ``labels``: each labelled response.
-        ``prompts``: each distinct prompt once, with the columns of the first row that has it; with ``demonstrations``
-        also that row's best response, where it has one that is not too long. With ``every_row`` a prompt is there as
-        often as rows have it, and each example has its record's number.
+        ``demonstrations``: each record's best response, in one example or in one a turn. ``pairs``: every pair.
+        ``labels``: each labelled response. ``prompts``: each distinct prompt once, rows with other columns apart; with
+        ``demonstrations`` also the first such row's best response, where it has one that is not too long. With
+        ``every_row`` a prompt is there as often as rows have it, and each example has its record's number.
 
         Raises:
-            InputError: a record without what ``kind`` needs, chat rows without a template, or an over-long text whose
-                policy is ``error``.
+            InputError: a record without what ``kind`` needs, chat rows without a template or that it has no place for,
+                or an over-long text whose policy is ``error``.
         """
         dropped: Counter[str] = Counter()
-        for record in records:
-            _check_encodable(record, bool(self._bos))
         if kind == "prompts" and not every_row:
-            records = list({record.key: record for record in reversed(records)}.values())[::-1]
-        wanted = [(record, _wanted(record, kind, demonstrations)) for record in records]
-        prompts = self._prompt_ids(records, dropped)
-        texts = {
-            (record.form.transcript and self.chat, str(record.responses[i]))
-            for record, choices in wanted
-            for choice in choices
-            for i in choice
-        }
-        stripped = {text: text[1].strip() if text[0] else text[1] for text in texts}
-        encoded = dict(zip(texts, self._response_ids(stripped[text] for text in texts), strict=True))
+            distinct: dict[Any, Record] = {}
+            for record in records:
+                distinct.setdefault(_identity(record), record)
+            dropped[REPEATED] += len(records) - len(distinct)
+            records = list(distinct.values())
+        self._count_spelled(records)
+        asked = [
+            ask
+            for record in records
+            for choice in _wanted(record, kind, demonstrations)
+            for ask in self._asked(record, choice, kind)
+        ]
+        asked = self._without_long_texts(asked, dropped)
+        ids = self._pieces(asked)
+        kept = self._kept_prompts(asked, ids, dropped)
+        examples = self._examples(kept, kind, dropped)
+        if every_row:
+            examples = [replace(example, row=example.record.number) for example in examples]
+        return examples, +dropped
+
+    # -- texts ---------------------------------------------------------------------------------------------------------
+
+    def _asked(self, record: Record, choice: tuple[int, ...], kind: Kind) -> list[_Asked]:
+        chat = (self.chat and bool(record.prompt)) or not isinstance(record.prompt, str)
+        if not (chat or any(not isinstance(response, str) for response in record.responses)):
+            prompt = Rendered((str(record.prompt),), chat=False)
+            sides = tuple(Rendered((str(record.prompt), self._without_eos(record, i)), chat=False) for i in choice)
+            return [_Asked(record, prompt if kind == "prompts" else None, sides)]
+        if self.conversations is None:
+            raise InputError(
+                f"{record.where}: chat messages, or data.chat, need a chat template and the tokenizer has none; "
+                "set data.chat_template to a Jinja file, or give plain-text rows"
+            )
+        if kind == "prompts":
+            sides = tuple(side for i in choice for side in self.conversations.answered(record, i))
+            return [_Asked(record, self.conversations.prompt(record), sides)]
+        every_turn = kind == "demonstrations" and self.train_on == "all_assistant"
+        answered = [self.conversations.answered(record, i, every_turn) for i in choice]
+        if kind == "demonstrations":
+            return [_Asked(record, None, (side,)) for side in answered[0]]
+        return [_Asked(record, None, tuple(side for sides in answered for side in sides))]
+
+    def _without_eos(self, record: Record, number: int) -> str:
+        """A plain response; an EOS that it spells at its end is taken as the one that ends it."""
+        return str(record.responses[number]).removesuffix(self.tokenizer.eos_token)
+
+    def _count_spelled(self, records: Sequence[Record]) -> None:
+        for record in records:
+            texts = [record.tools, *(m.content + m.more for m in record.messages)]
+            texts += [m.content + m.more for i in range(len(record.responses)) for m in record.answer(i)]
+            found = {t for text in texts for t in self.ids.pattern.findall(text.removesuffix(self.tokenizer.eos_token))}
+            self.spelled.update(found)
+            self.spelling_rows += bool(found)
+
+    # -- ids -----------------------------------------------------------------------------------------------------------
+
+    def _pieces(self, asked: Sequence[_Asked]) -> list[tuple[Pieces, ...]]:
+        """The ids of each one's sequences, with what begins and ends them."""
+        sequences = list(dict.fromkeys(s for ask in asked for s in ask.sequences))
+        pieces = self.ids.pieces(sequences)
+        self._compare(sequences, pieces)
+        ended = {s: Pieces(tuple(self._ended(s, ids))) for s, ids in zip(sequences, pieces, strict=True)}
+        return [tuple(ended[s] for s in ask.sequences) for ask in asked]
+
+    def _ended(self, sequence: Rendered, ids: list[list[int]]) -> list[list[int]]:
+        first, *rest = ids
+        if not sequence.chat:
+            first = first if first[:1] == self.ids.bos else self.ids.bos + first
+        if not rest:
+            return [first]
+        if not first and not sequence.pieces[0] and len(rest[0]) > 1:
+            # A text without a prompt, and no BOS: nothing can predict its first token.
+            first, rest = rest[0][:1], [rest[0][1:]]
+        end = self.template.turn_end_id if self.template is not None else None
+        closed = sequence.ended or (
+            self.ids.special == "tokens" and rest[-1][-1:] in ([self.tokenizer.eos_token_id], [end])
+        )
+        if not closed:
+            rest = [*rest[:-1], [*rest[-1], self.tokenizer.eos_token_id]]
+        return [first, *rest]
+
+    def _compare(self, sequences: Sequence[Rendered], pieces: Sequence[list[list[int]]]) -> None:
+        joined = [i for i, sequence in enumerate(sequences) if len(sequence.pieces) > 1]
+        self.borders["sequences"] += len(joined)
+        if not self.compared or not joined:
+            return
+        step = max(1, -(-len(joined) // self.compared))
+        chosen = joined[::step]
+        self.borders += self.ids.merges([sequences[i] for i in chosen], [pieces[i] for i in chosen])
+
+    # -- limits --------------------------------------------------------------------------------------------------------
+
+    def _without_long_texts(self, asked: list[_Asked], dropped: Counter[str]) -> list[_Asked]:
+        """Refuses, or drops, what is surely over its limit, before all of it is tokenised."""
+        limit = self.max_prompt_tokens
+        if limit is None or self.long_prompts == "truncate_left":
+            return asked
+        counts: dict[str, int | None] = {}
+        for text in (ask.sequences[0].pieces[0] for ask in asked):
+            if text not in counts:
+                counts[text] = surely_over(text, limit, lambda part: len(self.ids.plain([part])[0]))
+        long = [ask for ask in asked if counts[ask.sequences[0].pieces[0]] is not None]
+        if long and self.long_prompts == "error":
+            tokens = counts[long[0].sequences[0].pieces[0]]
+            raise self._long_prompt(long[0].record, f"over {tokens}", len({id(a.record) for a in long}), asked)
+        dropped["prompt over max_prompt_tokens"] += len({id(ask.record) for ask in long})
+        return [ask for ask in asked if counts[ask.sequences[0].pieces[0]] is None]
+
+    def _long_prompt(self, record: Record, tokens: str, rows: int, asked: Sequence[_Asked]) -> InputError:
+        return InputError(
+            f"{record.where}: key 'prompt': {tokens} tokens are over data.max_prompt_tokens {self.max_prompt_tokens} "
+            f"({rows} of {len({id(ask.record) for ask in asked})} rows are); raise it, or set data.long_prompts to "
+            "drop or truncate_left"
+        )
+
+    def _kept_prompts(
+        self, asked: Sequence[_Asked], ids: Sequence[tuple[Pieces, ...]], dropped: Counter[str]
+    ) -> list[tuple[_Asked, tuple[Pieces, ...]]]:
+        """Those whose prompts are within the limit, or were cut to it."""
+        limit, kept = self.max_prompt_tokens, []
+        over: dict[int, tuple[Record, int]] = {}
+        for ask, sides in zip(asked, ids, strict=True):
+            if not sides[0].ids[0]:
+                problem = "the tokenizer makes no token of it; delete the row"
+                raise InputError(f"{ask.record.where}: key 'prompt': {problem}")
+            longest = max(side.context for side in sides)
+            if limit is not None and longest > limit:
+                over.setdefault(id(ask.record), (ask.record, longest))
+                if self.long_prompts == "truncate_left":
+                    sides = tuple(side.cut(limit, self.tokenizer.bos_token_id) for side in sides)
+                else:
+                    continue
+            kept.append((ask, sides))
+        if over and self.long_prompts == "error":
+            record, longest = next(iter(over.values()))
+            raise self._long_prompt(record, str(longest), len(over), asked)
+        if over:
+            cut = self.long_prompts == "truncate_left"
+            dropped["prompt cut on the left" if cut else "prompt over max_prompt_tokens"] += len(over)
+        return kept
+
+    def _examples(
+        self, kept: Sequence[tuple[_Asked, tuple[Pieces, ...]]], kind: Kind, dropped: Counter[str]
+    ) -> list[Example]:
         examples: list[Example] = []
         too_long: list[tuple[Record, int]] = []
-        pairs = 0
-        for record, choices in wanted:
-            prompt = prompts.get(self._source(record))
-            if prompt is None:
-                continue
-            for choice in choices:
-                pairs += 1
-                key = record.form.transcript and self.chat
-                responses = tuple(encoded[key, str(record.responses[i])] for i in choice)
-                longest = max(map(len, responses), default=0)
-                if self.max_response_tokens is not None and longest > self.max_response_tokens:
-                    if kind == "prompts":
-                        dropped["demonstration over max_response_tokens, its prompt kept"] += 1
-                        examples.append(Example(prompt, (), record.margin, record.weight, len(examples), record))
-                        continue
-                    too_long.append((record, longest))
+        for ask, sides in kept:
+            learnt = sides if ask.prompt is None else sides[1:]
+            longest = max((side.longest_turn for side in learnt), default=0)
+            if self.max_response_tokens is not None and longest > self.max_response_tokens:
+                if kind != "prompts":
+                    too_long.append((ask.record, longest))
                     continue
-                examples.append(Example(prompt, responses, record.margin, record.weight, len(examples), record))
+                dropped["demonstration over max_response_tokens, its prompt kept"] += 1
+                learnt = ()
+            prompt = common_prompt(learnt) if ask.prompt is None else sides[0].ids[0]
+            if ask.prompt is not None and any(side.ids[0] != prompt for side in learnt):
+                dropped[OTHER_PROMPT] += 1
+                learnt = ()
+            example = _example(ask.record, prompt, learnt, len(examples))
+            if len(learnt) == 2 and torch.equal(*example.responses):
+                dropped[SAME_TOKENS] += 1
+                continue
+            examples.append(example)
         if too_long and self.long_responses == "error":
             record, length = too_long[0]
             raise InputError(
                 f"{record.where}: a response of {length} tokens, EOS included, is over data.max_response_tokens "
-                f"{self.max_response_tokens} ({len(too_long)} of {pairs} are); raise it, or set data.long_responses "
-                "to drop"
+                f"{self.max_response_tokens} ({len(too_long)} of {len(kept)} are); raise it, or set "
+                "data.long_responses to drop"
             )
-        if too_long:
-            dropped["response over max_response_tokens"] += len(too_long)
-        if every_row:
-            examples = [replace(example, row=example.record.number) for example in examples]
-        return examples, dropped
-
-    def _source(self, record: Record) -> tuple[Any, bool]:
-        """What a prompt's ids depend on."""
-        return record.prompt, record.form.transcript
-
-    def _prompt_ids(self, records: Sequence[Record], dropped: Counter[str]) -> dict[tuple[Any, bool], Tensor]:
-        """Token ids by ``_source``; a prompt that the policy drops is absent."""
-        distinct = {self._source(record): record for record in reversed(records)}
-        plain = {key: r.prompt for key, r in distinct.items() if isinstance(r.prompt, str) and not self.chat}
-        chats = {key: record for key, record in distinct.items() if key not in plain}
-        ids = {key: self._bos + row for key, row in zip(plain, self._plain(list(plain.values())), strict=True)}
-        ids.update(zip(chats, self._chats(list(chats.values())), strict=True))
-        limit = self.max_prompt_tokens
-        too_long = {key for key, row in ids.items() if limit is not None and len(row) > limit}
-        rows = [record for record in records if self._source(record) in too_long]
-        if rows and self.long_prompts == "error":
-            raise InputError(
-                f"{rows[0].where}: key 'prompt': {len(ids[self._source(rows[0])])} tokens are over "
-                f"data.max_prompt_tokens {limit} ({len(rows)} of {len(records)} rows are); raise it, or set "
-                "data.long_prompts to drop or truncate_left"
-            )
-        if rows and self.long_prompts == "drop":
-            dropped["prompt over max_prompt_tokens"] += len(rows)
-            ids = {key: row for key, row in ids.items() if key not in too_long}
-        elif rows:
-            dropped["prompt cut on the left"] += len(rows)
-            ids = {key: self._cut_left(row) if key in too_long else row for key, row in ids.items()}
-        for key, row in ids.items():
-            if not row:
-                raise InputError(
-                    f"{distinct[key].where}: key 'prompt': the tokenizer makes no token of it; delete the row"
-                )
-        return {key: torch.tensor(row, dtype=torch.int32) for key, row in ids.items()}
-
-    def _cut_left(self, prompt: list[int]) -> list[int]:
-        assert self.max_prompt_tokens is not None
-        bos = prompt[:1] if prompt[0] == self.tokenizer.bos_token_id and self.max_prompt_tokens > 1 else []
-        return bos + prompt[len(prompt) - self.max_prompt_tokens + len(bos) :]
-
-    def _response_ids(self, texts: Iterable[str]) -> list[Tensor]:
-        """Each text's ids and one EOS. An EOS that the text itself spells at its end is taken as that one."""
-        eos = self.tokenizer.eos_token
-        ids = self._plain([text.removesuffix(eos) for text in texts])
-        return [torch.tensor([*row, self.tokenizer.eos_token_id], dtype=torch.int32) for row in ids]
-
-    def _plain(self, texts: Sequence[Any]) -> list[list[int]]:
-        """Ids of user text: no special token is added, and none is recognised in it."""
-        return self._call(list(texts), split_special_tokens=True)
-
-    def _call(self, texts: list[str], **options: Any) -> list[list[int]]:
-        if not texts:
-            return []
-        # verbose=False: a long text is no mistake here, lengths are our own policy.
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
-        return encoded.input_ids
-
-    # -- chat templates ------------------------------------------------------------------------------------------------
-
-    def _chats(self, records: list[Record]) -> list[list[int]]:
-        if not records:
-            return []
-        if self.template is None:
-            raise InputError(
-                f"{records[0].where}: chat messages, or data.chat, need a chat template and the tokenizer has none; "
-                "set data.chat_template to a Jinja file, or give plain-text rows"
-            )
-        self._check_turn_end(records[0].where)
-        chats = [self._turns(record) for record in records]
-        contents = sorted({turn["content"] for chat in chats for turn in chat})
-        spelled = {
-            text
-            for text, ids in zip(contents, self._call(contents), strict=True)
-            if self._special_ids.intersection(ids)
-        }
-        safe = [i for i, chat in enumerate(chats) if not any(turn["content"] in spelled for turn in chat)]
-        rendered = [self._render(chats[i], records[i].where) for i in safe]
-        found = dict(zip(safe, self._call(rendered), strict=True))
-        return [found[i] if i in found else self._apart(chat, records[i].where) for i, chat in enumerate(chats)]
-
-    def _turns(self, record: Record) -> list[dict[str, Any]]:
-        if not record.messages:
-            raise InputError(f"{record.where}: key 'chosen': the transcript has no Human turn; delete the row")
-        return [message.turn() for message in record.messages]
-
-    def _render(self, turns: list[dict[str, Any]], where: str, generation_prompt: bool = True) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                turns, chat_template=self.template, tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except Exception as error:  # a template is a program: it may raise anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{where}: the chat template refuses the messages ({reason}); repair either") from None
-
-    def _apart(self, turns: list[dict[str, Any]], where: str) -> list[int]:
-        """Ids of a chat whose texts spell special tokens: template and texts are tokenised apart.
-
-        Each text is rendered as a placeholder from Unicode's private use area, so that the template's special tokens
-        can be told from the ones that a user typed.
-        """
-        hidden = [{**turn, "content": f"\ue000{i}\ue001"} for i, turn in enumerate(turns)]
-        pieces = re.split("\ue000([0-9]+)\ue001", self._render(hidden, where))
-        ids: list[int] = []
-        for i, piece in enumerate(pieces):
-            if i % 2:
-                ids += self._plain([turns[int(piece)]["content"]])[0]
-            elif piece:
-                ids += self._call([piece])[0]
-        return ids
-
-    def _check_turn_end(self, where: str) -> None:
-        """Warns once where the template ends an answer with another token than the EOS that training appends."""
-        if self._turn_end_checked:
-            return
-        self._turn_end_checked = True
-        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ue000"}]
-        end = self._render(chat, where, generation_prompt=False).rpartition("\ue000")[2]
-        special = [id for id in self._call([end])[0] if id in self._special_ids] if end else []
-        if special and special[0] != self.tokenizer.eos_token_id:
-            token = self.tokenizer.convert_ids_to_tokens(special[0])
-            warnings.warn(
-                f"the chat template ends an answer with {json.dumps(token)}, but the tokenizer's EOS is "
-                f"{json.dumps(self.tokenizer.eos_token)}, and responses are ended with that",
-                stacklevel=2,
-            )
+        dropped["response over max_response_tokens"] += len(too_long)
+        return examples
 
 
-def _check_encodable(record: Record, has_bos: bool) -> None:
-    """Refuses what has no tokens here yet: answers of several messages, begun answers, texts that nothing precedes."""
-    problem = ""
-    if any(not isinstance(response, str) for response in record.responses):
-        problem = (
-            "an answer of several messages, or with a call of a tool, is not encoded yet; end it at its first text"
-        )
-    elif not isinstance(record.prompt, str) and record.prompt[-1].role == "assistant":
-        problem = "a prompt that ends in the assistant's words is not encoded yet; put them into the response"
-    elif record.form.whole and not has_bos:
-        problem = "the tokenizer has no BOS token to put before it; give rows with 'prompt' and 'completion'"
-    elif record.tools:
-        problem = "tools are not given to the chat template yet; delete the key"
-    if problem:
-        raise InputError(f"{record.where}: key '{'text' if record.form.whole else 'messages'}': {problem}")
+def _example(record: Record, prompt: list[int], learnt: tuple[Pieces, ...], row: int) -> Example:
+    ids, masks = zip(*(split(side, len(prompt)) for side in learnt), strict=True) if learnt else ((), ())
+    return Example(
+        prompt=torch.tensor(prompt, dtype=torch.int32),
+        responses=ids,
+        margin=record.margin,
+        weight=record.weight,
+        row=row,
+        record=record,
+        masks=masks if any(mask is not None for mask in masks) else (),
+    )
+
+
+def _identity(record: Record) -> tuple[str, str, str]:
+    """What rewards can tell a row by: its prompt, its tools and its columns."""
+    return record.key, record.tools, json.dumps(record.columns, sort_keys=True, default=repr)
 
 
 def _wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int, ...], ...]:
@@ -325,10 +378,3 @@ def _wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int
         )
         raise InputError(f"{record.where}: key 'chosen': {problem}")
     return record.pairs
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data.chat_template: {path} cannot be read ({error}); give a Jinja text file") from None

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.layers import embedding_weight
+from rlhf_lightning.models.template import turn_end_id
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -183,8 +184,8 @@ def check_length(model: PreTrainedModel, tokens: int, where: str | Path = "model
 def eos_ids(source: PreTrainedModel | GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a response, sorted, each once.
 
-    They are the tokenizer's EOS, the generation config's (an int or a list), and the token by which the chat template
-    ends a turn: the attribute ``turn_end_id`` of a tokenizer whose template was looked at.
+    They are the tokenizer's EOS, the generation config's (an int or a list), and the token by which the tokenizer's
+    chat template ends a turn.
 
     Raises:
         InputError: the generation config names something else than ids.
@@ -194,7 +195,7 @@ def eos_ids(source: PreTrainedModel | GenerationConfig | None, tokenizer: PreTra
     ids = list(declared) if isinstance(declared, list | tuple) else [declared]
     if any(not isinstance(id, int | None) for id in ids):
         raise InputError(f"generation_config.json: eos_token_id is {declared!r}: give an id, or a list of ids")
-    return sorted({*ids, tokenizer.eos_token_id, getattr(tokenizer, "turn_end_id", None)} - {None})
+    return sorted({*ids, tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None})
 
 
 def _find(path: str | Path) -> str:

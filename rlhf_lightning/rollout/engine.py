@@ -20,6 +20,7 @@ from rlhf_lightning.batches import PromptBatch, Rollout, length_mask
 from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.models.compilation import uncompiled
 from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.template import decoded
 from rlhf_lightning.randomness import SAMPLING, uniform
 
 Progress = Callable[[int, int], None]
@@ -118,9 +119,10 @@ class RolloutEngine(ABC):
             prompt_lengths=prompts.lengths,
             log_probs=log_probs,
             truncated=truncated,
-            responses=tokenizer.batch_decode(
+            responses=decoded(
+                tokenizer,
                 [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)],
-                skip_special_tokens=True,
+                sampling.eos_ids,
             ),
             entropy=entropy,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 
 import pytest
 from chat_tokenizer import make_tokenizer
@@ -115,16 +114,6 @@ def test_a_template_that_refuses_is_named_with_the_row(write, tokenizer):
         encode(write, tokenizer, [{"messages": [{"role": "user", "content": "a"}]}], "prompts", chat_template=path)
 
 
-def test_a_template_that_ends_turns_otherwise_than_eos_is_said(write, tokenizer):
-    path = write("{% for m in messages %}{{ m.content }}<|im_start|>{% endfor %}", "template.jinja")
-    rows = [{"messages": [{"role": "user", "content": "a"}]}]
-    with pytest.warns(UserWarning, match="ends an answer with"):
-        encode(write, tokenizer, rows, "prompts", chat_template=path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        encode(write, tokenizer, rows, "prompts")
-
-
 def test_long_prompts_follow_the_policy(write, tokenizer):
     rows = [{"prompt": "x y z", "completion": "b"}, {"prompt": "a b c d e f g h", "completion": "b"}]
     with pytest.raises(InputError) as caught:
@@ -178,10 +167,12 @@ def test_labelled_responses_are_no_demonstrations_and_no_pairs(write, tokenizer)
     assert [len(example.responses) for example in prompts] == [0, 1]  # a judged response is not one to imitate
 
 
-def test_prompts_come_once_with_the_first_rows_columns(write, tokenizer):
-    rows = [{"prompt": p, "answer": i} for i, p in enumerate("abab")]
-    examples, _ = encode(write, tokenizer, rows, "prompts")
-    assert [(e.record.prompt, e.record.columns["answer"], e.row) for e in examples] == [("a", 0, 0), ("b", 1, 1)]
+def test_prompts_come_once_where_their_columns_are_equal(write, tokenizer):
+    rows = [{"prompt": p, "answer": i // 2} for i, p in enumerate("abab" + "ab")]
+    examples, dropped = encode(write, tokenizer, [*rows, {"prompt": "a", "answer": 0}], "prompts")
+    found = [(e.record.prompt, e.record.columns["answer"], e.row) for e in examples]
+    assert found == [("a", 0, 0), ("b", 0, 1), ("a", 1, 2), ("b", 1, 3), ("a", 2, 4), ("b", 2, 5)]
+    assert dropped == {"repeated prompt": 1}
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<|im_end|>"])

@@ -1,0 +1,295 @@
+"""Chats as text, by what the template renders for whole conversations: prompts, and the spans that the assistant says.
+
+A conversation is rendered up to each turn of the assistant's that is to be learnt. The turn runs from where the prompt
+for it ends, generation prompt included, to the token that ends it. Where the template renders earlier turns otherwise
+once others follow, each turn is a sequence of its own, as it would be asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_lightning.data.hidden import hide, shown, unhidden
+from rlhf_lightning.data.rows import Record
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.template import MARK, ChatTemplate, TemplateRefuses
+
+UNLIKE = "generation prompt unlike the whole conversation, which is taken"
+TWICE = "opening of a response that the generation prompt has already, taken once"
+CHANGED = "response that the chat template changes"
+FOLDED = "system message put into the user's, as the chat template takes none"
+APART = "conversation in one sequence a turn, as the chat template changes earlier ones"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One sequence as text: the prompt, then in turn what the assistant says and what others say between."""
+
+    pieces: tuple[str, ...]
+    chat: bool = True  # written by a template, whose special tokens stand in it
+    ended: bool = False  # whether it ends with the token that ends a turn
+    # What stands in the pieces for special tokens that a user's text spells: the characters, and the texts.
+    hidden: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Turn:
+    prompt: str
+    whole: str  # up to this turn and the end of the rendering
+    start: int  # of what the assistant says in it, and its end
+    end: int
+    ended: bool
+
+
+@dataclass
+class _Chat:
+    """A record's messages, as the template is given them."""
+
+    record: Record
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    first: int  # of the response's messages
+    prefill: str | None  # what the first of them begins with, and the prompt ends with
+    hidden: dict[str, str]
+
+    @property
+    def where(self) -> str:
+        return self.record.where
+
+
+class Conversations:
+    """Renders records' prompts and responses with one template; ``noted`` counts what was not as one would expect.
+
+    Args:
+        template: the chat template.
+        special: pattern of the special tokens that stay text where a user's text spells them; None for none.
+    """
+
+    def __init__(self, template: ChatTemplate, special: Any | None) -> None:
+        self.template = template
+        self.special = special
+        self.noted: Counter[str] = Counter()
+        self._roles: dict[str, str] = {}  # how a role that steers is given: as it is, as "system", or "folded"
+        self._has_tools: bool | None = None
+
+    def prompt(self, record: Record) -> Rendered:
+        """The prompt as sampling is given it."""
+        chat = self._chat(record, None)
+        text = self._prompt_text(chat, chat.first)
+        self._check_shown(chat, chat.messages, text)
+        self._check_hidden(chat, text, chat.first)
+        return Rendered((text,), hidden=tuple(chat.hidden.items()))
+
+    def answered(self, record: Record, number: int, every_turn: bool = False) -> list[Rendered]:
+        """Response ``number`` in its conversation; with ``every_turn`` the assistant's earlier turns are learnt, too.
+
+        One sequence, or one a turn where the template changes earlier turns and ``every_turn`` is asked for.
+
+        Raises:
+            InputError: the template refuses the messages, leaves some out, or the assistant's turn cannot be found.
+        """
+        chat = self._chat(record, number)
+        spoken = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        if not (every_turn and record.form.conversation):
+            spoken = [i for i in spoken if i >= chat.first]
+        if not spoken:
+            raise InputError(f"{record.where}: the response has no turn of the assistant's; repair the row")
+        turns = [self._turn(chat, i) for i in spoken]
+        self._check_shown(chat, chat.messages[: spoken[-1] + 1], turns[-1].whole)
+        last = turns[-1].whole
+        if all(turn.ended and last.startswith(turn.whole[: turn.end]) for turn in turns[:-1]):
+            return [_joined(turns, chat.hidden)]
+        if every_turn and record.form.conversation:
+            self.noted[APART] += 1
+            return [_joined([turn], chat.hidden) for turn in turns]
+        return [_joined(self._found_again(chat, turns), chat.hidden)]
+
+    # -- the messages --------------------------------------------------------------------------------------------------
+
+    def _chat(self, record: Record, number: int | None) -> _Chat:
+        prompt = [message.turn() for message in record.messages]
+        answer = [] if number is None else [message.turn() for message in record.answer(number)]
+        if not prompt:
+            raise InputError(f"{record.where}: key 'chosen': the transcript has no Human turn; delete the row")
+        prefill = None
+        if prompt[-1]["role"] == "assistant":
+            begun = prompt.pop()
+            prefill = begun["content"] or ""
+            merged = {**begun, **(answer[0] if answer else {})}
+            merged["content"] = prefill + ((answer[0]["content"] or "") if answer else "")
+            answer = [merged, *answer[1:]]
+        tools = json.loads(record.tools) if record.tools else None
+        prompt = self._steered(prompt)
+        messages, tools, hidden = hide([*prompt, *answer], tools, self.special)
+        if tools is not None:
+            self._check_tools(messages[: len(prompt)], tools, record.where)
+        if prefill is not None and hidden:
+            prefill = hide([{"content": prefill}], None, self.special, hidden)[0][0]["content"]
+        return _Chat(record, messages, tools, len(prompt), prefill, hidden)
+
+    def _steered(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages, where need be without a system message: its text then begins the user's."""
+        role = messages[0]["role"]
+        if role not in ("system", "developer") or len(messages) < 2 or messages[1]["role"] != "user":
+            return messages
+        if role not in self._roles:
+            self._roles[role] = self._how_to_steer(role)
+        how = self._roles[role]
+        if how != "folded":
+            return [{**messages[0], "role": how}, *messages[1:]]
+        self.noted[FOLDED] += 1
+        text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        return [{**messages[1], "content": text}, *messages[2:]]
+
+    def _how_to_steer(self, role: str) -> str:
+        for name in dict.fromkeys((role, "system")):
+            try:
+                chat = [{"role": name, "content": MARK}, {"role": "user", "content": "a"}]
+                if MARK in self.template.render(chat, generation_prompt=True):
+                    return name
+            except TemplateRefuses:
+                pass
+        return "folded"
+
+    # -- spans ---------------------------------------------------------------------------------------------------------
+
+    def _render(self, chat: _Chat, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
+        try:
+            return self.template.render(messages, chat.tools, generation_prompt)
+        except TemplateRefuses as refusal:
+            raise InputError(
+                f"{chat.where}: the chat template refuses the messages ({refusal}); repair either"
+            ) from None
+
+    def _prompt_text(self, chat: _Chat, turn: int) -> str:
+        """What asks for message ``turn``."""
+        before = chat.messages[:turn]
+        if chat.prefill is None or turn != chat.first:
+            return self._render(chat, before, generation_prompt=True)
+        begun = self._render(chat, [*before, {"role": "assistant", "content": chat.prefill}])
+        tail = self.template.tail
+        if tail is None or not begun.endswith(tail):
+            raise self._lost(chat, "the end of the assistant's words in the prompt")
+        return begun[: len(begun) - len(tail)]
+
+    def _turn(self, chat: _Chat, turn: int) -> _Turn:
+        prompt = self._prompt_text(chat, turn)
+        whole = self._render(chat, chat.messages[: turn + 1])
+        self._check_hidden(chat, whole, turn + 1)
+        start = shown(prompt, whole, chat.hidden)
+        if start is None:
+            if chat.prefill is not None and turn == chat.first:
+                raise self._lost(chat, "the assistant's words in the prompt")
+            asked = self._render(chat, [*chat.messages[:turn], {"role": "assistant", "content": MARK}])
+            prompt = asked.partition(MARK)[0]
+            if MARK not in asked or not whole.startswith(prompt):
+                raise self._lost(chat, f"the beginning of message {turn}")
+            start = len(prompt)
+            self.noted[UNLIKE] += 1
+        end, ended = self._end(whole, start)
+        if end <= start:
+            raise self._lost(chat, f"message {turn}")
+        if chat.prefill is None or turn != chat.first:
+            self._note_changes(chat.messages[turn], whole, start, end)
+        return _Turn(prompt, whole, start, end, ended)
+
+    def _end(self, whole: str, start: int) -> tuple[int, bool]:
+        """Where the turn that ends the rendering ends, and whether a token ends it."""
+        tail, token = self.template.tail, self.template.turn_end
+        if tail is not None and whole.endswith(tail) and len(whole) - len(tail) >= start:
+            content = len(whole) - len(tail)
+            if token:
+                return content + tail.index(token) + len(token), True
+            return content + len(tail.rstrip()), False
+        tokens = list(self.template.tokens.finditer(whole, start))
+        if tokens and not whole[tokens[-1].end() :].strip():
+            return tokens[-1].end(), True
+        return len(whole.rstrip()), False
+
+    def _note_changes(self, message: dict[str, Any], whole: str, start: int, end: int) -> None:
+        text = (message["content"] or "").strip()
+        at = whole.find(text, max(0, start - len(text)), end)
+        if at < 0:
+            self.noted[CHANGED] += 1
+        elif at < start and whole[at:start].strip():
+            self.noted[TWICE] += 1
+
+    def _found_again(self, chat: _Chat, turns: list[_Turn]) -> list[_Turn]:
+        """The same turns in the rendering of the last, which writes the earlier ones otherwise."""
+        whole, token = turns[-1].whole, self.template.turn_end
+        found = []
+        for turn in turns[:-1]:
+            start = shown(turn.prompt, whole, chat.hidden)
+            end = whole.find(token, start) if token and start is not None else -1
+            if start is None or end < 0:
+                raise self._lost(chat, "the assistant's earlier turn, which the chat template changes,")
+            found.append(_Turn(turn.prompt, whole, start, end + len(token), True))
+        return [*found, turns[-1]]
+
+    # -- nothing is left out without a word ----------------------------------------------------------------------------
+
+    def _lost(self, chat: _Chat, what: str) -> InputError:
+        return InputError(
+            f"{chat.where}: {what} cannot be found in what the chat template renders; delete the row, or set "
+            "data.chat_template to another"
+        )
+
+    def _check_tools(self, messages: list[dict[str, Any]], tools: list[Any], where: str) -> None:
+        if self._has_tools is None:
+            try:
+                with_tools = self.template.render(messages, tools, generation_prompt=True)
+                self._has_tools = with_tools != self.template.render(messages, generation_prompt=True)
+            except TemplateRefuses:
+                return  # said with the row's messages
+        if not self._has_tools:
+            raise InputError(
+                f"{where}: key 'tools': the chat template has no place for tools; set data.chat_template_name or "
+                "data.chat_template to one that has, or delete the key"
+            )
+
+    def _check_shown(self, chat: _Chat, messages: list[dict[str, Any]], rendered: str) -> None:
+        """Refuses a row with a message that the template leaves out."""
+        for number, message in enumerate(messages):
+            calls = json.dumps(message.get("tool_calls") or [])
+            key, text = ("tool_calls", calls) if message["role"] == "assistant" else ("content", message["content"])
+            if not (text or "").strip() or text == "[]" or (key == "content" and text.strip() in rendered):
+                continue
+            other: Any = MARK if key == "content" else []
+            changed = [{**m, key: other} if i == number else m for i, m in enumerate(messages)]
+            try:
+                left_out = self.template.render(changed, chat.tools) == self.template.render(messages, chat.tools)
+            except TemplateRefuses:
+                continue  # it reads what it would refuse
+            if left_out:
+                raise InputError(
+                    f"{chat.where}: the chat template leaves out {key} of message {number} (role "
+                    f"{message['role']}); set data.chat_template to one that has a place for it, or delete the row"
+                )
+
+    def _check_hidden(self, chat: _Chat, rendered: str, count: int) -> None:
+        """Refuses a row whose special tokens, kept as text, the template itself would have read."""
+        if not chat.hidden:
+            return
+        generation = count == chat.first and chat.prefill is None
+        messages = [unhidden(message, chat.hidden) for message in chat.messages[:count]]
+        plain = _Chat(chat.record, messages, unhidden(chat.tools, chat.hidden), chat.first, None, {})
+        if not generation and chat.prefill is not None and count == chat.first:
+            return
+        if self._render(plain, messages, generation) != unhidden(rendered, chat.hidden):
+            raise InputError(
+                f"{chat.where}: spells {json.dumps(next(iter(chat.hidden.values())))}, which the chat template reads; "
+                "set data.special_tokens to tokens, or take it out of the text"
+            )
+
+
+def _joined(turns: list[_Turn], hidden: dict[str, str]) -> Rendered:
+    """The turns, all of which stand in the rendering of the last, as one sequence."""
+    pieces = [turns[0].prompt]
+    for i, turn in enumerate(turns):
+        if i:
+            pieces.append(turns[-1].whole[turns[i - 1].end : turn.start])
+        pieces.append(turns[-1].whole[turn.start : turn.end])
+    return Rendered(tuple(pieces), ended=turns[-1].ended, hidden=tuple(hidden.items()))

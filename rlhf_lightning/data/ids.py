@@ -1,0 +1,172 @@
+"""Texts to ids, piece by piece: each piece gets the ids that it has behind the one before it.
+
+A tokenizer with a word mark (SentencePiece's, by a normaliser or by Metaspace) makes a text begin with a space that is
+not there; so a piece is tokenised behind what stands before it, whose ids are then taken off. Where these end otherwise
+alone than with the piece behind them, a merge would cross the border: it is held, and the piece stands behind a
+character that merges with nothing in it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from itertools import groupby
+from typing import Any, Literal
+
+from rlhf_lightning.data.conversations import Rendered
+from rlhf_lightning.data.hidden import unhidden
+from rlhf_lightning.models.template import tokens_pattern
+
+SpecialTokens = Literal["text", "tokens"]
+Ids = list[int]
+_ANCHORS = ("\n", ":", ".", "|", "x")
+
+
+class TextIds:
+    """The ids of pieces of text.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        special: whether special tokens that a user's text spells stay ``text``, or are taken for the ``tokens``.
+    """
+
+    def __init__(self, tokenizer: Any, special: SpecialTokens = "text") -> None:
+        self.tokenizer = tokenizer
+        self.special = special
+        self._added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}
+        known = {*self._added, *map(str, tokenizer.all_special_tokens)} - {str(tokenizer.unk_token)}
+        self.known = sorted(token for token in known if token.strip())
+        self.pattern = tokens_pattern(self.known)  # the special tokens, as texts spell them
+        probe = tokenizer("a").input_ids
+        bos = tokenizer.bos_token_id
+        self.bos: Ids = [bos] if bos is not None and probe and probe[0] == bos else []
+
+    @cached_property
+    def marked(self) -> bool:
+        """Whether a text by itself begins with more than it has: a word mark, or a space."""
+        return self._words("a") != "a"
+
+    @cached_property
+    def _marked_after_special(self) -> bool:
+        special = next((text for text in self._added if text.strip()), None)
+        return special is not None and self._words(special + "a") != special + "a"
+
+    def _words(self, text: str) -> str:
+        return "".join(map(str, self.tokenizer.convert_ids_to_tokens(self._call([text])[0])))
+
+    def plain(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of users' texts by themselves, none added."""
+        return self._call(list(texts), split_special_tokens=self.special == "text")
+
+    def rendered(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of what a template renders, its special tokens recognised."""
+        return self._call(list(texts))
+
+    def _call(self, texts: list[str], **options: Any) -> list[Ids]:
+        if not texts:
+            return []
+        # verbose=False: a long text is no mistake here, lengths are our own policy.
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+        return encoded.input_ids
+
+    def pieces(self, sequences: Sequence[Rendered]) -> list[list[Ids]]:
+        """The ids of every piece of every sequence; what begins and ends a sequence is added by none of them."""
+        found: dict[int, list[Ids]] = {}
+        for chat, function in ((False, self.plain), (True, self.rendered)):
+            numbers = [i for i, s in enumerate(sequences) if s.chat == chat and not s.hidden]
+            if numbers:
+                behind = self._behind((sequences[i].pieces for i in numbers), function)
+                found.update((i, [behind[pair] for pair in _pairs(sequences[i].pieces)]) for i in numbers)
+        for i, sequence in enumerate(sequences):
+            if sequence.hidden:
+                found[i] = [
+                    self._apart(piece, dict(sequence.hidden), n == 0) for n, piece in enumerate(sequence.pieces)
+                ]
+        return [found[i] for i in range(len(sequences))]
+
+    def _behind(
+        self, sequences: Iterable[tuple[str, ...]], function: Callable[[Sequence[str]], list[Ids]]
+    ) -> dict[tuple[str, str], Ids]:
+        """Ids of each piece, by the piece before it (empty for the first) and itself."""
+        pairs = list(dict.fromkeys(pair for pieces in sequences for pair in _pairs(pieces)))
+        if not self.marked:
+            texts = list(dict.fromkeys(text for _, text in pairs))
+            alone = dict(zip(texts, function(texts), strict=True))
+            return {pair: alone[pair[1]] for pair in pairs}
+        texts = list(dict.fromkeys(text for before, piece in pairs for text in (before, before + piece)))
+        ids = dict(zip(texts, function(texts), strict=True))
+        found = {}
+        for before, piece in pairs:
+            whole, begun = ids[before + piece], ids[before] if before else []
+            clean = whole[: len(begun)] == begun
+            found[before, piece] = whole[len(begun) :] if clean else self._anchored(piece, function)
+        return found
+
+    def _anchored(self, piece: str, function: Callable[[Sequence[str]], list[Ids]]) -> Ids:
+        anchors = function(_ANCHORS)
+        for anchor, ids in zip(anchors, function([anchor + piece for anchor in _ANCHORS]), strict=True):
+            if anchor and ids[: len(anchor)] == anchor:
+                return ids[len(anchor) :]
+        return function([piece])[0]
+
+    def _apart(self, text: str, hidden: dict[str, str], first: bool) -> Ids:
+        """Ids of a template's text in which a user spells special tokens: these stay text, the template's do not."""
+        ids: Ids = []
+        begin, before = 0, None
+        for found in [*self.pattern.finditer(text), None]:
+            words = text[begin : found.start() if found else len(text)]
+            if before is not None and before.rstrip:
+                words = words.lstrip()
+            own = self._added.get(found[0]) if found else None
+            if own is not None and own.lstrip:
+                words = words.rstrip()
+            if words:
+                ids += self._words_behind(unhidden(words, hidden), first and begin == 0, before is not None)
+            if found:
+                ids.append(self.tokenizer.convert_tokens_to_ids(found[0]))
+                begin, before = found.end(), own
+        return ids
+
+    def _words_behind(self, text: str, first: bool, after_special: bool) -> Ids:
+        def function(texts: Sequence[str]) -> list[Ids]:
+            return self._call(list(texts), split_special_tokens=True)
+
+        marked = first or (after_special and self._marked_after_special)
+        return self._anchored(text, function) if self.marked and not marked else function([text])[0]
+
+    def merges(self, sequences: Sequence[Rendered], pieces: Sequence[list[Ids]]) -> Counter[str]:
+        """How many of the sequences have other ids as one text: a merge would cross a border between their pieces.
+
+        Sequences in which users spell special tokens cannot be compared, and are not counted.
+        """
+        counted: Counter[str] = Counter()
+        for chat, function in ((False, self.plain), (True, self.rendered)):
+            numbers = [i for i, s in enumerate(sequences) if s.chat == chat and not s.hidden and len(s.pieces) > 1]
+            wholes = function(["".join(sequences[i].pieces) for i in numbers])
+            counted["compared"] += len(numbers)
+            counted["merged"] += sum(
+                [id for ids in pieces[i] for id in ids] != whole for i, whole in zip(numbers, wholes, strict=True)
+            )
+        return counted
+
+
+def _pairs(pieces: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Each piece with the one before it."""
+    return list(zip(("", *pieces[:-1]), pieces, strict=True))
+
+
+def readable(tokenizer: Any, ids: Ids) -> str:
+    """The ids as text, in which letters that only spell a special token are told from it."""
+    texts = TextIds(tokenizer)
+    special = set(tokenizer.convert_tokens_to_ids(texts.known))
+    whole = str(tokenizer.decode(ids))
+    if len(texts.pattern.findall(whole)) <= sum(id in special for id in ids):
+        return whole
+    runs = [list(run) for _, run in groupby(ids, lambda id: id in special)]
+    return "".join(
+        str(tokenizer.decode(run))
+        if run[0] in special
+        else texts.pattern.sub(lambda found: f"[text: {found[0]}]", str(tokenizer.decode(run)))
+        for run in runs
+    )

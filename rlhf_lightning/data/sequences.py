@@ -1,0 +1,65 @@
+"""Pieces of ids as one sequence: which of its tokens the assistant says, where its response begins, how it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Ids = list[int]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The ids of a prompt, then in turn of what the assistant says and of what others say between."""
+
+    ids: tuple[Ids, ...]
+
+    @property
+    def context(self) -> int:
+        """Tokens before the assistant's last turn."""
+        return sum(map(len, self.ids[:-1])) if len(self.ids) > 1 else len(self.ids[0])
+
+    @property
+    def response(self) -> int:
+        """Tokens after the prompt."""
+        return sum(map(len, self.ids[1:]))
+
+    @property
+    def longest_turn(self) -> int:
+        """Tokens of the assistant's longest turn."""
+        return max(map(len, self.ids[1::2]), default=0)
+
+    def cut(self, limit: int, bos: int | None) -> Pieces:
+        """Without what stands over ``limit`` tokens before the last turn; a first BOS stays.
+
+        A turn of the assistant's that is cut, or cut off, is part of the prompt from then on.
+        """
+        over = self.context - limit
+        if over <= 0:
+            return self
+        first = [bos] if self.ids[0][:1] == [bos] and limit > 1 else []
+        over += len(first)
+        kept = list(self.ids)
+        while len(kept) > 2 and over >= len(kept[0]):
+            over -= len(kept[0])
+            kept = [kept[1] + kept[2], *kept[3:]]
+        return Pieces((first + kept[0][over:], *kept[1:]))
+
+
+def split(pieces: Pieces, prompt: int) -> tuple[Tensor, Tensor | None]:
+    """The ids behind the first ``prompt`` ones, int32, and which of them the assistant says: None for all of them."""
+    ids = [id for piece in pieces.ids for id in piece]
+    said = [number % 2 == 1 for number, piece in enumerate(pieces.ids) for _ in piece]
+    mask = None if all(said[prompt:]) else torch.tensor(said[prompt:], dtype=torch.bool)
+    return torch.tensor(ids[prompt:], dtype=torch.int32), mask
+
+
+def common_prompt(sides: Sequence[Pieces]) -> Ids:
+    """What all sides begin with, of their prompts."""
+    prompts = [side.ids[0] for side in sides]
+    shortest = min(prompts, key=len)
+    length = next((i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1), len(shortest))
+    return shortest[:length]

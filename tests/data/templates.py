@@ -1,0 +1,35 @@
+"""Small chat templates in the ways of well-known families, written for these tests."""
+
+from __future__ import annotations
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The generation prompt opens the reasoning; a conversation has the assistant's words as they are.
+OPENS = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+# Reasoning of earlier turns is dropped, and the last turn always has some.
+DROPS = (
+    "{% for m in messages %}{% set text = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '' %}"
+    "{% set thought = thought.strip('\n') %}"
+    "{{ '<|im_start|>assistant\n<think>\n' + thought + '\n</think>\n\n' + text + '<|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+# No system message, and the texts between brackets; the turn ends in EOS behind a space.
+BRACKETS = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+    "{% elif m.role == 'user' %}{{ '[I] ' + m.content.strip() + ' [/I]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+NO_END = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+TOOLS = "{% if tools %}{{ 'TOOLS ' + tools | tojson + '\n' }}{% endif %}" + CHATML.replace(
+    "(m.content or '')", "(m.content or '') + (m.tool_calls | tojson if m.tool_calls else '')"
+)
+DATED = "{{ 'Today is ' + strftime_now('%d %B %Y') + '.\n' }}" + CHATML
