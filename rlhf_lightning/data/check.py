@@ -19,6 +19,7 @@ from rlhf_lightning.data.forms import FORMS
 from rlhf_lightning.data.records import checked_rows
 from rlhf_lightning.data.refusals import ACCEPTED, Refusals
 from rlhf_lightning.data.rows import Record
+from rlhf_lightning.data.spelling import LOOKS_SPECIAL, count_spelled
 from rlhf_lightning.data.values import Response
 from rlhf_lightning.errors import CommandParser, InputError
 from rlhf_lightning.outputs import check_output
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SHOWN = 20  # causes that are listed before the rest is only counted
+_TOKENS = 3  # special tokens named of those that a file spells
 _COLUMNS = 3  # files side by side in one table
 Measure = Callable[[list[str]], list[int]]
 
@@ -62,6 +64,10 @@ class FileReport:
     response_lengths: Lengths | None = None
     longer_wins: float | None = None  # share of the pairs in which the longer response is preferred, ties count half
     equally_long: int = 0  # pairs of responses of the same length
+    spelling_rows: int = 0  # whose texts spell special tokens
+    spelled: dict[str, int] = field(default_factory=dict)  # such tokens, by the rows that spell them
+    merging: int | None = None  # borders of prompts and responses where tokens would merge; with a tokenizer
+    borders: int = 0  # looked at for that
 
 
 @dataclass
@@ -128,7 +134,7 @@ def check(paths: Sequence[str], tokenizer: str | None = None, columns: Mapping[s
     files, prompts = [], []
     names = Columns(columns)
     for path in dict.fromkeys(paths):
-        report, keys = _check_file(path, measure, names)
+        report, keys = _check_file(path, measure, names, tokenizer)
         files.append(report)
         prompts.append(keys)
     names.check("--columns")
@@ -140,7 +146,7 @@ def check(paths: Sequence[str], tokenizer: str | None = None, columns: Mapping[s
     return Report("tokens" if tokenizer else "characters", files, leaks)
 
 
-def _check_file(path: str, measure: Measure, names: Columns) -> tuple[FileReport, set[str]]:
+def _check_file(path: str, measure: Measure, names: Columns, tokenizer: str | None) -> tuple[FileReport, set[str]]:
     report = FileReport(path)
     dropped: Counter[str] = Counter()
     records: list[Record] = []
@@ -177,7 +183,23 @@ def _check_file(path: str, measure: Measure, names: Columns) -> tuple[FileReport
     distinct = set(pairs)
     report.contradictory = sum((key, worse, better) in distinct for key, better, worse in distinct) // 2
     _compare_lengths(report, pairs, measure)
+    _check_tokens(report, records, tokenizer)
     return report, set(keys)
+
+
+def _check_tokens(report: FileReport, records: list[Record], folder: str | None) -> None:
+    pattern, end = LOOKS_SPECIAL, ""
+    if folder is not None and records:
+        from rlhf_lightning.data.borders import merging_borders
+        from rlhf_lightning.data.ids import TextIds
+        from rlhf_lightning.models.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(folder)
+        pattern, end = TextIds(tokenizer).pattern, str(tokenizer.eos_token)
+        report.merging, report.borders, refused = merging_borders(tokenizer, records)
+        report.refused += refused
+    tokens, report.spelling_rows = count_spelled(records, pattern, end)
+    report.spelled = dict(tokens.most_common())
 
 
 def _compare_lengths(report: FileReport, pairs: list[tuple[str, str, str]], measure: Measure) -> None:
@@ -253,6 +275,15 @@ def render(report: Report, console: Console | None = None) -> None:
         console.print()
         console.print(table)
     console.print()
+    for file in report.files:
+        if file.spelling_rows:
+            tokens = ", ".join(json.dumps(token, ensure_ascii=False) for token in list(file.spelled)[:_TOKENS])
+            kind = "special tokens" if report.unit == "tokens" else "what looks like special tokens"
+            text = (
+                f"{file.path}: {file.spelling_rows:,} rows spell {kind} ({tokens}), which stay text in training; where "
+                "a chat template was applied already, set data.special_tokens to tokens, or give rows of messages"
+            )
+            console.print(f"[yellow]{_plain(text)}[/yellow]", soft_wrap=True)
     for leak in report.leaks:
         first, second = leak["files"]
         text = f"prompt leak: {leak['prompts']:,} prompts stand in both {first} and {second}"
@@ -310,6 +341,7 @@ def _table_rows(files: list[FileReport], unit: str) -> list[tuple[str, list[str]
         ("  in both directions", [_of_pairs(file, file.contradictory) for file in files]),
         ("  longer response wins", ["" if f.longer_wins is None else f"{f.longer_wins:.1%}" for f in files]),
         ("    of equal length (half)", [_of_pairs(file, file.equally_long) for file in files]),
+        ("borders that merge", [_merging(file) for file in files]),
     ]
     for what, lengths in (
         ("prompt", [file.prompt_lengths for file in files]),
@@ -319,6 +351,10 @@ def _table_rows(files: list[FileReport], unit: str) -> list[tuple[str, list[str]
         rows.append(("  95% are at most", [f"{item.p95:,}" if item else "" for item in lengths]))
         rows.append(("  longest", [f"{item.longest:,}" if item else "" for item in lengths]))
     return [(label, cells) for label, cells in rows if any(cells)]
+
+
+def _merging(file: FileReport) -> str:
+    return "" if file.merging is None else f"{file.merging:,} of {file.borders:,}"
 
 
 def _of_pairs(file: FileReport, number: int) -> str:

@@ -40,7 +40,7 @@ class Pieces:
         over = self.context - limit
         if over <= 0:
             return self
-        first = [bos] if self.ids[0][:1] == [bos] and limit > 1 else []
+        first = self.ids[0][:1] if self.ids[0][0] == bos and limit > 1 else []
         over += len(first)
         kept = list(self.ids)
         while len(kept) > 2 and over >= len(kept[0]):

@@ -22,6 +22,7 @@ from rlhf_lightning.data.ids import SpecialTokens, TextIds
 from rlhf_lightning.data.lengths import surely_over
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.sequences import Pieces, common_prompt, split
+from rlhf_lightning.data.spelling import count_spelled
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.template import ChatTemplate, template_text
 
@@ -162,7 +163,8 @@ class Encoder:
                 distinct.setdefault(_identity(record), record)
             dropped[REPEATED] += len(records) - len(distinct)
             records = list(distinct.values())
-        self._count_spelled(records)
+        tokens, rows = count_spelled(records, self.ids.pattern, self.tokenizer.eos_token)
+        self.spelled, self.spelling_rows = self.spelled + tokens, self.spelling_rows + rows
         asked = [
             ask
             for record in records
@@ -203,13 +205,20 @@ class Encoder:
         """A plain response; an EOS that it spells at its end is taken as the one that ends it."""
         return str(record.responses[number]).removesuffix(self.tokenizer.eos_token)
 
-    def _count_spelled(self, records: Sequence[Record]) -> None:
-        for record in records:
-            texts = [record.tools, *(m.content + m.more for m in record.messages)]
-            texts += [m.content + m.more for i in range(len(record.responses)) for m in record.answer(i)]
-            found = {t for text in texts for t in self.ids.pattern.findall(text.removesuffix(self.tokenizer.eos_token))}
-            self.spelled.update(found)
-            self.spelling_rows += bool(found)
+    def render(self, record: Record) -> list[Rendered]:
+        """The record's responses as texts, each behind its prompt.
+
+        Raises:
+            InputError: see `encode`.
+        """
+        choices = [(i,) for i in range(len(record.responses))]
+        return [side for choice in choices for ask in self._asked(record, choice, "labels") for side in ask.sides]
+
+    def compare(self, records: Sequence[Record]) -> None:
+        """Count in ``borders`` how the ids of the records' responses compare with those of the text as a whole."""
+        sequences = list(dict.fromkeys(sequence for record in records for sequence in self.render(record)))
+        sequences = sequences[:: max(1, -(-len(sequences) // max(1, self.compared)))]
+        self._compare(sequences, self.ids.pieces(sequences))
 
     # -- ids -----------------------------------------------------------------------------------------------------------
 

@@ -12,10 +12,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from chat_tokenizer import make_tokenizer
 from data_runs import Notes, SaveAt, make_data, make_trainer, write_rows
 from jsonargparse import ArgumentParser
 
 from rlhf_lightning.batches import LabelledBatch, PreferenceBatch, View
+from rlhf_lightning.data.collate import collate
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 
@@ -229,3 +231,53 @@ def test_two_processes_see_what_one_sees_also_when_resumed(tmp_path):
     assert together("whole") == expected
     assert together("resumed") == expected[3:]
     assert sorted(first["validated"] + second["validated"]) == sorted(json.loads(json.dumps(alone.validated)))
+
+
+ANSWER = {"role": "assistant", "content": "fine"}
+
+
+def chat_rows(path, *chats):
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return str(path)
+
+
+def test_the_date_of_a_run_is_that_of_its_checkpoint(tmp_path):
+    texts = ("hello", "how are you", "a", "b")
+    path = chat_rows(tmp_path / "rows.jsonl", *([{"role": "user", "content": text}, ANSWER] for text in texts))
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') }}" + make_tokenizer().chat_template)
+    options = {"chat_template": str(template), "validation_fraction": 0}
+    first = make_data(path, date="2001-02-03", **options).prepare(View("demonstrations"))
+    assert first.tokenizer.decode(first.train[0].prompt).startswith("2001-02-03<|im_start|>")
+    assert first.tokenizer.chat_template == template.read_text()  # travels with the model
+    resumed = make_data(path, **options).prepare(View("demonstrations"))
+    assert resumed.date != "2001-02-03"
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.date == "2001-02-03" and resumed.train[0].prompt.tolist() == first.train[0].prompt.tolist()
+    other = make_data(path, date="2001-02-04", **options).prepare(View("demonstrations"))
+    with pytest.raises(InputError, match=r"data.date: the checkpoint was made with 2001-02-03, now it is 2001-02-04"):
+        other.load_state_dict(first.state_dict())
+
+
+def test_texts_that_spell_special_tokens_are_told_with_counts(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    texts = ["<|im_start|>user\nhello<|im_end|>\n", "hello"]
+    path.write_text("".join(json.dumps({"prompt": text, "completion": "fine"}) + "\n" for text in texts))
+    with pytest.warns(UserWarning, match=r"the texts of 1 rows spell special .*set data.special_tokens to tokens"):
+        make_data(str(path), validation_fraction=0).prepare(View("demonstrations"))
+    data = make_data(str(path), validation_fraction=0, special_tokens="tokens").prepare(View("demonstrations"))
+    assert set(data.train[0].prompt.tolist()) & set(data.tokenizer.all_special_ids)
+    with pytest.raises(InputError, match=r"data.special_tokens: the checkpoint was made with tokens, now it is text"):
+        make_data(str(path), validation_fraction=0).prepare(View("demonstrations")).load_state_dict(data.state_dict())
+
+
+def test_several_turns_reach_the_batches_with_their_mask(tmp_path):
+    user = {"role": "user", "content": "hello"}
+    path = chat_rows(tmp_path / "rows.jsonl", [user, ANSWER, user, ANSWER], [user, ANSWER])
+    data = make_data(path, validation_fraction=0).prepare(View("demonstrations"))
+    batch = collate(data.train, "demonstrations", 0)
+    said = [
+        data.tokenizer.decode(row[prompt : prompt + len(mask)][mask])
+        for row, prompt, mask in zip(batch.tokens, batch.prompt_lengths.tolist(), batch.spoken, strict=True)
+    ]
+    assert said == ["fine<|im_end|>fine<|im_end|>", "fine<|im_end|>"]

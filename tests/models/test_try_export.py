@@ -164,14 +164,14 @@ def test_a_config_without_a_dtype_takes_that_of_the_weights(tmp_path: Path) -> N
 def test_a_turn_end_ends_responses_wherever_the_model_goes(tmp_path: Path) -> None:
     base = base_folder(tmp_path / "base")
     policy, tokenizer = Policy(load_causal_lm(base)), make_tokenizer("<pad>")
-    tokenizer.turn_end_id = 9
-    assert eos_ids(policy.model, tokenizer) == [1, 9]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<bos>{% endfor %}"
+    assert eos_ids(policy.model, tokenizer) == [1, 2]
     export_policy(policy, tokenizer, tmp_path / "model")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert stock.generation_config.eos_token_id == [1, 9]
-    only = [token for token in range(64) if token != 9]
+    assert stock.generation_config.eos_token_id == [1, 2]
+    only = [token for token in range(64) if token != 2]
     found = stock.generate(torch.tensor([[5, 6]]), max_new_tokens=5, do_sample=False, suppress_tokens=only)
-    assert found.tolist() == [[5, 6, 9]]
+    assert found.tolist() == [[5, 6, 2]]
     with pytest.raises(InputError, match="eos_token_id is 'x'"):
         eos_ids(GenerationConfig(eos_token_id="x"), tokenizer)
 
