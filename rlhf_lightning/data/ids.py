@@ -57,11 +57,33 @@ class TextIds:
 
     def plain(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of users' texts by themselves, none added."""
-        return self._call(list(texts), split_special_tokens=self.special == "text")
+        return self._as_text(list(texts)) if self.special == "text" else self._call(list(texts))
 
     def rendered(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of what a template renders, its special tokens recognised."""
         return self._call(list(texts))
+
+    def _as_text(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids in which no text is a special token."""
+        found = self._call(list(texts), split_special_tokens=True)
+        return [
+            self._broken(text) if self.pattern.search(text) and self._special_ids.intersection(ids) else ids
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return set(self.tokenizer.convert_tokens_to_ids(self.known))
+
+    def _broken(self, text: str) -> Ids:
+        """For models that spell a special token by itself even where it is text: each such word in two parts."""
+        cuts = [found.start() + 1 for found in self.pattern.finditer(text)]
+        parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+        def function(words: Sequence[str]) -> list[Ids]:
+            return self._call(list(words), split_special_tokens=True)
+
+        return function(parts[:1])[0] + [id for part in parts[1:] for id in self._anchored(part, function)]
 
     def _call(self, texts: list[str], **options: Any) -> list[Ids]:
         if not texts:
@@ -129,11 +151,8 @@ class TextIds:
         return ids
 
     def _words_behind(self, text: str, first: bool, after_special: bool) -> Ids:
-        def function(texts: Sequence[str]) -> list[Ids]:
-            return self._call(list(texts), split_special_tokens=True)
-
         marked = first or (after_special and self._marked_after_special)
-        return self._anchored(text, function) if self.marked and not marked else function([text])[0]
+        return self._anchored(text, self._as_text) if self.marked and not marked else self._as_text([text])[0]
 
     def merges(self, sequences: Sequence[Rendered], pieces: Sequence[list[Ids]]) -> Counter[str]:
         """How many of the sequences have other ids as one text: a merge would cross a border between their pieces.
