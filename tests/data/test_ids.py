@@ -78,8 +78,8 @@ def test_words_that_spell_a_special_token_get_the_ids_of_words_in_a_template():
         text = Rendered(("<|user|>\nthe \U00100000 cat<|end|>",), hidden=(("\U00100000", "<|end|>"),))
         (pieces,) = ids.pieces([text])
         assert Counter(i for i in pieces[0] if i in special) == Counter(special), name
-        expected = tokenizer("<|user|>\nthe <|end|> cat", add_special_tokens=False, split_special_tokens=True).input_ids
-        assert len(pieces[0]) <= len(expected) + 2
+        read = tokenizer.decode(pieces[0], skip_special_tokens=True).replace(" ", "")
+        assert read.strip() == "the<|end|>cat", name
 
 
 def test_an_example_tells_words_from_the_tokens_that_they_spell():
