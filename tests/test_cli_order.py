@@ -58,6 +58,13 @@ def write(name: str, text: str) -> str:
 # Order
 
 SETS = [
+    [
+        "--model PPOModule",
+        "--model.model m",
+        "--data.path x",
+        "--model.reward FunctionReward",
+        "--model.reward.function f.py:f",
+    ],
     ["--config ppo.yaml", "--model.lora_rank 4", "--data.path x", "--data PreferenceDataModule", "--data.batch_size=8"],
     ["--config ppo.yaml", "--config lora.yaml", "--config fsdp.yaml", "--data.path x", "--trainer.max_epochs 2"],
     ["--config sft.yaml", "--config lora.yaml", "--model.model m", "--data.path x", "--model.lora_alpha null"],

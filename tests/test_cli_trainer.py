@@ -127,6 +127,7 @@ def test_fsdp_is_fsdp2_in_the_runs_config(elsewhere: None, capsys: pytest.Captur
         ("ppo.yaml", "--trainer.strategy fsdp_cpu_offload", "fsdp_cpu_offload is not supported: .*; use fsdp2 with"),
         ("ppo.yaml", "--trainer.strategy ddp_spawn", "ddp_spawn is not supported: .*; use ddp or fsdp2"),
         ("sft.yaml", "--trainer.strategy deepspeed_stage_2", "deepspeed_stage_2 is not supported: .*; use fsdp2"),
+        ("sft.yaml", "--trainer.strategy model_parallel", "model_parallel is not supported: .*; use fsdp2 to shard"),
         ("sft.yaml", "--trainer.barebones true --trainer.logger true", "trainer.barebones: does without logger"),
     ],
 )
@@ -169,6 +170,7 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
         ("--model torch.nn.Linear", "--model: torch.nn.Linear is no RLHFModule"),
         ("--model [1]", "--model: expected the name of a RLHFModule and its init_args, got [1]"),
         ("--model.learning_rate=", "--model.learning_rate: expected PositiveFloat, got nothing"),
+        ("--model.help PPOModul", "--model.help: no class 'PPOModul' is known (did you mean PPOModule?)"),
         ("--model.nope.x 3", "--model.nope.x: unknown key"),
         ("--data", "--data: a value must follow"),
         ("--trainer.callbacks+=my.Nope", "--trainer.callbacks: no class 'my.Nope': there is no module my"),

@@ -72,7 +72,7 @@ def explain(
         of = f" by {classes[-1].rsplit('.', 1)[-1]}" if classes else ""
         return f"{' and '.join(names)}: required{of} but not given; add --{names[0]} VALUE or write it in the config"
     key = ".".join(keys)
-    place = _place(key, arguments, paths)
+    place = _place(key, arguments, paths) or next((word for word in arguments if word.endswith(".help")), "")
     restriction = _RESTRICTION.search(message)
     if restriction:
         kind, value, rule = restriction.groups()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch.strategies import StrategyRegistry
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
@@ -83,7 +82,7 @@ def _fit_strategy(options: Namespace) -> list[str]:
     if name in _SUPPORTED:
         return []
     for part, why in _REFUSED.items():
-        if part in name and name in StrategyRegistry:
+        if part in name:
             raise InputError(
                 f"trainer.strategy: {name} is not supported: {why}; {_REMEDY.get(part, 'use ddp or fsdp2')}"
             )
