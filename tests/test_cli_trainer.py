@@ -146,6 +146,7 @@ def test_what_the_modules_cannot_do_names_what_they_can(config: str, options: st
         ),
         ("--trainer.val_check_interval 100", "`val_check_interval` (100) must be less than or equal to the number"),
         ("--trainer.precision transformer-engine", "trainer: Requirement 'transformer_engine"),
+        ("--trainer.callbacks+=Timer", "config.yaml cannot hold"),
         ("--trainer.devices 0", "value is not a valid input using cpu"),
     ],
 )

@@ -227,6 +227,7 @@ class TrainingCLI(LightningCLI):
         if first_process():
             for note in self.layers.notes:
                 say(notice("note", note))
+        self._check_that_it_can_be_written()
         read_from = self.options.clone().as_dict()
         check_inputs(read_from)
         self.run = self._run_to_write()
@@ -240,6 +241,16 @@ class TrainingCLI(LightningCLI):
             read = inputs_of(self.options.data.init_args, self.options.model.init_args.get("model"))
             check_output(self._predictions, "--output", [*read, *self.paths])
         self.save_config_kwargs = {"overwrite": True}
+
+    def _check_that_it_can_be_written(self) -> None:
+        """InputError where the run's config cannot: some defaults of Lightning's own classes have no form in YAML."""
+        try:
+            self._parser(self.config.subcommand).dump(self.options, skip_none=False)
+        except ValueError as error:
+            value = str(error).rpartition("Given value: ")[2].strip()
+            raise InputError(
+                f"config.yaml cannot hold {value}; give what is in angle brackets there as plain text, or leave it out"
+            ) from error
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; an InputError of a constructor comes through as it is.
