@@ -21,6 +21,7 @@ UNLIKE = "generation prompt unlike the whole conversation, which is taken"
 TWICE = "opening of a response that the generation prompt has already, taken once"
 CHANGED = "response that the chat template changes"
 FOLDED = "system message put into the user's, as the chat template takes none"
+RENAMED = "developer message given as the system's, as the chat template knows no other"
 APART = "conversation in one sequence a turn, as the chat template changes earlier ones"
 
 
@@ -139,6 +140,7 @@ class Conversations:
             self._roles[role] = self._how_to_steer(role)
         how = self._roles[role]
         if how != "folded":
+            self.noted[RENAMED] += how != role
             return [{**messages[0], "role": how}, *messages[1:]]
         self.noted[FOLDED] += 1
         text = f"{messages[0]['content']}\n\n{messages[1]['content']}"

@@ -33,7 +33,7 @@ def spelled(record: Record, pattern: re.Pattern[str], end: str = "") -> set[str]
 def count_spelled(records: Sequence[Record], pattern: re.Pattern[str], end: str = "") -> tuple[Counter[str], int]:
     """How many rows spell each token, and how many spell any."""
     found = [spelled(record, pattern, end) for record in records]
-    return Counter(token for tokens in found for token in tokens), sum(map(bool, found))
+    return Counter(token for tokens in found for token in sorted(tokens)), sum(map(bool, found))
 
 
 def _texts(words: str | tuple[Message, ...]) -> list[str]:

@@ -140,7 +140,7 @@ class Encoder:
     @property
     def noted(self) -> Counter[str]:
         """What the template made of rows that one would not expect, by how many."""
-        return Counter(self.conversations.noted if self.conversations is not None else {})
+        return +Counter(self.conversations.noted if self.conversations is not None else {})
 
     def encode(
         self, records: Sequence[Record], kind: Kind, demonstrations: bool = False, every_row: bool = False

@@ -193,6 +193,10 @@ def test_a_system_message_that_the_template_refuses_begins_the_users(tokenizer):
         assert tokenizer.decode(ids(example)) == "[I] be kind\n\nhello [/I] fine <|im_end|>"
         assert encoder.noted == {"system message put into the user's, as the chat template takes none": 1}
     assert "be kind" in tokenizer.decode(encode(tokenizer, talk(*turns))[0].prompt)
+    tokenizer_of.chat_template = "{% for m in messages if m.role != 'developer' %}{{ m.role + m.content }}{% endfor %}"
+    encoder = Encoder(tokenizer_of)
+    encoder.encode([talk(("developer", "be kind"), *turns[1:])], "prompts")
+    assert encoder.noted == {"developer message given as the system's, as the chat template knows no other": 1}
 
 
 def test_named_templates(tokenizer):
