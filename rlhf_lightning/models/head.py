@@ -29,11 +29,12 @@ class Head:
 
     Attributes:
         scale: see ``Policy.logit_scale``.
+        width: H, of the trunk's last states (OPT-350m's are narrower than its layers).
         alone: whether the head can be run on states. False where only the model's own forward, from tokens to logits,
             is known to be right: then no method here may be called.
 
     Raises:
-        InputError: the model's weights are not finite.
+        InputError: the model's weights are not finite, or it is no causal model.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary) -> None:
@@ -95,8 +96,11 @@ class Head:
         expected = model(input_ids=tokens, use_cache=False).logits[0]
         if not bool(torch.isfinite(expected).all()):
             raise InputError(f"{model.name_or_path}: its weights are NaN or infinite; take an earlier model")
+        if not _close(model(input_ids=tokens[:, :-1], use_cache=False).logits[0], expected[:-1]):
+            raise InputError(f"{model.name_or_path}: {name} sees the tokens to come: give a causal language model")
         output = model.base_model(input_ids=tokens, use_cache=False)
         states = output.last_hidden_state[0]
+        self.width = states.shape[1]
         self._output_type = type(output)
         if not self._find_trunk(states, expected):
             warnings.warn(

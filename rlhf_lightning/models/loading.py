@@ -8,9 +8,7 @@ same function, else the first PPO ratio is not 1.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,12 +29,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.models import adapter_folders
+from rlhf_lightning.models.folders import check_weight_files, find, some
 from rlhf_lightning.models.layers import embedding_weight
+from rlhf_lightning.models.positions import rope_limit
+from rlhf_lightning.models.reward_heads import find_head, normalise_as_saved, put_head, tells_outputs
 from rlhf_lightning.models.template import turn_end_id
 
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -48,7 +48,10 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
     Raises:
         InputError: there is no such folder, it has no tokenizer that loads, or the tokenizer has no EOS token.
     """
-    folder = _find(path)
+    folder = find(path)
+    base = adapter_folders.base_of(folder)
+    if base is not None and not (Path(folder) / "tokenizer_config.json").is_file():
+        folder = base
     with _loading(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
@@ -73,7 +76,7 @@ def load_causal_lm(
     if missing:
         made_for = ", ".join(config.architectures or ["another kind of model"])
         raise InputError(
-            f"{path}: the weights of {made_for} lack {_some(missing)}: give the folder of a causal language model"
+            f"{path}: the weights of {made_for} lack {some(missing)}: give the folder of a causal language model"
         )
     return model
 
@@ -100,15 +103,22 @@ def load_scalar_model(
             meant.
     """
     config = _load_config(path, trust_remote_code)
+    folder = Path(find(path))
+    head = find_head(folder) if folder.is_dir() and not fresh_head else None
+    if fresh_head or (head is not None and (head[0] != "score" or not tells_outputs(folder))):
+        config.num_labels = 1 if head is None else len(head[1]["weight"])
     labels = config.num_labels
-    if fresh_head:
-        config.num_labels = 1
     model, missing = _load_model(AutoModelForSequenceClassification, path, config, dtype, trust_remote_code)
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear):
         raise InputError(
             f"{path}: {type(model).__name__} keeps its head elsewhere than in 'score': use a decoder-only model"
         )
+    if head is not None and labels == 1:
+        normalise_as_saved(model.config, head[1])
+        if head[0] != "score":
+            put_head(model, *head, path)
+            missing.remove("score.weight")
     if not fresh_head and "score.weight" in missing:
         raise InputError(
             f"{path}: no trained reward head in these weights (score.weight is missing): train one with "
@@ -117,7 +127,7 @@ def load_scalar_model(
     if not fresh_head and labels != 1:
         raise InputError(f"{path}: the head has {labels} outputs, not 1: give a reward model's folder")
     if other := [name for name in missing if not name.startswith("score.")]:
-        raise InputError(f"{path}: the weights lack {_some(other)}: the folder is incomplete")
+        raise InputError(f"{path}: the weights lack {some(other)}: the folder is incomplete")
     if fresh_head:
         draw_head(score, seed)
     return model
@@ -173,6 +183,12 @@ def check_length(model: PreTrainedModel, tokens: int, where: str | Path = "model
     Raises:
         InputError: learned positions would be an index error, rotary ones silently wrong.
     """
+    if (limit := rope_limit(model.config)) is not None and tokens > limit:
+        raise InputError(
+            f"{where}: prompt and response may take {tokens} tokens, and past {limit} the angles of this model's "
+            "rotary positions change for a whole batch at once, so a row's log-probs would depend on the rows beside "
+            "it: lower data.max_prompt_tokens, data.max_response_tokens or model.max_new_tokens"
+        )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise InputError(
@@ -198,25 +214,14 @@ def eos_ids(source: PreTrainedModel | GenerationConfig | None, tokenizer: PreTra
     return sorted({*ids, tokenizer.eos_token_id, turn_end_id(tokenizer)} - {None})
 
 
-def _find(path: str | Path) -> str:
-    """A folder that exists, or a name worth asking the hub for."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if folder.exists():
-        raise InputError(f"{path}: a file, where a model folder is expected: give the folder that holds config.json")
-    # "runs/model" reads like a hub name too: a first part that exists here says that a folder was meant.
-    if not _HUB_NAME.fullmatch(str(path)) or (len(folder.parts) > 1 and Path(folder.parts[0]).exists()):
-        raise InputError(f"{path}: no such folder: check the path, or run the stage that writes it first")
-    return str(path)
-
-
 def _load_config(path: str | Path, trust_remote_code: bool) -> PretrainedConfig:
-    folder = _find(path)
+    folder = find(path)
+    folder = adapter_folders.base_of(folder) or folder
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise InputError(f"{path}: no config.json in this folder: give a model folder in Hugging Face's format")
     with _loading(path, "config"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _check_kind(config, path)
     _disable_dropout(config)
     return config
 
@@ -225,20 +230,28 @@ def _load_model(
     auto: Any, path: str | Path, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of its weights that the folder does not have."""
-    folder = _find(path)
-    if Path(folder).is_dir():
-        _check_weight_files(Path(folder))
+    folder = find(path)
+    base = adapter_folders.base_of(folder)
+    source = base or folder
+    if Path(source).is_dir():
+        check_weight_files(Path(source))
+    # The fused experts' fast product is not made for float64, which Lightning's 64-true has models built in.
+    exact = torch.float64 in (dtype, torch.get_default_dtype())
+    options = {"experts_implementation": "eager"} if exact and _has_experts(config) else {}
     # On the CPU, also where Lightning has set another default device: from_pretrained there wants accelerate.
     with _loading(path, "model"), torch.device("cpu"):
         model, info = auto.from_pretrained(
-            folder,
+            source,
             config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told below, in one line
+            **options,
         )
-    model.stored_dtype = _stored_dtype(config, Path(folder))
+        if base is not None:
+            model = adapter_folders.merge(model, folder)
+    model.stored_dtype = _stored_dtype(config, Path(source))
     missing = set(info["missing_keys"])
     for name, found, expected in info["mismatched_keys"]:
         if not name.startswith("score."):
@@ -270,24 +283,33 @@ def _stored_dtype(config: PretrainedConfig, folder: Path) -> torch.dtype:
     return dtype if dtype in _SAFETENSORS.values() else torch.float32
 
 
+def _has_experts(config: PretrainedConfig) -> bool:
+    return any("expert" in name for name in vars(config.get_text_config()))
+
+
+def _check_kind(config: PretrainedConfig, path: str | Path) -> None:
+    """Refuse what no causal LM can be made of, or none that can be trained."""
+    if config.is_encoder_decoder:
+        raise InputError(f"{path}: {config.model_type} is an encoder with a decoder: give a decoder-only model")
+    if getattr(config, "quantization_config", None) is not None:
+        given = config.quantization_config
+        method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+        raise InputError(
+            f"{path}: its weights are quantised ({method or 'quantization_config'}), and training needs them whole: "
+            "give the model that it was made from"
+        )
+    if config.get_text_config() is not config:
+        raise InputError(
+            f"{path}: {config.model_type} is a model of text and of something else: give a folder of its language "
+            "model alone"
+        )
+
+
 def _disable_dropout(config: PretrainedConfig) -> None:
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in vars(part).items():
             if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
                 setattr(part, name, 0.0)
-
-
-def _check_weight_files(folder: Path) -> None:
-    if any((folder / name).is_file() for name in _WEIGHT_FILES):
-        return
-    for name in _WEIGHT_FILES:
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if lost := [shard for shard in shards if not (folder / shard).is_file()]:
-                raise InputError(f"{folder}: {_some(lost)} is named in {index.name} and missing: copy the folder again")
-            return
-    raise InputError(f"{folder}: no weights in this folder: it needs {' or '.join(_WEIGHT_FILES)}")
 
 
 @contextlib.contextmanager
@@ -314,7 +336,3 @@ def _loading(path: str | Path, what: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{path}: no {what} could be loaded from here: {reason}") from error
-
-
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -4,6 +4,8 @@ LoRA (Hu et al. 2021, equation 3): ``W x`` becomes ``W x + alpha / r * B (A x)``
 ``[out, r]`` starts at zero and W is frozen. The layers are peft's (the ``lora`` extra), put into the trunk: the head
 stays one plain linear layer, as the fused operators need it. With the adapter switched off the model is the one that
 was loaded, bit for bit.
+
+A mixture's experts that are fused into one parameter ``[E, out, in]`` have an adapter each, all of rank r.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def add_adapter(
         model: on the CPU.
         rank: r.
         alpha: scales the adapter's output by alpha / r.
-        targets: endings of the names of the layers to adapt, as ``q_proj``; None: all linear layers of the trunk.
+        targets: endings of the names of the layers or fused experts to adapt, as ``q_proj`` or ``gate_up_proj``; None:
+            all linear layers of the trunk, and all its fused experts.
         seed: of A's draw, the same for every process.
 
     Raises:
@@ -42,9 +45,15 @@ def add_adapter(
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise InputError("model.lora_rank: LoRA needs peft; run: pip install 'rlhf-lightning[lora]'") from None
-    names = "all-linear" if targets is None else list(targets)
-    config = LoraConfig(r=int(rank), lora_alpha=float(alpha), target_modules=names)  # type: ignore[arg-type]
     trunk = model.base_model
+    experts = [name for name in fused_experts(trunk) if targets is None or _ends(name, targets)]
+    layers = None if targets is None else [target for target in targets if not any(_ends(n, [target]) for n in experts)]
+    config = LoraConfig(
+        r=int(rank),
+        lora_alpha=float(alpha),
+        target_modules="all-linear" if layers is None else layers or None,  # type: ignore[arg-type]
+        target_parameters=experts or None,
+    )
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft sees by itself that GPT-2's weights are transposed, and says so
@@ -54,8 +63,26 @@ def add_adapter(
         except ValueError as error:
             raise InputError(f"model.lora_targets: {' '.join(str(error).split())[:300]}") from error
     for name, layer in adapted_layers(trunk).items():
+        if hasattr(layer, "parameter_name"):  # fused experts
+            continue
         if layer.weight.ndim != 2 or isinstance(layer.base_layer, nn.Embedding):
             raise InputError(f"model.lora_targets: {name} is {type(layer.base_layer).__name__}; name linear layers")
+
+
+def fused_experts(trunk: nn.Module) -> list[str]:
+    """The names of parameters that are many matrices in one, ``[E, out, in]``."""
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [
+        f"{name}.{own}"
+        for name, module in trunk.named_modules()
+        if not isinstance(module, convolutions)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    ]
+
+
+def _ends(name: str, targets: Sequence[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def base_fingerprint(model: PreTrainedModel) -> str:
@@ -103,20 +130,40 @@ def merged(tensors: Iterable[tuple[str, Tensor]], module: nn.Module) -> Iterator
         tensors: whole, on one device; the three of an adapted weight stand together, or are at hand anyway.
     """
     layers = adapted_layers(module)
+    weights = {_weight_name(name, layer): name for name, layer in layers.items()}
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for name, tensor in tensors:
-        kind = next((end for end in (f"{_BASE}.weight", _DOWN, _UP) if name.endswith(end)), "")
-        found = parts.get(name.removesuffix(kind))
-        if found is None:
-            yield name.replace(f"{_BASE}.", "."), tensor
+        kind = next((end for end in (_DOWN, _UP) if name.endswith(end)), "")
+        owner = name.removesuffix(kind) if kind else weights.get(name)
+        if owner is None:
+            yield name.replace(_BASE, ""), tensor
             continue
+        found = parts[owner]
         found[kind] = tensor
         if len(found) == 3:
-            weight, down, up = (found.pop(end) for end in (f"{_BASE}.weight", _DOWN, _UP))
-            layer = layers[name.removesuffix(kind)]
-            change = layer.scaling[_NAME] * (up @ down)  # type: ignore[index]
-            # GPT-2's layers have their weights transposed.
-            yield (
-                f"{name.removesuffix(kind)}.weight",
-                weight + (change.T if getattr(layer, "fan_in_fan_out", False) else change),
-            )
+            weight, down, up = (found.pop(end) for end in ("", _DOWN, _UP))
+            changed = weight + _change(layers[owner], down, up).to(weight.dtype)
+            yield _weight_name(owner, layers[owner]).replace(_BASE, ""), changed
+
+
+def _weight_name(name: str, layer: nn.Module) -> str:
+    """What the weight beside an adapter is called: adapters of several parameters of a module stand in one another."""
+    own = getattr(layer, "parameter_name", "weight")
+    while hasattr(layer, "base_layer"):
+        name, layer = f"{name}{_BASE}", layer.base_layer  # type: ignore[assignment]
+    return f"{name}.{own}"
+
+
+def _change(layer: nn.Module, down: Tensor, up: Tensor) -> Tensor:
+    """What the adapter adds to the weight beside it."""
+    scaling = layer.scaling[_NAME]  # type: ignore[index]
+    if not hasattr(layer, "parameter_name"):
+        change = scaling * (up @ down)
+        return change.T if getattr(layer, "fan_in_fan_out", False) else change  # GPT-2's weights are transposed
+    # peft keeps the experts' A one below the other, [E r, in], and mixes their B, [out, r E].
+    experts = layer.num_experts
+    by_expert = down.reshape(experts, -1, down.shape[1]), up.reshape(up.shape[0], -1, experts)
+    if layer.get_param().ndim == 2:
+        return scaling * (up @ down)
+    order = "eri,ore->eoi" if layer._did_swap_in_out_features else "eri,ore->eio"
+    return scaling * torch.einsum(order, *by_expert)

@@ -15,10 +15,12 @@ import inspect
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf_lightning.models.layers import attention_of, nearly_equal
+from rlhf_lightning.models.loading import check_length
+from rlhf_lightning.models.positions import rope_limit
 
 _NAME = "rlhf_lightning_packed"
 _OWN = "sdpa"  # the attention that models come with, and the one that is called on the rows
@@ -234,7 +236,18 @@ def hidden_states(
 
     Returns: the state below (None where none is wanted) and the last one, ``[B, S, H]`` each; past a row's end they
         are finite numbers without a meaning, which must get no gradient.
+
+    Raises:
+        InputError: rows past the length up to which the trunk's positions do not depend on the rows beside them.
     """
+    if rope_limit(trunk.config) is not None:
+        longest, width = int(lengths.max()), inputs.shape[1]
+        check_length(trunk, longest, trunk.name_or_path or "model")
+        if longest < width:  # padding would count as positions that are taken
+            found = hidden_states(trunk, inputs[:, :longest], lengths, packs, below)
+            low, last = (None if x is None else nn.functional.pad(x, (0, 0, 0, width - longest)) for x in found)
+            assert last is not None
+            return low, last
     name = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
     arguments: dict[str, Any] = {"use_cache": False, "output_hidden_states": below is not None}
     width = inputs.shape[1]

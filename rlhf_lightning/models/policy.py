@@ -94,8 +94,7 @@ class Policy(nn.Module):
             self.branch = _branch(self._trunk, self._branch_layers)
             self._check_branch()
         embeddings = embedding_weight(model)
-        width = model.config.get_text_config().hidden_size
-        self.critic_head = nn.Linear(width, 1, device=embeddings.device, dtype=embeddings.dtype)
+        self.critic_head = nn.Linear(self.head.width, 1, device=embeddings.device, dtype=embeddings.dtype)
         draw_head(self.critic_head, seed)
 
     @property

@@ -6,8 +6,11 @@ from lengths and never looks at token ids, so the pad token may be anything, EOS
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from rlhf_lightning.batches import length_mask
 from rlhf_lightning.errors import InputError
@@ -50,3 +53,24 @@ def response_states(x: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Tenso
     picked = x[rows, torch.where(mask, columns, 0)]
     # masked_fill, not a product: what stands past the end may be NaN.
     return picked.masked_fill(~mask.reshape(mask.shape + (1,) * (x.dim() - 2)), 0)
+
+
+def rope_limit(config: PretrainedConfig) -> int | None:
+    """The tokens up to which rotary positions are the same for any batch; None where they always are.
+
+    LongRoPE (Phi-3.5, Phi-4-mini) takes other angles, for all rows of a call, once the longest row in it passes the
+    length that the model was first trained for; dynamic NTK scaling likewise past the model's own length.
+    """
+    text: Any = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    limits = []
+    for rope in nested or [parameters]:
+        kind = rope.get("rope_type", rope.get("type"))
+        if kind == "longrope":
+            original = rope.get("original_max_position_embeddings")
+            original = original or getattr(text, "original_max_position_embeddings", None)
+            limits.append(original or text.max_position_embeddings)
+        elif kind == "dynamic":
+            limits.append(text.max_position_embeddings)
+    return min(limits, default=None)

@@ -7,10 +7,12 @@ Shapes: ``B`` pairs of this process, ``T`` response tokens. A pair's two rows st
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rlhf_lightning.algorithms.losses import negative_log_likelihood
@@ -124,6 +126,30 @@ class ReferencedModule(PreferenceModule):
                 f"model.reference: {folder} has another vocabulary than {self.model}; give one with the same"
             )
         self.keep_frozen("reference", self.build_reference(self.reference_folder))
+
+    def on_validation_start(self) -> None:
+        """Refuse to measure a model against itself; see `_refuse_itself`."""
+        super().on_validation_start()
+        self._refuse_itself()
+
+    def on_test_start(self) -> None:
+        """As `on_validation_start`."""
+        super().on_test_start()
+        self._refuse_itself()
+
+    def _refuse_itself(self) -> None:
+        """InputError where nothing has been trained and the reference is the model: every margin would be 0."""
+        trainer = self.trainer
+        if trainer.state.fn not in (TrainerFn.VALIDATING, TrainerFn.TESTING):
+            return
+        given = self.reference_folder
+        same = given is None or Path(given).expanduser().resolve() == Path(self.model).expanduser().resolve()
+        if same and trainer.ckpt_path is None and trainer.global_step == 0:
+            raise InputError(
+                f"model.reference: {given or self.model} is the model that is measured too, and against itself all "
+                "rewards and margins are 0: give the trained model's folder as model.model and the one that it started "
+                "from as model.reference, or a checkpoint by --ckpt_path"
+            )
 
     def log_ratios(self, scores: RowScores) -> Tensor:
         """``[2B]``, the responses' summed log-probs under the policy less those under the reference."""

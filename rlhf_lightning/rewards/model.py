@@ -14,7 +14,13 @@ from rlhf_lightning.data.forms import DEMONSTRATION
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.models.loading import check_length, load_scalar_model, load_tokenizer, same_vocabulary
+from rlhf_lightning.models.loading import (
+    check_length,
+    check_vocabularies,
+    load_scalar_model,
+    load_tokenizer,
+    same_vocabulary,
+)
 from rlhf_lightning.models.positions import at_last_token
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import most_anywhere, shard
@@ -52,6 +58,7 @@ class ModelReward(Reward):
     def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, mesh: Any | None = None) -> None:
         if self.scalar is None:
             model = load_scalar_model(self.path, fresh_head=False, trust_remote_code=self.trust_remote_code)
+            check_vocabularies(load_tokenizer(self.path, self.trust_remote_code), model, self.path)
             scalar = ScalarModel(model).eval().requires_grad_(False)
             self.scalar = (shard(scalar, mesh) if mesh is not None else scalar).to(device)
             self._mesh = mesh

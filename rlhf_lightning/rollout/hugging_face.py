@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.models.loading import check_length
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.sharding import unsharded
 from rlhf_lightning.models.vocabulary import Vocabulary
@@ -32,6 +33,8 @@ class TransformersEngine(RolloutEngine):
     ) -> Responses:
         """See `RolloutEngine`."""
         count, width = len(prompts), sampling.max_new_tokens
+        longest = int(prompts.lengths.max()) if count else 0
+        check_length(policy.model, longest + width, policy.model.name_or_path or "model")
         tokens = prompts.tokens.new_zeros(count, width)
         log_probs = torch.zeros(count, width, dtype=torch.float32, device=tokens.device)
         entropy = torch.zeros_like(log_probs)

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import InputError, out_of_memory
 from rlhf_lightning.models.layers import nearly_equal
+from rlhf_lightning.models.loading import check_length
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.sharding import is_sharded, unsharded
 from rlhf_lightning.rollout.cache import SlotCache, slot_attention_in
@@ -66,6 +67,7 @@ class NativeEngine(RolloutEngine):
         """
         count = len(prompts)
         longest = int(prompts.lengths.max()) if count else 0
+        check_length(policy.model, longest + sampling.max_new_tokens, policy.model.name_or_path or "model")
         # Tensors that are made here while Lightning validates must serve training too, which may not change its kind.
         with torch.inference_mode(False), torch.no_grad(), unsharded(policy), ready_to_decode(policy):
             if policy not in self._checked:

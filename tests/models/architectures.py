@@ -16,6 +16,12 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -37,8 +43,11 @@ _COMMON = {
 }
 _GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
 _GPT2 |= {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
+_OPT = {"vocab_size": 40, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+_OPT |= {"max_position_embeddings": 64, "init_std": 0.3, "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
+_ORIGINAL = {"original_max_position_embeddings": 12}
 
-NAMES = ["llama", "llama-tied", "qwen2", "gemma2", "gemma3", "gpt2", "cohere", "granite"]
+NAMES = ["llama", "llama-tied", "qwen2", "gemma2", "gemma3", "gpt2", "cohere", "granite", "mixtral", "opt", "phi3"]
 
 
 def build(name: str, sliding_window: int = 64) -> PreTrainedModel:
@@ -60,6 +69,18 @@ def build(name: str, sliding_window: int = 64) -> PreTrainedModel:
         model = CohereForCausalLM(CohereConfig(**_COMMON, logit_scale=0.0625))  # logits times it
     elif name == "granite":
         model = GraniteForCausalLM(GraniteConfig(**_COMMON, logits_scaling=3.0))  # logits divided by it
+    elif name == "mixtral":
+        config = MixtralConfig(**_COMMON, num_local_experts=4, num_experts_per_tok=2)
+        config._experts_implementation = "eager"  # the only one for float64
+        model = MixtralForCausalLM(config)
+    elif name == "opt":  # its states are narrower than its layers
+        config = OPTConfig(**_OPT, dropout=0.0, word_embed_proj_dim=8, do_layer_norm_before=False)
+        model = OPTForCausalLM(config)
+    elif name == "phi3":  # long past 12 tokens
+        rope = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [8.0, 8.0], "rope_theta": 10000.0}
+        model = Phi3ForCausalLM(
+            Phi3Config(**_COMMON, original_max_position_embeddings=12, rope_parameters={**rope, **_ORIGINAL})
+        )
     else:
         model = LlamaForCausalLM(LlamaConfig(**_COMMON, tie_word_embeddings=name == "llama-tied"))
     return model.double()

@@ -155,7 +155,9 @@ def test_a_folder_in_a_folder_that_exists_is_not_asked_of_the_hub(
 
 
 def test_a_name_that_the_hub_does_not_give(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nobody/nothing: no config could be loaded") as error:
+    with pytest.raises(
+        InputError, match="nobody/nothing: no such folder, and no model of that name was fetched"
+    ) as error:
         load_causal_lm("nobody/nothing")
     assert one_line(error.value)
 

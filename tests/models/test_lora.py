@@ -145,6 +145,34 @@ def test_exported_reward_models_have_it_in_their_weights(
         torch.testing.assert_close(stock(TOKENS).logits[:, 0], at_last_token(scalar(TOKENS, full), full))
 
 
+@pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"]])
+def test_fused_experts_are_adapted_and_merged(
+    targets: list[str] | None, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model = build("mixtral")
+    add_adapter(model, 2, 4.0, targets)
+    names = {name.split(".", 2)[2] for name in adapted_layers(model.base_model)}
+    assert names >= ({"mlp.experts", "mlp.experts.base_layer"} if targets is None else {"mlp.experts"})
+    assert targets is None or names == {"self_attn.q_proj", "mlp.experts"}
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, build("mixtral")(TOKENS).logits)  # fresh, it changes nothing
+    fill(model)
+    policy = Policy(model)
+    policy(TOKENS, LENGTHS, PROMPTS).log_probs.sum().backward()
+    assert all((p.grad is not None and p.grad.abs().max() > 0) == p.requires_grad for p in model.parameters())
+    export_policy(policy, tiny_tokenizer, tmp_path / "model")
+    stock, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float64, output_loading_info=True, experts_implementation="eager"
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(stock(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+        plain = policy(TOKENS, LENGTHS, PROMPTS, adapted=False).log_probs
+        assert torch.equal(plain, Policy(build("mixtral"))(TOKENS, LENGTHS, PROMPTS).log_probs)
+    handed = dict(gathered(model))
+    assert all(torch.equal(handed[name], value) for name, value in stock.named_parameters())
+
+
 def test_weights_have_one_fingerprint_whatever_the_default_device() -> None:
     """Lightning builds models under the training device, for which ``meta`` stands in, and they are on the CPU yet."""
     model = build("llama")

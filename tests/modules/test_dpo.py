@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from small_data import SmallData, log_prob, make_pairs, train
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -106,3 +107,14 @@ def test_training_prefers_the_chosen(tiny_policy_dir: Path) -> None:
     metrics = module.trainer.callback_metrics
     assert float(metrics["val/accuracy"]) > 0.9
     assert float(metrics["val/margin"]) > 0.5
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_a_model_is_not_measured_against_itself(tiny_policy_dir: Path, other_policy_dir: Path, stage: str) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    data = SmallData(tiny_policy_dir, [ALL])
+    measure = getattr(trainer, stage)
+    for reference in (None, str(tiny_policy_dir)):
+        with pytest.raises(InputError, match=r"model.reference: .* is the model that is measured too"):
+            measure(DPOModule(str(tiny_policy_dir), reference=reference), data.train_dataloader())
+    measure(DPOModule(str(other_policy_dir), reference=str(tiny_policy_dir)), data.train_dataloader(), verbose=False)
