@@ -112,9 +112,10 @@ def test_training_prefers_the_chosen(tiny_policy_dir: Path) -> None:
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_a_model_is_not_measured_against_itself(tiny_policy_dir: Path, other_policy_dir: Path, stage: str) -> None:
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    data = SmallData(tiny_policy_dir, [ALL])
+    data = SmallData(tiny_policy_dir, [ALL], held_out=True)
+    data.test_dataloader = data.val_dataloader
     measure = getattr(trainer, stage)
     for reference in (None, str(tiny_policy_dir)):
         with pytest.raises(InputError, match=r"model.reference: .* is the model that is measured too"):
-            measure(DPOModule(str(tiny_policy_dir), reference=reference), data.train_dataloader())
-    measure(DPOModule(str(other_policy_dir), reference=str(tiny_policy_dir)), data.train_dataloader(), verbose=False)
+            measure(DPOModule(str(tiny_policy_dir), reference=reference), datamodule=data)
+    measure(DPOModule(str(other_policy_dir), reference=str(tiny_policy_dir)), datamodule=data, verbose=False)
