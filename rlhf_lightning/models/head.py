@@ -45,6 +45,7 @@ class Head:
 
     @property
     def alone(self) -> bool:
+        """See the class."""
         return self._trunk_at is not None
 
     def score(self, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
