@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +51,8 @@ def add_adapter(
     layers = None if targets is None else [target for target in targets if not any(_ends(n, [target]) for n in experts)]
     config = LoraConfig(
         r=int(rank),
-        lora_alpha=float(alpha),
-        target_modules="all-linear" if layers is None else layers or None,  # type: ignore[arg-type]
+        lora_alpha=float(alpha),  # type: ignore[arg-type]
+        target_modules="all-linear" if layers is None else layers or None,
         target_parameters=experts or None,
     )
     model.requires_grad_(False)
@@ -154,16 +155,15 @@ def _weight_name(name: str, layer: nn.Module) -> str:
     return f"{name}.{own}"
 
 
-def _change(layer: nn.Module, down: Tensor, up: Tensor) -> Tensor:
+def _change(layer: Any, down: Tensor, up: Tensor) -> Tensor:
     """What the adapter adds to the weight beside it."""
-    scaling = layer.scaling[_NAME]  # type: ignore[index]
-    if not hasattr(layer, "parameter_name"):
-        change = scaling * (up @ down)
+    scaling = layer.scaling[_NAME]
+    if getattr(layer, "num_experts", 1) == 1:  # a router is one matrix in a parameter
+        change: Tensor = scaling * (up @ down)
         return change.T if getattr(layer, "fan_in_fan_out", False) else change  # GPT-2's weights are transposed
     # peft keeps the experts' A one below the other, [E r, in], and mixes their B, [out, r E].
     experts = layer.num_experts
     by_expert = down.reshape(experts, -1, down.shape[1]), up.reshape(up.shape[0], -1, experts)
-    if layer.get_param().ndim == 2:
-        return scaling * (up @ down)
     order = "eri,ore->eoi" if layer._did_swap_in_out_features else "eri,ore->eio"
-    return scaling * torch.einsum(order, *by_expert)
+    change = scaling * torch.einsum(order, *by_expert)
+    return change

@@ -244,10 +244,9 @@ def hidden_states(
         longest, width = int(lengths.max()), inputs.shape[1]
         check_length(trunk, longest, trunk.name_or_path or "model")
         if longest < width:  # padding would count as positions that are taken
-            found = hidden_states(trunk, inputs[:, :longest], lengths, packs, below)
-            low, last = (None if x is None else nn.functional.pad(x, (0, 0, 0, width - longest)) for x in found)
-            assert last is not None
-            return low, last
+            low, last = hidden_states(trunk, inputs[:, :longest], lengths, packs, below)
+            fill = (0, 0, 0, width - longest)
+            return None if low is None else nn.functional.pad(low, fill), nn.functional.pad(last, fill)
     name = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
     arguments: dict[str, Any] = {"use_cache": False, "output_hidden_states": below is not None}
     width = inputs.shape[1]
