@@ -97,7 +97,9 @@ def _stage(trainer: Trainer, module: RLHFModule) -> dict[str, Any]:
         "reward": None if reward is None else _reward_name(reward),
         "data": _files(data),
         "rows": _rows(data),
-        "seeds": {name: int(str(seed)) for name, seed in {**seeds, "model": module.seed}.items() if str(seed).isdigit()},
+        "seeds": {
+            name: int(str(seed)) for name, seed in {**seeds, "model": module.seed}.items() if str(seed).isdigit()
+        },
         "learning_rate": float(module.learning_rate),
         "precision": str(trainer.precision),
         "lora_rank": module.lora_rank,
