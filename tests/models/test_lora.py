@@ -68,10 +68,10 @@ def test_gradients_are_pefts(name: str) -> None:
     got = {n: p for n, p in policy.named_parameters() if p.grad is not None}
     assert {n for n, p in policy.named_parameters() if p.requires_grad} == got.keys()
     assert {f"base_model.{n}" for n in got} == expected.keys() and len(got) > 10
+    rounding = {"rtol": 1e-5, "atol": 1e-5} if name == "gemma2" else {}  # its norms compute in float32
     for n, parameter in got.items():
         theirs = expected[f"base_model.{n}"].grad
-        # Most models' norms compute in float32.
-        torch.testing.assert_close(parameter.grad, theirs, rtol=1e-4, atol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
+        torch.testing.assert_close(parameter.grad, theirs, **rounding, msg=lambda m, n=n: f"{n}: {m}")
 
 
 def test_the_fused_head_stays_in_use() -> None:
