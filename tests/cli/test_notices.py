@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -54,7 +53,7 @@ def test_a_terminal_breaks_lines_between_words(monkeypatch: pytest.MonkeyPatch) 
     text = "'a question  of  two spaces' | 'an answer<eos>' (7 tokens right of the bar carry the loss)"
     assert notice("example", text) == f"example   {text}"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((80, 24)))
+    monkeypatch.setenv("COLUMNS", "80")
     first, second = notice("example", text).splitlines()
     assert first.startswith("example   'a question  of  two") and second.startswith(" " * 10)
     assert max(len(first), len(second)) <= 80
