@@ -151,11 +151,11 @@ def test_what_is_added_to_a_list_keeps_its_own_options() -> None:
 
 
 def test_a_file_is_no_class(empty_folder: Path) -> None:
-    config = write("c.yaml", "data:\n  path:\n    a.jsonl: 1\n")
+    config = write("c.yaml", "data:\n  tokenizer:\n    a.jsonl: 1\n")
     words = [option.tokens for option in ordered(split(["--model.a.b", "-1", "--data.path", "rows.jsonl", "stray"]))]
     assert words == [("--data.path", "rows.jsonl"), ("--model.a.b", "-1"), ("stray",)]
-    with pytest.raises(InputError, match=r"data.path: expected str or list"):  # and no class of the name rows.jsonl
-        parsed(f"fit --config ppo.yaml --data.path rows.jsonl --config {config}")
+    with pytest.raises(InputError, match=r"data.tokenizer: expected str"):  # and no class of the name rows.jsonl
+        parsed(f"fit --config ppo.yaml --data.tokenizer rows.jsonl --config {config}")
 
 
 # null

@@ -48,13 +48,13 @@ def test_a_result_without_use_and_an_operand_without_gradient_pass_the_clock() -
 
 
 def test_an_operator_is_replaced_wherever_the_package_imported_it() -> None:
-    from rlhf_lightning.models import policy
+    from rlhf_lightning.models import head as module
 
     original, stand_in = operator("linear_token_log_probs"), object()
-    assert original is linear_token_log_probs and policy.linear_token_log_probs is original
+    assert original is linear_token_log_probs and module.linear_token_log_probs is original
     replace_everywhere(original, stand_in)
     try:
-        assert policy.linear_token_log_probs is stand_in
+        assert module.linear_token_log_probs is stand_in
     finally:
         replace_everywhere(stand_in, original)
 
