@@ -24,9 +24,7 @@ def check_output(path: str | Path, option: str, inputs: Iterable[str | Path] = (
     place = path.resolve()
     if place.is_dir():
         raise InputError(f"{given}: this is a folder; name a file in it")
-    # A shell may have put a regular file behind /dev/stdout.
-    devices = (Path("/dev"), Path("/proc"))
-    if path.name == "-" or any(part.is_relative_to(d) for part in (path, place) for d in devices) or place.is_fifo():
+    if path.name == "-" or _is_special(path, place):
         raise InputError(
             f"{given}: this is no file but a device or a pipe; name a file, which is written whole at the end"
         )
@@ -42,6 +40,15 @@ def check_output(path: str | Path, option: str, inputs: Iterable[str | Path] = (
         raise InputError(f"{given}: {parent} is a file, not a folder; choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{given}: no permission to write to {parent}; choose another place")
+
+
+def _is_special(path: Path, place: Path) -> bool:
+    """Whether it is a device or a pipe by its kind, or a name of what this process has open, whatever stands behind."""
+    # A shell may have put a regular file behind /dev/stdout.
+    open_ones = (Path("/dev/stdin"), Path("/dev/stdout"), Path("/dev/stderr"), Path("/dev/fd"), Path("/proc"))
+    if any(part.is_relative_to(name) for part in (path, place) for name in open_ones):
+        return True
+    return place.is_char_device() or place.is_block_device() or place.is_fifo()
 
 
 def write_whole(path: str | Path, text: str) -> None:

@@ -9,10 +9,12 @@ from typing import TextIO
 
 
 def printable(text: str) -> str:
-    """Text without control characters (a model may emit terminal escapes), line breaks and tabs kept."""
-    return "".join(
-        character for character in text if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf")
-    )
+    """Text without control characters (a model may emit terminal escapes), line breaks and tabs kept.
+
+    A lone surrogate, as in the name of a file that is no UTF-8, can not be printed and becomes a question mark.
+    """
+    kept = (c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
+    return "".join("?" if unicodedata.category(c) == "Cs" else c for c in kept)
 
 
 def say(line: str, stream: TextIO | None = None) -> bool:

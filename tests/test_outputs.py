@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,16 @@ def test_what_can_be_written_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("new.jsonl", "deep/er/new.jsonl", "old.jsonl"):
         check_output(Path(name), "--output", ["rows.jsonl", "owner/of_a_hub_name", tmp_path / "no_folder"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old.jsonl", "rows.jsonl"]
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no memory disk")
+def test_a_file_on_a_memory_disk_is_a_file() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "report.json"
+        check_output(path, "--json")
+        write_whole(path, "{}")
+        check_output(path, "--json")
+        assert path.read_text() == "{}"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -20,6 +20,7 @@ from rlhf_lightning.errors import InputError
 
 # What Lightning, torchrun, SLURM and LSF tell a process. (`rank_zero_only` looks at it once, when it is imported.)
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+_TRIES = 100  # of holding a folder that others remove meanwhile
 
 
 def first_process() -> bool:
@@ -40,9 +41,7 @@ def claimed(wanted: Wanted) -> Iterator[Run]:
     busy: list[Path] = []
     while True:
         run = choose(wanted, busy=busy)
-        existed = run.folder.exists()
-        _check_writable(run.folder)
-        held = _lock(run.folder)
+        existed, held = _hold(run.folder)
         if held is not None and (run.goes_on or not holds_run(run.folder)):
             break
         if held is not None:  # a run has come and gone since the name was chosen
@@ -79,21 +78,43 @@ def remove_if_nothing_logged(folder: Path) -> None:
     if all(file.name == "config.yaml" or file.name.startswith("events.out.tfevents.") for file in files):
         for file in files:
             file.unlink()
-        folder.rmdir()
-        if not any(folder.parent.iterdir()):
+        with suppress(OSError):  # one that is not empty, or is no more, is another process's by now
+            folder.rmdir()
             folder.parent.rmdir()
+
+
+def _hold(folder: Path) -> tuple[bool, int | None]:
+    """Whether the folder was there, and what holds it now (see `_lock`).
+
+    Another process may end, and remove its folder, between any two of the steps: then they are taken again.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    for _ in range(_TRIES):
+        existed = folder.exists()
+        try:
+            _check_writable(folder)
+            held = _lock(folder)
+            if held is None or _is_still(folder, held):
+                return existed, held
+            os.close(held)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _not_writable(folder, str(error.strerror)) from None
+    raise _not_writable(folder, "it is no more once it is made")
+
+
+def _not_writable(folder: Path, reason: str) -> InputError:
+    return InputError(f"{folder}: cannot be written to ({reason}); choose another place with --runs FOLDER")
 
 
 def _check_writable(folder: Path) -> None:
     """Make the folder and write to it: what fails now would fail after hours."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            file.write(bytes(4096))
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be written to ({error.strerror}); choose another place with --runs FOLDER"
-        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        file.write(bytes(4096))
 
 
 def _lock(folder: Path) -> int | None:
@@ -109,3 +130,8 @@ def _lock(folder: Path) -> int | None:
     except OSError:
         pass  # a file system without locks
     return descriptor
+
+
+def _is_still(folder: Path, held: int) -> bool:
+    """Whether the descriptor is of the folder that stands there now, not of one that was removed before it was held."""
+    return fcntl is None or os.path.samestat(os.fstat(held), os.stat(folder))

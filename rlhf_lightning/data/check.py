@@ -22,7 +22,7 @@ from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.spelling import LOOKS_SPECIAL, count_spelled
 from rlhf_lightning.data.values import Response
 from rlhf_lightning.errors import CommandParser, InputError
-from rlhf_lightning.outputs import check_output
+from rlhf_lightning.outputs import check_output, write_whole
 from rlhf_lightning.text import printable
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_output(options.json, "--json", options.files)
     report = check(options.files, options.tokenizer, _columns(options.columns))
     if options.json:
-        _write(Path(options.json), json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
+        write_whole(options.json, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
     render(report)
     return 2 if report.refused else 0
 
@@ -247,15 +247,6 @@ def _lengths(values: list[int]) -> Lengths | None:
         return None
     values = sorted(values)
     return Lengths(values[len(values) // 2], values[min(len(values) - 1, int(0.95 * len(values)))], values[-1])
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"--json: {path} cannot be written ({error.strerror}); name a file in a folder that exists"
-        ) from None
 
 
 def render(report: Report, console: Console | None = None) -> None:

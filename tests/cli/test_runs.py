@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from rlhf_lightning.cli import claims
 from rlhf_lightning.cli.claims import claimed, first_process
 from rlhf_lightning.cli.runs import Run, Wanted, choose, family
 from rlhf_lightning.errors import InputError
@@ -188,6 +191,33 @@ def test_a_run_that_logged_nothing_leaves_no_folder(root: Path) -> None:
     with claimed(wanted(root)):
         pass
     assert run.folder.is_dir()
+
+
+@pytest.mark.parametrize("step", ["open", "flock"])
+def test_a_folder_that_another_run_removes_meanwhile_is_made_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    module = os if step == "open" else claims.fcntl
+    plain, calls = getattr(module, step), []
+
+    def after_the_other_has_gone(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            (root / "sft").rmdir()
+        return plain(*args)
+
+    monkeypatch.setattr(claims.tempfile, "TemporaryFile", lambda **options: io.BytesIO())  # opens files itself
+    monkeypatch.setattr(module, step, after_the_other_has_gone)
+    with claimed(wanted(root)) as first, claimed(wanted(root)) as second:
+        assert (first.name, second.name) == ("sft", "sft-2")
+        assert (root / "sft").is_dir() and len(calls) == 4  # twice the first, then busy, then the second
+    assert not root.exists()
+
+
+def test_a_folder_that_is_always_gone_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "_lock", lambda folder: os.open("/", os.O_RDONLY))
+    with pytest.raises(InputError, match=r"sft: cannot be written to \(.*\); choose another"), claimed(wanted(root)):
+        pass
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

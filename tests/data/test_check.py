@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import unicodedata
@@ -10,7 +11,6 @@ import unicodedata
 import pytest
 
 from rlhf_lightning.data.check import check, main
-from rlhf_lightning.errors import InputError
 
 ROWS = [
     {"prompt": "p", "chosen": "long answer", "rejected": "short", "by": "ann"},
@@ -90,9 +90,15 @@ def test_lengths_in_tokens(write, tokenizer, tmp_path):
     )
 
 
-def test_a_report_that_cannot_be_written_is_an_input_error(write, tmp_path):
-    with pytest.raises(InputError, match=r"--json: .*cannot be written"):
-        main([write(ROWS), "--json", str(tmp_path / "absent" / "report.json")])
+def test_a_report_is_written_whole_whatever_a_file_is_called(write, tmp_path, capsys):
+    path = tmp_path / os.fsdecode(b"x\xff.jsonl")
+    os.replace(write([*ROWS, {"prompt": 3}]), path)
+    target = tmp_path / "absent" / "report.json"
+    assert main([str(path), "--json", str(target)]) == 2
+    (file,) = json.loads(target.read_text(encoding="utf-8"))["files"]
+    assert file["path"] == f"{tmp_path}/x?.jsonl" and len(file["refused"]) == 1
+    assert capsys.readouterr().out.encode("utf-8").count(b"x?.jsonl") >= 2  # a heading, and the refused row
+    assert list(target.parent.iterdir()) == [target]
 
 
 def test_nothing_heavy_is_imported(write):
