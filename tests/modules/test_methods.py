@@ -22,6 +22,8 @@ from rlhf_lightning.rollout.native import NativeEngine
 
 OPTIONS = {"epochs": 2, "minibatches": 2, "iterations": 2, "learning_rate": 1e-3, "adam_eps": 1e-3}
 UNTIMED = ("time/", "rollout/tokens_per_second", "rollout/max_length")
+# In the first epoch the policy is its own reference: the margins are rounding, and which side of a pair wins is chance.
+TIED = "policy/accuracy"
 
 
 def trained(policy, name: str, batches=None, reward: Reward | None = None, **options):
@@ -43,7 +45,7 @@ def assert_same_training(one, other) -> None:
 
 def assert_same_metrics(one, other) -> None:
     for mine, theirs in zip(one, other, strict=True):
-        names = [name for name in theirs if not name.startswith(UNTIMED)]
+        names = [name for name in theirs if not name.startswith(UNTIMED) and name != TIED]
         assert {n: mine[n] for n in names} == {n: pytest.approx(theirs[n], rel=2e-3, abs=1e-5) for n in names}
 
 

@@ -105,7 +105,8 @@ AGAINST: dict[str, dict] = {
 }
 # Shown elsewhere: model and reward by every test; critic_from below; micro-batches and gradient checkpointing must not
 # change the result (test_ppo_truth.py, and below); eval_temperature by checklist item 37; ptx_coef by test_ppo_ptx.py;
-# engine by tests/rollout/test_engine.py; best_of by test_methods.py; trust_remote_code is transformers' own;
+# engine by tests/rollout/test_engine.py; best_of by test_methods.py; export_dtype by tests/models/test_try_export.py;
+# trust_remote_code is transformers' own;
 # compile_layers, which must not change the result either, below.
 ELSEWHERE = {
     "model",
@@ -119,6 +120,7 @@ ELSEWHERE = {
     "best_of",
     "ptx_coef",
     "trust_remote_code",
+    "export_dtype",
 }
 
 
