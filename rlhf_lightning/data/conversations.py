@@ -22,6 +22,7 @@ TWICE = "opening of a response that the generation prompt has already, taken onc
 CHANGED = "response that the chat template changes"
 FOLDED = "system message put into the user's, as the chat template takes none"
 RENAMED = "developer message given as the system's, as the chat template knows no other"
+ENDED = "response that spells the token that ends it, taken once"
 APART = "conversation in one sequence a turn, as the chat template changes earlier ones"
 
 
@@ -102,11 +103,11 @@ class Conversations:
         self._check_shown(chat, chat.messages[: spoken[-1] + 1], turns[-1].whole)
         last = turns[-1].whole
         if all(turn.ended and last.startswith(turn.whole[: turn.end]) for turn in turns[:-1]):
-            return [_joined(turns, chat.hidden)]
+            return [self._joined(chat, turns)]
         if every_turn and record.form.conversation:
             self.noted[APART] += 1
-            return [_joined([turn], chat.hidden) for turn in turns]
-        return [_joined(self._found_again(chat, turns), chat.hidden)]
+            return [self._joined(chat, [turn]) for turn in turns]
+        return [self._joined(chat, self._found_again(chat, turns))]
 
     # -- the messages --------------------------------------------------------------------------------------------------
 
@@ -115,6 +116,8 @@ class Conversations:
         answer = [] if number is None else [message.turn() for message in record.answer(number)]
         if not prompt:
             raise InputError(f"{record.where}: key 'chosen': the transcript has no Human turn; delete the row")
+        if answer:
+            answer[-1] = self._without_end(answer[-1])
         prefill = None
         if prompt[-1]["role"] == "assistant":
             begun = prompt.pop()
@@ -130,6 +133,15 @@ class Conversations:
         if prefill is not None and hidden:
             prefill = hide([{"content": prefill}], None, self.special, hidden)[0][0]["content"]
         return _Chat(record, messages, tools, len(prompt), prefill, hidden)
+
+    def _without_end(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The response's last message, without an EOS or turn end that it spells: the template writes that."""
+        text = message["content"] or ""
+        for end in (self.template.turn_end, self.template.tokenizer.eos_token):
+            if end and text.endswith(end):
+                self.noted[ENDED] += 1
+                return {**message, "content": text.removesuffix(end)}
+        return message
 
     def _steered(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages, where need be without a system message: its text then begins the user's."""
@@ -150,7 +162,10 @@ class Conversations:
         for name in dict.fromkeys((role, "system")):
             try:
                 chat = [{"role": name, "content": MARK}, {"role": "user", "content": "a"}]
-                if MARK in self.template.render(chat, generation_prompt=True):
+                asked = self.template.render(chat, generation_prompt=True)
+                # Some templates write the system's text only where the user's message is the last.
+                whole = self.template.render([*chat, {"role": "assistant", "content": "b"}])
+                if MARK in asked and MARK in whole:
                     return name
             except TemplateRefuses:
                 pass
@@ -222,14 +237,27 @@ class Conversations:
     def _found_again(self, chat: _Chat, turns: list[_Turn]) -> list[_Turn]:
         """The same turns in the rendering of the last, which writes the earlier ones otherwise."""
         whole, token = turns[-1].whole, self.template.turn_end
+        starts = [*(shown(turn.prompt, whole, chat.hidden) for turn in turns[:-1]), turns[-1].start]
         found = []
-        for turn in turns[:-1]:
-            start = shown(turn.prompt, whole, chat.hidden)
+        for turn, start, following in zip(turns, starts, starts[1:], strict=False):
             end = whole.find(token, start) if token and start is not None else -1
-            if start is None or end < 0:
+            # Where the template ends earlier turns with another token, the first such end is a later turn's.
+            if start is None or following is None or end < 0 or end + len(token) > following:
                 raise self._lost(chat, "the assistant's earlier turn, which the chat template changes,")
             found.append(_Turn(turn.prompt, whole, start, end + len(token), True))
         return [*found, turns[-1]]
+
+    def _joined(self, chat: _Chat, turns: list[_Turn]) -> Rendered:
+        """The turns, all of which stand in the rendering of the last, as one sequence."""
+        last = turns[-1]
+        pieces = [turns[0].prompt]
+        for i, turn in enumerate(turns):
+            if i:
+                pieces.append(last.whole[turns[i - 1].end : turn.start])
+            pieces.append(last.whole[turn.start : turn.end])
+        if unhidden("".join(pieces), chat.hidden) != unhidden(last.whole[: last.end], chat.hidden):
+            raise self._lost(chat, "the assistant's turns, one behind the other,")
+        return Rendered(tuple(pieces), ended=last.ended, hidden=tuple(chat.hidden.items()))
 
     # -- nothing is left out without a word ----------------------------------------------------------------------------
 
@@ -285,13 +313,3 @@ class Conversations:
                 f"{chat.where}: spells {json.dumps(next(iter(chat.hidden.values())))}, which the chat template reads; "
                 "set data.special_tokens to tokens, or take it out of the text"
             )
-
-
-def _joined(turns: list[_Turn], hidden: dict[str, str]) -> Rendered:
-    """The turns, all of which stand in the rendering of the last, as one sequence."""
-    pieces = [turns[0].prompt]
-    for i, turn in enumerate(turns):
-        if i:
-            pieces.append(turns[-1].whole[turns[i - 1].end : turn.start])
-        pieces.append(turns[-1].whole[turn.start : turn.end])
-    return Rendered(tuple(pieces), ended=turns[-1].ended, hidden=tuple(hidden.items()))

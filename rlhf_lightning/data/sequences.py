@@ -32,15 +32,14 @@ class Pieces:
         """Tokens of the assistant's longest turn."""
         return max(map(len, self.ids[1::2]), default=0)
 
-    def cut(self, limit: int, bos: int | None) -> Pieces:
-        """Without what stands over ``limit`` tokens before the last turn; a first BOS stays.
+    def cut(self, over: int, bos: int | None) -> Pieces:
+        """Without ``over`` tokens of the beginning; a first BOS stays where another token is left before the last turn.
 
         A turn of the assistant's that is cut, or cut off, is part of the prompt from then on.
         """
-        over = self.context - limit
         if over <= 0:
             return self
-        first = self.ids[0][:1] if self.ids[0][0] == bos and limit > 1 else []
+        first = self.ids[0][:1] if self.ids[0][0] == bos and self.context - over > 1 else []
         over += len(first)
         kept = list(self.ids)
         while len(kept) > 2 and over >= len(kept[0]):

@@ -33,6 +33,7 @@ TrainOn = Literal["all_assistant", "last_assistant"]
 
 REPEATED = "repeated prompt"
 SAME_TOKENS = "responses of equal tokens"
+NO_COMMON = "pair that parts before its last max_prompt_tokens tokens"
 OTHER_PROMPT = "demonstration behind another prompt than is sampled from, its prompt kept"
 
 
@@ -293,11 +294,18 @@ class Encoder:
                 raise InputError(f"{ask.record.where}: key 'prompt': {problem}")
             longest = max(side.context for side in sides)
             if limit is not None and longest > limit:
+                cut = self.long_prompts == "truncate_left"
+                # One cut for both sides of a pair, which keep one prompt: all but one token of it may go, BOS apart.
+                if cut and len(sides) > 1 and ask.prompt is None:
+                    shared = common_prompt(sides)
+                    if longest - limit + (shared[:1] == [self.tokenizer.bos_token_id]) >= len(shared):
+                        dropped[NO_COMMON] += 1
+                        continue
                 over.setdefault(id(ask.record), (ask.record, longest))
-                if self.long_prompts == "truncate_left":
-                    sides = tuple(side.cut(limit, self.tokenizer.bos_token_id) for side in sides)
-                else:
+                if not cut:
                     continue
+                least = longest if ask.prompt is None else 0
+                sides = tuple(side.cut(max(side.context, least) - limit, self.tokenizer.bos_token_id) for side in sides)
             kept.append((ask, sides))
         if over and self.long_prompts == "error":
             record, longest = next(iter(over.values()))

@@ -312,3 +312,57 @@ def test_rows_of_one_prompt_and_other_columns_are_both_asked(tokenizer):
     examples, dropped = Encoder(tokenizer).encode(rows, "prompts")
     assert [example.record.columns["answer"] for example in examples] == [1, 2] and dropped == {"repeated prompt": 1}
     assert len(Encoder(tokenizer).encode(rows, "prompts", every_row=True)[0]) == 3
+
+
+def test_an_earlier_turn_is_not_ended_by_a_later_ones_end(tokenizer):
+    # The last turn ends in EOS, earlier ones in another token, as in Harmony.
+    harmony = templates.CHATML.replace(
+        "'<|im_end|>\n' }}", "('<|im_end|>' if m.role == 'assistant' and loop.last else '<s>') }}"
+    )
+    answer = messages(("assistant", "fine"), ("user", "and?"), ("assistant", "thank you"))
+    record = Record(messages(("user", "hello")), (answer, "fine"), ((0, 1),), "rows.jsonl:1", PAIR)
+    with pytest.raises(InputError, match=r"rows.jsonl:1: the assistant's earlier turn.* cannot be found"):
+        encode(tokenizer, record, "pairs", template=harmony)
+
+
+def test_both_sides_of_a_pair_are_cut_alike(tokenizer):
+    chosen = messages(("assistant", "fine fine fine"), ("user", "how are you, user?"), ("assistant", "thank you"))
+    rejected = messages(("assistant", "hello"), ("user", "what?"), ("assistant", "fine"))
+    record = Record(messages(("user", "hello world, hello user")), (chosen, rejected), ((0, 1),), "rows.jsonl:1", PAIR)
+    (whole,) = encode(tokenizer, record, "pairs")
+    longest = max(
+        len(whole.prompt) + len(side) - mask.tolist()[::-1].index(False)
+        for side, mask in zip(whole.responses, whole.masks, strict=True)
+    )
+    for over in range(1, longest - 1):
+        encoder = Encoder(tokenizer, max_prompt_tokens=longest - over, long_prompts="truncate_left")
+        examples, dropped = encoder.encode([record], "pairs")
+        if over < len(whole.prompt):
+            (cut,) = examples
+            assert [ids(cut, side) for side in (0, 1)] == [ids(whole, side)[over:] for side in (0, 1)]
+            assert cut.prompt.tolist() == whole.prompt.tolist()[over:]
+        else:
+            assert examples == [] and dropped == {"pair that parts before its last max_prompt_tokens tokens": 1}
+
+
+@pytest.mark.parametrize("special", ["text", "tokens"])
+def test_an_end_that_a_chats_answer_spells_is_the_one_that_ends_it(tokenizer, special):
+    encoder = Encoder(tokenizer, special_tokens=special)
+    (example,), _ = encoder.encode([talk(("user", "hello"), ("assistant", "fine<|im_end|>"))], "demonstrations")
+    (clean,) = encode(tokenizer, talk(("user", "hello"), ("assistant", "fine")))
+    assert ids(example) == ids(clean)
+    assert encoder.noted == {"response that spells the token that ends it, taken once": 1}
+
+
+def test_a_system_message_that_only_a_prompt_shows_begins_the_users(tokenizer):
+    # As Mistral's: the system's text stands before the user's message where that is the last.
+    only_last = (
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '[I]' + (messages[0].content + '\n' if loop.last and messages[0].role == 'system' else '') }}"
+        "{{ m.content + '[/I]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
+    (example,) = encode(
+        tokenizer, talk(("system", "be kind"), ("user", "hello"), ("assistant", "fine")), template=only_last
+    )
+    assert tokenizer.decode(ids(example)) == "[I]be kind\n\nhello[/I] fine<|im_end|>"
