@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_lightning.data.forms import PAIR
+from rlhf_lightning.data.forms import Pair
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Example
 
@@ -17,7 +17,7 @@ from padding import padding, tensors
 
 
 def example(prompt: int, *responses: int) -> Example:
-    record = Record("", (), (), "here", PAIR)
+    record = Record("", (), (), "here", Pair())
     tokens = [torch.zeros(length, dtype=torch.int32) for length in (prompt, *responses)]
     return Example(tokens[0], tuple(tokens[1:]), 0.0, 1.0, 0, record)
 

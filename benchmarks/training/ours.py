@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.batches import PreferenceBatch, PromptBatch, Rollout
+from rlhf_lightning.data.choices import Kind
 from rlhf_lightning.data.collate import collate
-from rlhf_lightning.data.forms import PROMPT
+from rlhf_lightning.data.forms import PromptAlone
 from rlhf_lightning.data.rows import Record
-from rlhf_lightning.data.tokenization import Example, Kind
+from rlhf_lightning.data.tokenization import Example
 from rlhf_lightning.modules import DPOModule, PPOModule, RewardModelModule, SFTModule
 from rlhf_lightning.rewards import ModelReward
 from training.meter import Meter
@@ -176,7 +177,7 @@ def examples(task: str, folder: Path) -> tuple[Kind, list[Example]]:
 
 def _example(number: int, prompt: list[int], *responses: list[int]) -> Example:
     encoded = [torch.tensor(ids, dtype=torch.int32) for ids in (prompt, *responses)]
-    record = Record("", (), (), where=f"row {number}", form=PROMPT)
+    record = Record("", (), (), where=f"row {number}", form=PromptAlone())
     return Example(encoded[0], tuple(encoded[1:]), margin=0.0, weight=1.0, row=number, record=record)
 
 

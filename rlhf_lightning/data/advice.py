@@ -26,6 +26,7 @@ _KNOWN = (
         "image",
     ),
 )
+_ANSWERS = ("chosen", "rejected", "completions", "ratings", "ranks", "completion")
 _WANTED = ("completion", "chosen", "rejected", "completions", "ranks", "ratings", "margin", "weight", "system", "tools")
 
 
@@ -40,6 +41,12 @@ def advice(records: Sequence[Record]) -> list[str]:
         name for record in records for name in record.columns if not (record.form.labelled and name == "label")
     )
     misspelt = {given: name for name, given in meant(counts, _WANTED).items() if given not in _KNOWN}
+    # Of prompts alone, a column that has the answers under another name is what training would look for.
+    alone = dict.fromkeys(name for record in records if not record.responses for name in record.columns)
+    misspelt |= {given: name for name, given in meant(alone, _ANSWERS).items()}
+    judged = dict.fromkeys(name for record in records if len(record.responses) == 1 for name in record.columns)
+    if not any(record.form.labelled for record in records):
+        misspelt |= {given: name for name, given in meant(judged, ["label"]).items()}
     for name, count in counts.items():
         if name in misspelt:
             given = misspelt[name]

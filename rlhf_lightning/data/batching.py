@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch
+from rlhf_lightning.data.choices import Kind
 from rlhf_lightning.data.collate import Batch, collate, column_names
 from rlhf_lightning.data.records import Records
 from rlhf_lightning.data.rows import Record
-from rlhf_lightning.data.tokenization import Encoder, Example, Kind
+from rlhf_lightning.data.tokenization import Encoder, Example
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.randomness import DATA_ORDER, permutation
 

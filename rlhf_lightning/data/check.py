@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.data.advice import advice
-from rlhf_lightning.data.columns import Columns
+from rlhf_lightning.data.columns import Columns, columns_of
 from rlhf_lightning.data.forms import FORMS
 from rlhf_lightning.data.records import checked_rows
 from rlhf_lightning.data.refusals import ACCEPTED, Refusals
@@ -102,21 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.json:
         check_output(options.json, "--json", options.files)
-    report = check(options.files, options.tokenizer, _columns(options.columns))
+    report = check(options.files, options.tokenizer, columns_of(options.columns))
     if options.json:
         write_whole(options.json, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
     render(report)
     return 2 if report.refused else 0
-
-
-def _columns(pairs: Sequence[str]) -> dict[str, str]:
-    columns = {}
-    for pair in pairs:
-        name, _, given = pair.partition("=")
-        if not name or not given:
-            raise InputError(f"--columns {pair}: write our name, =, and your name, as in prompt=question")
-        columns[name] = given
-    return columns
 
 
 def check(paths: Sequence[str], tokenizer: str | None = None, columns: Mapping[str, str] | None = None) -> Report:
@@ -137,7 +127,7 @@ def check(paths: Sequence[str], tokenizer: str | None = None, columns: Mapping[s
         report, keys = _check_file(path, measure, names, tokenizer)
         files.append(report)
         prompts.append(keys)
-    names.check("--columns")
+    names.check()
     leaks = [
         {"files": [files[a].path, files[b].path], "prompts": len(prompts[a] & prompts[b])}
         for a, b in combinations(range(len(files)), 2)
@@ -170,7 +160,7 @@ def _check_file(path: str, measure: Measure, names: Columns, tokenizer: str | No
     report.prompts = len(set(keys))
     labels = [record.desirable if record.form.labelled else None for record in records]
     report.desirable = labels.count(True)
-    rows = [(key, r.responses, r.pairs, label) for key, r, label in zip(keys, records, labels, strict=True)]
+    rows = [(record.identity, record.responses, record.pairs) for record in records]
     report.duplicates = len(rows) - len(set(rows))
     report.prompt_lengths = _lengths(measure([_whole(record) for record in records]))
     report.response_lengths = _lengths(measure([_words(text) for record in records for text in record.responses]))

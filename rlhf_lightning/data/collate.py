@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.batches import DemonstrationBatch, LabelledBatch, PreferenceBatch, PromptBatch
-from rlhf_lightning.data.tokenization import Example, Kind
+from rlhf_lightning.data.choices import Kind
+from rlhf_lightning.data.tokenization import Example
 
 Batch = DemonstrationBatch | PreferenceBatch | LabelledBatch | PromptBatch
 

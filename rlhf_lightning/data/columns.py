@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rlhf_lightning.data.files import RawRow, shown
+from rlhf_lightning.data.hints import COLUMNS
 from rlhf_lightning.data.values import refused
 from rlhf_lightning.errors import InputError
+
+# What the forms read. A name that is none of them, nor near one, is a column's that rewards are handed.
+KEYS = (
+    *("prompt", "completion", "chosen", "rejected", "completions", "ranks", "ratings", "messages", "conversations"),
+    *("question", "response_j", "response_k", "instruction", "input", "output", "response", "context", "text"),
+    *("label", "margin", "weight", "system", "tools", "history", "instances"),
+)
+
+
+def columns_of(pairs: Sequence[str]) -> dict[str, str]:
+    """The names as a command line gives them: ``OURS=YOURS`` each.
+
+    Raises:
+        InputError: one is not of that form.
+    """
+    columns = {}
+    for pair in pairs:
+        name, _, given = pair.partition("=")
+        if not name or not given:
+            raise InputError(f"--columns {pair}: write our name, =, and your name, as in prompt=question")
+        columns[name] = given
+    return columns
 
 
 class Columns:
@@ -15,10 +38,19 @@ class Columns:
 
     Args:
         names: for each key of ours, the user's.
+        option: what the user gives them by, for messages.
+
+    Raises:
+        InputError: a key that no form has, and that is spelt nearly as one of theirs.
     """
 
-    def __init__(self, names: Mapping[str, str] | None) -> None:
+    def __init__(self, names: Mapping[str, str] | None, option: str = COLUMNS) -> None:
         self.names = dict(names or {})
+        self.option = option
+        for name in self.names:
+            near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.8)
+            if name not in KEYS and near:
+                raise InputError(f"{option}: '{shown(name)}': no form of rows has this key; did you mean {near[0]}?")
         self._found: set[str] = set()
         self._keys: dict[str, None] = {}  # of rows, in their order
 
@@ -39,13 +71,13 @@ class Columns:
         taken = set(self.names.values())
         for name, key in self.names.items():
             if key in row and name in row and name not in taken:
-                problem = f"stands beside '{shown(key)}', which data.columns puts in its place; keep one of the two"
+                problem = f"stands beside '{shown(key)}', which {self.option} puts in its place; keep one of the two"
                 raise refused(where, name, problem)
         self._found.update(key for key in taken if key in row)
         self._keys.update(dict.fromkeys(row))
         return self.renamed(row)
 
-    def check(self, option: str) -> None:
+    def check(self) -> None:
         """Refuses a name that no row had.
 
         Raises:
@@ -57,4 +89,4 @@ class Columns:
                 hint = f"; did you mean {shown(near[0])}?" if near else ""
                 found = ", ".join(map(shown, self._keys))
                 problem = f"no row has a key '{shown(key)}' for '{shown(name)}'"
-                raise InputError(f"{option}: {problem}{hint or ';'} keys found: {found}")
+                raise InputError(f"{self.option}: {problem}{hint or ';'} keys found: {found}")

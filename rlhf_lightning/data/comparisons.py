@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_lightning.data.files import RawRow
 from rlhf_lightning.data.hints import renaming
-from rlhf_lightning.data.messages import as_response, checked_messages, checked_prompt, checked_response
+from rlhf_lightning.data.messages import as_response, checked_messages, checked_prompt, checked_response, speaking
 from rlhf_lightning.data.prompts import COMPARED, PROMPTS, agreeing_prompt, asked, missing
 from rlhf_lightning.data.rows import ASSISTANT, Form, Record, Row, is_empty, said
 from rlhf_lightning.data.values import Message, Prompt, Response, checked_list, checked_number, checked_text
@@ -33,7 +33,7 @@ class Transcript(Form):
         for key, text in zip(COMPARED, texts, strict=True):
             if ASSISTANT not in text:
                 problem = "there is no key 'prompt', and the text has no '\\n\\nAssistant:' turn"
-                hint = renaming(row.columns, ["prompt"])
+                hint = renaming(row.columns, ["prompt"], row.option)
                 remedy = hint or "add the prompt, or write it as a transcript"
                 raise row.refused(key, f"{problem}; {remedy}")
         (prompt, better), (other, worse) = map(_before_last_answer, texts)
@@ -192,7 +192,7 @@ def _before_last_answer(transcript: str) -> tuple[str, str]:
 def _asks(side: Any) -> bool:
     """Whether a list of messages begins before the answer."""
     first = side[0] if side else None
-    return isinstance(first, dict) and first.get("role", first.get("from")) not in ("assistant", "gpt")
+    return isinstance(first, dict) and speaking(first.get("role", first.get("from"))) != "assistant"
 
 
 def _parting(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:

@@ -18,13 +18,14 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.batches import View
+from rlhf_lightning.data.choices import Kind
 from rlhf_lightning.data.columns import Columns
 from rlhf_lightning.data.ids import SpecialTokens
 from rlhf_lightning.data.loader import Loader
-from rlhf_lightning.data.mixing import file_weights
+from rlhf_lightning.data.mixing import check_weights, file_weights
 from rlhf_lightning.data.records import Records, load_records
 from rlhf_lightning.data.split import split_by_prompt
-from rlhf_lightning.data.tokenization import Encoder, Example, Kind, TrainOn
+from rlhf_lightning.data.tokenization import Encoder, Example, TrainOn
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.models.template import ChatTemplate, checked_date
@@ -190,6 +191,8 @@ class PreferenceDataModule(LightningDataModule):
             records, held_out = replace(records, rows=train), replace(records, rows=rest)
         learnt, watched = view.demonstrations == "all", view.demonstrations != "none"
         self.train = self._encode(encoder, records, "train on", learnt) if stage == "fit" else []
+        for path in check_weights(self.train, self.weights) if stage == "fit" else ():
+            rank_zero_warn(f"data.path: no row of {path} is left to train on, its weight has no effect")
         wanted = self.val_path is not None or self.validation_fraction > 0
         self.held_out = self._encode(encoder, held_out, "validate on", watched) if wanted else []
         if learnt and stage == "fit" and not any(example.responses for example in self.train):

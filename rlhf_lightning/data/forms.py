@@ -65,14 +65,10 @@ class Demonstration(Form):
 
 
 class Labelled(Demonstration):
-    """A response that was judged by itself; every form of one response is of this form where it has a label."""
+    """A response that was judged by itself: any form of one response becomes this one where the row has a label."""
 
     name, keys = "labelled", "prompt+completion+label"
     labelled = True
-
-    def matches(self, row: RawRow) -> bool:
-        """A completion and a label."""
-        return "completion" in row and "label" in row
 
 
 class Alpaca(Form):
@@ -130,22 +126,22 @@ class PromptAlone(Form):
         return row.record(self, asked(row, ()))
 
 
-PAIR, LABELLED, DEMONSTRATION, PROMPT = Pair(), Labelled(), Demonstration(), PromptAlone()
+LABELLED, DEMONSTRATION = Labelled(), Demonstration()
 FORMS: tuple[Form, ...] = (
     Transcript(),
     ChatPair(),
-    PAIR,
+    Pair(),
     Rating(),
     Ranking(),
     StackPair(),
     Chat(),
     ShareGPT(),
-    LABELLED,
     DEMONSTRATION,
+    LABELLED,
     Alpaca(),
     Dolly(),
     Text(),
-    PROMPT,
+    PromptAlone(),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+COLUMNS = "data.columns"  # the option that names columns in a configuration
 # Names that other data sets have for ours.
 _OTHER_NAMES = {
     "prompt": ("question", "query", "input", "problem", "instruction", "user", "context", "source"),
@@ -33,8 +34,17 @@ def meant(keys: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def renaming(keys: Iterable[str], wanted: Iterable[str]) -> str:
-    """``set data.columns: {prompt: question}`` where a key was likely meant, else nothing."""
+def renaming(keys: Iterable[str], wanted: Iterable[str], option: str = COLUMNS) -> str:
+    """``set data.columns: {prompt: question}`` where a key was likely meant, else nothing.
+
+    Args:
+        keys: of the row.
+        wanted: keys of ours that it lacks.
+        option: what gives them other names: ``data.columns``, or a command's own ``--columns``.
+    """
     found = meant(keys, wanted)
-    pairs = ", ".join(f"{name}: {key}" for name, key in found.items())
-    return f"set data.columns: {{{pairs}}}, or rename in the file" if found else ""
+    if not found:
+        return ""
+    if option != COLUMNS:
+        return f"add {option} {' '.join(f'{name}={key}' for name, key in found.items())}, or rename in the file"
+    return f"set {option}: {{{', '.join(f'{name}: {key}' for name, key in found.items())}}}, or rename in the file"

@@ -13,6 +13,7 @@ from rlhf_lightning.data.files import Numbered, RawRow, kind_of, not_utf8, shown
 from rlhf_lightning.errors import InputError
 
 _BLANKS = re.compile(r"\s*")
+_SKIPPING = json.JSONDecoder(parse_int=str)  # reads whatever is JSON
 
 
 def read_json(path: str, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]:
@@ -25,7 +26,9 @@ def read_json(path: str, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]
     data = whole_file(path)
     start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
     head = data[start:].lstrip()[:1]
-    if head == b"[" or (head == b"{" and ".jsonl" not in path.lower() and not _one_a_line(data[start:])):
+    lines = path.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+    whole = _over_lines(data[start:]) if lines else not _one_a_line(data[start:])
+    if head == b"[" or (head == b"{" and whole):
         yield from _values(path, data, start, is_row)
     else:
         yield from _lines(path, data, start)
@@ -41,6 +44,20 @@ def _one_a_line(data: bytes) -> bool:
     except (ValueError, RecursionError):
         return first.rstrip().endswith(b"}")
     return True
+
+
+def _over_lines(data: bytes) -> bool:
+    """Whether the first object goes on over more than one line, as where objects are indented."""
+    first, _, rest = data.lstrip().partition(b"\n")
+    if not rest.strip() or first.rstrip().endswith(b"}"):
+        return False
+    if first.strip() == b"{":
+        return True
+    try:
+        _, end = _SKIPPING.raw_decode(data.lstrip().decode("utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return end > len(first.decode("utf-8"))
 
 
 def _values(path: str, data: bytes, start: int, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]:
@@ -82,12 +99,12 @@ def _held(path: str, text: str, decoder: Any, is_row: Callable[[RawRow], bool]) 
     """Objects one after the other; the only one of a file may be a row, or hold the list of rows."""
     rows: list[Numbered] = []
     place = 0
-    while text[place:].strip() and place >= 0:
+    while place >= 0:
         place = _BLANKS.match(text, place).end()  # type: ignore[union-attr]
+        if place == len(text):
+            break
         value, place = _decoded(path, text, place, len(rows) + 1, decoder)
         rows.append((len(rows) + 1, value))
-        if place < 0:
-            break
     if len(rows) == 1 and isinstance(rows[0][1], dict) and not is_row(rows[0][1]):
         yield from _list_in(path, rows[0][1])
     else:
@@ -120,9 +137,11 @@ def _decoded(path: str, text: str, place: int, row: int, decoder: Any) -> tuple[
         at = f"line {error.lineno}, column {error.colno}"
         cut = "the file is cut off or " if error.pos >= len(text.rstrip()) else ""
         return InputError(f"{where}: {cut}not valid JSON ({error.msg}, {at}); the rows after it are not read"), -1
-    except (ValueError, RecursionError) as error:
-        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        return InputError(f"{where}: {problem}; the rows after it are not read"), -1
+    except RecursionError:
+        return InputError(f"{where}: nested too deeply; the rows after it are not read"), -1
+    except ValueError as error:  # a repeated key, a number with thousands of digits: where the row ends can be told
+        _, end = _SKIPPING.raw_decode(text, place)
+        return InputError(f"{where}: {error}"), end
     return checked_row(value, where), end
 
 

@@ -8,19 +8,19 @@ from typing import Any
 from rlhf_lightning.data.files import kind_of, shown
 from rlhf_lightning.data.values import ROLES, Message, Prompt, Response, checked_list, checked_text, refused
 
-# What ShareGPT's `from` says, and the role that it means. A function call is the assistant's, its value is JSON.
+# What other data sets call the roles, under `role` and under `from`. Where ShareGPT's `from` says that it is a function
+# call, it is the assistant's and its value is JSON; OpenAI's older messages have the call under that key.
 _CALL = "function_call"
-_FROM = {
-    "system": "system",
+_SPEAKERS = {
+    **{role: role for role in ROLES},
     "human": "user",
-    "user": "user",
     "gpt": "assistant",
-    "assistant": "assistant",
+    "model": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
     _CALL: "assistant",
-    "tool": "tool",
+    "function": "tool",
     "observation": "tool",
     "function_response": "tool",
 }
@@ -93,6 +93,12 @@ def _message(item: Any, where: str, at: str) -> Message:
     more = {name: value for name, value in item.items() if name not in (speaker, text) and value is not None}
     if not more.get("tool_calls", True):  # an empty list says that no tool is called
         del more["tool_calls"]
+    if _CALL in more:
+        if "tool_calls" in more:
+            raise refused(where, f"{at}.{_CALL}", "stands beside 'tool_calls'; keep one of the two")
+        more["tool_calls"] = [{"type": "function", "function": more.pop(_CALL)}]
+    if "tool_calls" in more:
+        more["tool_calls"] = _with_objects(more["tool_calls"])
     if speaker not in item:
         raise refused(where, f"{at}.{speaker}", "is missing; a message has role and content")
     if item.get(text) is None and "tool_calls" in more:
@@ -106,19 +112,45 @@ def _message(item: Any, where: str, at: str) -> Message:
     if speaker == "from" and item[speaker] == _CALL:
         calls = _from_json(content, where, f"{at}.{text}")
         calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
-        return Message(role, "", _to_json({"tool_calls": calls, **more}))
+        return Message(role, "", _to_json({"tool_calls": _with_objects(calls), **more}))
+    if role == "user" and not content.strip():
+        raise refused(where, f"{at}.{text}", "is empty; give the text to answer, or delete the row")
     if not content and "tool_calls" in more:
         more["content"] = ""  # the row says so, where null would say that there is none
     return Message(role, content, _to_json(more) if more else "")
 
 
+def _with_objects(calls: Any) -> Any:
+    """The calls, with arguments as objects: OpenAI writes them as JSON text, and chat templates read objects."""
+    if not isinstance(calls, list):
+        return calls
+    return [_with_object(call) for call in calls]
+
+
+def _with_object(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_object(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
+
+
 def _role(item: dict[str, Any], speaker: str, where: str, at: str) -> str:
     given = item[speaker]
-    known = {role: role for role in ROLES} if speaker == "role" else _FROM
-    if not isinstance(given, str) or given not in known:
+    role = speaking(given)
+    if role is None:
         said = repr(given) if isinstance(given, str) else kind_of(given)
-        raise refused(where, f"{at}.{speaker}", f"is {shown(said)}; use one of {', '.join(known)}")
-    return known[given]
+        raise refused(where, f"{at}.{speaker}", f"is {shown(said)}; use one of {', '.join(ROLES)}")
+    return role
+
+
+def speaking(given: Any) -> str | None:
+    """The role that a message's ``role`` or ``from`` means; None where it is not known."""
+    return _SPEAKERS.get(given) if isinstance(given, str) else None
 
 
 def _content(value: Any, where: str, key: str) -> str:

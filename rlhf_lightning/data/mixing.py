@@ -44,26 +44,35 @@ def make_slots(examples: Sequence[Example], weights: Mapping[str, float]) -> lis
 
     Args:
         examples: all rows.
-        weights: by file.
-
-    Raises:
-        InputError: a file's weight leaves it no row in an epoch.
+        weights: by file, as `check_weights` lets them pass.
     """
-    files: dict[str, list[int]] = {}
-    for i, example in enumerate(examples):
-        files.setdefault(example.record.where.rpartition(":")[0], []).append(i)
     slots = []
+    files = _by_file(examples)
     for path, rows in files.items():
         weight = weights.get(path, 1.0)
-        whole, fraction = int(weight), weight - int(weight)
-        runs = round(fraction * len(rows))
-        if not whole and not runs:
-            raise InputError(f"data.path: {path}: a weight of {weight:g} is no row of {len(rows)}; raise it")
+        whole, runs = _parts(weight, len(rows))
         slots += [_slot(examples, [row]) for _ in range(whole) for row in rows]
         ordered = sorted(rows, key=lambda i: (-sum(examples[i].widths), i))
         cuts = [run * len(rows) // runs for run in range(runs + 1)] if runs else []
         slots += [_slot(examples, ordered[start:end]) for start, end in pairwise(cuts)]
     return slots
+
+
+def check_weights(examples: Sequence[Example], weights: Mapping[str, float]) -> list[str]:
+    """The files that have a weight, and no row left that it would count for.
+
+    Raises:
+        InputError: a file's weight leaves it no row in an epoch.
+    """
+    files = _by_file(examples)
+    for path, weight in weights.items():
+        rows = len(files.get(path, ()))
+        if rows and _parts(weight, rows) == (0, 0):
+            raise InputError(
+                f"data.path: {path}: a weight of {weight:g} is no row of {rows}; raise it ({1 / rows:.2g} is one row), "
+                "or leave the file out"
+            )
+    return [path for path in weights if path not in files]
 
 
 def stepped_rows(slots: Sequence[Slot], batch_size: int, seed: int, number: int) -> list[tuple[int, int]]:
@@ -91,6 +100,18 @@ def file_weights(path: str | Sequence[str] | Mapping[str, float]) -> dict[str, f
         if not 0 < weight < math.inf:
             raise InputError(f"data.path: {name}: a weight of {weight:g}; give a number above 0, or leave the file out")
     return {name: float(weight) for name, weight in path.items()}
+
+
+def _by_file(examples: Sequence[Example]) -> dict[str, list[int]]:
+    files: dict[str, list[int]] = {}
+    for i, example in enumerate(examples):
+        files.setdefault(example.record.where.rpartition(":")[0], []).append(i)
+    return files
+
+
+def _parts(weight: float, rows: int) -> tuple[int, int]:
+    """How often every row comes in an epoch, and how many of the rows come once more."""
+    return int(weight), round((weight - int(weight)) * rows)
 
 
 def _slot(examples: Sequence[Example], rows: Sequence[int]) -> Slot:

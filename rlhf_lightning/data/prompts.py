@@ -22,7 +22,9 @@ class Missing(InputError):
 
 def missing(row: Row, key: str, wanted: Sequence[str]) -> Missing:
     """The error that says what was found in place of a key, and which option mends it."""
-    hint = renaming((name for name in row.values if name not in wanted), [w for w in wanted if w not in row])
+    hint = renaming(
+        (name for name in row.values if name not in wanted), [w for w in wanted if w not in row], row.option
+    )
     found = ", ".join(sorted(map(shown, row.values))) or "none"
     problem = f"is missing; keys found: {found}" + (f"; {hint}" if hint else "")
     return Missing(str(row.refused(key, problem)))

@@ -20,6 +20,7 @@ from typing import Any
 
 from rlhf_lightning.data.files import Numbered, RawRow, not_utf8, shown, whole_file
 from rlhf_lightning.data.json_rows import read_json
+from rlhf_lightning.data.values import refused
 from rlhf_lightning.errors import InputError
 
 _JSON = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
@@ -93,16 +94,23 @@ def _csv_rows(path: str, reader: Any) -> Iterator[Numbered]:
             message = f"{path}:{line}: {len(cells)} cells under {len(header)} column names; check commas and quotes"
             yield line, InputError(message)
         else:
-            yield line, _csv_row(path, line, dict(zip(header, cells, strict=True)))
+            yield line, dict(zip(header, cells, strict=True))
         line = reader.line_num + 1
 
 
-def _csv_row(path: str, line: int, cells: dict[str, str]) -> RawRow | InputError:
-    """CSV knows text only: lists stand as JSON in their cell, numbers as digits; an empty one means none is given.
+def interpreted(path: str, where: str, cells: RawRow) -> RawRow:
+    """What a row's values mean in the kind of file that they come from; its keys are our names already.
 
-    A prompt or a response is text, but where its cell is a JSON list of objects: messages.
+    CSV knows text only: lists stand as JSON in their cell, numbers as digits; an empty one means none is given. A
+    prompt or a response is text, but where its cell is a JSON list of objects: messages. Other files' values are what
+    they are.
+
+    Raises:
+        InputError: a cell holds no list, or no number, where one is read.
     """
-    row: RawRow = dict(cells)
+    if not path.lower().endswith(".csv"):
+        return cells
+    row = dict(cells)
     for key in (*_LIST_CELLS, *_NUMBER_CELLS, *_OPTIONAL_CELLS):
         if key not in row:
             continue
@@ -115,7 +123,7 @@ def _csv_row(path: str, line: int, cells: dict[str, str]) -> RawRow | InputError
             row[key] = float(row[key]) if key in _NUMBER_CELLS else json.loads(row[key])
         except (ValueError, RecursionError):
             wanted = "a number" if key in _NUMBER_CELLS else "a JSON list"
-            return InputError(f"{path}:{line}: key '{key}': the cell must hold {wanted}, got {_clip(row[key])}")
+            raise refused(where, key, f"the cell must hold {wanted}, got {_clip(row[key])}") from None
     for key in _MESSAGE_CELLS:
         if re.match(r"\s*\[\s*\{", cells.get(key, "")):
             row[key] = _messages_or_text(cells[key])

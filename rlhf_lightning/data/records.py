@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from rlhf_lightning.data.columns import Columns
 from rlhf_lightning.data.files import RawRow, faulty_text, shown
 from rlhf_lightning.data.forms import is_known, read_row
-from rlhf_lightning.data.readers import read_rows
+from rlhf_lightning.data.hints import COLUMNS
+from rlhf_lightning.data.readers import interpreted, read_rows
 from rlhf_lightning.data.refusals import Refusals
 from rlhf_lightning.data.rows import Record, Row
 from rlhf_lightning.data.values import refused
@@ -55,7 +56,10 @@ class Records:
 
 
 def load_records(
-    paths: str | Sequence[str], prompts: bool = False, columns: Columns | Mapping[str, str] | None = None
+    paths: str | Sequence[str],
+    prompts: bool = False,
+    columns: Columns | Mapping[str, str] | None = None,
+    final: bool = True,
 ) -> Records:
     """Reads and checks files (or hub data sets) in the order given.
 
@@ -63,7 +67,8 @@ def load_records(
         paths: the sources.
         prompts: to answer them, see `parse_row`.
         columns: for keys of ours, the names that the rows have for them, as ``{"prompt": "question"}``. One object for
-            several calls: a name has to be found in one of them, up to the last.
+            several calls: what one of them found is known in the next.
+        final: refuse a name that no row had; False where more files are read with the same columns.
 
     Raises:
         InputError: for the first refused row (``path:line: key 'x': problem; remedy``), with the number of rows that
@@ -87,7 +92,8 @@ def load_records(
             raise InputError(f"{path}: contains no rows; give a file with at least one")
         if refusals:
             break
-    names.check("data.columns")
+    if final:
+        names.check()
     if refusals:
         raise refusals.error(records.read - before)
     if prompts:
@@ -110,7 +116,10 @@ def checked_rows(
         where = f"{path}:{line}"
         try:
             _check_texts(raw, where)
-            yield parse_row(names.apply(raw, where), where, dropped, prompts)
+            # In JSON as in tables, null means that the row lacks the key.
+            given = {key: value for key, value in raw.items() if value is not None}
+            row = interpreted(path, where, names.apply(given, where))
+            yield parse_row(row, where, dropped, prompts, names.option)
         except InputError as error:
             yield error
 
@@ -124,14 +133,16 @@ def _check_texts(row: RawRow, where: str) -> None:
         raise InputError(f"{where}: nested too deeply") from None
 
 
-def parse_row(values: RawRow, where: str, dropped: Counter[str], prompts: bool = False) -> Record | None:
+def parse_row(
+    values: RawRow, where: str, dropped: Counter[str], prompts: bool = False, option: str = COLUMNS
+) -> Record | None:
     """Checks one row of any form; None when nothing of it is left (the reason is counted in ``dropped``).
 
     With ``prompts`` a row is there for its prompt, whatever its responses: then it comes without them where they would
-    have it dropped.
+    have it dropped. ``option``: what gives columns other names, for messages.
     """
     reasons: Counter[str] = Counter()
-    row = Row(values, where, reasons)
+    row = Row(values, where, reasons, option)
     record = read_row(row)
     if prompts and row.made is not None and row.made.prompt:
         return record or replace(row.made, responses=(), pairs=())

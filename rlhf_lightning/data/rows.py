@@ -14,6 +14,7 @@ from rlhf_lightning.data.messages import checked_tools
 from rlhf_lightning.data.values import Message, Prompt, Response, checked_number, checked_text, refused
 from rlhf_lightning.errors import InputError
 
+_UNASKED = "conversation in which no user asks, kept"
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -76,6 +77,11 @@ class Record:
         return json.dumps([*turns, self.tools] if self.tools else turns)
 
     @property
+    def identity(self) -> tuple[str, str, str]:
+        """What rewards can tell a row by: its prompt, its tools and its columns."""
+        return self.key, self.tools, json.dumps(self.columns, sort_keys=True, default=repr)
+
+    @property
     def desirable(self) -> bool:
         """Of a labelled row: whether its response is one to give. A column like the others, as rewards may read it."""
         return bool(self.columns["label"])
@@ -112,7 +118,8 @@ class Record:
 class Row:
     """One raw row while a form reads it. What the form takes is no longer a column that rewards are handed."""
 
-    def __init__(self, values: RawRow, where: str, dropped: Counter[str]) -> None:
+    def __init__(self, values: RawRow, where: str, dropped: Counter[str], option: str) -> None:
+        self.option = option  # what gives columns other names
         self.values = values
         self.where = where  # "file:line"
         self.dropped = dropped
@@ -151,6 +158,8 @@ class Row:
         if not (form.transcript or form.whole):
             tools = checked_tools(self.take("tools"), self.where, "tools")
             prompt = self._as_chat(prompt, responses, tools)
+            if isinstance(prompt, tuple) and not any(message.role in ("user", "tool") for message in prompt):
+                self.drop(_UNASKED)
         columns, raw = self.columns, self.values
         self.made = Record(
             prompt, tuple(responses), tuple(pairs), self.where, form, margin, weight, columns, tools, raw=raw

@@ -8,7 +8,6 @@ user data that spells a special token (``<|im_end|>``) stays text, unless ``spec
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlhf_lightning.data.choices import Kind, check_fit, wanted
 from rlhf_lightning.data.conversations import Conversations, Rendered
+from rlhf_lightning.data.hints import COLUMNS
 from rlhf_lightning.data.ids import SpecialTokens, TextIds
 from rlhf_lightning.data.lengths import surely_over
 from rlhf_lightning.data.rows import Record
@@ -26,7 +27,6 @@ from rlhf_lightning.data.spelling import count_spelled
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.template import ChatTemplate, template_text
 
-Kind = Literal["demonstrations", "pairs", "labels", "prompts"]
 LongPrompts = Literal["error", "drop", "truncate_left"]
 LongResponses = Literal["error", "drop"]
 TrainOn = Literal["all_assistant", "last_assistant"]
@@ -89,6 +89,7 @@ class Encoder:
         long_prompts: what to do with longer prompts; ``truncate_left`` keeps BOS and the last tokens.
         long_responses: what to do with longer responses; they are never cut.
         compared: of so many sequences at most, evenly spread, the ids are compared with those of the text as a whole.
+        columns: the option that gives columns other names, for messages.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Encoder:
         long_prompts: LongPrompts = "error",
         long_responses: LongResponses = "error",
         compared: int = 0,
+        columns: str = COLUMNS,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no EOS token to end responses with; set eos_token in its folder")
@@ -118,6 +120,7 @@ class Encoder:
         self.long_prompts = long_prompts
         self.long_responses = long_responses
         self.compared = compared
+        self.columns = columns
         self.ids = TextIds(tokenizer, special_tokens)
         text = template_text(tokenizer, chat_template, chat_template_name)
         self.template = ChatTemplate(tokenizer, text, chat_template_kwargs, date) if text else None
@@ -157,11 +160,12 @@ class Encoder:
             InputError: a record without what ``kind`` needs, chat rows without a template or that it has no place for,
                 or an over-long text whose policy is ``error``.
         """
+        check_fit(records, kind, self.columns)
         dropped: Counter[str] = Counter()
         if kind == "prompts" and not every_row:
             distinct: dict[Any, Record] = {}
             for record in records:
-                distinct.setdefault(_identity(record), record)
+                distinct.setdefault(record.identity, record)
             dropped[REPEATED] += len(records) - len(distinct)
             records = list(distinct.values())
         tokens, rows = count_spelled(records, self.ids.pattern, self.tokenizer.eos_token)
@@ -169,7 +173,7 @@ class Encoder:
         asked = [
             ask
             for record in records
-            for choice in _wanted(record, kind, demonstrations)
+            for choice in wanted(record, kind, demonstrations)
             for ask in self._asked(record, choice, kind)
         ]
         asked = self._without_long_texts(asked, dropped)
@@ -360,38 +364,3 @@ def _example(record: Record, prompt: list[int], learnt: tuple[Pieces, ...], row:
         record=record,
         masks=masks if any(mask is not None for mask in masks) else (),
     )
-
-
-def _identity(record: Record) -> tuple[str, str, str]:
-    """What rewards can tell a row by: its prompt, its tools and its columns."""
-    return record.key, record.tools, json.dumps(record.columns, sort_keys=True, default=repr)
-
-
-def _wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int, ...], ...]:
-    """Which of the record's responses each example takes."""
-    if kind == "prompts":
-        return ((0,),) if demonstrations and record.responses and not record.form.labelled else ((),)
-    if kind == "labels":
-        if not record.form.labelled:
-            problem = "is missing, and other rows have one; give all rows 'completion' and 'label', or none"
-            raise InputError(f"{record.where}: key 'label': {problem}")
-        return ((0,),)
-    if record.form.labelled:
-        remedy = {
-            "demonstrations": "a demonstration has none; leave out the rows of label false, and the key in the others",
-            "pairs": "a comparison has 'chosen' and 'rejected'; responses labelled one by one are for KTOModule, in "
-            "data.path and data.val_path alike",
-        }[kind]
-        raise InputError(f"{record.where}: key 'label': {remedy}")
-    if kind == "demonstrations":
-        if not record.responses:
-            problem = "there is no response to imitate; add key 'completion', or leave the row out"
-            raise InputError(f"{record.where}: key 'completion': {problem}")
-        return ((0,),)
-    if not record.form.compared:
-        problem = (
-            "there is no comparison; add 'chosen' and 'rejected', or completions with ranks or ratings (for KTOModule "
-            "a 'completion' with 'label' true or false does too)"
-        )
-        raise InputError(f"{record.where}: key 'chosen': {problem}")
-    return record.pairs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from rlhf_lightning.errors import InputError
 
 if TYPE_CHECKING:
+    from rlhf_lightning.data.columns import Columns
     from rlhf_lightning.data.rows import Record
 
 
@@ -27,19 +27,19 @@ class Asked:
         return f"{len(self.prompts):,} of {self.read:,} rows; left out: {reasons or 'none'}"
 
 
-def asked(paths: Sequence[str], limit: int | None) -> Asked:
+def asked(paths: Sequence[str], limit: int | None, columns: Columns | None = None, final: bool = True) -> Asked:
     """Each prompt once, and rows apart that differ in a column which a reward can read; at most ``limit``, evenly
-    spread over the files.
+    spread over the files. ``columns`` and ``final``: see `load_records`.
 
     Raises:
         InputError: see `load_records`; no row is left.
     """
     from rlhf_lightning.data.records import load_records
 
-    records = load_records(paths, prompts=True)
-    distinct: dict[tuple[str, str], Record] = {}
+    records = load_records(paths, prompts=True, columns=columns, final=final)
+    distinct: dict[tuple[str, str, str], Record] = {}
     for record in records.rows:
-        distinct.setdefault((record.key, json.dumps(record.columns, sort_keys=True, default=repr)), record)
+        distinct.setdefault(record.identity, record)
     prompts = list(distinct.values())
     left_out = {**dict(sorted(records.dropped.items())), "repeated prompts": len(records.rows) - len(prompts)}
     if not prompts:

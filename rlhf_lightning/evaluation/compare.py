@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch, Rollout
+from rlhf_lightning.data.choices import Kind
 from rlhf_lightning.data.collate import collate, column_names
 from rlhf_lightning.data.rows import Record
-from rlhf_lightning.data.tokenization import Encoder, Kind
+from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.evaluation.metrics import kl_to_reference, mean_and_error, perplexity, repetition
 from rlhf_lightning.evaluation.winrate import WinRate, length_controlled_win_rate, preferences, win_rate
@@ -184,7 +185,7 @@ def compare(
         start = time.perf_counter()
         folder, tokenizer = policies[name], tokenizers[name]
         policy = _load(folder, tokenizer, settings)
-        encoder = Encoder(tokenizer, chat=settings.chat)
+        encoder = Encoder(tokenizer, chat=settings.chat, columns="--columns")
         batches = _batches(encoder, prompts, "prompts", settings)
         check_length(policy.model, max(b.tokens.shape[1] for b in batches) + settings.max_new_tokens, folder)
         texts = texts or _in_order(batches, [p for batch in batches for p in batch.prompts])

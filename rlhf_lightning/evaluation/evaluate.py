@@ -55,21 +55,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from rich.console import Console
 
+    from rlhf_lightning.data.columns import Columns, columns_of
     from rlhf_lightning.data.records import load_records
     from rlhf_lightning.evaluation.compare import Settings, compare
     from rlhf_lightning.evaluation.exploitation import warnings
     from rlhf_lightning.evaluation.present import comparison_tables, terminal_table
     from rlhf_lightning.models.passes import explain
 
+    columns = Columns(columns_of(options.columns), "--columns")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(
             f"--device {device}: no CUDA device here, or torch was built without CUDA: leave the option out"
         )
     rewards = _rewards(options.reward, options.trust_remote_code)
-    prompts = asked(options.prompts, options.max_prompts)
+    prompts = asked(options.prompts, options.max_prompts, columns, final=not options.text)
     print(f"prompts: {prompts.summary()}", flush=True)
-    told_text = load_records(options.text) if options.text else None
+    told_text = load_records(options.text, columns=columns) if options.text else None
     text = [] if told_text is None else told_text.rows
     if told_text is not None and told_text.dropped:
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(told_text.dropped.items()))
@@ -160,6 +162,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE",
         help="demonstrations to measure perplexity on, to see forgetting",
+    )
+    add(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="OURS=YOURS",
+        help="names that rows have for keys: prompt=question",
     )
     add("--max_new_tokens", type=int, default=128, help="longest answer (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: %(default)s)")

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_lightning.data.batching import endless_batch, epoch_batches, in_order, make_bins, share
-from rlhf_lightning.data.forms import PAIR
+from rlhf_lightning.data.forms import Pair
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Example
 from rlhf_lightning.errors import InputError
 
 
 def example(row: int, prompt: int, *responses: int) -> Example:
-    record = Record("p", (), (), f"f.jsonl:{row + 1}", PAIR)
+    record = Record("p", (), (), f"f.jsonl:{row + 1}", Pair())
     ids = tuple(torch.zeros(length, dtype=torch.int32) for length in responses)
     return Example(torch.zeros(prompt, dtype=torch.int32), ids, 0.0, 1.0, row, record)
 

@@ -34,6 +34,19 @@ def test_a_report_is_what_one_counts_by_hand(write):
     assert [leak["prompts"] for leak in report.leaks] == [1]
 
 
+def test_rows_are_repeated_where_training_takes_them_for_the_same(write):
+    rows = [{"prompt": "p", "answer": str(i)} for i in (1, 2, 2)]
+    (file,) = check([write(rows)]).files
+    assert file.duplicates == 1
+
+
+def test_answers_under_another_name_are_advised(write):
+    (file,) = check([write([{"prompt": f"p{i}", "response": "r"} for i in range(3)])]).files
+    assert any("data.columns: {completion: response}" in line for line in file.advice)
+    (file,) = check([write([{"prompt": "p", "completion": "c", "response": "r"}])]).files
+    assert not any("completion: response" in line for line in file.advice)
+
+
 def test_labels_are_counted(write, capsys):
     rows = [{"prompt": "p", "completion": "a", "label": label} for label in (True, False, True)]
     report = check([write(rows)]).files[0]

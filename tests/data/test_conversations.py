@@ -15,7 +15,7 @@ from rlhf_lightning.data.values import Message
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import eos_ids
 
-TALK, PAIR, DEMONSTRATION, PROMPT = forms.Chat(), forms.PAIR, forms.DEMONSTRATION, forms.PROMPT
+TALK, PAIR, DEMONSTRATION, PROMPT = forms.Chat(), forms.Pair(), forms.DEMONSTRATION, forms.PromptAlone()
 TOOL = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 
 

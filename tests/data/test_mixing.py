@@ -86,4 +86,11 @@ def test_weights_that_mean_nothing_are_refused(tmp_path):
         (f"{{{a}: -1}}", "weights are numbers above 0"),
     ):
         with pytest.raises(InputError, match=message):
-            make_data(path, validation_fraction=0.0).prepare(PAIRS).train_dataloader()
+            make_data(path, validation_fraction=0.0).prepare(PAIRS)
+
+
+def test_a_file_of_which_no_row_is_left_is_told(tmp_path):
+    a = write_file(tmp_path / "a.jsonl", "a", 10)
+    again = write_file(tmp_path / "again.jsonl", "a", 10)  # its prompts are those of the first
+    with pytest.warns(UserWarning, match=f"no row of {again} is left to train on, its weight has no effect"):
+        make_data({a: 1, again: 3}, validation_fraction=0.0).prepare(View("prompts"))

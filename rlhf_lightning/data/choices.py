@@ -1,0 +1,81 @@
+"""Which of a record's responses a view is made of, and what is said of the records that have none for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from rlhf_lightning.data.files import shown
+from rlhf_lightning.data.hints import meant, renaming
+from rlhf_lightning.data.refusals import Refusals
+from rlhf_lightning.data.rows import Record
+from rlhf_lightning.data.values import refused
+from rlhf_lightning.errors import InputError
+
+Kind = Literal["demonstrations", "pairs", "labels", "prompts"]
+
+_PAIRS = (("chosen", "rejected"), ("completions", "ratings"), ("completions", "ranks"))
+
+
+def wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int, ...], ...]:
+    """Which of the record's responses each example takes; the record has what `check_fit` asks for."""
+    if kind == "prompts":
+        return ((0,),) if demonstrations and record.responses and not record.form.labelled else ((),)
+    return record.pairs if kind == "pairs" else ((0,),)
+
+
+def check_fit(records: Sequence[Record], kind: Kind, option: str) -> None:
+    """Refuses records without what a view is made of.
+
+    Args:
+        records: all of the view.
+        kind: the view.
+        option: what gives columns other names, for the message.
+
+    Raises:
+        InputError: for the first record at fault, with the keys found, what mends it, and how many are like it.
+    """
+    refusals = Refusals()
+    for record in records:
+        if (error := _misfit(record, kind, option)) is not None:
+            refusals.add(error)
+    if refusals:
+        raise refusals.error(len(records))
+
+
+def _misfit(record: Record, kind: Kind, option: str) -> InputError | None:
+    if kind == "prompts" or (kind == "labels" and record.form.labelled):
+        return None
+    if kind == "labels":
+        hint = renaming(record.columns, ["label"] if record.responses else ["completion", "label"], option)
+        remedy = hint or "give all rows 'completion' and 'label', or none"
+        return refused(record.where, "label", f"is missing, and other rows have one{_found(record)}; {remedy}")
+    if record.form.labelled:
+        remedy = {
+            "demonstrations": "a demonstration has none; leave out the rows of label false, and the key in the others",
+            "pairs": "a comparison has 'chosen' and 'rejected'; responses labelled one by one are for KTOModule, in "
+            "data.path and data.val_path alike",
+        }[kind]
+        return refused(record.where, "label", remedy)
+    if kind == "demonstrations" and not record.responses:
+        hint = renaming(record.columns, ["completion"], option) or renaming(record.columns, ["messages"], option)
+        remedy = hint or "add key 'completion', or leave the row out"
+        return refused(record.where, "completion", f"there is no response to imitate{_found(record)}; {remedy}")
+    if kind == "pairs" and not record.form.compared:
+        return refused(record.where, "chosen", f"there is no comparison{_found(record)}; {_comparing(record, option)}")
+    return None
+
+
+def _comparing(record: Record, option: str) -> str:
+    """What makes a comparison of a row that has none."""
+    for keys in _PAIRS:
+        if len(meant(record.columns, keys)) == len(keys):
+            return renaming(record.columns, keys, option)
+    remedy = "add 'chosen' and 'rejected', or completions with ranks or ratings"
+    if record.responses and (label := renaming(record.columns, ["label"], option)):
+        return f"{remedy}; for KTOModule {label}"
+    return f"{remedy} (for KTOModule a 'completion' with 'label' true or false does too)"
+
+
+def _found(record: Record) -> str:
+    return f"; keys found: {', '.join(sorted(map(shown, record.raw)))}" if record.raw else ""

@@ -1,0 +1,54 @@
+"""JSON files: indented objects, rows at fault inside a list, nulls, and how long reading takes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+
+from rlhf_lightning.data.records import checked_rows, load_records
+from rlhf_lightning.errors import InputError
+
+ROWS = [{"prompt": f"p{i}", "completion": "c"} for i in range(3)]
+
+
+def prompts(path):
+    return [row.prompt for row in load_records(path).rows]
+
+
+def test_indented_objects_are_read_under_any_name(write):
+    for text in ("\n".join(json.dumps(row, indent=1) for row in ROWS), '{"prompt": "p0",\n "completion": "c"}\n' * 2):
+        for name in ("rows.json", "rows.jsonl", "rows.ndjson"):
+            assert prompts(write(text, name))[:1] == ["p0"]
+            assert len(load_records(write(text, name))) == text.count("prompt")
+
+
+def test_a_cut_first_line_is_still_one_refused_line(write):
+    path = write('{"prompt": "p",\n' + "".join(json.dumps(row) + "\n" for row in ROWS))
+    found = list(checked_rows(path, Counter()))
+    assert [isinstance(item, InputError) for item in found] == [True, False, False, False]
+
+
+def test_many_indented_objects_are_read_in_linear_time(write):
+    row = '{\n "prompt": "p",\n "completion": "c"\n}\n'
+    seconds = []
+    for count in (1_000, 8_000):
+        path = write(row * count, "rows.json")
+        start = time.process_time()
+        assert len(load_records(path)) == count
+        seconds.append(time.process_time() - start)
+    assert seconds[1] < 30 * seconds[0]  # 8 times; it was 64 times
+
+
+def test_a_list_is_read_on_after_a_row_at_fault(write):
+    rows = ['{"prompt": "p0"}', '{"prompt": "a", "prompt": {"b": 1}}', f'{{"prompt": "p", "n": {"1" * 5000}}}']
+    path = write(f"[{', '.join([*rows, *rows[:1]])}]", "rows.json")
+    found = list(checked_rows(path, Counter()))
+    assert [isinstance(item, InputError) for item in found] == [False, True, True, False]
+    assert str(found[1]) == f"{path}:2: key 'prompt': stands twice in one object; keep one of them"
+
+
+def test_null_says_that_the_row_lacks_the_key(write):
+    lacking = {"messages": None, "chosen": None, "rejected": None, "label": None, "margin": None, "text": None}
+    assert load_records(write([{**lacking, **ROWS[0]}])).rows[0].form.name == "demonstration"
+    assert load_records(write(json.dumps([{**lacking, **ROWS[0]}]), "rows.json")).rows[0].columns == {}

@@ -1,0 +1,52 @@
+"""Messages of other habits: old names of roles and calls, arguments as JSON text, and chats that no user opens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rlhf_lightning.data.messages import checked_messages
+from rlhf_lightning.data.records import load_records
+from rlhf_lightning.errors import InputError
+
+CALL = {"name": "add", "arguments": '{"a": 1}'}
+READ = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+
+
+def turns(*messages):
+    return [message.turn() for message in checked_messages(list(messages), "rows.jsonl:1", "messages")]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "function_call": CALL},
+        {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]},
+        {"from": "function_call", "value": json.dumps(CALL)},
+    ],
+)
+def test_calls_have_their_arguments_as_objects(message):
+    assert turns(message) == [{"role": "assistant", "content": None, "tool_calls": READ}]
+
+
+def test_arguments_that_are_no_object_stay_as_they_are():
+    calls = [{"function": {"name": "f", "arguments": text}} for text in ("no JSON", "3", {"a": 1})]
+    assert turns({"role": "assistant", "content": None, "tool_calls": calls})[0]["tool_calls"] == calls
+
+
+def test_roles_of_other_names_are_read():
+    given = {"human": "user", "gpt": "assistant", "model": "assistant", "function": "tool"}
+    for speaker, text in (("role", "content"), ("from", "value")):
+        assert [turns({speaker: name, text: "x"})[0]["role"] for name in given] == list(given.values())
+
+
+def test_two_kinds_of_calls_beside_each_other_are_refused():
+    with pytest.raises(InputError, match="function_call': stands beside 'tool_calls'"):
+        turns({"role": "assistant", "content": None, "function_call": CALL, "tool_calls": READ})
+
+
+def test_conversations_in_which_no_user_asks_are_kept_and_counted(write):
+    opening = [{"role": "system", "content": "Greet."}, {"role": "assistant", "content": "Hello!"}]
+    records = load_records(write([{"messages": opening}]))
+    assert len(records) == 1 and records.dropped == {"conversation in which no user asks, kept": 1}
