@@ -152,6 +152,9 @@ class PromptBatch(_Batch):
     columns: dict[str, list[Any]]  # the rows' other columns, each a list of B; handed to reward functions by name
     # B rows, what people answered to the same prompts: an empty response of weight 0 where the data has none
     demonstrations: DemonstrationBatch | None = None
+    # B prompts as chat templates read them: `messages` (the last perhaps the assistant's own beginning) and `tools`, a
+    # list or None; None for a prompt that is plain text. None for all where nobody said.
+    conversations: list[dict[str, Any] | None] | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -178,6 +181,7 @@ class PromptBatch(_Batch):
             weights=self.weights[rows],
             prompts=[self.prompts[place] for place in places],
             columns={name: [cells[place] for place in places] for name, cells in self.columns.items()},
+            conversations=None if self.conversations is None else [self.conversations[place] for place in places],
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,6 +43,7 @@ def collate(
         prompts=[example.record.text for example in examples],
         columns={name: [example.record.columns.get(name) for example in examples] for name in columns},
         demonstrations=_demonstrations(examples, pad_id) if demonstrations else None,
+        conversations=[_conversation(example) for example in examples] if any(e.chat for e in examples) else None,
     )
 
 
@@ -51,6 +53,15 @@ def column_names(examples: Sequence[Example]) -> list[str]:
     for example in examples:
         names.update(example.record.columns)
     return sorted(names)
+
+
+def _conversation(example: Example) -> dict[str, Any] | None:
+    """The whole prompt as chat templates read it, also where its ids were cut; None for plain text."""
+    record = example.record
+    if not example.chat:
+        return None
+    tools = json.loads(record.tools) if record.tools else None
+    return {"messages": [message.turn() for message in record.messages], "tools": tools}
 
 
 def _demonstrations(examples: Sequence[Example], pad_id: int) -> DemonstrationBatch:

@@ -50,6 +50,7 @@ class Example:
     record: Record
     # each [response tokens] bool, True where the assistant speaks, or None where it does all through; () for None alone
     masks: tuple[Tensor | None, ...] = ()
+    chat: bool = False  # of a prompt to answer: whether the chat template wrote it
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -337,7 +338,7 @@ class Encoder:
             if ask.prompt is not None and any(side.ids[0] != prompt for side in learnt):
                 dropped[OTHER_PROMPT] += 1
                 learnt = ()
-            example = _example(ask.record, prompt, learnt, len(examples))
+            example = _example(ask, prompt, learnt, len(examples))
             if len(learnt) == 2 and torch.equal(*example.responses):
                 dropped[SAME_TOKENS] += 1
                 continue
@@ -353,14 +354,15 @@ class Encoder:
         return examples
 
 
-def _example(record: Record, prompt: list[int], learnt: tuple[Pieces, ...], row: int) -> Example:
+def _example(ask: _Asked, prompt: list[int], learnt: tuple[Pieces, ...], row: int) -> Example:
     ids, masks = zip(*(split(side, len(prompt)) for side in learnt), strict=True) if learnt else ((), ())
     return Example(
         prompt=torch.tensor(prompt, dtype=torch.int32),
         responses=ids,
-        margin=record.margin,
-        weight=record.weight,
+        margin=ask.record.margin,
+        weight=ask.record.weight,
         row=row,
-        record=record,
+        record=ask.record,
         masks=masks if any(mask is not None for mask in masks) else (),
+        chat=ask.prompt is not None and ask.prompt.chat,
     )

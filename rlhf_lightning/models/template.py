@@ -105,6 +105,13 @@ class ChatTemplate:
         return self.tokenizer.convert_tokens_to_ids(self.turn_end) if self.turn_end else None
 
     @cached_property
+    def ending(self) -> tuple[str, str]:
+        """What follows the assistant's text, up to the end of its turn and past it; empty where nobody can tell."""
+        tail = self.tail or ""
+        end = tail.index(self.turn_end) + len(self.turn_end) if self.turn_end else len(tail.rstrip())
+        return tail[:end], tail[end:]
+
+    @cached_property
     def tokens(self) -> re.Pattern[str]:
         """The tokens that stand in a rendering for themselves, special or not, but for runs of white space."""
         return tokens_pattern([str(token) for token in self.tokenizer.added_tokens_decoder.values()])
@@ -167,6 +174,12 @@ def template_text(tokenizer: Any, path: str | None = None, name: str | None = No
     return own[wanted]
 
 
+def default_text(tokenizer: Any) -> str | None:
+    """The Jinja source of the tokenizer's only, or default, template; None where it has none."""
+    own = getattr(tokenizer, "chat_template", None)
+    return own.get("default") if isinstance(own, Mapping) else own
+
+
 def decoded(tokenizer: Any, rows: Sequence[Sequence[int]], ends: Sequence[int] = ()) -> list[str]:
     """Responses as people and rewards read them: without BOS, EOS, pad, what ended them and the marks of turns.
 
@@ -177,8 +190,7 @@ def decoded(tokenizer: Any, rows: Sequence[Sequence[int]], ends: Sequence[int] =
         rows: the ids of each response.
         ends: ids that end a response.
     """
-    own = getattr(tokenizer, "chat_template", None)
-    text = own.get("default") if isinstance(own, Mapping) else own
+    text = default_text(tokenizer)
     markers = ChatTemplate(tokenizer, text).markers if text else set()
     named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -192,6 +204,5 @@ def decoded(tokenizer: Any, rows: Sequence[Sequence[int]], ends: Sequence[int] =
 
 def turn_end_id(tokenizer: Any) -> int | None:
     """The token that ends the assistant's turn in the tokenizer's (default) template; None where there is none."""
-    own = getattr(tokenizer, "chat_template", None)
-    text = own.get("default") if isinstance(own, Mapping) else own
+    text = default_text(tokenizer)
     return ChatTemplate(tokenizer, text).turn_end_id if text else None

@@ -5,26 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import Rollout, micro_batches
-from rlhf_lightning.data.forms import DEMONSTRATION
-from rlhf_lightning.data.rows import Record
-from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import (
     check_length,
     check_vocabularies,
     load_scalar_model,
     load_tokenizer,
-    same_vocabulary,
 )
 from rlhf_lightning.models.positions import at_last_token
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import most_anywhere, shard
 from rlhf_lightning.rewards.base import Reward, check_scores
+from rlhf_lightning.rewards.own_tokens import OwnTokens
 
 
 class ModelReward(Reward):
@@ -36,9 +33,10 @@ class ModelReward(Reward):
         micro_batch_tokens: padded tokens in one forward pass at most.
         trust_remote_code: run model code that comes with the weights.
 
-    Where the reward model's vocabulary is not the policy's, prompts and responses are decoded and encoded again with
-    its own tokenizer, as its training data was (and EOS put after responses that ended by EOS); special tokens of the
-    policy's chat template are left out of the text.
+    Where the reward model's vocabulary or chat template is not the policy's, it reads conversations by its own
+    tokenizer and template, and plain texts decoded and encoded again, as its training data was (and EOS put after
+    responses that ended by EOS). A reward model without a chat template reads all as plain text, from which the special
+    tokens of the policy's template are left out.
 
     Raises: InputError when the folder holds no trained reward model, or a sequence is longer than it has positions for.
     """
@@ -52,8 +50,8 @@ class ModelReward(Reward):
         self.trust_remote_code = trust_remote_code
         self.scalar: ScalarModel | None = None
         self._mesh: Any | None = None
-        self._own_encoder: Encoder | None = None
-        self._policy_tokenizer: PreTrainedTokenizerBase | None = None
+        self._own: OwnTokens | None = None
+        self._told: set[str] = set()
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, mesh: Any | None = None) -> None:
         if self.scalar is None:
@@ -64,15 +62,14 @@ class ModelReward(Reward):
             self._mesh = mesh
         # An evaluation prepares one reward for policies of several vocabularies in turn.
         own = load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
-        self._policy_tokenizer = tokenizer
-        self._own_encoder = None if same_vocabulary(own, tokenizer) else Encoder(own)
+        # Only we, and OpenRLHF, write a deviation; both train on conversations up to the token that ends them.
+        to_turn_end = hasattr(self.scalar.model.config, "reward_std")
+        self._own = OwnTokens(self.path, own, tokenizer, to_turn_end, self._tell_once)
 
     @torch.no_grad()
     def forward(self, rollout: Rollout) -> Tensor:
-        assert self.scalar is not None, "prepare() comes before the first score"
-        tokens, lengths = rollout.tokens, rollout.lengths
-        if self._own_encoder is not None:
-            tokens, lengths = self._encoded_again(rollout, self._own_encoder)
+        assert self.scalar is not None and self._own is not None, "prepare() comes before the first score"
+        tokens, lengths = self._own.encoded(rollout)
         longest = int(lengths.max())
         check_length(
             self.scalar.model, longest if self._mesh is None else most_anywhere(longest, self._mesh), self.path
@@ -87,20 +84,7 @@ class ModelReward(Reward):
             scores[rows] = at_last_token(self.scalar(tokens[rows, :width], lengths[rows]), lengths[rows]).float()
         return check_scores(scores, rollout, self.path)
 
-    def _encoded_again(self, rollout: Rollout, encoder: Encoder) -> tuple[Tensor, Tensor]:
-        policy_tokenizer = self._policy_tokenizer
-        assert policy_tokenizer is not None
-        records = []
-        for row, response in enumerate(rollout.responses):
-            prompt = rollout.tokens[row, : rollout.prompt_lengths[row]].tolist()
-            text = str(policy_tokenizer.decode(prompt, skip_special_tokens=True))
-            records.append(Record(text, (response,), (), f"reward {self.path}", DEMONSTRATION))
-        examples, _ = encoder.encode(records, "demonstrations")
-        ended = (~rollout.truncated).tolist()
-        encoded = [
-            torch.cat([example.prompt, example.responses[0] if whole else example.responses[0][:-1]])
-            for example, whole in zip(examples, ended, strict=True)
-        ]
-        lengths = torch.tensor([len(ids) for ids in encoded], device=rollout.tokens.device)
-        tokens = pad_sequence(encoded, batch_first=True).to(rollout.tokens.device, torch.int64)
-        return tokens, lengths
+    def _tell_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            rank_zero_info(f"reward {self.path}: {line}")
