@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from rlhf_lightning.models.layers import attention_of, nearly_equal
 from rlhf_lightning.models.loading import check_length
 from rlhf_lightning.models.positions import rope_limit
+from rlhf_lightning.models.routers import Routers, routing
 
 _NAME = "rlhf_lightning_packed"
 _OWN = "sdpa"  # the attention that models come with, and the one that is called on the rows
@@ -105,6 +106,11 @@ class PackedRows:
         places = begins[order, None] + columns
         self._attended = _Copies(torch.cat(attended), places[own], places[copied], device)
         self._masks: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def slots(self) -> Tensor:
+        """``[B * S]`` int64, which of the N tokens stands at each place of the rows."""
+        return self._rows.slots
 
     def pack(self, x: Tensor) -> Tensor:
         """``[B, S, ...]`` -> ``[1, N, ...]``."""
@@ -221,7 +227,12 @@ def attention_is_compiled_around() -> None:
 
 
 def hidden_states(
-    trunk: PreTrainedModel, inputs: Tensor, lengths: Tensor, packs: bool, below: int | None = None
+    trunk: PreTrainedModel,
+    inputs: Tensor,
+    lengths: Tensor,
+    packs: bool,
+    below: int | None = None,
+    routers: Routers | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """What the trunk makes of right-padded rows; nothing is computed for padding where it is worth that.
 
@@ -233,6 +244,7 @@ def hidden_states(
         lengths: ``[B]`` int64; S where they are larger.
         packs: whether this trunk's layers can be called without padding, see `can_pack`.
         below: the hidden state that many layers below the last is wanted too.
+        routers: remember what the trunk's routers say, where the pass has a gradient.
 
     Returns: the state below (None where none is wanted) and the last one, ``[B, S, H]`` each; past a row's end they
         are finite numbers without a meaning, which must get no gradient.
@@ -244,11 +256,12 @@ def hidden_states(
         longest, width = int(lengths.max()), inputs.shape[1]
         check_length(trunk, longest, trunk.name_or_path or "model")
         if longest < width:  # padding would count as positions that are taken
-            low, last = hidden_states(trunk, inputs[:, :longest], lengths, packs, below)
+            low, last = hidden_states(trunk, inputs[:, :longest], lengths, packs, below, routers)
             fill = (0, 0, 0, width - longest)
             return None if low is None else nn.functional.pad(low, fill), nn.functional.pad(last, fill)
     name = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
     arguments: dict[str, Any] = {"use_cache": False, "output_hidden_states": below is not None}
+    arguments |= routing(trunk, routers is not None and torch.is_grad_enabled())
     width = inputs.shape[1]
     packed = None
     with torch.device("cpu"):  # where indices are made; Lightning's default device is another
@@ -258,11 +271,15 @@ def hidden_states(
     if packed is not None:
         with attention_of(trunk, _NAME):
             output = trunk(**{name: packed.pack(inputs)}, position_ids=packed.positions, packed=packed, **arguments)
+        if routers is not None:
+            routers.remember(output, lengths, inputs.shape, packed.slots)
         found = None if below is None else packed.spread(output.hidden_states[-1 - below])
         return found, packed.spread(output.last_hidden_state)
     if takes_positions(trunk):
         arguments["position_ids"] = torch.arange(width, device=inputs.device).expand(inputs.shape[:2])
     output = trunk(**{name: inputs}, **arguments)
+    if routers is not None:
+        routers.remember(output, lengths, inputs.shape)
     return None if below is None else output.hidden_states[-1 - below], output.last_hidden_state
 
 

@@ -24,6 +24,7 @@ from rlhf_lightning.models.lora import adapter_off
 from rlhf_lightning.models.packing import can_pack, hidden_states, takes_positions
 from rlhf_lightning.models.passes import note
 from rlhf_lightning.models.positions import response_mask
+from rlhf_lightning.models.routers import Routers, routing
 from rlhf_lightning.models.vocabulary import Vocabulary
 from rlhf_lightning.ops.token_log_probs import token_log_probs
 
@@ -60,6 +61,7 @@ class Policy(nn.Module):
         vocabulary: the rows of the head that count.
         packs: whether passes leave padding and repeated beginnings out (``models/packing.py``); False for models that
             this is not known of.
+        routers: who sets them (``routers.find_routers``) has to take their loss after every pass with a gradient.
 
     Raises:
         InputError: the branch does not reproduce the trunk (it adds positions to its inputs, say), or a critic is to
@@ -77,6 +79,7 @@ class Policy(nn.Module):
         self.model = model
         self._trunk_takes_positions = takes_positions(self._trunk)
         self.packs = can_pack(self._trunk)
+        self.routers: Routers | None = None
         self.vocabulary = Vocabulary(head_rows(model), ids)
         self.head = Head(model, self.vocabulary)
         self._branch_layers = 0
@@ -205,7 +208,14 @@ class Policy(nn.Module):
         )
         note(self.model, tokens)
         arguments = {"position_ids": positions} if self._trunk_takes_positions else {}
-        inputs = {"input_ids": tokens, "past_key_values": cache, "use_cache": True, **arguments, **attention}
+        inputs: dict[str, Any] = {
+            "input_ids": tokens,
+            "past_key_values": cache,
+            "use_cache": True,
+            **arguments,
+            **attention,
+        }
+        inputs |= routing(self.model, False)
         found = self._trunk(**inputs).last_hidden_state if self.head.alone else self.model(**inputs).logits
         picked = found[:, 0] if last is None else found[torch.arange(found.shape[0], device=found.device), last]
         logits = self.head.logits(picked) if self.head.alone else self.vocabulary.logits(picked)
@@ -215,7 +225,7 @@ class Policy(nn.Module):
         """Transformers' own ``generate``, for models whose caches it alone knows: ``[B, P]`` -> ``[B, P + T]``."""
         note(self.model, tokens)
         generate: Any = self.model.generate
-        generated = generate(tokens, **options)
+        generated = generate(tokens, **routing(self.model, False), **options)
         assert isinstance(generated, Tensor)
         return generated
 
@@ -245,7 +255,7 @@ class Policy(nn.Module):
         """The hidden state below the branch (None without one) and the last one, each ``[B, S, H]``."""
         note(self.model, tokens)
         below = None if self.branch is None else self._branch_layers
-        return hidden_states(self._trunk, tokens, lengths, self.packs, below)
+        return hidden_states(self._trunk, tokens, lengths, self.packs, below, self.routers)
 
     def _pass(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """`_states`, and None; or, where the head cannot be run on states, the logits ``[B, S, V]`` in their place."""
@@ -253,8 +263,12 @@ class Policy(nn.Module):
             return *self._states(tokens, lengths), None
         note(self.model, tokens)
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        arguments = {"position_ids": places} if self._trunk_takes_positions else {}
-        logits = self.vocabulary.logits(self.model(input_ids=tokens, use_cache=False, **arguments).logits)
+        arguments: dict[str, Any] = {"position_ids": places} if self._trunk_takes_positions else {}
+        arguments |= routing(self.model, self.routers is not None and torch.is_grad_enabled())
+        output = self.model(input_ids=tokens, use_cache=False, **arguments)
+        if self.routers is not None:
+            self.routers.remember(output, lengths, tokens.shape)
+        logits = self.vocabulary.logits(output.logits)
         return None, logits, logits
 
     def _branch_states(self, below: Tensor | None, lengths: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.layers import linear_in_full_precision
 from rlhf_lightning.models.packing import can_pack, hidden_states
 from rlhf_lightning.models.passes import note
+from rlhf_lightning.models.routers import Routers
 
 
 class ScalarModel(nn.Module):
@@ -26,12 +27,16 @@ class ScalarModel(nn.Module):
     Args:
         model: the classifier, its head an ``nn.Linear`` named ``score`` (see ``loading.load_scalar_model``); kept as
             ``scalar.model``. ``reward_mean`` and ``reward_std`` of its config normalise the output; 0 and 1 if absent.
+
+    Attributes:
+        routers: see `Policy`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         self.packs = can_pack(self._trunk)
+        self.routers: Routers | None = None
 
     @property
     def _trunk(self) -> PreTrainedModel:
@@ -49,7 +54,7 @@ class ScalarModel(nn.Module):
         """
         note(self.model, tokens)
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        states = hidden_states(self._trunk, tokens, lengths, self.packs)[1]
+        states = hidden_states(self._trunk, tokens, lengths, self.packs, routers=self.routers)[1]
         score = self.model.score
         assert isinstance(score, nn.Linear)
         scores = linear_in_full_precision(states, score)[..., 0]

@@ -33,6 +33,7 @@ from rlhf_lightning.models.lora import add_adapter, base_fingerprint
 from rlhf_lightning.models.policy import Policy, Reference
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import shard
+from rlhf_lightning.modules.balancing import balance
 from rlhf_lightning.modules.memory import ExplainMemory
 from rlhf_lightning.modules.optimisation import OptimisedModule
 from rlhf_lightning.modules.totals import Totals
@@ -183,6 +184,7 @@ class RLHFModule(OptimisedModule):
         if frozen:
             built.requires_grad_(False).eval()
         else:
+            balance(built, self.compile_layers)
             built.train()  # dropout is off; this is for gradient checkpointing, which HF does in train mode alone
             if self.gradient_checkpointing:
                 checkpoint_activations(built.model)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf_lightning.algorithms.losses import kto_loss
 from rlhf_lightning.batches import LabelledBatch, PreferenceBatch, View
 from rlhf_lightning.distributed import all_gather_objects, all_reduce_sum, rank
+from rlhf_lightning.modules.balancing import router_loss
 from rlhf_lightning.modules.pairs import Rows, as_rows, weighted_sum
 from rlhf_lightning.modules.preference import PairTerms, ReferencedModule
 from rlhf_lightning.modules.reward_model import wins
@@ -79,7 +80,10 @@ class KTOModule(ReferencedModule):
         if isinstance(batch, PreferenceBatch):
             return super().training_step(batch, batch_idx)
         loss = self.labelled_loss(batch, self.step_totals, "train/", ("rewards/", "logps/"))
-        self.count(batch.weights.sum(), loss, tokens=batch.responses.lengths.sum())
+        assert self.policy is not None
+        total = batch.weights.sum()
+        loss = loss + router_loss(self.policy, batch.weights > 0, total, self.step_totals)
+        self.count(total, loss, tokens=batch.responses.lengths.sum())
         return loss
 
     def measure(self, batch: PreferenceBatch | LabelledBatch, totals: Totals) -> None:

@@ -28,6 +28,9 @@ from rlhf_lightning.distributed import (
     world_size,
 )
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.scalar import ScalarModel
+from rlhf_lightning.modules.balancing import router_loss
 from rlhf_lightning.modules.on_policy_metrics import count_rollout, iteration_metrics
 from rlhf_lightning.modules.sampling import SamplingModule
 from rlhf_lightning.modules.shaping import ScoreShaping
@@ -183,6 +186,19 @@ class OnPolicyModule(SamplingModule):
         """The loss of a micro-batch, divided by the counts of its whole minibatch; a scalar."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(micro, counts, totals, moved)")
 
+    def router_losses(self, micro: Any, totals: Totals) -> Tensor | float:
+        """The routers' auxiliary loss of each network that was run on the micro-batch, see `balancing`.
+
+        Each with the micro-batch's share in the policy's loss; the first of its `counts` is what it adds to it.
+        """
+        networks = {n: part for n, part in self.networks().items() if isinstance(part, Policy | ScalarModel)}
+        if all(part.routers is None for part in networks.values()):
+            return 0.0
+        rows = torch.arange(len(micro.weights), device=micro.weights.device)
+        amount = self.counts(micro, rows)[0]
+        counted = (micro.weights > 0).repeat_interleave(micro.lengths.numel() // len(rows))  # both rows of a pair
+        return sum(router_loss(part, counted, amount, totals, f"loss/{n}_router") for n, part in networks.items())
+
     def too_far(self, moved: Totals) -> bool:
         """Whether the minibatch's policy has moved so far that its step, and all that follow, are to be left out."""
         return False
@@ -241,7 +257,9 @@ class OnPolicyModule(SamplingModule):
             micro = experience.take(group)
             with gradient_sync(self, last):
                 # The strategies average gradients over processes; ours are sums over a global count.
-                loss = world_size() * self.loss(micro if counted else micro.uncounted(), counts, totals, moved)
+                micro = micro if counted else micro.uncounted()
+                loss = self.loss(micro, counts, totals, moved) + self.router_losses(micro, totals) / counts[0]
+                loss = world_size() * loss
                 self.check(loss)
                 self.manual_backward(loss)
         if self.too_far(moved):

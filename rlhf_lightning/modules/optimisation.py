@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf_lightning.distributed import all_reduce_sum, grad_norm, scale_grads, world_size
 from rlhf_lightning.errors import InputError, TrainingDiverged
+from rlhf_lightning.modules.balancing import check_taken
 from rlhf_lightning.modules.totals import Totals
 from rlhf_lightning.ops.extension import keep_memory
 
@@ -192,6 +193,7 @@ class OptimisedModule(LightningModule):
             # DDP and FSDP2 have averaged over the processes, Lightning has divided by its accumulation.
             averaged = world_size() * (self.trainer.accumulate_grad_batches if self.automatic_optimization else 1)
             scale_grads(parameters, averaged / count if count > 0 else 0.0)
+        check_taken(self.children())
         networks = {name: list(network.parameters()) for name, network in self.networks().items()}
         measured = {id(p) for network in networks.values() for p in network}
         self.grad_norms = {name: grad_norm(network) for name, network in networks.items()}

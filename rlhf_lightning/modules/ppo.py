@@ -25,6 +25,7 @@ from rlhf_lightning.batches import DemonstrationBatch, Rollout
 from rlhf_lightning.distributed import all_reduce_sum
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.actor_critic import ActorCriticModule, values_at_the_cut
+from rlhf_lightning.modules.balancing import router_loss
 from rlhf_lightning.modules.experience import CriticExperience
 from rlhf_lightning.modules.on_policy_metrics import count_rollout
 from rlhf_lightning.modules.totals import Totals
@@ -177,7 +178,7 @@ class PPOModule(ActorCriticModule):
         d, weights = demonstrations, demonstrations.response_weights
         loss, log_probs = self.policy.cross_entropy(d.tokens, d.lengths, d.prompt_lengths, weights)
         totals.add("loss/ptx", -log_probs, weights)
-        return loss
+        return loss + router_loss(self.policy, d.weights > 0, weights.sum(), totals, "loss/ptx_router")
 
     def counts(self, experience: CriticExperience, rows: Tensor) -> Tensor:
         """What the policy's loss is divided by, states, and tokens of demonstrations."""

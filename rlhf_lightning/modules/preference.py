@@ -20,6 +20,7 @@ from rlhf_lightning.batches import PreferenceBatch, View
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
 from rlhf_lightning.models.policy import Reference
+from rlhf_lightning.modules.balancing import router_loss
 from rlhf_lightning.modules.pairs import Rows, weighted_sum
 from rlhf_lightning.modules.policy import PolicyModule
 from rlhf_lightning.modules.reward_model import wins
@@ -65,8 +66,10 @@ class PreferenceModule(PolicyModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the pairs' losses."""
         terms = self.terms(batch)
-        loss = weighted_sum(terms.losses, batch.weights)
-        self.count(batch.weights.sum(), loss, tokens=batch.chosen.lengths.sum() + batch.rejected.lengths.sum())
+        assert self.policy is not None
+        total, both = batch.weights.sum(), (batch.weights > 0).repeat(2)
+        loss = weighted_sum(terms.losses, batch.weights) + router_loss(self.policy, both, total, self.step_totals)
+        self.count(total, loss, tokens=batch.chosen.lengths.sum() + batch.rejected.lengths.sum())
         self._add_metrics(batch, terms, self.step_totals, "train/", ("rewards/", "logps/"))
         return loss
 

@@ -19,6 +19,7 @@ from rlhf_lightning.batches import PreferenceBatch, View
 from rlhf_lightning.distributed import all_reduce_sum, rank
 from rlhf_lightning.models.export import export_scalar
 from rlhf_lightning.models.positions import at_last_token
+from rlhf_lightning.modules.balancing import router_loss
 from rlhf_lightning.modules.base import LabelSmoothing, RLHFModule
 from rlhf_lightning.modules.pairs import as_rows, weighted_sum
 from rlhf_lightning.modules.totals import Totals
@@ -90,10 +91,12 @@ class RewardModelModule(RLHFModule):
         """The weighted sum of the pairs' losses."""
         chosen, rejected = self.scores(batch)
         losses = self._losses(chosen, rejected, batch)
+        assert self.scalar is not None
+        total, counted = batch.weights.sum(), batch.weights > 0
         loss = weighted_sum(losses, batch.weights)
-        self.count(batch.weights.sum(), loss, tokens=batch.chosen.lengths.sum() + batch.rejected.lengths.sum())
+        loss = loss + router_loss(self.scalar, counted.repeat(2), total, self.step_totals)
+        self.count(total, loss, tokens=batch.chosen.lengths.sum() + batch.rejected.lengths.sum())
         self.step_totals.add("train/loss", losses, batch.weights)
-        counted = batch.weights > 0
         self.step_totals.add("train/accuracy", wins(chosen, rejected), counted)
         self.step_totals.add("train/margin", chosen - rejected, counted)
         # Scores of earlier epochs are those of another model. (Resumed at an epoch's end, Lightning enters the next one

@@ -10,6 +10,7 @@ import math
 from torch import Tensor
 
 from rlhf_lightning.batches import DemonstrationBatch, View
+from rlhf_lightning.modules.balancing import router_loss
 from rlhf_lightning.modules.policy import PolicyModule
 from rlhf_lightning.modules.totals import Totals
 
@@ -30,6 +31,7 @@ class SFTModule(PolicyModule):
         mask, weights = batch.response_mask, batch.response_weights
         # Known before the forward pass, so the head can make its gradients in it.
         loss, log_probs = self.policy.cross_entropy(batch.tokens, batch.lengths, batch.prompt_lengths, weights)
+        loss = loss + router_loss(self.policy, batch.weights > 0, weights.sum(), self.step_totals)
         self.count(weights.sum(), loss, tokens=batch.lengths.sum())
         self.step_totals.add("train/loss", -log_probs, weights)
         self.step_totals.add("train/response_length", mask.sum(dim=1), batch.weights > 0)
