@@ -119,7 +119,10 @@ def checked_rows(
             # In JSON as in tables, null means that the row lacks the key.
             given = {key: value for key, value in raw.items() if value is not None}
             row = interpreted(path, where, names.apply(given, where))
-            yield parse_row(row, where, dropped, prompts, names.option)
+            record = parse_row(row, where, dropped, prompts, names.option)
+            if record is not None and len(given) < len(raw):  # what answers are written beside has them still
+                record = replace(record, raw={**record.raw, **{key: None for key in raw if key not in given}})
+            yield record
         except InputError as error:
             yield error
 
