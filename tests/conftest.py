@@ -26,8 +26,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return make_tokenizer("<pad>")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def pad_is_eos_tokenizer() -> PreTrainedTokenizerBase:
+    """One of the test's own: tests add tokens to it."""
     return make_tokenizer("<eos>")
 
 
