@@ -22,7 +22,14 @@ def seed() -> None:
 
 
 @pytest.fixture(scope="session")
+def kept_tokenizer() -> PreTrainedTokenizerBase:
+    """For fixtures that live longer than a test."""
+    return make_tokenizer("<pad>")
+
+
+@pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """Each test's own: a DataModule may set its chat template."""
     return make_tokenizer("<pad>")
 
 
@@ -33,18 +40,18 @@ def pad_is_eos_tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
-def tiny_policy_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
+def tiny_policy_dir(tmp_path_factory: pytest.TempPathFactory, kept_tokenizer: PreTrainedTokenizerBase) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "policy"
     torch.manual_seed(1)
     LlamaForCausalLM(make_config()).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    kept_tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_reward_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
+def tiny_reward_dir(tmp_path_factory: pytest.TempPathFactory, kept_tokenizer: PreTrainedTokenizerBase) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "reward"
     torch.manual_seed(2)
     LlamaForSequenceClassification(make_config(num_labels=1)).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    kept_tokenizer.save_pretrained(folder)
     return folder

@@ -223,3 +223,9 @@ def test_light_commands_import_nothing_heavy(code: str, forbidden: tuple[str, ..
 def test_info_answers_within_a_second_beyond_torch() -> None:
     extra = min(run_python(CALL.format("'info'"))[1] - run_python("import torch")[1] for _ in range(3))
     assert extra < 1.0, f"info took {extra:.2f} s beyond `import torch`"
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their names alone, and refuses to collect the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert {name for name in names if names.count(name) > 1} == set()

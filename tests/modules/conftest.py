@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 
 @pytest.fixture(scope="session")
-def other_policy_dir(tiny_policy_dir: Path, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path_factory) -> Path:
+def other_policy_dir(tiny_policy_dir: Path, kept_tokenizer: PreTrainedTokenizerBase, tmp_path_factory) -> Path:
     """Another policy of the same vocabulary, so that log-ratios are not 0."""
     folder = tmp_path_factory.mktemp("other") / "policy"
     model = AutoModelForCausalLM.from_pretrained(tiny_policy_dir)
@@ -19,5 +19,5 @@ def other_policy_dir(tiny_policy_dir: Path, tiny_tokenizer: PreTrainedTokenizerB
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    kept_tokenizer.save_pretrained(folder)
     return folder

@@ -19,11 +19,11 @@ LONGEST = 6  # max_new_tokens
 
 
 @pytest.fixture(scope="module")
-def other_reference(tmp_path_factory, tiny_tokenizer) -> Path:
+def other_reference(tmp_path_factory, kept_tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("reference")
     torch.manual_seed(5)
     LlamaForCausalLM(make_config()).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    kept_tokenizer.save_pretrained(folder)
     return folder
 
 

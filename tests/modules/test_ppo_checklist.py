@@ -312,11 +312,11 @@ def raw_advantages(module: Recorder, kl_coef: float, lam: float, gamma: float = 
 
 
 @pytest.fixture(scope="module")
-def other_reference(tmp_path_factory, tiny_tokenizer):
+def other_reference(tmp_path_factory, kept_tokenizer):
     folder = tmp_path_factory.mktemp("reference")
     torch.manual_seed(5)
     LlamaForCausalLM(make_config()).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    kept_tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -152,11 +152,11 @@ def test_another_value_trains_to_other_weights(tiny_policy_dir, base, other_poli
 
 
 @pytest.fixture(scope="module")
-def other_policy_dir(tmp_path_factory, tiny_tokenizer):
+def other_policy_dir(tmp_path_factory, kept_tokenizer):
     folder = tmp_path_factory.mktemp("other")
     torch.manual_seed(9)
     LlamaForCausalLM(make_config()).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    kept_tokenizer.save_pretrained(folder)
     return folder
 
 
