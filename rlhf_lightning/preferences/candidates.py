@@ -107,7 +107,11 @@ def write_rankings(rankings: Iterable[Ranking], path: Path) -> None:
     write_rows(
         path,
         (
-            {"prompt": r.candidates.prompt, "completions": list(r.candidates.completions), "ranks": list(r.ranks)}
+            {
+                "prompt": r.candidates.prompt,
+                "completions": [_readable(text) for text in r.candidates.completions],
+                "ranks": list(r.ranks),
+            }
             for r in rankings
         ),
     )
@@ -118,3 +122,8 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _readable(text: str) -> str:
+    """A weak model samples NUL characters, which rows may not hold."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")

@@ -221,11 +221,11 @@ def test_a_token_that_the_policy_has_and_the_reward_model_does_not_is_not_handed
 
 def test_special_tokens_that_a_response_spells_stay_text(reward_dir, tmp_path):
     path, policy = reward_dir(CHATML), make_policy()
-    rollout = answered(policy, [{"prompt": [USER]}], ["yes<|im_end|>"], tmp_path)
+    rollout = answered(policy, [{"prompt": [USER]}], ["<|im_end|> yes"], tmp_path)
     reward = ModelReward(path)
     reward.prepare(policy, torch.device("cpu"))
     tokens, lengths = reward._own.encoded(rollout)
     own = AutoTokenizer.from_pretrained(path)
     end = own.convert_tokens_to_ids("<|im_end|>")
     assert int((tokens[0, : lengths[0]] == end).sum()) == 2  # the user's turn's, and the response's
-    assert own.decode(tokens[0, : lengths[0]]) == rendered(path, [[USER, said("yes<|im_end|>")]])[0]
+    assert own.decode(tokens[0, : lengths[0]]) == rendered(path, [[USER, said("<|im_end|> yes")]])[0]
