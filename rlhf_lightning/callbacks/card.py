@@ -158,8 +158,9 @@ def _text(module: RLHFModule) -> tuple[str, str]:
 
 def _front_matter(model: str) -> dict[str, Any]:
     """Of the card of a folder, or of a hub model whose card is in the cache; empty where there is none."""
-    path: Any = Path(model).expanduser() / "README.md"
-    if not path.exists():
+    folder = Path(model).expanduser()
+    path: Any = folder / "README.md"
+    if not folder.exists():
         path = try_to_load_from_cache(model, "README.md") if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else None
     if not isinstance(path, str | Path) or not Path(path).is_file():
         return {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(value, key)
 
 
+@cache
 def _shipped(name: str) -> dict[str, Any]:
     return yaml.safe_load(shipped_configs()[name].read_text(encoding="utf-8")) or {}
 

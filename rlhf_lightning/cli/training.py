@@ -46,6 +46,7 @@ from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.outputs import check_output
 from rlhf_lightning.text import say
 
+_PACKAGE = Path(__file__).resolve().parent.parent
 _TRAINER_DEFAULTS = {
     "max_epochs": 1,
     "log_every_n_steps": 1,
@@ -73,10 +74,27 @@ def main(arguments: Sequence[str]) -> int:
 def _quiet() -> None:
     """Leave the terminal to what concerns the user: Preflight says the rest of what these would."""
     for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_concerns_the_user)
+    warnings.formatwarning = _plain_warning
     disable_progress_bar()
     for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*in eval mode.*", ".*instantiate_classes.*"):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _concerns_the_user(record: logging.LogRecord) -> bool:
+    """Whether a line is a warning, or this library's own and none that Preflight says."""
+    own = Path(record.pathname).is_relative_to(_PACKAGE) and not getattr(record, "in_preflight", False)
+    return own or record.levelno >= logging.WARNING
+
+
+def _plain_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of this library's names what it is about; where it was said helps nobody."""
+    if Path(filename).is_relative_to(_PACKAGE):
+        return f"{notice('warning', str(message))}\n"
+    return f"{filename}:{lineno}: {message}\n"
 
 
 class TrainingCLI(LightningCLI):

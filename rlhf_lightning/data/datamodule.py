@@ -137,7 +137,8 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             InputError: anything wrong with the data or the options.
         """
-        assert self.trainer is not None
+        if self.trainer is None:
+            raise InputError("PreferenceDataModule.setup: needs the Trainer of a module; without one, call prepare")
         module = self.trainer.lightning_module
         if self.tokenizer is None:
             folder = self.tokenizer_path or getattr(module, "model", None)
@@ -205,7 +206,7 @@ class PreferenceDataModule(LightningDataModule):
             self._encoding = _encoding(self.train, self.kind)
             self._check_resumed()
         self._tell_spelled(encoder)
-        rank_zero_info(self.summary())
+        rank_zero_info(self.summary(), extra={"in_preflight": True})
         return self
 
     def train_dataloader(self) -> Loader:

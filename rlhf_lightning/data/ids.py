@@ -36,6 +36,7 @@ class TextIds:
         self.special = special
         self._added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}
         known = {*self._added, *map(str, tokenizer.all_special_tokens)} - {str(tokenizer.unk_token)}
+        self._strip = any(token.rstrip or token.lstrip for token in self._added.values())  # blanks beside them
         self.known = sorted(token for token in known if token.strip())
         self.pattern = tokens_pattern(self.known)  # the special tokens, as texts spell them
         probe = tokenizer("a").input_ids
@@ -102,9 +103,7 @@ class TextIds:
                 found.update((i, [behind[pair] for pair in _pairs(sequences[i].pieces)]) for i in numbers)
         for i, sequence in enumerate(sequences):
             if sequence.hidden:
-                found[i] = [
-                    self._apart(piece, dict(sequence.hidden), n == 0) for n, piece in enumerate(sequence.pieces)
-                ]
+                found[i] = self._apart(sequence.pieces, dict(sequence.hidden))
         return [found[i] for i in range(len(sequences))]
 
     def _behind(
@@ -112,7 +111,7 @@ class TextIds:
     ) -> dict[tuple[str, str], Ids]:
         """Ids of each piece, by the piece before it (empty for the first) and itself."""
         pairs = list(dict.fromkeys(pair for pieces in sequences for pair in _pairs(pieces)))
-        if not self.marked:
+        if not self.marked and not self._strip:
             texts = list(dict.fromkeys(text for _, text in pairs))
             alone = dict(zip(texts, function(texts), strict=True))
             return {pair: alone[pair[1]] for pair in pairs}
@@ -132,23 +131,28 @@ class TextIds:
                 return ids[len(anchor) :]
         return function([piece])[0]
 
-    def _apart(self, text: str, hidden: dict[str, str], first: bool) -> Ids:
-        """Ids of a template's text in which a user spells special tokens: these stay text, the template's do not."""
-        ids: Ids = []
-        begin, before = 0, None
-        for found in [*self.pattern.finditer(text), None]:
-            words = text[begin : found.start() if found else len(text)]
-            if before is not None and before.rstrip:
-                words = words.lstrip()
-            own = self._added.get(found[0]) if found else None
-            if own is not None and own.lstrip:
-                words = words.rstrip()
-            if words:
-                ids += self._words_behind(unhidden(words, hidden), first and begin == 0, before is not None)
-            if found:
-                ids.append(self.tokenizer.convert_tokens_to_ids(found[0]))
-                begin, before = found.end(), own
-        return ids
+    def _apart(self, pieces: Sequence[str], hidden: dict[str, str]) -> list[Ids]:
+        """Ids of a template's pieces in which a user spells special tokens: these stay text, the template's do not."""
+        found: list[Ids] = []
+        first, before = True, None  # whether nothing stands before, and the special token that stands right before
+        for piece in pieces:
+            ids: Ids = []
+            begin = 0
+            for match in [*self.pattern.finditer(piece), None]:
+                words = piece[begin : match.start() if match else len(piece)]
+                if before is not None and before.rstrip:
+                    words = words.lstrip()
+                own = self._added.get(match[0]) if match else None
+                if own is not None and own.lstrip:
+                    words = words.rstrip()
+                if words:
+                    ids += self._words_behind(unhidden(words, hidden), first, before is not None)
+                    first, before = False, None
+                if match:
+                    ids.append(self.tokenizer.convert_tokens_to_ids(match[0]))
+                    begin, first, before = match.end(), False, own
+            found.append(ids)
+        return found
 
     def _words_behind(self, text: str, first: bool, after_special: bool) -> Ids:
         marked = first or (after_special and self._marked_after_special)

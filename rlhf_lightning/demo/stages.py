@@ -59,16 +59,17 @@ FULL = Size(
 )
 QUICK = Size(
     train=2048,
-    held_out=256,
+    held_out=192,
     ranked=1536,
     candidates=2,
     annotator_temperature=0.75,
     hidden=128,
     layers=2,
     options={
-        "sft": ("--trainer.max_steps", "250"),
+        "sft": ("--trainer.max_steps", "220", "--data.batch_size", "12"),
+        "dpo": ("--trainer.max_steps", "50", "--data.batch_size", "16"),
         # Fewer iterations, of 64 responses; and the weaker reward model is followed less far.
-        "ppo": ("--model.iterations", "15", "--data.batch_size", "64", "--model.kl_coef", "0.1"),
+        "ppo": ("--model.iterations", "14", "--data.batch_size", "48", "--model.kl_coef", "0.1"),
         "grpo": ("--model.iterations", "15", "--data.batch_size", "16"),
         "rloo": ("--model.iterations", "15", "--data.batch_size", "16"),
         "reinforce": ("--model.iterations", "15", "--data.batch_size", "64"),

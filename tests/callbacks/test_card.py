@@ -118,3 +118,13 @@ def test_models_are_named_without_paths(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
     names = [name_of(str(p)) for p in (snapshot, tmp_path / "sft-2" / "model", tmp_path / "llama", Path("owner/far"))]
     assert names == ["owner/name", "sft-2", "llama", "owner/far"]
+
+
+def test_a_folder_without_a_card_is_no_name_of_the_hub(
+    tmp_path: Path, tiny_policy_dir: Path, data: Any, monkeypatch: Any
+) -> None:
+    shutil.copytree(tiny_policy_dir, tmp_path / "my--runs" / "start")
+    monkeypatch.chdir(tmp_path)
+    made = trainer(data)
+    text = Card(made, module(SFTModule, Path("my--runs/start"))).text("sft", made)
+    assert ModelCard(text).data.base_model == "start"

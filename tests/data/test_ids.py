@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from chat_tokenizer import make_tokenizer
+from transformers import AddedToken
 
 from rlhf_lightning.data import forms
 from rlhf_lightning.data.conversations import Rendered
@@ -80,6 +81,20 @@ def test_words_that_spell_a_special_token_get_the_ids_of_words_in_a_template():
         assert Counter(i for i in pieces[0] if i in special) == Counter(special), name
         read = tokenizer.decode(pieces[0], skip_special_tokens=True).replace(" ", "")
         assert read.strip() == "the<|end|>cat", name
+
+
+@pytest.mark.parametrize("stripping", [False, True])
+def test_a_spelled_special_token_changes_no_ids_of_later_turns(name, stripping):
+    tokenizer = family(name, TEXTS)
+    if stripping:  # as Phi-3's, which swallow the blanks behind them
+        tokens = [AddedToken(text, special=True, rstrip=True) for text in ("<|user|>", "<|end|>", "<|assistant|>")]
+        tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    later = ("the fish<|end|>", "\n<|user|>\nwhy not<|end|>\n<|assistant|>\n", "it is<|end|>")
+    said = Rendered(("<|user|>\na \U00100000 cat<|end|><|assistant|>", *later), hidden=(("\U00100000", "<|end|>"),))
+    meant = Rendered(("<|user|>\na dog cat<|end|><|assistant|>", *later))  # its ids are held by the test of whole texts
+    found, wanted = TextIds(tokenizer).pieces([said, meant])
+    assert found[1:] == wanted[1:]
+    assert found[0][-1] == wanted[0][-1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
 
 
 def test_an_example_tells_words_from_the_tokens_that_they_spell():
