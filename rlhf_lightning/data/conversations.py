@@ -76,12 +76,13 @@ class Conversations:
         self.noted: Counter[str] = Counter()
         self._roles: dict[str, str] = {}  # how a role that steers is given: as it is, as "system", or "folded"
         self._has_tools: bool | None = None
+        self._shown: dict[tuple[tuple[str, bool], ...], set[int]] = {}
 
     def prompt(self, record: Record) -> Rendered:
         """The prompt as sampling is given it."""
         chat = self._chat(record, None)
         text = self._prompt_text(chat, chat.first)
-        self._check_shown(chat, chat.messages, text)
+        self._check_shown(chat, chat.messages)
         self._check_hidden(chat, text, chat.first)
         return Rendered((text,), hidden=tuple(chat.hidden.items()))
 
@@ -100,7 +101,7 @@ class Conversations:
         if not spoken:
             raise InputError(f"{record.where}: the response has no turn of the assistant's; repair the row")
         turns = [self._turn(chat, i) for i in spoken]
-        self._check_shown(chat, chat.messages[: spoken[-1] + 1], turns[-1].whole)
+        self._check_shown(chat, chat.messages[: spoken[-1] + 1])
         last = turns[-1].whole
         if all(turn.ended and last.startswith(turn.whole[: turn.end]) for turn in turns[:-1]):
             return [self._joined(chat, turns)]
@@ -280,24 +281,39 @@ class Conversations:
                 "data.chat_template to one that has, or delete the key"
             )
 
-    def _check_shown(self, chat: _Chat, messages: list[dict[str, Any]], rendered: str) -> None:
+    def _check_shown(self, chat: _Chat, messages: list[dict[str, Any]]) -> None:
         """Refuses a row with a message that the template leaves out."""
+        sure = self._always_shown(chat, messages)
         for number, message in enumerate(messages):
-            calls = json.dumps(message.get("tool_calls") or [])
-            key, text = ("tool_calls", calls) if message["role"] == "assistant" else ("content", message["content"])
-            if not (text or "").strip() or text == "[]" or (key == "content" and text.strip() in rendered):
+            calls, text = message.get("tool_calls") or [], message["content"] or ""
+            of_assistant = message["role"] == "assistant"  # whose words are found in the rendering, but for these
+            if calls and self._leaves_out(chat, messages, number, "tool_calls", []):
+                raise _left_out(chat, message, number, "tool_calls")
+            if number in sure or not text.strip() or (of_assistant and not calls):
                 continue
-            other: Any = MARK if key == "content" else []
-            changed = [{**m, key: other} if i == number else m for i, m in enumerate(messages)]
+            if self._leaves_out(chat, messages, number, "content", MARK):
+                raise _left_out(chat, message, number, "content")
+
+    def _always_shown(self, chat: _Chat, messages: list[dict[str, Any]]) -> set[int]:
+        """The messages whose content a conversation of such roles shows, whatever they say; rendered once for all."""
+        roles = tuple((message["role"], bool(message.get("tool_calls"))) for message in messages)
+        if roles not in self._shown:
+            marks = [f"{MARK}{number}{MARK}" for number in range(len(messages))]
+            marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
             try:
-                left_out = self.template.render(changed, chat.tools) == self.template.render(messages, chat.tools)
+                rendered = self.template.render(marked, chat.tools)
             except TemplateRefuses:
-                continue  # it reads what it would refuse
-            if left_out:
-                raise InputError(
-                    f"{chat.where}: the chat template leaves out {key} of message {number} (role "
-                    f"{message['role']}); set data.chat_template to one that has a place for it, or delete the row"
-                )
+                rendered = ""
+            self._shown[roles] = {number for number, mark in enumerate(marks) if mark in rendered}
+        return self._shown[roles]
+
+    def _leaves_out(self, chat: _Chat, messages: list[dict[str, Any]], number: int, key: str, other: Any) -> bool:
+        """Whether a conversation is rendered no other with something else in a message's place."""
+        changed = [{**m, key: other} if i == number else m for i, m in enumerate(messages)]
+        try:
+            return self.template.render(changed, chat.tools) == self.template.render(messages, chat.tools)
+        except TemplateRefuses:
+            return False  # it reads what it would refuse
 
     def _check_hidden(self, chat: _Chat, rendered: str, count: int) -> None:
         """Refuses a row whose special tokens, kept as text, the template itself would have read."""
@@ -313,3 +329,10 @@ class Conversations:
                 f"{chat.where}: spells {json.dumps(next(iter(chat.hidden.values())))}, which the chat template reads; "
                 "set data.special_tokens to tokens, or take it out of the text"
             )
+
+
+def _left_out(chat: _Chat, message: dict[str, Any], number: int, key: str) -> InputError:
+    return InputError(
+        f"{chat.where}: the chat template leaves out {key} of message {number} (role {message['role']}); set "
+        "data.chat_template to one that has a place for it, or delete the row"
+    )

@@ -114,6 +114,28 @@ def test_tools_results_and_calls_are_rendered_and_only_the_assistant_is_learnt(t
         encode(tokenizer, Record(turns, ("two",), (), "rows.jsonl:1", TALK))
 
 
+def test_a_message_is_left_out_also_where_another_says_the_same(tokenizer):
+    deaf = templates.CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'critic' %}")
+    turns = [("user", "is it fine?"), ("critic", "fine"), ("user", "and you?"), ("assistant", "fine")]
+    with pytest.raises(
+        InputError, match=r"leaves out content of message 1 \(role critic\)"
+    ):
+        encode(tokenizer, talk(*turns), template=deaf)
+    with pytest.raises(InputError, match="leaves out content of message 1"):
+        encode(tokenizer, talk(*turns[:3]), template=deaf, kind="prompts")
+
+
+def test_words_beside_a_call_that_the_template_leaves_out_are_refused(tokenizer):
+    call = json.dumps({"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]})
+    turns = (*messages(("user", "one and one?")), Message("assistant", "I add", call), Message("tool", "2"))
+    record = Record(turns, ("two",), (), "rows.jsonl:1", TALK, tools=json.dumps(TOOL))
+    (example,) = encode(tokenizer, record, template=templates.TOOLS)
+    assert "I add[{" in tokenizer.decode(ids(example))
+    calls_alone = templates.TOOLS.replace("(m.content or '') +", "(m.content if not m.tool_calls else '') +")
+    with pytest.raises(InputError, match=r"leaves out content of message 1 \(role assistant\)"):
+        encode(tokenizer, record, template=calls_alone)
+
+
 def test_turns_that_the_template_changes_are_sequences_of_their_own(tokenizer):
     turns = [
         ("user", "hello"),
