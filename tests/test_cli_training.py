@@ -171,6 +171,8 @@ def test_a_changed_batch_size_is_refused_on_resume(sft: list[str], capsys: pytes
         (["--weight_decay", "1"], "--weight_decay: unknown key (did you mean --model.weight_decay?)"),
         (["--run", "a/b"], "--run a/b: use letters, digits"),
         (["stray"], "stray: this argument belongs to no option"),
+        (["--data.path", "a", "b"], "b: this argument belongs to no option; options are written --key value, and a "
+         "list --data.path '[a, b]'"),
         (["--data.path", "none.jsonl"], "none.jsonl: cannot be read"),
         (["--model.model", "nowhere/at/all"], "nowhere/at/all"),
         (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true keeps the weights in 16 bits"),

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.cli import main
-from rlhf_lightning.cli.predictions import _names, _plain
+from rlhf_lightning.cli.predictions import _names, _others, _plain
+from rlhf_lightning.data.records import load_records
 
 ROWS = [
     {"prompt": "what is two ?", "answer": "4", "tokens": 7, "input_row": "kept", "row": "mine"},
@@ -83,6 +84,17 @@ def test_columns_have_names_of_their_own() -> None:
         **{"a": "a", "row": "input_input_row"},
         **{"input_row": "input_row", "prompt": "input_prompt"},
     }
+
+
+def test_a_column_that_repeats_the_prompt_is_still_a_column(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "two and two?", "original": "two and two?"},
+        {"question": "two and two?", "response_j": "4", "response_k": "5", "original": "two and two?"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain, compared = map(_others, load_records(str(tmp_path / "rows.jsonl")).rows)
+    assert plain == {"original": "two and two?"}
+    assert compared == {"response_j": "4", "response_k": "5", "original": "two and two?"}
 
 
 def test_columns_of_tables_become_json() -> None:

@@ -67,7 +67,7 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
     yield (
         "tokenizer",
         f"{len(tokenizer):,} tokens, eos {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), pad "
-        f"{tokenizer.pad_token!r} ({tokenizer.pad_token_id}), {'a' if tokenizer.chat_template else 'no'} chat template",
+        f"{tokenizer.pad_token!r} ({tokenizer.pad_token_id}), {_template(data)}",
     )
     yield "data", data.summary().removeprefix("data: ")
     example = data.train[0]
@@ -82,6 +82,17 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
         shown = text if len(text) <= _RESPONSE_SHOWN else text[:_RESPONSE_SHOWN] + "..."
         yield side, f"{prompt!r} | {shown!r} ({count} tokens right of the bar carry the loss)"
     yield "hardware", f"{_hardware(trainer)}; operators: {_operators(trainer)}"
+
+
+def _template(data: Any) -> str:
+    """What the chat template is for; whoever meant rows of plain text to be chats sees that they are none."""
+    if data.template is None:
+        return "no chat template"
+    chats = sum(data.chat or not isinstance(example.record.prompt, str) for example in data.train)
+    if chats == len(data.train):
+        return "a chat template"
+    rows = "no row goes" if not chats else f"{chats:,} of {len(data.train):,} rows go"
+    return f"a chat template that {rows} through: plain rows do with data.chat true"
 
 
 def _sizes(module: RLHFModule) -> str:

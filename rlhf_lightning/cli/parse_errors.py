@@ -145,7 +145,9 @@ def _explain_unknown(
     if rest:
         name = next((word for word in rest.split() if word.startswith("--")), rest.split()[0])
         if not name.startswith("-"):
-            return f"{name}: this argument belongs to no option; options are written --key value"
+            return (
+                f"{name}: this argument belongs to no option; options are written --key value{_list(name, arguments)}"
+            )
         name = ".".join([*keys, name.lstrip("-").partition("=")[0]])
         valid = [".".join([*keys, key]) for key in accepted(classes[-1])] if classes else accepted(None)
         return f"--{name}: unknown key{did_you_mean(name, valid, '--')}"
@@ -161,6 +163,19 @@ def _explain_unknown(
     hint = did_you_mean(nested.rsplit(".", 1)[-1], valid, f"--{'.'.join(keys)}.")
     hint = hint or f"; its keys are {', '.join(valid)}"
     return f"{place}: unknown key of {classes[-1].rsplit('.', 1)[-1]}{hint}"
+
+
+def _list(word: str, arguments: Sequence[str]) -> str:
+    """How a list is written, where the word follows an option that has a value already."""
+    place = arguments.index(word) if word in arguments else 0
+    values: list[str] = []
+    for argument in reversed(arguments[:place]):
+        if argument.startswith("--"):
+            option, _, value = argument.partition("=")
+            values = [*([value] if value else []), *values, word]
+            return f", and a list {option} '[{', '.join(values)}]'" if len(values) > 1 else ""
+        values.insert(0, argument)
+    return ""
 
 
 def _chain(message: str) -> list[str]:

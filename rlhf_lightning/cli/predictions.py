@@ -16,6 +16,7 @@ from rlhf_lightning.data.records import Record
 from rlhf_lightning.distributed import all_gather_objects, failing_together
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.outputs import write_whole
+from rlhf_lightning.text import say
 
 _OURS = ("row", "where", "prompt", "response", "tokens", "truncated")
 
@@ -48,7 +49,7 @@ class PredictionWriter(Callback):
         if not isinstance(data, PreferenceDataModule):
             return
         if trainer.is_global_zero:
-            print(data.summary().replace("data: ", f"{'data':<10}"), flush=True)
+            say(data.summary().replace("data: ", f"{'data':<10}"))
             if data.dropped:
                 self._left_out = data.summary().partition("; ")[2]
         with failing_together():
@@ -57,7 +58,7 @@ class PredictionWriter(Callback):
                 names = _names({name for record in records for name in _others(record)})
                 for old, new in names.items():
                     if old != new:
-                        print(f"{'':<10}column {old!r} is written as {new!r}", flush=True)
+                        say(f"{'':<10}column {old!r} is written as {new!r}")
                 self._records = {record.number: _known(record, names) for record in records}
 
     def on_predict_batch_end(
@@ -74,7 +75,7 @@ class PredictionWriter(Callback):
         rows.sort(key=lambda row: row["row"])
         lines = [self._line(row) for row in rows]
         write_whole(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        print(f"{len(rows):,} responses in {self.path}" + (f" ({self._left_out})" if self._left_out else ""))
+        say(f"{len(rows):,} responses in {self.path}" + (f" ({self._left_out})" if self._left_out else ""))
 
     def _line(self, row: dict[str, Any]) -> dict[str, Any]:
         known = self._records.get(row["row"])
@@ -112,9 +113,9 @@ def _prompt(record: Record) -> Any:
 
 
 def _others(record: Record) -> dict[str, Any]:
-    """What the row has beside its prompt, responses too; not what is the prompt under another name."""
-    prompt = _prompt(record)
-    return {name: value for name, value in record.raw.items() if name != "prompt" and value != prompt}
+    """What the row has beside its prompt, responses too; not the key that was read as the prompt."""
+    prompt, own = _prompt(record), record.columns
+    return {name: value for name, value in record.raw.items() if name in own or (name != "prompt" and value != prompt)}
 
 
 def _plain(value: Any) -> Any:

@@ -178,17 +178,16 @@ def _check_file(path: str, measure: Measure, names: Columns, tokenizer: str | No
 
 
 def _check_tokens(report: FileReport, records: list[Record], folder: str | None) -> None:
-    pattern, end = LOOKS_SPECIAL, ""
+    tokens, report.spelling_rows = count_spelled(records, LOOKS_SPECIAL)
     if folder is not None and records:
         from rlhf_lightning.data.borders import merging_borders
-        from rlhf_lightning.data.ids import TextIds
+        from rlhf_lightning.data.tokenization import Encoder
         from rlhf_lightning.models.loading import load_tokenizer
 
         tokenizer = load_tokenizer(folder)
-        pattern, end = TextIds(tokenizer).pattern, str(tokenizer.eos_token)
+        tokens, report.spelling_rows = Encoder(tokenizer).spelled_in(records)
         report.merging, report.borders, refused = merging_borders(tokenizer, records)
         report.refused += refused
-    tokens, report.spelling_rows = count_spelled(records, pattern, end)
     report.spelled = dict(tokens.most_common())
 
 

@@ -14,10 +14,11 @@ from typing import Any
 
 from rlhf_lightning.data.hidden import hide, shown, unhidden
 from rlhf_lightning.data.rows import Record
+from rlhf_lightning.data.spelling import without_end
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.template import MARK, ChatTemplate, TemplateRefuses
 
-UNLIKE = "generation prompt unlike the whole conversation, which is taken"
+UNLIKE = "turn that the chat template begins otherwise than its generation prompt does, learnt as it writes it"
 TWICE = "opening of a response that the generation prompt has already, taken once"
 CHANGED = "response that the chat template changes"
 FOLDED = "system message put into the user's, as the chat template takes none"
@@ -35,6 +36,16 @@ class Rendered:
     ended: bool = False  # whether it ends with the token that ends a turn
     # What stands in the pieces for special tokens that a user's text spells: the characters, and the texts.
     hidden: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def context(self) -> str:
+        """All before the last turn of the assistant's; the whole where it says nothing."""
+        return "".join(self.pieces[:-1]) if len(self.pieces) > 1 else self.pieces[0]
+
+    @property
+    def turns(self) -> tuple[str, ...]:
+        """What the assistant says, turn by turn."""
+        return self.pieces[1::2]
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,11 @@ class Conversations:
         self._has_tools: bool | None = None
         self._shown: dict[tuple[tuple[str, bool], ...], set[int]] = {}
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The tokens that a turn of the assistant's may spell at its end, and that are taken for what ends it."""
+        return (self.template.turn_end, self.template.tokenizer.eos_token)
+
     def prompt(self, record: Record) -> Rendered:
         """The prompt as sampling is given it."""
         chat = self._chat(record, None)
@@ -117,8 +133,9 @@ class Conversations:
         answer = [] if number is None else [message.turn() for message in record.answer(number)]
         if not prompt:
             raise InputError(f"{record.where}: key 'chosen': the transcript has no Human turn; delete the row")
-        if answer:
-            answer[-1] = self._without_end(answer[-1])
+        begun_alone = prompt[-1:] if prompt[-1]["role"] == "assistant" else []  # it is gone on with
+        prompt = [*map(self._without_end, prompt[: len(prompt) - len(begun_alone)]), *begun_alone]
+        answer = list(map(self._without_end, answer))
         prefill = None
         if prompt[-1]["role"] == "assistant":
             begun = prompt.pop()
@@ -136,13 +153,13 @@ class Conversations:
         return _Chat(record, messages, tools, len(prompt), prefill, hidden)
 
     def _without_end(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The response's last message, without an EOS or turn end that it spells: the template writes that."""
+        """A turn of the assistant's without an EOS or turn end that it spells: the template writes that."""
         text = message["content"] or ""
-        for end in (self.template.turn_end, self.template.tokenizer.eos_token):
-            if end and text.endswith(end):
-                self.noted[ENDED] += 1
-                return {**message, "content": text.removesuffix(end)}
-        return message
+        content = without_end(text, self.ends) if message["role"] == "assistant" else text
+        if content == text:
+            return message
+        self.noted[ENDED] += 1
+        return {**message, "content": content}
 
     def _steered(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages, where need be without a system message: its text then begins the user's."""

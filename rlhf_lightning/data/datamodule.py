@@ -291,9 +291,11 @@ class PreferenceDataModule(LightningDataModule):
         self.dropped.update(dropped)
         self.noted = encoder.noted
         if encoder.borders["merged"]:
-            self.noted["borders held that a merge would cross"] = encoder.borders["merged"]
+            self.noted["responses whose first letters would merge with their prompts' last, kept apart"] = (
+                encoder.borders["merged"]
+            )
         if encoder.borders["compared"] < encoder.borders["sequences"]:
-            self.noted["sequences compared with their whole texts"] = encoder.borders["compared"]
+            self.noted["sequences whose tokens were checked, a sample"] = encoder.borders["compared"]
         if not examples:
             raise InputError(
                 f"{', '.join(records.paths)}: no {self.kind} left to {purpose} of {records.read} rows read "

@@ -15,26 +15,42 @@ LOOKS_SPECIAL = re.compile(
 )
 
 
-def spelled(record: Record, pattern: re.Pattern[str], end: str = "") -> set[str]:
+def without_end(text: str, ends: Sequence[str]) -> str:
+    """A response without the token that ends it where it spells that itself, before blanks or none."""
+    bare = text.rstrip()
+    return next((bare.removesuffix(end) for end in ends if end and bare.endswith(end)), text)
+
+
+def spelled(record: Record, pattern: re.Pattern[str], plain: Sequence[str] = (), turns: Sequence[str] = ()) -> set[str]:
     """What the pattern finds in the row's texts.
 
     Args:
         record: the row.
         pattern: of special tokens.
-        end: a token that may stand at a response's end, where it is taken for what ends it.
+        plain: tokens that a response of text may spell at its end, where they are taken for what ends it.
+        turns: the same for the assistant's turns in a chat.
     """
-    texts = [record.tools, *_texts(record.prompt)]
-    for response in record.responses:
-        *before, last = _texts(response) or [""]
-        texts += [*before, last.removesuffix(end)]
+    texts = [record.tools, *_texts(record.prompt, (), turns, open_end=True)]
+    texts += [text for response in record.responses for text in _texts(response, plain, turns)]
     return {found for text in texts for found in pattern.findall(text)}
 
 
-def count_spelled(records: Sequence[Record], pattern: re.Pattern[str], end: str = "") -> tuple[Counter[str], int]:
+def count_spelled(
+    records: Sequence[Record], pattern: re.Pattern[str], plain: Sequence[str] = (), turns: Sequence[str] = ()
+) -> tuple[Counter[str], int]:
     """How many rows spell each token, and how many spell any."""
-    found = [spelled(record, pattern, end) for record in records]
+    found = [spelled(record, pattern, plain, turns) for record in records]
     return Counter(token for tokens in found for token in sorted(tokens)), sum(map(bool, found))
 
 
-def _texts(words: str | tuple[Message, ...]) -> list[str]:
-    return [words] if isinstance(words, str) else [text for m in words for text in (m.more, m.content)]
+def _texts(
+    words: str | tuple[Message, ...], plain: Sequence[str], turns: Sequence[str], open_end: bool = False
+) -> list[str]:
+    """With ``open_end`` the last message is gone on with, whoever says it, and so ends in nothing."""
+    if isinstance(words, str):
+        return [without_end(words, plain)]
+    last = words[-1:] if open_end else ()
+    ended = [
+        without_end(m.content, turns) if m.role == "assistant" else m.content for m in words[: len(words) - len(last)]
+    ]
+    return [*(m.more for m in words), *ended, *(m.content for m in last)]

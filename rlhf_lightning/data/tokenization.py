@@ -23,7 +23,7 @@ from rlhf_lightning.data.ids import SpecialTokens, TextIds
 from rlhf_lightning.data.lengths import surely_over
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.sequences import Pieces, common_prompt, split
-from rlhf_lightning.data.spelling import count_spelled
+from rlhf_lightning.data.spelling import count_spelled, without_end
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.template import ChatTemplate, template_text
 
@@ -34,6 +34,7 @@ TrainOn = Literal["all_assistant", "last_assistant"]
 REPEATED = "repeated prompt"
 SAME_TOKENS = "responses of equal tokens"
 NO_COMMON = "pair that parts before its last max_prompt_tokens tokens"
+_PROMPT_KEPT = "demonstration over max_response_tokens, its prompt kept"
 OTHER_PROMPT = "demonstration behind another prompt than is sampled from, its prompt kept"
 
 
@@ -169,7 +170,7 @@ class Encoder:
                 distinct.setdefault(record.identity, record)
             dropped[REPEATED] += len(records) - len(distinct)
             records = list(distinct.values())
-        tokens, rows = count_spelled(records, self.ids.pattern, self.tokenizer.eos_token)
+        tokens, rows = self.spelled_in(records)
         self.spelled, self.spelling_rows = self.spelled + tokens, self.spelling_rows + rows
         asked = [
             ask
@@ -177,13 +178,19 @@ class Encoder:
             for choice in wanted(record, kind, demonstrations)
             for ask in self._asked(record, choice, kind)
         ]
-        asked = self._without_long_texts(asked, dropped)
+        asked = self._without_long_turns(self._without_long_prompts(asked, dropped), kind, dropped)
         ids = self._pieces(asked)
         kept = self._kept_prompts(asked, ids, dropped)
         examples = self._examples(kept, kind, dropped)
         if every_row:
             examples = [replace(example, row=example.record.number) for example in examples]
         return examples, +dropped
+
+    def spelled_in(self, records: Sequence[Record]) -> tuple[Counter[str], int]:
+        """By how many records each special token is spelled, but at the end of a response; and by how many any is."""
+        ends = self.conversations.ends if self.conversations is not None else ()
+        plain = ends if self.chat else (self.tokenizer.eos_token,)
+        return count_spelled(records, self.ids.pattern, plain, ends)
 
     # -- texts ---------------------------------------------------------------------------------------------------------
 
@@ -209,7 +216,7 @@ class Encoder:
 
     def _without_eos(self, record: Record, number: int) -> str:
         """A plain response; an EOS that it spells at its end is taken as the one that ends it."""
-        return str(record.responses[number]).removesuffix(self.tokenizer.eos_token)
+        return without_end(str(record.responses[number]), (self.tokenizer.eos_token,))
 
     def render(self, record: Record) -> list[Rendered]:
         """The record's responses as texts, each behind its prompt.
@@ -264,27 +271,56 @@ class Encoder:
 
     # -- limits --------------------------------------------------------------------------------------------------------
 
-    def _without_long_texts(self, asked: list[_Asked], dropped: Counter[str]) -> list[_Asked]:
-        """Refuses, or drops, what is surely over its limit, before all of it is tokenised."""
+    def _without_long_prompts(self, asked: list[_Asked], dropped: Counter[str]) -> list[_Asked]:
+        """Refuses, or drops, those whose prompt is surely over its limit, before all of it is tokenised."""
         limit = self.max_prompt_tokens
         if limit is None or self.long_prompts == "truncate_left":
             return asked
-        counts: dict[str, int | None] = {}
-        for text in (ask.sequences[0].pieces[0] for ask in asked):
-            if text not in counts:
-                counts[text] = surely_over(text, limit, lambda part: len(self.ids.plain([part])[0]))
-        long = [ask for ask in asked if counts[ask.sequences[0].pieces[0]] is not None]
+        counts = [self._surely_over(ask.sequences[0], ask.sequences[0].context, limit) for ask in asked]
+        long = [(ask.record, count) for ask, count in zip(asked, counts, strict=True) if count]
+        rows = len({id(record) for record, _ in long})
         if long and self.long_prompts == "error":
-            tokens = counts[long[0].sequences[0].pieces[0]]
-            raise self._long_prompt(long[0].record, f"over {tokens}", len({id(a.record) for a in long}), asked)
-        dropped["prompt over max_prompt_tokens"] += len({id(ask.record) for ask in long})
-        return [ask for ask in asked if counts[ask.sequences[0].pieces[0]] is None]
+            raise self._long_prompt(long[0][0], f"over {long[0][1]}", rows, asked)
+        dropped["prompt over max_prompt_tokens"] += rows
+        return [ask for ask, count in zip(asked, counts, strict=True) if not count]
+
+    def _without_long_turns(self, asked: list[_Asked], kind: Kind, dropped: Counter[str]) -> list[_Asked]:
+        """Refuses, or drops, responses that are surely over their limit, before all of them is tokenised."""
+        limit = self.max_response_tokens
+        if limit is None:
+            return asked
+        kept: list[_Asked] = []
+        long: list[tuple[Record, int]] = []
+        for ask in asked:
+            counts = [self._surely_over(side, turn, limit) for side in ask.sides for turn in side.turns]
+            if not any(counts):
+                kept.append(ask)
+            elif kind == "prompts":
+                dropped[_PROMPT_KEPT] += 1
+                kept.append(replace(ask, sides=()))
+            else:
+                long.append((ask.record, max(counts)))
+        if long and self.long_responses == "error":
+            raise self._long_response(long[0][0], f"over {long[0][1]}", len(long), len(asked))
+        dropped["response over max_response_tokens"] += len(long)
+        return kept
+
+    def _surely_over(self, sequence: Rendered, text: str, limit: int) -> int:
+        """See `surely_over`; 0 where only the whole text can tell."""
+        count = self.ids.rendered if sequence.chat else self.ids.plain
+        return surely_over(text, limit, lambda part: len(count([part])[0])) or 0
 
     def _long_prompt(self, record: Record, tokens: str, rows: int, asked: Sequence[_Asked]) -> InputError:
         return InputError(
             f"{record.where}: key 'prompt': {tokens} tokens are over data.max_prompt_tokens {self.max_prompt_tokens} "
             f"({rows} of {len({id(ask.record) for ask in asked})} rows are); raise it, or set data.long_prompts to "
             "drop or truncate_left"
+        )
+
+    def _long_response(self, record: Record, tokens: str, count: int, total: int) -> InputError:
+        return InputError(
+            f"{record.where}: a response of {tokens} tokens, EOS included, is over data.max_response_tokens "
+            f"{self.max_response_tokens} ({count} of {total} are); raise it, or set data.long_responses to drop"
         )
 
     def _kept_prompts(
@@ -332,7 +368,7 @@ class Encoder:
                 if kind != "prompts":
                     too_long.append((ask.record, longest))
                     continue
-                dropped["demonstration over max_response_tokens, its prompt kept"] += 1
+                dropped[_PROMPT_KEPT] += 1
                 learnt = ()
             prompt = common_prompt(learnt) if ask.prompt is None else sides[0].ids[0]
             if ask.prompt is not None and any(side.ids[0] != prompt for side in learnt):
@@ -345,11 +381,7 @@ class Encoder:
             examples.append(example)
         if too_long and self.long_responses == "error":
             record, length = too_long[0]
-            raise InputError(
-                f"{record.where}: a response of {length} tokens, EOS included, is over data.max_response_tokens "
-                f"{self.max_response_tokens} ({len(too_long)} of {len(kept)} are); raise it, or set "
-                "data.long_responses to drop"
-            )
+            raise self._long_response(record, str(length), len(too_long), len(kept))
         dropped["response over max_response_tokens"] += len(too_long)
         return examples
 

@@ -147,7 +147,7 @@ def compare(
     text: Sequence[Record] = (),
     best_of: Mapping[str, int] | None = None,
     judge: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Comparison:
     """Let every policy answer the prompts, and measure the answers.
 

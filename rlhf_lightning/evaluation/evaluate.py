@@ -21,6 +21,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning.errors import CommandParser, InputError, out_of_memory
 from rlhf_lightning.evaluation.asked import Asked, asked
 from rlhf_lightning.outputs import check_output, write_whole
+from rlhf_lightning.text import say
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.compare import Comparison
@@ -70,12 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     rewards = _rewards(options.reward, options.trust_remote_code)
     prompts = asked(options.prompts, options.max_prompts, columns, final=not options.text)
-    print(f"prompts: {prompts.summary()}", flush=True)
+    say(f"prompts: {prompts.summary()}")
     told_text = load_records(options.text, columns=columns) if options.text else None
     text = [] if told_text is None else told_text.rows
     if told_text is not None and told_text.dropped:
         dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(told_text.dropped.items()))
-        print(f"text: {len(text):,} of {told_text.read:,} rows; left out: {dropped}", flush=True)
+        say(f"text: {len(text):,} of {told_text.read:,} rows; left out: {dropped}")
     start = time.perf_counter()
     settings = Settings(
         max_new_tokens=options.max_new_tokens,
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             text=text,
             best_of=best_of,
             judge=proxy,
-            say=lambda line: print(line, flush=True),
+            say=say,
         )
     except RuntimeError as error:
         if out_of_memory(error):
@@ -109,12 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     warned = warnings(comparison, proxy) if proxy else []
     _write(comparison, told, out, seconds, warned, prompts)
     for warning in warned:
-        print(f"WARNING: {warning}")
+        say(f"WARNING: {warning}")
     console = Console(width=None if sys.stdout.isatty() else 200)
     for table in comparison_tables(comparison):
         console.print(terminal_table(table))
         console.print()
-    print(f"{out / 'report.html'}")
+    say(f"{out / 'report.html'}")
     return 0
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import CHAT_TEMPLATE
 
-from rlhf_lightning.cli.notices import farewell, notice
+from rlhf_lightning.batches import View
+from rlhf_lightning.cli.notices import _template, farewell, notice
 from rlhf_lightning.cli.runs import Run
+from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.evaluation.evaluate import _parser
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.ppo import PPOModule
@@ -58,3 +62,23 @@ def test_a_terminal_breaks_lines_between_words(monkeypatch: pytest.MonkeyPatch) 
     assert first.startswith("example   'a question  of  two") and second.startswith(" " * 10)
     assert max(len(first), len(second)) <= 80
     assert "\n" not in notice("next", "word " * 40)
+
+
+@pytest.mark.parametrize(
+    ("rows", "chat", "said"),
+    [
+        ("plain", False, "a chat template that no row goes through: plain rows do with data.chat true"),
+        ("both", False, "a chat template that 1 of 2 rows go through: plain rows do with data.chat true"),
+        ("plain", True, "a chat template"),
+    ],
+)
+def test_whether_rows_go_through_the_chat_template_is_said(
+    rows: str, chat: bool, said: str, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    tiny_tokenizer.chat_template = CHAT_TEMPLATE
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "likes fish"}]
+    plain = {"prompt": "the cat", "completion": "likes fish"}
+    lines = [plain, plain | {"completion": "likes"}] if rows == "plain" else [plain, {"messages": turns}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = PreferenceDataModule(str(tmp_path / "rows.jsonl"), chat=chat, validation_fraction=0)
+    assert _template(data.prepare(View("demonstrations"), tiny_tokenizer)) == said

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import templates
+import torch
 from chat_tokenizer import make_tokenizer
 
 from rlhf_lightning.data import forms
@@ -117,9 +118,7 @@ def test_tools_results_and_calls_are_rendered_and_only_the_assistant_is_learnt(t
 def test_a_message_is_left_out_also_where_another_says_the_same(tokenizer):
     deaf = templates.CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'critic' %}")
     turns = [("user", "is it fine?"), ("critic", "fine"), ("user", "and you?"), ("assistant", "fine")]
-    with pytest.raises(
-        InputError, match=r"leaves out content of message 1 \(role critic\)"
-    ):
+    with pytest.raises(InputError, match=r"leaves out content of message 1 \(role critic\)"):
         encode(tokenizer, talk(*turns), template=deaf)
     with pytest.raises(InputError, match="leaves out content of message 1"):
         encode(tokenizer, talk(*turns[:3]), template=deaf, kind="prompts")
@@ -173,7 +172,7 @@ def test_an_opening_that_the_generation_prompt_has_is_taken_once(tokenizer):
     # Without one the rendered conversation wins over the generation prompt, and that is noted.
     (example,), _ = encoder.encode([talk(("user", "hello"), ("assistant", "fine"))], "demonstrations")
     assert tokenizer.decode(ids(example)) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nfine<|im_end|>"
-    assert any("generation prompt unlike" in what for what in encoder.noted)
+    assert any("otherwise than its generation prompt" in what for what in encoder.noted)
 
 
 def test_template_options_are_given_and_must_be_read(tokenizer):
@@ -368,12 +367,30 @@ def test_both_sides_of_a_pair_are_cut_alike(tokenizer):
 
 
 @pytest.mark.parametrize("special", ["text", "tokens"])
-def test_an_end_that_a_chats_answer_spells_is_the_one_that_ends_it(tokenizer, special):
+@pytest.mark.parametrize("blanks", ["", " \n"])
+def test_an_end_that_the_assistant_spells_is_the_one_that_ends_its_turn(tokenizer, special, blanks):
     encoder = Encoder(tokenizer, special_tokens=special)
-    (example,), _ = encoder.encode([talk(("user", "hello"), ("assistant", "fine<|im_end|>"))], "demonstrations")
-    (clean,) = encode(tokenizer, talk(("user", "hello"), ("assistant", "fine")))
-    assert ids(example) == ids(clean)
-    assert encoder.noted == {"response that spells the token that ends it, taken once": 1}
+    turns = [
+        *(("user", "hello"), ("assistant", f"fine, thank you<|im_end|>{blanks}")),
+        *(("user", "how are you?"), ("assistant", f"fine<|im_end|>{blanks}")),
+    ]
+    (example,), _ = encoder.encode([talk(*turns)], "demonstrations")
+    (clean,) = encode(tokenizer, talk(*FOUR))
+    assert ids(example) == ids(clean) and torch.equal(example.masks[0], clean.masks[0])
+    assert encoder.noted == {"response that spells the token that ends it, taken once": 2} and not encoder.spelled
+    (plain,) = encode(tokenizer, Record("hello", (f"fine<|im_end|>{blanks}",), (), "rows.jsonl:1", DEMONSTRATION))
+    (bare,) = encode(tokenizer, Record("hello", ("fine",), (), "rows.jsonl:1", DEMONSTRATION))
+    assert ids(plain) == ids(bare)
+
+
+def test_an_end_that_a_user_or_a_beginning_spells_stays_text(tokenizer):
+    encoder = Encoder(tokenizer)
+    turns = [("user", "hello<|im_end|>"), ("assistant", "fine<|im_end|>")]
+    record = Record(messages(*turns), ("thank you",), (), "rows.jsonl:1", DEMONSTRATION)
+    (example,), _ = encoder.encode([record], "demonstrations")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids(example).count(end) == 2 and encoder.spelled == {"<|im_end|>": 1}
+    assert "fine<|im_end|>thank you" in tokenizer.decode(ids(example))
 
 
 def test_a_system_message_that_only_a_prompt_shows_begins_the_users(tokenizer):

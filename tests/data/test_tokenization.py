@@ -9,6 +9,7 @@ from chat_tokenizer import make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from rlhf_lightning.data.batching import demonstration_batches, preference_batches, prompt_batches
+from rlhf_lightning.data.ids import TextIds
 from rlhf_lightning.data.records import load_records
 from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
@@ -16,6 +17,10 @@ from rlhf_lightning.errors import InputError
 
 def encode(write, tokenizer, rows, kind="demonstrations", **options):
     return Encoder(tokenizer, **options).encode(load_records(write(rows)).rows, kind)
+
+
+def said(role, text):
+    return {"role": role, "content": text}
 
 
 def test_prompt_and_response_never_merge(write, tokenizer):
@@ -144,6 +149,50 @@ def test_responses_are_never_cut(write, tokenizer):
         encode(write, tokenizer, rows, "pairs", max_response_tokens=5)
     kept, dropped = encode(write, tokenizer, rows, "pairs", max_response_tokens=5, long_responses="drop")
     assert [e.record.prompt for e in kept] == ["q"] and dropped == {"response over max_response_tokens": 1}
+
+
+LONG = "hello you " * 20_000
+FAR_TOO_LONG = {
+    "plain": {"prompt": "p", "completion": LONG},
+    "last turn": {"messages": [said("user", "hello"), said("assistant", LONG)]},
+    "first turn": {
+        "messages": [said("user", "hello"), said("assistant", LONG), said("user", "you"), said("assistant", "fine")]
+    },
+}
+
+
+@pytest.fixture
+def never_whole(monkeypatch):
+    """No text of LONG's length is tokenised."""
+
+    def pieces(ids, sequences):
+        assert all(len(piece) < len(LONG) for sequence in sequences for piece in sequence.pieces)
+        return made(ids, sequences)
+
+    made = TextIds.pieces
+    monkeypatch.setattr(TextIds, "pieces", pieces)
+
+
+@pytest.mark.parametrize("name", FAR_TOO_LONG)
+def test_responses_far_too_long_are_told_by_their_beginnings(write, tokenizer, name, never_whole):
+    rows = [FAR_TOO_LONG[name], short(name)]
+    with pytest.raises(InputError, match=r"rows.jsonl:1: a response of over \d+ tokens, .* \(1 of 2 are\)"):
+        encode(write, tokenizer, rows, max_response_tokens=500)
+    kept, dropped = encode(write, tokenizer, rows, max_response_tokens=500, long_responses="drop")
+    assert len(kept) == 1 and dropped == {"response over max_response_tokens": 1}
+
+
+@pytest.mark.parametrize("name", ["plain", "last turn"])
+def test_a_prompt_stays_whose_demonstration_is_far_too_long(write, tokenizer, name, never_whole):
+    records = load_records(write([FAR_TOO_LONG[name], short(name)])).rows
+    kept, dropped = Encoder(tokenizer, max_response_tokens=500).encode(records, "prompts", demonstrations=True)
+    assert [len(example.responses) for example in kept] == [0, 1]
+    assert dropped == {"demonstration over max_response_tokens, its prompt kept": 1}
+
+
+def short(name):
+    messages = {"messages": [said("user", "q"), said("assistant", "a")]}
+    return {"prompt": "q", "completion": "a"} if name == "plain" else messages
 
 
 def test_views_name_the_row_that_lacks_what_they_need(write, tokenizer):
