@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_lightning.cli import main
+from rlhf_lightning.models.loading import load_causal_lm
 
 ROOT = Path(__file__).resolve().parent.parent
 Fit = Callable[..., list[dict[str, float]]]
@@ -81,10 +83,23 @@ def test_a_weighted_sum_of_a_model_and_a_function(fit: Fit, tiny_reward_dir: Pat
 
 def test_the_reward_in_the_readme(fit: Fit) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (function,) = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    function, _ = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
     (config,) = re.findall(r"```yaml\n(.*?)```", readme, flags=re.S)
     assert len([line for line in (function + config).splitlines() if line.strip()]) <= 10
     Path("my_rewards.py").write_text(function, encoding="utf-8")
     Path("brevity.yaml").write_text(config, encoding="utf-8")
     (line,) = fit("--config", "brevity.yaml")
     assert line["objective/scores"] <= 1.0
+
+
+def test_the_script_in_the_readme(tmp_path: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["fish", "food", "milk", "birds"]
+    rows = [{"prompt": f"the {word}", "chosen": "is good", "rejected": "is bad"} for word in words * 10]
+    Path("prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, script = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    assert script.count("MODEL") == 1
+    exec(script.replace("MODEL", str(tiny_policy_dir)), {})
+    before, after = (load_causal_lm(folder).state_dict() for folder in (tiny_policy_dir, Path("runs/mine/model")))
+    assert any(not torch.equal(before[name], weight) for name, weight in after.items())
