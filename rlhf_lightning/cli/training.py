@@ -186,7 +186,7 @@ class TrainingCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             said = explain(str(error.message), self.arguments, self.paths, self._accepted)
-            way = what_to_try(self.paths) if ": required" in said else ""
+            way = what_to_try(self.paths) if ": required" in said and said.startswith(("model", "data")) else ""
             raise InputError(f"{said}; {way}" if way else said) from None
         sections: dict[str, tuple[type | None, Any]] = {
             "trainer": (Trainer, self.options.trainer),

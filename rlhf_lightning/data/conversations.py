@@ -195,6 +195,9 @@ class Conversations:
         try:
             return self.template.render(messages, chat.tools, generation_prompt)
         except TemplateRefuses as refusal:
+            for number, message in enumerate(messages):
+                if message.get("tool_calls") and "tool_calls" not in self.template.text:
+                    raise _left_out(chat, message, number, "tool_calls") from None
             raise InputError(
                 f"{chat.where}: the chat template refuses the messages ({refusal}); repair either"
             ) from None

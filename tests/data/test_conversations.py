@@ -111,8 +111,11 @@ def test_tools_results_and_calls_are_rendered_and_only_the_assistant_is_learnt(t
         InputError, match=r"rows.jsonl:1: the chat template leaves out content of message 2 \(role tool"
     ):
         encode(tokenizer, record, template=deaf)
-    with pytest.raises(InputError, match="the chat template leaves out tool_calls of message 1"):
-        encode(tokenizer, Record(turns, ("two",), (), "rows.jsonl:1", TALK))
+    silent = Record((turns[0], Message("assistant", "", call), turns[2]), ("two",), (), "rows.jsonl:1", TALK)
+    strict = templates.CHATML.replace("(m.content or '')", "m.content")  # joins no text to null
+    for template in (templates.CHATML, strict):
+        with pytest.raises(InputError, match="the chat template leaves out tool_calls of message 1"):
+            encode(tokenizer, silent, template=template)
 
 
 def test_a_message_is_left_out_also_where_another_says_the_same(tokenizer):
