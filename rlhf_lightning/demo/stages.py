@@ -67,7 +67,7 @@ QUICK = Size(
     layers=2,
     options={
         "sft": ("--trainer.max_steps", "220", "--data.batch_size", "12"),
-        "dpo": ("--trainer.max_steps", "50", "--data.batch_size", "16"),
+        "dpo": ("--trainer.max_steps", "36"),
         # Fewer iterations, of 64 responses; and the weaker reward model is followed less far.
         "ppo": ("--model.iterations", "14", "--data.batch_size", "48", "--model.kl_coef", "0.1"),
         "grpo": ("--model.iterations", "15", "--data.batch_size", "16"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from rlhf_lightning.evaluation.charts import Figure
 from rlhf_lightning.evaluation.style import STYLE
 from rlhf_lightning.evaluation.svg import COLORS, clean, element
+from rlhf_lightning.outputs import write_whole
 
 _SAMPLES_SHOWN = 6  # the rest is folded
 
@@ -128,12 +128,8 @@ def render(report: Report) -> str:
 
 def write_report(report: Report, path: str | Path) -> Path:
     """Write the page, whole or not at all; returns its path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(render(report), encoding="utf-8")
-    os.replace(staged, path)
-    return path
+    write_whole(path, render(report))
+    return Path(path)
 
 
 def _section(section: Section, number: int) -> str:
