@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -36,6 +37,7 @@ from rlhf_lightning.models.positions import rope_limit
 from rlhf_lightning.models.reward_heads import find_head, normalise_as_saved, put_head, tells_outputs
 from rlhf_lightning.models.template import turn_end_id
 
+_CLASSIFIER = AutoModelForSequenceClassification.__name__
 _SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -99,10 +101,16 @@ def load_scalar_model(
         seed: of that draw.
 
     Raises:
-        InputError: as ``load_causal_lm``; also a head that is missing, or has several outputs, where a trained one was
-            meant.
+        InputError: as ``load_causal_lm``; also a family of models without such a class in transformers, and a head that
+            is missing, or has several outputs, where a trained one was meant.
     """
     config = _load_config(path, trust_remote_code)
+    brought = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and _CLASSIFIER not in brought:
+        raise InputError(
+            f"{path}: transformers has no sequence classifier of {config.model_type} models: give a reward model of "
+            "another family; for a critic, set model.critic to head"
+        )
     folder = Path(find(path))
     head = find_head(folder) if folder.is_dir() and not fresh_head else None
     if fresh_head or (head is not None and (head[0] != "score" or not tells_outputs(folder))):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny_models import make_config
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -212,3 +214,20 @@ def test_ids_that_end_a_response(tiny_tokenizer: object, tiny_policy_dir: Path) 
     assert eos_ids(load_causal_lm(tiny_policy_dir), tiny_tokenizer) == [1]
     assert eos_ids(GenerationConfig(eos_token_id=[7, 5]), tiny_tokenizer) == [1, 5, 7]
     assert eos_ids(None, tiny_tokenizer) == [1]
+
+
+def test_a_family_without_a_sequence_classifier_is_refused_in_one_line(tmp_path: Path) -> None:
+    tiny = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 10,
+    }
+    CohereForCausalLM(CohereConfig(**tiny, vocab_size=10)).save_pretrained(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load_scalar_model(tmp_path, fresh_head=True)
+    assert str(caught.value) == (
+        f"{tmp_path}: transformers has no sequence classifier of cohere models: give a reward model of another family; "
+        "for a critic, set model.critic to head"
+    )
