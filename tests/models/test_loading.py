@@ -224,7 +224,7 @@ def test_a_family_without_a_sequence_classifier_is_refused_in_one_line(tmp_path:
         "num_attention_heads": 1,
         "vocab_size": 10,
     }
-    CohereForCausalLM(CohereConfig(**tiny, vocab_size=10)).save_pretrained(tmp_path)
+    CohereForCausalLM(CohereConfig(**tiny)).save_pretrained(tmp_path)
     with pytest.raises(InputError) as caught:
         load_scalar_model(tmp_path, fresh_head=True)
     assert str(caught.value) == (
