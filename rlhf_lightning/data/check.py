@@ -155,7 +155,8 @@ def _check_file(path: str, measure: Measure, names: Columns, tokenizer: str | No
     report.usable = len(records)
     report.dropped = dict(sorted(dropped.items()))
     report.forms = dict(Counter(str(record.form) for record in records).most_common())
-    report.columns = sorted({name for record in records for name in record.columns})
+    columns = {(record.form.labelled, name) for record in records for name in record.columns}
+    report.columns = sorted({name for labelled, name in columns if not (labelled and name == "label")})
     report.advice = advice(records)
     report.prompts = len(set(keys))
     labels = [record.desirable if record.form.labelled else None for record in records]
@@ -244,8 +245,9 @@ def render(report: Report, console: Console | None = None) -> None:
     from rich.table import Table
 
     console = console or Console(highlight=False)
-    for start in range(0, len(report.files), _COLUMNS):
-        files = report.files[start : start + _COLUMNS]
+    read = [file for file in report.files if file.rows]
+    for start in range(0, len(read), _COLUMNS):
+        files = read[start : start + _COLUMNS]
         table = Table(header_style="bold", box=None, padding=(0, 3, 0, 0))
         table.add_column("", no_wrap=True)
         for file in files:

@@ -87,6 +87,9 @@ def _csv_rows(path: str, reader: Any) -> Iterator[Numbered]:
             pass
         elif header is None:
             header = cells
+            other = next((mark for mark in (";", "\t", "|") if len(cells) == 1 and mark in cells[0]), None)
+            if other:
+                raise InputError(f"{path}:{line}: the columns stand between {other!r}; save the file with commas")
             for name in header:
                 if header.count(name) > 1:
                     raise InputError(f"{path}:{line}: key '{shown(name)}': two columns have this name; rename one")

@@ -34,6 +34,12 @@ def test_a_report_is_what_one_counts_by_hand(write):
     assert [leak["prompts"] for leak in report.leaks] == [1]
 
 
+def test_a_file_that_cannot_be_read_has_no_table(capsys, tmp_path):
+    assert main([str(tmp_path / "none.jsonl")]) == 2
+    said = capsys.readouterr().out.split()
+    assert "distinct" not in said and "refused" in said
+
+
 def test_rows_are_repeated_where_training_takes_them_for_the_same(write):
     rows = [{"prompt": "p", "answer": str(i)} for i in (1, 2, 2)]
     (file,) = check([write(rows)]).files
@@ -50,7 +56,7 @@ def test_answers_under_another_name_are_advised(write):
 def test_labels_are_counted(write, capsys):
     rows = [{"prompt": "p", "completion": "a", "label": label} for label in (True, False, True)]
     report = check([write(rows)]).files[0]
-    assert (report.desirable, report.duplicates, report.forms, report.columns) == (2, 1, {"labelled": 3}, ["label"])
+    assert (report.desirable, report.duplicates, report.forms, report.columns) == (2, 1, {"labelled": 3}, [])
     main([write(rows)])
     assert "labelled desirable" in capsys.readouterr().out
 

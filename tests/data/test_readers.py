@@ -97,6 +97,7 @@ def test_csv_rows(write):
     [
         ("prompt,chosen,rejected\na,b\n", ":2: 2 cells under 3 column names"),
         ("prompt,prompt\na,b\n", ":1: key 'prompt': two columns have this name"),
+        ("prompt;completion\na, or so;b\n", ":1: the columns stand between ';'; save the file with commas"),
         ("prompt,chosen,rejected,margin\na,b,c,high\n", ":2: key 'margin': the cell must hold a number, got 'high'"),
         ("prompt,completions,ranks\na,b,c\n", ":2: key 'completions': the cell must hold a JSON list, got 'b'"),
         ("prompt,completion,label\na,b,yes\n", ":2: key 'label': must be true (a response to give) or false, got text"),
