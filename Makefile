@@ -41,7 +41,7 @@ demo: setup
 	$(BIN)/python -m rlhf_lightning demo --seed $(SEED) --out $(OUT)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
