@@ -100,10 +100,10 @@ class Head:
         if not _close(model(input_ids=tokens[:, :-1], use_cache=False).logits[0], expected[:-1]):
             raise InputError(f"{model.name_or_path}: {name} sees the tokens to come: give a causal language model")
         output = model.base_model(input_ids=tokens, use_cache=False)
-        states = output.last_hidden_state[0]
-        self.width = states.shape[1]
+        states = getattr(output, "last_hidden_state", None)  # none where that is the whole model, as Llama 4's
+        self.width = embedding_weight(model).shape[1] if states is None else states.shape[-1]
         self._output_type = type(output)
-        if not self._find_trunk(states, expected):
+        if states is None or not self._find_trunk(states := states[0], expected):
             warnings.warn(
                 f"{name}: its head cannot be run apart from its trunk, so log-probs take the slowest way: the model's "
                 "own pass over padded rows, which holds the logits of prompts too",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from architectures import NAMES, build
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, Llama4ForCausalLM, Llama4TextConfig
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.layers import checkpoint_activations
@@ -45,6 +45,21 @@ def test_scores_equal_the_stock_model_on_unpadded_rows(name: str) -> None:
     torch.testing.assert_close(scores.log_probs, log_probs)
     torch.testing.assert_close(scores.entropy, entropy)
     assert scores.values is None
+
+
+def test_a_model_that_is_its_own_base_runs_by_its_own_forward() -> None:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "intermediate_size_mlp": 24, "head_dim": 4, "vocab_size": 40}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+    model = Llama4ForCausalLM(Llama4TextConfig(**sizes, **layers, **ids, initializer_range=0.3))
+    with pytest.warns(UserWarning, match="Llama4ForCausalLM: its head cannot be run apart from its trunk"):
+        policy = Policy(model)
+    tokens = some_tokens()
+    log_probs, entropy = one_row_at_a_time(policy, tokens, 0.7)
+    scores = policy(tokens, LENGTHS, PROMPTS, temperature=0.7)
+    torch.testing.assert_close(scores.log_probs, log_probs.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores.entropy, entropy.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
