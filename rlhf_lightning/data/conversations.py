@@ -87,7 +87,7 @@ class Conversations:
         self.noted: Counter[str] = Counter()
         self._roles: dict[str, str] = {}  # how a role that steers is given: as it is, as "system", or "folded"
         self._has_tools: bool | None = None
-        self._shown: dict[tuple[tuple[str, bool], ...], set[int]] = {}
+        self._shown: dict[tuple[Any, ...], set[int]] = {}  # by the messages' roles, those whose content is shown
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -133,8 +133,7 @@ class Conversations:
         answer = [] if number is None else [message.turn() for message in record.answer(number)]
         if not prompt:
             raise InputError(f"{record.where}: key 'chosen': the transcript has no Human turn; delete the row")
-        begun_alone = prompt[-1:] if prompt[-1]["role"] == "assistant" else []  # it is gone on with
-        prompt = [*map(self._without_end, prompt[: len(prompt) - len(begun_alone)]), *begun_alone]
+        prompt = [*map(self._without_end, prompt[:-1]), prompt[-1]]  # the last is gone on with
         answer = list(map(self._without_end, answer))
         prefill = None
         if prompt[-1]["role"] == "assistant":
@@ -316,7 +315,7 @@ class Conversations:
 
     def _always_shown(self, chat: _Chat, messages: list[dict[str, Any]]) -> set[int]:
         """The messages whose content a conversation of such roles shows, whatever they say; rendered once for all."""
-        roles = tuple((message["role"], bool(message.get("tool_calls"))) for message in messages)
+        roles = (bool(chat.tools), *((message["role"], bool(message.get("tool_calls"))) for message in messages))
         if roles not in self._shown:
             marks = [f"{MARK}{number}{MARK}" for number in range(len(messages))]
             marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]

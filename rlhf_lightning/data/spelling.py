@@ -49,8 +49,6 @@ def _texts(
     """With ``open_end`` the last message is gone on with, whoever says it, and so ends in nothing."""
     if isinstance(words, str):
         return [without_end(words, plain)]
-    last = words[-1:] if open_end else ()
-    ended = [
-        without_end(m.content, turns) if m.role == "assistant" else m.content for m in words[: len(words) - len(last)]
-    ]
-    return [*(m.more for m in words), *ended, *(m.content for m in last)]
+    ended = [m.role == "assistant" and not (open_end and m is words[-1]) for m in words]
+    contents = (without_end(m.content, turns) if end else m.content for m, end in zip(words, ended, strict=True))
+    return [*(m.more for m in words), *contents]
