@@ -137,7 +137,8 @@ class KTOModule(ReferencedModule):
         if sums[1] == 0:
             rank_zero_warn(
                 "KTO: a batch has one prompt alone, so its baseline z0 is 0: there is no other response to estimate it "
-                "from; raise data.batch_size, or data.batch_tokens where that leaves a row by itself"
+                "from; raise data.batch_size (of held-out rows data.val_batch_size), or data.batch_tokens where that "
+                "leaves a row by itself"
             )
         mean = sums[0] / sums[1] if sums[1] > 0 else sums[0]
         return mean.clamp(min=0.0).to(log_ratios.dtype)
