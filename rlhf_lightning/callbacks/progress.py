@@ -47,6 +47,7 @@ class RunProgress(ProgressBar):
         self._done = self._total = 0  # batches: of the whole run, or of this validation
         self._began_at = 0  # batches done when this process started counting time
         self._began = self._printed = time.monotonic()
+        self._told = -1  # batches done when the last plain line was printed
         self._epoch = ""
         self._metrics: dict[str, float] = {}
         self._timer: Timer | None = None  # of trainer.max_time
@@ -74,11 +75,13 @@ class RunProgress(ProgressBar):
         epochs = trainer.max_epochs or 0
         self._epoch = "" if epochs == 1 else f"epoch {trainer.current_epoch + 1}" + (f"/{epochs}" if epochs > 0 else "")
         self._take_metrics(trainer)
-        self._show(now=self._done in (self._began_at + 1, self._total))
+        self._show(now=self._done == self._began_at + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The line that stays has no phase."""
+        """The line that stays has no phase; a plain one is there already where the end is a validation."""
         self._phase = ""
+        if self._told != self._done:
+            self._show(now=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Within a fit, validation is a phase; alone, it is the stage."""
@@ -175,6 +178,7 @@ class RunProgress(ProgressBar):
 
     def _begin(self, stage: str, total: int, done: int) -> None:
         self._stage, self._total, self._done, self._began_at = stage, total, done, done
+        self._told = -1
         self._phase = self._epoch = ""
         self._began = self._printed = time.monotonic()
 
@@ -192,7 +196,7 @@ class RunProgress(ProgressBar):
                 self._live = Live(console=self.console, get_renderable=self._rendered, refresh_per_second=4)
                 self._live.start()
         elif now or time.monotonic() - self._printed >= self.every_seconds:
-            self._printed = time.monotonic()
+            self._printed, self._told = time.monotonic(), self._done
             say(self.line())
 
     def _rendered(self) -> Text:

@@ -47,6 +47,12 @@ def test_off_a_terminal_there_are_few_lines(tiny_policy_dir: Path, capsys: pytes
     assert shown == [[f"train {n}/10", f"epoch {1 + (int(n) > 5)}/2"] for n in numbers]
 
 
+def test_an_end_that_is_a_validation_is_one_line(tiny_policy_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tiny_policy_dir, RunProgress(every_seconds=1e6), val_check_interval=5)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("train 1/5 |") and last.startswith("train 5/5 |") and ", held-out " in last
+
+
 def test_sft_has_no_rollouts(tiny_policy_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(tiny_policy_dir, RunProgress(every_seconds=1e-6), SampleTable())
     output = capsys.readouterr().out
