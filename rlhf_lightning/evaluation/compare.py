@@ -38,7 +38,7 @@ from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rollout.best_of import best_of_kl, best_responses
 from rlhf_lightning.rollout.engine import Sampling
-from rlhf_lightning.rollout.native import NativeEngine
+from rlhf_lightning.rollout.fitting import fitting_engine
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _answers(
 ) -> Answers:
     for reward in rewards.values():
         reward.prepare(tokenizer, torch.device(settings.device))
-    engine = NativeEngine()
+    engine = fitting_engine(policy)
     sampling = Sampling(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,

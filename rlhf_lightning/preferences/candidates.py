@@ -17,7 +17,7 @@ from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.preferences.annotator import SimulatedAnnotator
 from rlhf_lightning.randomness import CANDIDATES, uniform
 from rlhf_lightning.rollout.engine import Sampling
-from rlhf_lightning.rollout.native import NativeEngine
+from rlhf_lightning.rollout.fitting import fitting_engine
 
 Quality = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # (prompts, responses) -> one number a response
 
@@ -74,7 +74,7 @@ def sample_candidates(
     own_seed = int(uniform(seed, CANDIDATES) * 2**52)
     answers: dict[int, list[str]] = {}
     texts: dict[int, str] = {}
-    engine = NativeEngine()
+    engine = fitting_engine(policy)
     for number in range(count):
         sampling = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=eos_ids, seed=own_seed, iteration=number
