@@ -179,8 +179,9 @@ def _check_file(path: str, measure: Measure, names: Columns, tokenizer: str | No
 
 
 def _check_tokens(report: FileReport, records: list[Record], folder: str | None) -> None:
-    tokens, report.spelling_rows = count_spelled(records, LOOKS_SPECIAL)
-    if folder is not None and records:
+    if folder is None or not records:
+        tokens, report.spelling_rows = count_spelled(records, LOOKS_SPECIAL)
+    else:
         from rlhf_lightning.data.borders import merging_borders
         from rlhf_lightning.data.tokenization import Encoder
         from rlhf_lightning.models.loading import load_tokenizer

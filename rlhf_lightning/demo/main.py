@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rlhf_lightning.demo.methods import BEST_OF, DEFAULT, METHODS
 from rlhf_lightning.errors import CommandParser, InputError
+from rlhf_lightning.text import say
 
 if TYPE_CHECKING:
     from rlhf_lightning.demo.report import Results
@@ -115,7 +116,7 @@ def run(root: Path, size: Size, seed: int, methods: Sequence[str] = DEFAULT) -> 
             text=questions,
             best_of={"sft": BEST_OF} if "best_of_n" in methods else None,
             judge="proxy",
-            say=lambda line: print(line, flush=True),
+            say=say,
         ),
     )
     seconds["total"] = time.monotonic() - began

@@ -69,7 +69,7 @@ QUICK = Size(
         "sft": ("--trainer.max_steps", "220", "--data.batch_size", "12"),
         "reward_model": ("--model.learning_rate", "1e-3"),  # it has half as many steps
         "dpo": ("--trainer.max_steps", "36"),
-        # Fewer iterations, of 64 responses; and the weaker reward model is followed less far.
+        # Fewer iterations, of 48 responses; and the weaker reward model is followed less far.
         "ppo": ("--model.iterations", "14", "--data.batch_size", "48", "--model.kl_coef", "0.1"),
         "grpo": ("--model.iterations", "15", "--data.batch_size", "16"),
         "rloo": ("--model.iterations", "15", "--data.batch_size", "16"),

@@ -8,15 +8,16 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rollout.engine import RolloutEngine, ready_to_decode
 from rlhf_lightning.rollout.hugging_face import TransformersEngine
-from rlhf_lightning.rollout.native import NativeEngine, check_decodes
+from rlhf_lightning.rollout.native import NativeEngine
 
 
 @torch.no_grad()
 def fitting_engine(policy: Policy) -> RolloutEngine:
     """This library's loop; where it cannot run the policy, transformers' generation, which answers alike and slower."""
+    engine = NativeEngine()
     try:
         with ready_to_decode(policy):
-            check_decodes(policy)
+            engine.check(policy)
     except InputError:
         return TransformersEngine()
-    return NativeEngine()
+    return engine

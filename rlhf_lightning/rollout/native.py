@@ -70,9 +70,7 @@ class NativeEngine(RolloutEngine):
         check_length(policy.model, longest + sampling.max_new_tokens, policy.model.name_or_path or "model")
         # Tensors that are made here while Lightning validates must serve training too, which may not change its kind.
         with torch.inference_mode(False), torch.no_grad(), unsharded(policy), ready_to_decode(policy):
-            if policy not in self._checked:
-                check_decodes(policy)
-                self._checked.add(policy)
+            self.check(policy)
             kernels: AbstractContextManager[Any] = nullcontext()
             if self.cuda_graphs and can_capture(policy):
                 graphs = self._graphs_for(policy, count, longest, sampling)
@@ -93,6 +91,12 @@ class NativeEngine(RolloutEngine):
             if progress is not None:
                 progress(sampling.max_new_tokens, sampling.max_new_tokens)
         return decoding.responses(count)
+
+    def check(self, policy: Policy) -> None:
+        """InputError unless this loop can run the policy, which is ready to decode; tried once for each."""
+        if policy not in self._checked:
+            check_decodes(policy)
+            self._checked.add(policy)
 
     def _graphs_for(self, policy: Policy, rows: int, longest: int, sampling: Sampling) -> StepGraphs:
         """What the last rollouts recorded, where it can be replayed in this one; else new ones, in its place."""
