@@ -40,21 +40,19 @@ class Size:
     ranked: int  # training questions whose candidates are ranked
     candidates: int  # answers a ranked question gets
     annotator_temperature: float  # the difference in gold reward that the annotator sees with log-odds of 1
-    hidden: int  # width of the model
-    layers: int
     options: dict[str, tuple[str, ...]]  # stage -> options that its config is changed by
+    hidden: int = 128  # width of the model
+    layers: int = 2
     configs: dict[str, str] = field(default_factory=dict)  # stage -> its config, where it is not demo/<stage>.yaml
 
 
 # Two answers to many questions teach a reward model more, for the same training, than three to fewer do.
 FULL = Size(
-    train=4096,
+    train=6144,
     held_out=512,
-    ranked=3072,
+    ranked=6144,
     candidates=2,
     annotator_temperature=0.75,
-    hidden=192,
-    layers=2,
     options={},
 )
 QUICK = Size(
@@ -63,14 +61,10 @@ QUICK = Size(
     ranked=1536,
     candidates=2,
     annotator_temperature=0.75,
-    hidden=128,
-    layers=2,
     options={
         "sft": ("--trainer.max_steps", "220", "--data.batch_size", "12"),
-        "reward_model": ("--model.learning_rate", "1e-3"),  # it has half as many steps
         "dpo": ("--trainer.max_steps", "36"),
-        # Fewer iterations, of 48 responses; and the weaker reward model is followed less far.
-        "ppo": ("--model.iterations", "14", "--data.batch_size", "48", "--model.kl_coef", "0.1"),
+        "ppo": ("--model.iterations", "14", "--data.batch_size", "48"),
         "grpo": ("--model.iterations", "15", "--data.batch_size", "16"),
         "rloo": ("--model.iterations", "15", "--data.batch_size", "16"),
         "reinforce": ("--model.iterations", "15", "--data.batch_size", "64"),
