@@ -11,6 +11,7 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,7 +39,8 @@ from rlhf_lightning.modules.memory import ExplainMemory
 from rlhf_lightning.modules.optimisation import OptimisedModule
 from rlhf_lightning.modules.totals import Totals
 from rlhf_lightning.rollout.engine import RolloutEngine, Sampling
-from rlhf_lightning.rollout.native import NativeEngine
+from rlhf_lightning.rollout.fitting import fitting_engine
+from rlhf_lightning.rollout.hugging_face import TransformersEngine
 
 # Half or more would say that the labels are worthless or the wrong way round.
 LabelSmoothing = restricted_number_type("LabelSmoothing", float, [(">=", 0), ("<", 0.5)])
@@ -74,7 +76,7 @@ class RLHFModule(OptimisedModule):
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    engine: RolloutEngine
+    engine: RolloutEngine | None = None  # None until the first `generate` chooses
 
     def __init__(
         self,
@@ -107,7 +109,6 @@ class RLHFModule(OptimisedModule):
         self.policy: Policy | None = None
         self.scalar: ScalarModel | None = None
         self.held_out_totals = Totals()  # what is logged after validation
-        self.engine = NativeEngine()
         self._bases: list[tuple[str, str]] = []  # under LoRA: folder and fingerprint of the weights beside the adapters
         self._handed_over: int | None = None  # the optimizer step whose weights the engine has
 
@@ -324,16 +325,28 @@ class RLHFModule(OptimisedModule):
                     "data: a batch without prompts; give every process at least one row, of weight 0 where none is "
                     "left, as PreferenceDataModule does"
                 )
+        engine = self._fitting_engine(self.policy)
         if self._handed_over != self.trainer.global_step:
-            self.engine.receive(self.policy)
+            engine.receive(self.policy)
             self._handed_over = self.trainer.global_step
         sampling = Sampling(iteration=iteration, **{**options, **overrides})
         self._report_tokens(0, sampling.max_new_tokens)
         with failing_together():
             try:
-                return self.engine.rollout(self.policy, prompts, self.tokenizer, sampling, self._report_tokens)
+                return engine.rollout(self.policy, prompts, self.tokenizer, sampling, self._report_tokens)
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"{error}; {self.last_checkpoint()}") from error
+
+    def _fitting_engine(self, policy: Policy) -> RolloutEngine:
+        """The engine that was named, or the one that can run the policy, found once; every process asks."""
+        if self.engine is None:
+            self.engine = fitting_engine(policy)
+            if isinstance(self.engine, TransformersEngine):
+                rank_zero_warn(
+                    f"{type(policy.model).__name__}: transformers' generation answers, since the own decode loop "
+                    "cannot run it; it is slower and answers alike (model.engine names another)"
+                )
+        return self.engine
 
     def _report_tokens(self, done: int, total: int) -> None:
         self.report_phase("rollout", done, total)
