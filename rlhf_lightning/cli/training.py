@@ -256,6 +256,10 @@ class TrainingCLI(LightningCLI):
             for heading, text in [*notes, *(("note", line) for line in newer_models(read_from))]:
                 say(notice(heading, text))
         if subcommand == "predict":
+            if self._predictions.suffix not in (".jsonl", ".json", ".ndjson", ""):
+                raise InputError(
+                    f"--output {self._predictions}: what is written is JSON lines, one a row; name a .jsonl file"
+                )
             read = inputs_of(self.options.data.init_args, self.options.model.init_args.get("model"))
             check_output(self._predictions, "--output", [*read, *self.paths])
         self.save_config_kwargs = {"overwrite": True}
