@@ -42,6 +42,11 @@ def test_an_unknown_command_is_an_input_error_with_a_suggestion(capsys: pytest.C
     assert "unknown command 'fti' (did you mean fit?)" in error_of(capsys)
 
 
+def test_train_is_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 2
+    assert "(did you mean fit?)" in capsys.readouterr().err
+
+
 def test_an_error_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit\x1b[2J\u202e"]) == 2
     assert main(["fit", "--config", "a\x1b]0;title\x07.yaml"]) == 2

@@ -253,7 +253,12 @@ def test_another_runs_checkpoint_does_not_open_a_run_to_overwriting(
 
 
 @pytest.mark.parametrize(
-    ("output", "said"), [("pairs.jsonl/a.jsonl", "pairs.jsonl is a file, not a folder"), (".", "this is a folder")]
+    ("output", "said"),
+    [
+        ("pairs.jsonl/a.jsonl", "pairs.jsonl is a file, not a folder"),
+        (".", "this is a folder"),
+        ("out.csv", "name a .jsonl file"),
+    ],
 )
 def test_predictions_that_cannot_be_written_are_refused_at_once(
     sft: list[str], output: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

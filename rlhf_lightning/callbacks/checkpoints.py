@@ -30,7 +30,7 @@ def latest(folder: str | Path) -> Path | None:
     folder = Path(folder)
     if not folder.is_dir():
         return None
-    return max((path for path in folder.glob("batch-*.ckpt") if _is_whole(path)), default=None)
+    return max((path for path in folder.glob("batch-*.ckpt") if is_whole(path)), default=None)
 
 
 class RunCheckpoint(Checkpoint):
@@ -140,7 +140,7 @@ class RunCheckpoint(Checkpoint):
         barrier()
         trainer.save_checkpoint(staging)
         if trainer.is_global_zero:
-            if not _is_whole(staging):
+            if not is_whole(staging):
                 # Lightning's atomic writer swallows some errors (permissions, for one) and reports success.
                 raise OSError(f"{staging}: the checkpoint could not be written; is the disk full or read-only?")
             sync_to_disk(staging)
@@ -200,7 +200,7 @@ def _is_last(trainer: Trainer) -> bool:
     return trainer.is_last_batch and (epochs or trainer.global_step == trainer.max_steps)
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """A checkpoint file has its index at the end; of a folder of shards, the files written last must be there."""
     if path.is_dir():
         return (path / "meta.pt").is_file() and (path / ".metadata").is_file()

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch, Rollout, length_mask
 from rlhf_lightning.callbacks.folders import append_line, logged_step, rewind_lines, run_folder
 from rlhf_lightning.callbacks.sinks import Sink
+from rlhf_lightning.errors import TrainingDiverged
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.text import printable, say
 
@@ -38,6 +39,7 @@ class SampleTable(Callback):
         self._held_out: PromptBatch | None = None
         self._validated = False  # whether this validation's table is written
         self._file, self._events = Sink("samples.jsonl"), Sink("TensorBoard's samples")
+        self._answers = Sink("the table of samples")
 
     def on_validation_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """A validation has one table, of its first batch."""
@@ -73,8 +75,15 @@ class SampleTable(Callback):
         """Answer them; every process takes part, as sharded weights ask for."""
         prompts, self._held_out = self._held_out, None
         if prompts is not None and not trainer.sanity_checking:
-            rollout = pl_module.generate(prompts, iteration=logged_step(trainer))
-            if trainer.is_global_zero:
+            rollout, diverged = None, None
+            with self._answers:
+                try:
+                    rollout = pl_module.generate(prompts, iteration=logged_step(trainer))
+                except TrainingDiverged as error:  # no fault of the table's: the weights are lost
+                    diverged = error
+            if diverged is not None:
+                raise diverged
+            if rollout is not None and trainer.is_global_zero:
                 self.write(trainer, rollout, {}, "val")
 
     def write(self, trainer: Trainer, rollout: Rollout, scores: dict[str, Tensor], stage: str) -> None:
@@ -109,7 +118,7 @@ class SampleTable(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: RLHFModule, stage: str) -> None:  # type: ignore[override]
         """Say what could not be written."""
-        for sink in (self._file, self._events):
+        for sink in (self._answers, self._file, self._events):
             if (text := sink.summary()) is not None:
                 say(text, sys.stderr)
 

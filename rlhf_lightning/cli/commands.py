@@ -71,7 +71,8 @@ def _dispatch(arguments: list[str]) -> int:
         print("usage: python -m rlhf_lightning data check FILE...")
         return DONE
     if name not in _COMMANDS:
-        raise InputError(f"unknown command {name!r}{did_you_mean(name, _COMMANDS)}; --help lists the commands")
+        hint = " (did you mean fit?)" if name == "train" else did_you_mean(name, _COMMANDS)
+        raise InputError(f"unknown command {name!r}{hint}; --help lists the commands")
     module, _ = _COMMANDS[name]
     rest = arguments if module == _TRAINING else arguments[len(name.split()) :]
     return int(importlib.import_module(module).main(rest))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import Logger
 
 from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
@@ -25,6 +26,24 @@ def check_loggers(loggers: Iterable[Logger]) -> None:
                 f"trainer.logger: {type(logger).__name__} cannot start ({_first_line(error)}); "
                 "set it up, or leave it out"
             ) from error
+
+
+def check_monitors(callbacks: Iterable[Callback], module: LightningModule) -> None:
+    """InputError where a callback watches a metric by Lightning's customary name, which nothing here logs.
+
+    That is sure only of modules of this library beside its own callbacks and Lightning's: another may log such a name.
+    """
+    callbacks = list(callbacks)
+    if not all(type(part).__module__.startswith(_OURS) for part in (module, *callbacks)):
+        return
+    for callback in callbacks:
+        name = getattr(callback, "monitor", None)
+        if isinstance(name, str) and (name == "loss" or name.startswith(("val_", "train_"))):
+            held_out = "val/loss" if module.automatic_optimization else "eval/scores"
+            raise InputError(
+                f"trainer.callbacks: {type(callback).__name__} watches {name!r}, which {type(module).__name__} never "
+                f"logs; metrics are called like {held_out} (metrics.jsonl of a run has all names): set its monitor"
+            )
 
 
 def of_callback(error: Exception) -> InputError | None:

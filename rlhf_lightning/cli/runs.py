@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from rlhf_lightning.callbacks.checkpoints import latest
+from rlhf_lightning.callbacks.checkpoints import is_whole, latest
 from rlhf_lightning.errors import InputError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -197,6 +197,18 @@ def _given(checkpoint: str | None) -> Path | None:
     path = Path(checkpoint)
     if not path.exists():
         raise InputError(f"--ckpt_path {path}: no such checkpoint; give its path, or `last` for the newest one")
+    if not is_whole(path):
+        if path.is_dir():
+            found = latest(path / "checkpoints")
+            there = f"; its newest checkpoint is {found}" if found else ""
+            raise InputError(
+                f"--ckpt_path {path}: this is a folder and no checkpoint{there}; a model's folder is given as "
+                "--model.model"
+            )
+        raise InputError(
+            f"--ckpt_path {path}: this is no whole checkpoint: another kind of file, or one that is cut off; take "
+            "another of the run's checkpoints/batch-*.ckpt, or `last` for the newest whole one"
+        )
     return path
 
 

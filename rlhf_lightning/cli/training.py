@@ -30,7 +30,7 @@ from rlhf_lightning.cli.arguments import ordered, repeats, split
 from rlhf_lightning.cli.claims import claimed, cleared_up, first_process
 from rlhf_lightning.cli.classes import CLASSES, built_of_plain_numbers, class_path, imported, keys_of, resolved
 from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
-from rlhf_lightning.cli.foreign import check_loggers, of_callback, of_trainer
+from rlhf_lightning.cli.foreign import check_loggers, check_monitors, of_callback, of_trainer
 from rlhf_lightning.cli.layers import Layers, lay
 from rlhf_lightning.cli.notices import Preflight, farewell, notice
 from rlhf_lightning.cli.nulls import refused_values
@@ -256,6 +256,10 @@ class TrainingCLI(LightningCLI):
             for heading, text in [*notes, *(("note", line) for line in newer_models(read_from))]:
                 say(notice(heading, text))
         if subcommand == "predict":
+            if self._predictions.suffix not in (".jsonl", ".json", ".ndjson", ""):
+                raise InputError(
+                    f"--output {self._predictions}: what is written is JSON lines, one a row; name a .jsonl file"
+                )
             read = inputs_of(self.options.data.init_args, self.options.model.init_args.get("model"))
             check_output(self._predictions, "--output", [*read, *self.paths])
         self.save_config_kwargs = {"overwrite": True}
@@ -284,6 +288,8 @@ class TrainingCLI(LightningCLI):
             if link is None:
                 raise
             raise link from None
+        if self.subcommand == "fit":
+            check_monitors(self.trainer.callbacks, self.model)  # type: ignore[attr-defined]
 
     def _run_to_write(self) -> Run:
         options = self.options

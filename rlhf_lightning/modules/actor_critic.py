@@ -82,6 +82,10 @@ class ActorCriticModule(PolicyGradientModule):
         elif folder is not None:
             self.start_head_from(folder)
 
+    def shape_options(self) -> dict[str, Any]:
+        """See `RLHFModule.shape_options`; with the kind of critic."""
+        return {**super().shape_options(), "critic": "model" if self.trunk_critic is None else self.trunk_critic}
+
     def reward_folder(self) -> str | None:
         """The folder of the reward's own model, where its token ids mean what the policy's do; None without one."""
         if self.reward is None:

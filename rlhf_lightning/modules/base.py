@@ -11,6 +11,7 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,7 +39,8 @@ from rlhf_lightning.modules.memory import ExplainMemory
 from rlhf_lightning.modules.optimisation import OptimisedModule
 from rlhf_lightning.modules.totals import Totals
 from rlhf_lightning.rollout.engine import RolloutEngine, Sampling
-from rlhf_lightning.rollout.native import NativeEngine
+from rlhf_lightning.rollout.fitting import fitting_engine
+from rlhf_lightning.rollout.hugging_face import TransformersEngine
 
 # Half or more would say that the labels are worthless or the wrong way round.
 LabelSmoothing = restricted_number_type("LabelSmoothing", float, [(">=", 0), ("<", 0.5)])
@@ -74,7 +76,7 @@ class RLHFModule(OptimisedModule):
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    engine: RolloutEngine
+    engine: RolloutEngine | None = None  # None until the first `generate` chooses
 
     def __init__(
         self,
@@ -107,8 +109,8 @@ class RLHFModule(OptimisedModule):
         self.policy: Policy | None = None
         self.scalar: ScalarModel | None = None
         self.held_out_totals = Totals()  # what is logged after validation
-        self.engine = NativeEngine()
         self._bases: list[tuple[str, str]] = []  # under LoRA: folder and fingerprint of the weights beside the adapters
+        self._made_by = "otherwise"  # who made the checkpoint that is loaded, for messages
         self._handed_over: int | None = None  # the optimizer step whose weights the engine has
 
     # Setting up
@@ -214,10 +216,17 @@ class RLHFModule(OptimisedModule):
 
         Raises:
             InputError: under LoRA, the checkpoint's adapters are of other layers.
-            RuntimeError: the checkpoint is of another model.
+            InputError: the checkpoint is of another model.
         """
         expected = self._loaded_from_folders()
-        keys = super().load_state_dict(state_dict, strict=strict and not expected, assign=assign)
+        try:
+            keys = super().load_state_dict(state_dict, strict=strict and not expected, assign=assign)
+        except RuntimeError as error:  # torch names every parameter, a line each
+            first = " ".join((str(error).splitlines()[1:2] or [str(error)])[0].split())[:200]
+            raise InputError(
+                f"--ckpt_path: it does not fit {type(self).__name__} of {self.model} ({first}): it was made "
+                f"{self._made_by}; give the config and the options that it was made with, or leave --ckpt_path out"
+            ) from error
         wrong = [*sorted(set(keys.missing_keys) - expected), *keys.unexpected_keys]
         if strict and wrong:
             raise InputError(
@@ -226,8 +235,13 @@ class RLHFModule(OptimisedModule):
             )
         return keys
 
+    def shape_options(self) -> dict[str, Any]:
+        """The options, by name, that decide which weights there are: a checkpoint resumes with the same alone."""
+        return {"lora_rank": self.lora_rank}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Under LoRA: which weights the adapters belong to."""
+        """What it was made with, and under LoRA which weights the adapters belong to."""
+        checkpoint["made_with"] = {"module": type(self).__name__, "model": self.model, **self.shape_options()}
         if self._bases:
             checkpoint["bases"] = [list(base) for base in self._bases]
 
@@ -235,8 +249,17 @@ class RLHFModule(OptimisedModule):
         """The counterpart.
 
         Raises:
-            InputError: the checkpoint's adapters were trained beside other weights than those that were loaded.
+            InputError: the run it was made in had other `shape_options`, or its adapters were trained beside other
+                weights than those that were loaded.
         """
+        made = checkpoint.get("made_with", {})
+        self._made_by = f"by {made['module']} of {made['model']}" if made else "by another module or of another model"
+        for name, now in self.shape_options().items():
+            if name in made and made[name] != now:
+                raise InputError(
+                    f"--ckpt_path: the checkpoint was made with model.{name} {_typed(made[name])}, and this run has "
+                    f"{_typed(now)}; give --model.{name} {_typed(made[name])}, or leave --ckpt_path out"
+                )
         for (then, expected), (folder, found) in zip(checkpoint.get("bases", []), self._bases, strict=False):
             if found != expected:
                 now = "changed since" if then == folder else f"are not those of {folder}"
@@ -324,16 +347,28 @@ class RLHFModule(OptimisedModule):
                     "data: a batch without prompts; give every process at least one row, of weight 0 where none is "
                     "left, as PreferenceDataModule does"
                 )
+        engine = self._fitting_engine(self.policy)
         if self._handed_over != self.trainer.global_step:
-            self.engine.receive(self.policy)
+            engine.receive(self.policy)
             self._handed_over = self.trainer.global_step
         sampling = Sampling(iteration=iteration, **{**options, **overrides})
         self._report_tokens(0, sampling.max_new_tokens)
         with failing_together():
             try:
-                return self.engine.rollout(self.policy, prompts, self.tokenizer, sampling, self._report_tokens)
+                return engine.rollout(self.policy, prompts, self.tokenizer, sampling, self._report_tokens)
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"{error}; {self.last_checkpoint()}") from error
+
+    def _fitting_engine(self, policy: Policy) -> RolloutEngine:
+        """The engine that was named, or the one that can run the policy, found once; every process asks."""
+        if self.engine is None:
+            self.engine = fitting_engine(policy)
+            if isinstance(self.engine, TransformersEngine):
+                rank_zero_warn(
+                    f"{type(policy.model).__name__}: transformers' generation answers, since the own decode loop "
+                    "cannot run it; it is slower and answers alike (model.engine names another)"
+                )
+        return self.engine
 
     def _report_tokens(self, done: int, total: int) -> None:
         self.report_phase("rollout", done, total)
@@ -372,3 +407,7 @@ class RLHFModule(OptimisedModule):
         model = self.policy if self.policy is not None else self.scalar
         assert model is not None
         return try_export(model, self.tokenizer, folder, self.export_dtype, self.trust_remote_code)
+
+
+def _typed(value: Any) -> str:
+    return "null" if value is None else str(value)

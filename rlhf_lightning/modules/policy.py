@@ -21,7 +21,8 @@ class PolicyModule(RLHFModule):
         top_k: sample from the k most probable tokens only; 0 from all.
         top_p: sample from the smallest set of tokens that has this probability; 1 from all.
         seed: of the sampling.
-        engine: what answers prompts; None takes this library's own decode loop, see docs/rollout.md.
+        engine: what answers prompts; None takes this library's own decode loop, or transformers'
+            generation where that cannot run the model, see docs/rollout.md.
         kwargs: the optimizer's and the model's options, see `RLHFModule`.
     """
 
@@ -44,8 +45,7 @@ class PolicyModule(RLHFModule):
         self.top_k = top_k
         self.top_p = top_p
         self.seed = seed
-        if engine is not None:
-            self.engine = engine
+        self.engine = engine
 
     def configure_model(self) -> None:
         """Load (and shard) the policy; called again for every stage, so only the first time counts."""

@@ -53,7 +53,8 @@ class SamplingModule(RLHFModule):
             results.
         seed: of the sampling and of the order of minibatches.
         best_of: in ``predict`` each answer is the best by reward of so many; training does not use it.
-        engine: what answers prompts; None takes this library's own decode loop, see docs/rollout.md.
+        engine: what answers prompts; None takes this library's own decode loop, or transformers'
+            generation where that cannot run the model, see docs/rollout.md.
         kwargs: the optimizer's and the model's options, see `RLHFModule`.
     """
 
@@ -89,8 +90,7 @@ class SamplingModule(RLHFModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
         self.best_of = best_of
-        if engine is not None:
-            self.engine = engine
+        self.engine = engine
         self.phase_seconds: dict[str, float] = {}  # of the last iteration, by phase
         self.keep_frozen("reference", None)
 
@@ -236,7 +236,7 @@ class SamplingModule(RLHFModule):
         They are where the engine is exact and samples from the full distribution.
         """
         whole = self.top_k == 0 and self.top_p == 1.0
-        return rollout.log_probs if self.engine.exact and whole else None
+        return rollout.log_probs if self.engine is not None and self.engine.exact and whole else None
 
     def token_scores(self, tokens: Tensor, lengths: Tensor, prompt_lengths: Tensor, temperature: float) -> TokenScores:
         """The policy's log-probs and entropies of right-padded rows ``[B, S]``, and a critic's values with them."""

@@ -6,17 +6,17 @@ import torch
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.sharding import unsharded
 from rlhf_lightning.rollout.engine import RolloutEngine, ready_to_decode
 from rlhf_lightning.rollout.hugging_face import TransformersEngine
 from rlhf_lightning.rollout.native import NativeEngine
 
 
-@torch.no_grad()
 def fitting_engine(policy: Policy) -> RolloutEngine:
     """This library's loop; where it cannot run the policy, transformers' generation, which answers alike and slower."""
     engine = NativeEngine()
     try:
-        with ready_to_decode(policy):
+        with torch.inference_mode(False), torch.no_grad(), unsharded(policy), ready_to_decode(policy):
             engine.check(policy)
     except InputError:
         return TransformersEngine()

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from small_data import SmallData, train
 
-from rlhf_lightning.cli.foreign import check_loggers, of_callback
+from rlhf_lightning.cli.foreign import check_loggers, check_monitors, of_callback
 from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.modules.sft import SFTModule
 
@@ -60,3 +61,16 @@ def test_a_logger_that_cannot_start_is_refused(tmp_path: Path) -> None:
     check_loggers([CSVLogger(str(tmp_path))])
     with pytest.raises(InputError, match=r"trainer.logger: Service cannot start \(PermissionError: api_key not"):
         check_loggers([Service(str(tmp_path))])
+
+
+def test_customary_names_of_metrics_are_refused_where_nobody_logs_them() -> None:
+    class Own(SFTModule):
+        """May log what it likes."""
+
+    module = SFTModule("model")
+    for callback in (EarlyStopping("val_loss"), ModelCheckpoint(monitor="train_loss"), EarlyStopping("loss")):
+        with pytest.raises(InputError, match=rf"{type(callback).__name__} watches '{callback.monitor}'.*val/loss"):
+            check_monitors([callback], module)
+        check_monitors([callback], Own("model"))
+        check_monitors([callback, Mailer(ValueError())], module)
+    check_monitors([EarlyStopping("val/loss"), EarlyStopping("lr-AdamW"), ModelCheckpoint()], module)

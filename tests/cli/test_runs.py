@@ -163,6 +163,18 @@ def test_a_checkpoint_of_a_run_of_that_name_goes_on_there(root: Path) -> None:
         choose(wanted(root, checkpoint=str(root / "none.ckpt")))
 
 
+def test_only_a_whole_checkpoint_is_gone_on_from(root: Path) -> None:
+    checkpoint = leave(root / "sft", started=1.0)
+    with pytest.raises(
+        InputError, match=r"folder and no checkpoint; its newest .*batch-00000003.ckpt; .*--model.model"
+    ):
+        choose(wanted(root, checkpoint=str(root / "sft")))
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-40])
+    for path in (checkpoint, root / "sft" / "metrics.jsonl"):
+        with pytest.raises(InputError, match="no whole checkpoint"):
+            choose(wanted(root, "dpo", checkpoint=str(path)))
+
+
 # The folder while it is written to
 
 

@@ -1,0 +1,47 @@
+"""A checkpoint of another module, model, LoRA rank or critic is refused in one line that says what it was made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.ppo import PPOModule
+from rlhf_lightning.modules.reward_model import RewardModelModule
+from rlhf_lightning.modules.sft import SFTModule
+
+
+def saved(module: Any) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def test_other_options_are_named() -> None:
+    with pytest.raises(
+        InputError, match=r"made with model.lora_rank 4, and this run has null; give --model.lora_rank 4"
+    ):
+        SFTModule("model").on_load_checkpoint(saved(SFTModule("model", lora_rank=4)))
+    with pytest.raises(InputError, match=r"made with model.critic model, and this run has head"):
+        PPOModule("model", critic="head").on_load_checkpoint(saved(PPOModule("model")))
+    SFTModule("model").on_load_checkpoint(saved(DPOModule("model")))  # the same weights, as `predict` may read
+    SFTModule("model").on_load_checkpoint({})  # of an earlier version
+
+
+@pytest.mark.parametrize("kind", [PPOModule, RewardModelModule])
+def test_another_methods_state_is_missed(kind: Any) -> None:
+    with pytest.raises(InputError, match=rf"made by SFTModule of model, and {kind.__name__} cannot go on from it"):
+        kind("model").on_load_checkpoint(saved(SFTModule("model")))
+
+
+@pytest.mark.parametrize("weights", [{"other": torch.ones(1)}, {"layer.weight": torch.ones(3, 3)}])
+def test_another_model_is_one_line(weights: dict[str, Any]) -> None:
+    module = SFTModule("big")
+    module.layer = torch.nn.Linear(2, 2, bias=False)
+    module.on_load_checkpoint(saved(SFTModule("small")))
+    with pytest.raises(InputError, match=r"does not fit SFTModule of big \(.*made by SFTModule of small") as caught:
+        module.load_state_dict(weights)
+    assert "\n" not in str(caught.value)
