@@ -68,6 +68,7 @@ class FileReport:
     spelled: dict[str, int] = field(default_factory=dict)  # such tokens, by the rows that spell them
     merging: int | None = None  # borders of prompts and responses where tokens would merge; with a tokenizer
     borders: int = 0  # looked at for that
+    noted: dict[str, int] = field(default_factory=dict)  # what the chat template makes of rows; with a tokenizer
 
 
 @dataclass
@@ -182,14 +183,15 @@ def _check_tokens(report: FileReport, records: list[Record], folder: str | None)
     if folder is None or not records:
         tokens, report.spelling_rows = count_spelled(records, LOOKS_SPECIAL)
     else:
-        from rlhf_lightning.data.borders import merging_borders
-        from rlhf_lightning.data.tokenization import Encoder
+        from rlhf_lightning.data.borders import rendered_rows
         from rlhf_lightning.models.loading import load_tokenizer
 
-        tokenizer = load_tokenizer(folder)
-        tokens, report.spelling_rows = Encoder(tokenizer).spelled_in(records)
-        report.merging, report.borders, refused = merging_borders(tokenizer, records)
+        encoder, refused = rendered_rows(load_tokenizer(folder), records)
+        tokens, report.spelling_rows = encoder.spelled_in(records)
+        report.merging, report.borders = encoder.borders["merged"], encoder.borders["compared"]
         report.refused += refused
+        report.noted = dict(encoder.noted)
+        report.advice += encoder.losses
     report.spelled = dict(tokens.most_common())
 
 
@@ -274,6 +276,8 @@ def render(report: Report, console: Console | None = None) -> None:
     for file in report.files:
         for line in file.advice:
             console.print(f"[yellow]look at[/yellow] {_plain(f'{Path(file.path).name}: {line}')}", soft_wrap=True)
+        for what, count in sorted(file.noted.items()):
+            console.print(f"[yellow]{_plain(f'{Path(file.path).name}: {what}: {count:,}')}[/yellow]", soft_wrap=True)
     _render_refused(report, console)
 
 

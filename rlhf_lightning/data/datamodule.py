@@ -206,6 +206,8 @@ class PreferenceDataModule(LightningDataModule):
             self._encoding = _encoding(self.train, self.kind)
             self._check_resumed()
         self._tell_spelled(encoder)
+        for line in encoder.losses:
+            rank_zero_warn(f"data: {line}")
         rank_zero_info(self.summary(), extra={"in_preflight": True})
         return self
 

@@ -88,6 +88,8 @@ class OwnTokens:
         sequences = [self._sequence(rollout, row, cut[row]) for row in rows]
         for note in self.encoder.noted:
             self._tell(note)
+        for part in self._chats.lost if self._chats is not None else ():
+            self._tell(f"its chat template drops {part} of responses, which are scored without")
         pieces = self.encoder.ids.pieces(sequences)
         eos = self.encoder.tokenizer.eos_token_id
         found = []

@@ -109,6 +109,19 @@ def test_lengths_in_tokens(write, tokenizer, tmp_path):
     )
 
 
+def test_what_the_template_makes_of_rows_is_told_with_a_tokenizer(write, tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    drops = tokenizer.chat_template.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    (tmp_path / "tokenizer/chat_template.jinja").write_text(drops)
+    user, answer = {"role": "user", "content": "p", "name": "Ann"}, {"role": "assistant", "content": "a"}
+    thought = {"role": "assistant", "content": "<think>long</think>b"}
+    path = write([{"messages": [user, thought, user, answer]}, {"messages": [user, {**answer, "reasoning": "c"}]}])
+    assert main([path, "--tokenizer", str(tmp_path / "tokenizer")]) == 2
+    printed = capsys.readouterr().out
+    assert "does not read reasoning of message 1" in printed and "drops <think>…</think> from 1 of 3 resp" in printed
+    assert "message with key 'name', which the chat template does not read: 3" in printed
+
+
 def test_a_report_is_written_whole_whatever_a_file_is_called(write, tmp_path, capsys):
     path = tmp_path / os.fsdecode(b"x\xff.jsonl")
     os.replace(write([*ROWS, {"prompt": 3}]), path)
