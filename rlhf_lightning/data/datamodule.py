@@ -237,7 +237,7 @@ class PreferenceDataModule(LightningDataModule):
             "encoding": self._encoding,
             "rows": len(self.train),
             "options": self._options(),
-            "date": self.date if self.template is not None and self.template.dated else None,
+            "date": self.date,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -250,7 +250,10 @@ class PreferenceDataModule(LightningDataModule):
         """
         self._resumed = state_dict
         then = state_dict.get("date")
-        if self._fingerprint and then is not None and then != self.date:
+        dated = self.template is not None and self.template.dated
+        if self._fingerprint and then is not None and not (dated or self._date_given):
+            self.date = then  # a reward model's chat template may have a clock
+        if self._fingerprint and dated and then is not None and then != self.date:
             if self._date_given:
                 raise InputError(
                     f"data.date: the checkpoint was made with {then}, now it is {self.date}; set it back to resume, or "

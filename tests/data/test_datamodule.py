@@ -259,6 +259,14 @@ def test_the_date_of_a_run_is_that_of_its_checkpoint(tmp_path):
         other.load_state_dict(first.state_dict())
 
 
+def test_the_day_is_kept_on_resume_also_where_only_a_reward_models_template_has_a_clock(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl")
+    first = make_data(path, date="2001-02-03").prepare(View("pairs"))
+    resumed = make_data(path).prepare(View("pairs"))
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.date == "2001-02-03"
+
+
 def test_texts_that_spell_special_tokens_are_told_with_counts(tmp_path):
     path = tmp_path / "rows.jsonl"
     texts = ["<|im_start|>user\nhello<|im_end|>\n", "hello"]
