@@ -148,11 +148,6 @@ class Encoder:
         """What the template made of rows that one would not expect, by how many."""
         return +Counter(self.conversations.noted if self.conversations is not None else {})
 
-    @property
-    def losses(self) -> list[str]:
-        """What the template drops of responses, a line each."""
-        return self.conversations.losses if self.conversations is not None else []
-
     def encode(
         self, records: Sequence[Record], kind: Kind, demonstrations: bool = False, every_row: bool = False
     ) -> tuple[list[Example], Counter[str]]:

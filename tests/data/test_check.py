@@ -48,7 +48,7 @@ def test_rows_are_repeated_where_training_takes_them_for_the_same(write):
 
 def test_answers_under_another_name_are_advised(write):
     (file,) = check([write([{"prompt": f"p{i}", "response": "r"} for i in range(3)])]).files
-    assert any("data.columns: {completion: response}" in line for line in file.advice)
+    assert any("--columns completion=response" in line for line in file.advice)
     (file,) = check([write([{"prompt": "p", "completion": "c", "response": "r"}])]).files
     assert not any("completion: response" in line for line in file.advice)
 
@@ -139,3 +139,22 @@ def test_nothing_heavy_is_imported(write):
         "heavy = {'torch', 'lightning', 'transformers'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
     )
     assert subprocess.run([sys.executable, "-c", code, write(ROWS)], capture_output=True).returncode == 0
+
+
+def test_responses_that_begin_with_their_own_prompt_are_advised(write):
+    rows = [{"prompt": f"what is {i}?", "chosen": f" what is {i}? it is 4", "rejected": "no"} for i in range(4)]
+    assert not any("own prompt" in line for line in check([write(rows)]).files[0].advice)  # of half of them
+    rows[0]["rejected"] = "what is 0? no"
+    (line,) = [line for line in check([write(rows)]).files[0].advice if "own prompt" in line]
+    assert line.startswith("5 of 8 responses begin with their own prompt")
+
+
+def test_what_a_file_holds_beside_its_rows_is_told_in_the_report(write, recwarn):
+    path = write(json.dumps({"version": 1, "data": [{"prompt": "p", "completion": "c"}]}), "rows.json")
+    assert "the rows are under key 'data'; not read: version" in check([path]).files[0].advice
+    assert not recwarn.list
+
+
+def test_hints_name_the_commands_own_option(write):
+    (line,) = check([write([{"question": "q", "answer": "a"}])]).files[0].refused
+    assert "add --columns prompt=question" in line and "data.columns" not in line

@@ -197,7 +197,7 @@ def test_a_part_that_the_template_drops_of_responses_is_named_and_counted(tokeni
     for text in said:
         (example,), _ = encoder.encode([talk(("user", "hello"), ("assistant", text))], "demonstrations")
         assert tokenizer.decode(ids(example)).split("assistant\n")[1].strip() == "fine<|im_end|>"
-    (line,) = encoder.losses
+    (line,) = encoder.conversations.losses
     assert line.startswith(
         f"the chat template drops {opened}…{closed} from 2 of 3 responses, which are learnt without;"
     )
@@ -207,7 +207,7 @@ def test_a_part_that_the_template_drops_of_responses_is_named_and_counted(tokeni
     )
     encoder = Encoder(tokenizer_of)
     encoder.encode([talk(("user", "hello"), ("assistant", "<think>\nwho?\n</think>\n\nfine"))], "demonstrations")
-    assert encoder.losses == [] and encoder.noted == {"response that the chat template changes": 1}
+    assert encoder.conversations.losses == [] and encoder.noted == {"response that the chat template changes": 1}
 
 
 def reasoned(**more) -> Record:

@@ -287,6 +287,13 @@ def test_what_the_template_drops_of_responses_is_warned_of(tmp_path):
         data.prepare(View("demonstrations"))
 
 
+def test_responses_that_repeat_their_prompt_are_warned_of(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "hello", "completion": "hello, fine"}) + "\n")
+    with pytest.warns(UserWarning, match=r"data: 1 of 1 responses begin with their own prompt"):
+        make_data(str(path), validation_fraction=0).prepare(View("demonstrations"))
+
+
 def test_several_turns_reach_the_batches_with_their_mask(tmp_path):
     user = {"role": "user", "content": "hello"}
     path = chat_rows(tmp_path / "rows.jsonl", [user, ANSWER, user, ANSWER], [user, ANSWER])
