@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rlhf_lightning.data.files import shown
-from rlhf_lightning.data.hints import meant
+from rlhf_lightning.data.hints import COLUMNS, meant
 from rlhf_lightning.data.rows import Record
 
 _FEW = 50  # rows a prompt on average, from which on it looks as if the real prompt stood in another column
@@ -30,13 +30,13 @@ _ANSWERS = ("chosen", "rejected", "completions", "ratings", "ranks", "completion
 _WANTED = ("completion", "chosen", "rejected", "completions", "ranks", "ratings", "margin", "weight", "system", "tools")
 
 
-def advice(records: Sequence[Record]) -> list[str]:
-    """One line for each thing to look at."""
-    lines = []
+def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
+    """One line for each thing to look at; ``option`` is what gives columns other names, for messages."""
+    lines = repeating(records)
     prompts = len({record.key for record in records})
     if len(records) > _FEW * prompts:
         share = f"{len(records):,} rows have {prompts:,} distinct prompt{'s' * (prompts > 1)}"
-        lines.append(f"{share}; is the text to answer in another column? data.columns: {{prompt: NAME}} takes it")
+        lines.append(f"{share}; is the text to answer in another column? {naming('prompt', 'NAME', option)} takes it")
     counts = Counter(
         name for record in records for name in record.columns if not (record.form.labelled and name == "label")
     )
@@ -50,10 +50,33 @@ def advice(records: Sequence[Record]) -> list[str]:
     for name, count in counts.items():
         if name in misspelt:
             given = misspelt[name]
-            what = f"looks like '{given}', which it is not read as; data.columns: {{{given}: {shown(name)}}} does"
+            what = f"looks like '{given}', which it is not read as; {naming(given, shown(name), option)} does"
         elif name in _KNOWN:
             what = "is not used in training, where rewards alone are handed it"
         else:
             continue
         lines.append(f"column '{shown(name)}' of {count:,} rows {what}")
     return lines
+
+
+def repeating(records: Sequence[Record]) -> list[str]:
+    """A line where most responses begin with their own prompt, which would be learnt as a part of them; else none."""
+    texts = [
+        (record.prompt.strip(), response.lstrip())
+        for record in records
+        if isinstance(record.prompt, str) and record.prompt.strip() and not record.form.transcript
+        for response in record.responses
+        if isinstance(response, str)
+    ]
+    count = sum(response.startswith(prompt) for prompt, response in texts)
+    if 2 * count <= len(texts):
+        return []
+    return [
+        f"{count:,} of {len(texts):,} responses begin with their own prompt, which would be learnt as a part of them; "
+        "take it off the responses (of two transcripts, delete the column 'prompt': what both begin with is the prompt)"
+    ]
+
+
+def naming(name: str, given: str, option: str) -> str:
+    """The option that reads ``given`` as ``name``."""
+    return f"{option}: {{{name}: {given}}}" if option == COLUMNS else f"{option} {name}={given}"

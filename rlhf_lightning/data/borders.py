@@ -1,27 +1,29 @@
-"""How many of a file's prompts and responses a tokenizer would merge into one token where they meet."""
+"""What a tokenizer and its chat template make of a file's rows, counted; among it borders that tokens would cross."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_lightning.data.conversations import Rendered
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
 
 
-def merging_borders(tokenizer: Any, records: Sequence[Record], at_most: int = 20_000) -> tuple[int, int, list[str]]:
-    """Borders that merge, and those looked at: of so many responses at most, evenly spread.
+def rendered_rows(tokenizer: Any, records: Sequence[Record], at_most: int = 20_000) -> tuple[Encoder, list[str]]:
+    """Every response behind its prompt, rendered; of so many at most, evenly spread, the borders are looked at.
 
-    Returns: both counts, and what is wrong with the rows that have no tokens (as chats without a chat template).
+    Returns: the encoder that counted, and what is wrong with the rows that have no tokens (as chats without a chat
+        template).
     """
     encoder = Encoder(tokenizer, compared=at_most)
-    encodable, refused = [], []
+    sequences: dict[Rendered, None] = {}
+    refused = []
     for record in records:
         try:
-            encoder.render(record)
-            encodable.append(record)
+            sequences.update(dict.fromkeys(encoder.render(record)))
         except InputError as error:
             refused.append(str(error))
-    encoder.compare(encodable)
-    return encoder.borders["merged"], encoder.borders["compared"], refused
+    encoder.compare(list(sequences))
+    return encoder, refused

@@ -6,6 +6,7 @@ Light by intent: neither torch nor lightning is imported, and transformers with 
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -68,6 +69,7 @@ class FileReport:
     spelled: dict[str, int] = field(default_factory=dict)  # such tokens, by the rows that spell them
     merging: int | None = None  # borders of prompts and responses where tokens would merge; with a tokenizer
     borders: int = 0  # looked at for that
+    noted: dict[str, int] = field(default_factory=dict)  # what the chat template makes of rows; with a tokenizer
 
 
 @dataclass
@@ -122,7 +124,7 @@ def check(paths: Sequence[str], tokenizer: str | None = None, columns: Mapping[s
     """
     measure = _token_counts(tokenizer) if tokenizer else _character_counts
     files, prompts = [], []
-    names = Columns(columns)
+    names = Columns(columns, option="--columns")
     for path in dict.fromkeys(paths):
         report, keys = _check_file(path, measure, names, tokenizer)
         files.append(report)
@@ -140,24 +142,26 @@ def _check_file(path: str, measure: Measure, names: Columns, tokenizer: str | No
     report = FileReport(path)
     dropped: Counter[str] = Counter()
     records: list[Record] = []
-    try:
-        for item in checked_rows(path, dropped, columns=names):
-            report.rows += 1
-            if isinstance(item, InputError):
-                report.refused.append(str(item))
-            elif item is not None:
-                records.append(item)
-        if not report.rows:
-            raise InputError(f"{path}: contains no rows; give a file with at least one")
-    except InputError as error:  # the file as a whole
-        report.refused.append(str(error))
+    with warnings.catch_warnings(record=True) as told:  # Python would print them with a place in this package
+        warnings.simplefilter("always")
+        try:
+            for item in checked_rows(path, dropped, columns=names):
+                report.rows += 1
+                if isinstance(item, InputError):
+                    report.refused.append(str(item))
+                elif item is not None:
+                    records.append(item)
+            if not report.rows:
+                raise InputError(f"{path}: contains no rows; give a file with at least one")
+        except InputError as error:  # the file as a whole
+            report.refused.append(str(error))
     keys = [record.key for record in records]
     report.usable = len(records)
     report.dropped = dict(sorted(dropped.items()))
     report.forms = dict(Counter(str(record.form) for record in records).most_common())
     columns = {(record.form.labelled, name) for record in records for name in record.columns}
     report.columns = sorted({name for labelled, name in columns if not (labelled and name == "label")})
-    report.advice = advice(records)
+    report.advice = [str(line.message).removeprefix(f"{path}: ") for line in told] + advice(records, names.option)
     report.prompts = len(set(keys))
     labels = [record.desirable if record.form.labelled else None for record in records]
     report.desirable = labels.count(True)
@@ -182,14 +186,15 @@ def _check_tokens(report: FileReport, records: list[Record], folder: str | None)
     if folder is None or not records:
         tokens, report.spelling_rows = count_spelled(records, LOOKS_SPECIAL)
     else:
-        from rlhf_lightning.data.borders import merging_borders
-        from rlhf_lightning.data.tokenization import Encoder
+        from rlhf_lightning.data.borders import rendered_rows
         from rlhf_lightning.models.loading import load_tokenizer
 
-        tokenizer = load_tokenizer(folder)
-        tokens, report.spelling_rows = Encoder(tokenizer).spelled_in(records)
-        report.merging, report.borders, refused = merging_borders(tokenizer, records)
+        encoder, refused = rendered_rows(load_tokenizer(folder), records)
+        tokens, report.spelling_rows = encoder.spelled_in(records)
+        report.merging, report.borders = encoder.borders["merged"], encoder.borders["compared"]
         report.refused += refused
+        report.noted = dict(encoder.noted)
+        report.advice += encoder.conversations.losses if encoder.conversations is not None else []
     report.spelled = dict(tokens.most_common())
 
 
@@ -274,6 +279,8 @@ def render(report: Report, console: Console | None = None) -> None:
     for file in report.files:
         for line in file.advice:
             console.print(f"[yellow]look at[/yellow] {_plain(f'{Path(file.path).name}: {line}')}", soft_wrap=True)
+        for what, count in sorted(file.noted.items()):
+            console.print(f"[yellow]{_plain(f'{Path(file.path).name}: {what}: {count:,}')}[/yellow]", soft_wrap=True)
     _render_refused(report, console)
 
 

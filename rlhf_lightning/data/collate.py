@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -103,3 +104,12 @@ def _pad(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=pad_id)
     return tokens, lengths
+
+
+def encoding(examples: Sequence[Example], kind: Kind) -> str:
+    """Changes when any token of any example changes; demonstrations beside prompts may come and go."""
+    digest = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        for ids in (example.prompt, *(() if kind == "prompts" else example.responses)):
+            digest.update(len(ids).to_bytes(4, "little") + ids.numpy().tobytes())
+    return digest.hexdigest()

@@ -8,23 +8,33 @@ once others follow, each turn is a sequence of its own, as it would be asked for
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lightning.data.hidden import hide, shown, unhidden
+from rlhf_lightning.data.reading import Reading, is_silent, left_out
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.spelling import without_end
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.template import MARK, ChatTemplate, TemplateRefuses
 
-UNLIKE = "turn that the chat template begins otherwise than its generation prompt does, learnt as it writes it"
+UNLIKE = (
+    "turn that the chat template begins otherwise than its generation prompt, learnt as it writes it, without the {} "
+    "that sampling asks with"
+)
 TWICE = "opening of a response that the generation prompt has already, taken once"
 CHANGED = "response that the chat template changes"
 FOLDED = "system message put into the user's, as the chat template takes none"
+FOLDED_LATE = "system message put into the first user's, as the chat template shows it in a last message alone"
 RENAMED = "developer message given as the system's, as the chat template knows no other"
 ENDED = "response that spells the token that ends it, taken once"
+SILENT = "empty turn of the assistant's, not learnt"
 APART = "conversation in one sequence a turn, as the chat template changes earlier ones"
+
+# A part of a response between marks, as reasoning is: <think>...</think>, [THINK]...[/THINK].
+_PART = re.compile(r"([<\[])(\w+)([>\]])(.*?)(\1/\2\3)", re.S)
 
 
 @dataclass(frozen=True)
@@ -85,20 +95,31 @@ class Conversations:
         self.template = template
         self.special = special
         self.noted: Counter[str] = Counter()
-        self._roles: dict[str, str] = {}  # how a role that steers is given: as it is, as "system", or "folded"
+        self.turns = 0  # of the assistant's that were looked for in what the template renders
+        self.lost: Counter[str] = Counter()  # parts that it drops of them, by their marks: <think>…</think>
+        self._roles: dict[str, str] = {}  # how a role that steers is given: as it is, as "system", or in the user's
         self._has_tools: bool | None = None
-        self._shown: dict[tuple[Any, ...], set[int]] = {}  # by the messages' roles, those whose content is shown
+        self._reading = Reading(template, self.noted)
 
     @property
     def ends(self) -> tuple[str, ...]:
         """The tokens that a turn of the assistant's may spell at its end, and that are taken for what ends it."""
         return (self.template.turn_end, self.template.tokenizer.eos_token)
 
+    @property
+    def losses(self) -> list[str]:
+        """What the template drops of responses, a line each."""
+        return [
+            f"the chat template drops {part} from {count:,} of {self.turns:,} responses, which are learnt without; set "
+            "data.chat_template to one that keeps it"
+            for part, count in self.lost.most_common()
+        ]
+
     def prompt(self, record: Record) -> Rendered:
         """The prompt as sampling is given it."""
         chat = self._chat(record, None)
         text = self._prompt_text(chat, chat.first)
-        self._check_shown(chat, chat.messages)
+        self._reading.check(chat.where, chat.messages, chat.tools, ())
         self._check_hidden(chat, text, chat.first)
         return Rendered((text,), hidden=tuple(chat.hidden.items()))
 
@@ -114,10 +135,13 @@ class Conversations:
         spoken = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if not (every_turn and record.form.conversation):
             spoken = [i for i in spoken if i >= chat.first]
+        silent = [i for i in spoken[:-1] if is_silent(chat.messages[i])]  # an empty last one is dropped with its row
+        self.noted[SILENT] += len(silent)
+        spoken = [i for i in spoken if i not in silent]
         if not spoken:
             raise InputError(f"{record.where}: the response has no turn of the assistant's; repair the row")
         turns = [self._turn(chat, i) for i in spoken]
-        self._check_shown(chat, chat.messages[: spoken[-1] + 1])
+        self._reading.check(chat.where, chat.messages[: spoken[-1] + 1], chat.tools, spoken)
         last = turns[-1].whole
         if all(turn.ended and last.startswith(turn.whole[: turn.end]) for turn in turns[:-1]):
             return [self._joined(chat, turns)]
@@ -168,14 +192,15 @@ class Conversations:
         if role not in self._roles:
             self._roles[role] = self._how_to_steer(role)
         how = self._roles[role]
-        if how != "folded":
+        if how not in (FOLDED, FOLDED_LATE):
             self.noted[RENAMED] += how != role
             return [{**messages[0], "role": how}, *messages[1:]]
-        self.noted[FOLDED] += 1
+        self.noted[how] += 1
         text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
         return [{**messages[1], "content": text}, *messages[2:]]
 
     def _how_to_steer(self, role: str) -> str:
+        how = FOLDED
         for name in dict.fromkeys((role, "system")):
             try:
                 chat = [{"role": name, "content": MARK}, {"role": "user", "content": "a"}]
@@ -184,9 +209,10 @@ class Conversations:
                 whole = self.template.render([*chat, {"role": "assistant", "content": "b"}])
                 if MARK in asked and MARK in whole:
                     return name
+                how = FOLDED_LATE if MARK in asked else how
             except TemplateRefuses:
                 pass
-        return "folded"
+        return how
 
     # -- spans ---------------------------------------------------------------------------------------------------------
 
@@ -196,7 +222,7 @@ class Conversations:
         except TemplateRefuses as refusal:
             for number, message in enumerate(messages):
                 if message.get("tool_calls") and "tool_calls" not in self.template.text:
-                    raise _left_out(chat, message, number, "tool_calls") from None
+                    raise left_out(chat.where, message, number, "tool_calls") from None
             raise InputError(
                 f"{chat.where}: the chat template refuses the messages ({refusal}); repair either"
             ) from None
@@ -213,7 +239,7 @@ class Conversations:
         return begun[: len(begun) - len(tail)]
 
     def _turn(self, chat: _Chat, turn: int) -> _Turn:
-        prompt = self._prompt_text(chat, turn)
+        prompt = asking = self._prompt_text(chat, turn)
         whole = self._render(chat, chat.messages[: turn + 1])
         self._check_hidden(chat, whole, turn + 1)
         start = shown(prompt, whole, chat.hidden)
@@ -225,7 +251,9 @@ class Conversations:
             if MARK not in asked or not whole.startswith(prompt):
                 raise self._lost(chat, f"the beginning of message {turn}")
             start = len(prompt)
-            self.noted[UNLIKE] += 1
+            same = next((i for i, sign in enumerate(asking) if prompt[i : i + 1] != sign), len(asking))
+            opening = asking[same:]
+            self.noted[UNLIKE.format(json.dumps(opening, ensure_ascii=False))] += 1
         end, ended = self._end(whole, start)
         if end <= start:
             raise self._lost(chat, f"message {turn}")
@@ -248,9 +276,15 @@ class Conversations:
 
     def _note_changes(self, message: dict[str, Any], whole: str, start: int, end: int) -> None:
         text = (message["content"] or "").strip()
-        at = whole.find(text, max(0, start - len(text)), end)
+        self.turns += 1
+        begin = max(0, start - len(text))
+        at = whole.find(text, begin, end)
         if at < 0:
-            self.noted[CHANGED] += 1
+            part = dropped_part(text, whole[start:end])
+            if part:
+                self.lost[part] += 1
+            else:
+                self.noted[CHANGED] += 1
         elif at < start and whole[at:start].strip():
             self.noted[TWICE] += 1
 
@@ -300,40 +334,6 @@ class Conversations:
                 "data.chat_template to one that has, or delete the key"
             )
 
-    def _check_shown(self, chat: _Chat, messages: list[dict[str, Any]]) -> None:
-        """Refuses a row with a message that the template leaves out."""
-        sure = self._always_shown(chat, messages)
-        for number, message in enumerate(messages):
-            calls, text = message.get("tool_calls") or [], message["content"] or ""
-            of_assistant = message["role"] == "assistant"  # whose words are found in the rendering, but for these
-            if calls and self._leaves_out(chat, messages, number, "tool_calls", []):
-                raise _left_out(chat, message, number, "tool_calls")
-            if number in sure or not text.strip() or (of_assistant and not calls):
-                continue
-            if self._leaves_out(chat, messages, number, "content", MARK):
-                raise _left_out(chat, message, number, "content")
-
-    def _always_shown(self, chat: _Chat, messages: list[dict[str, Any]]) -> set[int]:
-        """The messages whose content a conversation of such roles shows, whatever they say; rendered once for all."""
-        roles = (bool(chat.tools), *((message["role"], bool(message.get("tool_calls"))) for message in messages))
-        if roles not in self._shown:
-            marks = [f"{MARK}{number}{MARK}" for number in range(len(messages))]
-            marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-            try:
-                rendered = self.template.render(marked, chat.tools)
-            except TemplateRefuses:
-                rendered = ""
-            self._shown[roles] = {number for number, mark in enumerate(marks) if mark in rendered}
-        return self._shown[roles]
-
-    def _leaves_out(self, chat: _Chat, messages: list[dict[str, Any]], number: int, key: str, other: Any) -> bool:
-        """Whether a conversation is rendered no other with something else in a message's place."""
-        changed = [{**m, key: other} if i == number else m for i, m in enumerate(messages)]
-        try:
-            return self.template.render(changed, chat.tools) == self.template.render(messages, chat.tools)
-        except TemplateRefuses:
-            return False  # it reads what it would refuse
-
     def _check_hidden(self, chat: _Chat, rendered: str, count: int) -> None:
         """Refuses a row whose special tokens, kept as text, the template itself would have read."""
         if not chat.hidden:
@@ -350,8 +350,12 @@ class Conversations:
             )
 
 
-def _left_out(chat: _Chat, message: dict[str, Any], number: int, key: str) -> InputError:
-    return InputError(
-        f"{chat.where}: the chat template leaves out {key} of message {number} (role {message['role']}); set "
-        "data.chat_template to one that has a place for it, or delete the row"
-    )
+def dropped_part(text: str, said: str) -> str:
+    """The marks of a part of the text that a template left out of what is said, as ``<think>…</think>``; or nothing."""
+    part = _PART.search(text)
+    if part is None or part[5] in said:
+        return ""
+    rest = (text[: part.start()] + text[part.end() :]).strip()
+    # Some templates write the words between other marks.
+    lost = part[4].strip() not in said or said.strip().startswith(rest)
+    return f"{part[1]}{part[2]}{part[3]}\u2026{part[5]}" if lost else ""

@@ -5,7 +5,6 @@ It is for a Trainer; ``batching`` has functions that serve evaluation and script
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections import Counter
@@ -18,7 +17,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.batches import View
+from rlhf_lightning.data.advice import repeating
 from rlhf_lightning.data.choices import Kind
+from rlhf_lightning.data.collate import encoding
 from rlhf_lightning.data.columns import Columns
 from rlhf_lightning.data.ids import SpecialTokens
 from rlhf_lightning.data.loader import Loader
@@ -203,9 +204,12 @@ class PreferenceDataModule(LightningDataModule):
             )
         if stage == "fit":
             self._fingerprint = records.fingerprint()
-            self._encoding = _encoding(self.train, self.kind)
+            self._encoding = encoding(self.train, self.kind)
             self._check_resumed()
         self._tell_spelled(encoder)
+        losses = encoder.conversations.losses if encoder.conversations is not None else []
+        for line in [*losses, *repeating(records.rows)]:
+            rank_zero_warn(f"data: {line}")
         rank_zero_info(self.summary(), extra={"in_preflight": True})
         return self
 
@@ -235,7 +239,7 @@ class PreferenceDataModule(LightningDataModule):
             "encoding": self._encoding,
             "rows": len(self.train),
             "options": self._options(),
-            "date": self.date if self.template is not None and self.template.dated else None,
+            "date": self.date,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -248,7 +252,10 @@ class PreferenceDataModule(LightningDataModule):
         """
         self._resumed = state_dict
         then = state_dict.get("date")
-        if self._fingerprint and then is not None and then != self.date:
+        dated = self.template is not None and self.template.dated
+        if self._fingerprint and then is not None and not (dated or self._date_given):
+            self.date = then  # a reward model's chat template may have a clock
+        if self._fingerprint and dated and then is not None and then != self.date:
             if self._date_given:
                 raise InputError(
                     f"data.date: the checkpoint was made with {then}, now it is {self.date}; set it back to resume, or "
@@ -388,12 +395,3 @@ class PreferenceDataModule(LightningDataModule):
         dropped = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(self.dropped.items()))
         noted = "".join(f"; {what}: {count:,}" for what, count in sorted(self.noted.items()))
         return (dropped or "nothing dropped") + noted
-
-
-def _encoding(examples: list[Example], kind: Kind) -> str:
-    """Changes when any token of any example changes; demonstrations beside prompts may come and go."""
-    digest = hashlib.blake2b(digest_size=16)
-    for example in examples:
-        for ids in (example.prompt, *(() if kind == "prompts" else example.responses)):
-            digest.update(len(ids).to_bytes(4, "little") + ids.numpy().tobytes())
-    return digest.hexdigest()

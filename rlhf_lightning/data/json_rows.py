@@ -105,7 +105,9 @@ def _held(path: str, text: str, decoder: Any, is_row: Callable[[RawRow], bool]) 
             break
         value, place = _decoded(path, text, place, len(rows) + 1, decoder)
         rows.append((len(rows) + 1, value))
-    if len(rows) == 1 and isinstance(rows[0][1], dict) and not is_row(rows[0][1]):
+    if len(rows) == 1 and isinstance(rows[0][1], dict) and _by_columns(rows[0][1]):
+        yield 1, InputError(f"{path}: a table by columns; write rows: DataFrame.to_json(path, orient='records')")
+    elif len(rows) == 1 and isinstance(rows[0][1], dict) and not is_row(rows[0][1]):
         yield from _list_in(path, rows[0][1])
     else:
         yield from rows
@@ -122,10 +124,17 @@ def _list_in(path: str, held: RawRow) -> Iterator[Numbered]:
             warnings.warn(f"{path}: the rows are under key '{shown(lists[0])}'; not read: {others}", stacklevel=2)
         for row, value in enumerate(held[lists[0]], 1):
             yield row, checked_row(value, f"{path}:{row}")
-    elif held and all(isinstance(value, dict) and "0" in value for value in held.values()):
-        yield 1, InputError(f"{path}: a table by columns; write rows: DataFrame.to_json(path, orient='records')")
     else:
         yield 1, held
+
+
+def _by_columns(held: RawRow) -> bool:
+    """Whether an object has columns for values: objects by row number, or two or more lists of texts of one length."""
+    values = list(held.values())
+    if values and all(isinstance(value, dict) and "0" in value for value in values):
+        return True
+    texts = all(isinstance(value, list) and value and isinstance(value[0], str) for value in values)
+    return len(values) > 1 and texts and len({len(value) for value in values}) == 1
 
 
 def _decoded(path: str, text: str, place: int, row: int, decoder: Any) -> tuple[RawRow | InputError, int]:

@@ -8,6 +8,8 @@ from typing import Any
 from rlhf_lightning.data.files import kind_of, shown
 from rlhf_lightning.data.values import ROLES, Message, Prompt, Response, checked_list, checked_text, refused
 
+# Marks of single messages as learnt or not, which nothing reads.
+_MARKS = ("weight", "train", "training", "loss", "mask")
 # What other data sets call the roles, under `role` and under `from`. Where ShareGPT's `from` says that it is a function
 # call, it is the assistant's and its value is JSON; OpenAI's older messages have the call under that key.
 _CALL = "function_call"
@@ -106,9 +108,12 @@ def _message(item: Any, where: str, at: str) -> Message:
     if text not in item:
         raise refused(where, f"{at}.{text}", f"is missing; a message has {speaker} and {text}")
     role, content = _role(item, speaker, where, at), _content(item[text], where, f"{at}.{text}")
-    if more.pop("weight", 1) != 1:
-        problem = "one message's own weight is not read; give the row a 'weight', or delete the key"
-        raise refused(where, f"{at}.weight", problem)
+    for mark in _MARKS:
+        usual = mark == "weight" or role == "assistant"  # the assistant's turns are learnt, and no others
+        if more.pop(mark, usual) != usual:
+            remedy = "give the row a 'weight'" if mark == "weight" else "end a row in each answer to learn"
+            problem = f"one message's own {mark} is not read; {remedy}, or delete the key"
+            raise refused(where, f"{at}.{mark}", problem)
     if speaker == "from" and item[speaker] == _CALL:
         calls = _from_json(content, where, f"{at}.{text}")
         calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]

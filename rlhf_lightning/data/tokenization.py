@@ -219,17 +219,17 @@ class Encoder:
         return without_end(str(record.responses[number]), (self.tokenizer.eos_token,))
 
     def render(self, record: Record) -> list[Rendered]:
-        """The record's responses as texts, each behind its prompt.
+        """The record's responses as texts, each behind its prompt; of a conversation, every turn that is learnt.
 
         Raises:
             InputError: see `encode`.
         """
+        kind: Kind = "demonstrations" if record.form.conversation else "labels"
         choices = [(i,) for i in range(len(record.responses))]
-        return [side for choice in choices for ask in self._asked(record, choice, "labels") for side in ask.sides]
+        return [side for choice in choices for ask in self._asked(record, choice, kind) for side in ask.sides]
 
-    def compare(self, records: Sequence[Record]) -> None:
-        """Count in ``borders`` how the ids of the records' responses compare with those of the text as a whole."""
-        sequences = list(dict.fromkeys(sequence for record in records for sequence in self.render(record)))
+    def compare(self, sequences: Sequence[Rendered]) -> None:
+        """Count in ``borders`` how the sequences' ids compare with those of the text as a whole."""
         sequences = sequences[:: max(1, -(-len(sequences) // max(1, self.compared)))]
         self._compare(sequences, self.ids.pieces(sequences))
 

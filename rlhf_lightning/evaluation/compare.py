@@ -187,7 +187,8 @@ def compare(
         policy = _load(folder, tokenizer, settings)
         encoder = Encoder(tokenizer, chat=settings.chat, columns="--columns")
         batches = _batches(encoder, prompts, "prompts", settings)
-        check_length(policy.model, max(b.tokens.shape[1] for b in batches) + settings.max_new_tokens, folder)
+        longest = max(b.tokens.shape[1] for b in batches) + settings.max_new_tokens
+        check_length(policy.model, longest, folder, "--max_new_tokens")
         texts = texts or _in_order(batches, [p for batch in batches for p in batch.prompts])
         known = reference_policy if comparable[name] else None
         measured = _answers(

@@ -185,8 +185,19 @@ def check_vocabularies(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
         )
 
 
-def check_length(model: PreTrainedModel, tokens: int, where: str | Path = "model") -> None:
+def check_length(
+    model: PreTrainedModel,
+    tokens: int,
+    where: str | Path = "model",
+    options: str = "data.max_prompt_tokens, data.max_response_tokens or model.max_new_tokens",
+) -> None:
     """Refuse sequences of ``tokens`` tokens where the model has positions for fewer.
+
+    Args:
+        model: the model.
+        tokens: of the longest sequence.
+        where: its folder, for messages.
+        options: what to lower, for messages.
 
     Raises:
         InputError: learned positions would be an index error, rotary ones silently wrong.
@@ -195,13 +206,13 @@ def check_length(model: PreTrainedModel, tokens: int, where: str | Path = "model
         raise InputError(
             f"{where}: prompt and response may take {tokens} tokens, and past {limit} the angles of this model's "
             "rotary positions change for a whole batch at once, so a row's log-probs would depend on the rows beside "
-            "it: lower data.max_prompt_tokens, data.max_response_tokens or model.max_new_tokens"
+            f"it: lower {options}"
         )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise InputError(
             f"{where}: prompt and response may take {tokens} tokens and the model has positions for {limit}: lower "
-            "data.max_prompt_tokens, data.max_response_tokens or model.max_new_tokens, and drop what is longer"
+            f"{options}, and drop what is longer"
         )
 
 

@@ -11,6 +11,7 @@ A mixture's experts that are fused into one parameter ``[E, out, in]`` have an a
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,6 +50,12 @@ def add_adapter(
     trunk = model.base_model
     experts = [name for name in fused_experts(trunk) if targets is None or _ends(name, targets)]
     layers = None if targets is None else [target for target in targets if not any(_ends(n, [target]) for n in experts)]
+    known = [name for name, _ in trunk.named_modules() if name]
+    for target in layers or ():  # peft is content where any of them names a layer
+        if not any(_ends(name, [target]) for name in known):
+            near = difflib.get_close_matches(target, {name.rpartition(".")[2] for name in known}, n=1)
+            hint = f"did you mean {near[0]}?" if near else "name endings of the trunk's linear layers, as q_proj"
+            raise InputError(f"model.lora_targets: no layer's name ends with {target!r}; {hint}")
     config = LoraConfig(
         r=int(rank),
         lora_alpha=float(alpha),  # type: ignore[arg-type]

@@ -155,6 +155,10 @@ class SamplingModule(RLHFModule):
         Raises: InputError on all processes when the scores of one are wrong.
         """
         may_skip = self.reward is not None and self.reward.may_skip
+        date = getattr(getattr(self._trainer, "datamodule", None), "date", None)
+        for part in self.reward.modules() if self.reward is not None and date is not None else ():
+            if isinstance(part, Reward):
+                part.date = date
         with failing_together():
             return check_scores(self.score(rollout), rollout, f"{type(self).__name__}.score", may_skip)
 

@@ -19,6 +19,8 @@ class Reward(nn.Module):
     may_skip: bool = False
     # What `forward` noted beside its scores, each ``[B]``: logged as ``reward/<name>``, a mean over responses.
     noted: dict[str, Tensor]
+    # The day that the run's chat templates say it is, as YYYY-MM-DD, set before each scoring; None for today.
+    date: str | None = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -51,6 +51,8 @@ class ModelReward(Reward):
         self.scalar: ScalarModel | None = None
         self._mesh: Any | None = None
         self._own: OwnTokens | None = None
+        self._policy: PreTrainedTokenizerBase
+        self._read_on: str | None = None
         self._told: set[str] = set()
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, mesh: Any | None = None) -> None:
@@ -61,14 +63,22 @@ class ModelReward(Reward):
             self.scalar = (shard(scalar, mesh) if mesh is not None else scalar).to(device)
             self._mesh = mesh
         # An evaluation prepares one reward for policies of several vocabularies in turn.
+        self._policy = tokenizer
+        self._own = self._reader()
+
+    def _reader(self) -> OwnTokens:
+        assert self.scalar is not None
         own = load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
         # Only we, and OpenRLHF, write a deviation; both train on conversations up to the token that ends them.
         to_turn_end = hasattr(self.scalar.model.config, "reward_std")
-        self._own = OwnTokens(self.path, own, tokenizer, to_turn_end, self._tell_once)
+        self._read_on = self.date
+        return OwnTokens(self.path, own, self._policy, to_turn_end, self._tell_once, self.date)
 
     @torch.no_grad()
     def forward(self, rollout: Rollout) -> Tensor:
         assert self.scalar is not None and self._own is not None, "prepare() comes before the first score"
+        if self.date != self._read_on:  # a resumed run learns its day after it has prepared
+            self._own = self._reader()
         tokens, lengths = self._own.encoded(rollout)
         longest = int(lengths.max())
         check_length(

@@ -41,6 +41,7 @@ class OwnTokens:
             at the end of what the template renders, as stock transformers does. EOS ends a turn that no token ends in
             the former alone.
         tell: is given what its user should know, a line at a time; may be told one more than once.
+        date: what the clock of its chat template says, as YYYY-MM-DD; None for today.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class OwnTokens:
         policy: PreTrainedTokenizerBase,
         to_turn_end: bool,
         tell: Callable[[str], None],
+        date: str | None = None,
     ) -> None:
         self.path = path
         self.policy = policy
-        self.encoder = Encoder(own)
+        self.encoder = Encoder(own, date=date)
         self.to_turn_end = to_turn_end
         self._tell = tell
         self._same_ids = same_vocabulary(policy, own)
@@ -88,6 +90,8 @@ class OwnTokens:
         sequences = [self._sequence(rollout, row, cut[row]) for row in rows]
         for note in self.encoder.noted:
             self._tell(note)
+        for part in self._chats.lost if self._chats is not None else ():
+            self._tell(f"its chat template drops {part} of responses, which are scored without")
         pieces = self.encoder.ids.pieces(sequences)
         eos = self.encoder.tokenizer.eos_token_id
         found = []

@@ -48,7 +48,7 @@ def test_rows_are_repeated_where_training_takes_them_for_the_same(write):
 
 def test_answers_under_another_name_are_advised(write):
     (file,) = check([write([{"prompt": f"p{i}", "response": "r"} for i in range(3)])]).files
-    assert any("data.columns: {completion: response}" in line for line in file.advice)
+    assert any("--columns completion=response" in line for line in file.advice)
     (file,) = check([write([{"prompt": "p", "completion": "c", "response": "r"}])]).files
     assert not any("completion: response" in line for line in file.advice)
 
@@ -109,6 +109,19 @@ def test_lengths_in_tokens(write, tokenizer, tmp_path):
     )
 
 
+def test_what_the_template_makes_of_rows_is_told_with_a_tokenizer(write, tokenizer, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    drops = tokenizer.chat_template.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    (tmp_path / "tokenizer/chat_template.jinja").write_text(drops)
+    user, answer = {"role": "user", "content": "p", "name": "Ann"}, {"role": "assistant", "content": "a"}
+    thought = {"role": "assistant", "content": "<think>long</think>b"}
+    path = write([{"messages": [user, thought, user, answer]}, {"messages": [user, {**answer, "reasoning": "c"}]}])
+    assert main([path, "--tokenizer", str(tmp_path / "tokenizer")]) == 2
+    printed = capsys.readouterr().out
+    assert "does not read reasoning of message 1" in printed and "drops <think>…</think> from 1 of 3 resp" in printed
+    assert "message with key 'name', which the chat template does not read: 3" in printed
+
+
 def test_a_report_is_written_whole_whatever_a_file_is_called(write, tmp_path, capsys):
     path = tmp_path / os.fsdecode(b"x\xff.jsonl")
     os.replace(write([*ROWS, {"prompt": 3}]), path)
@@ -126,3 +139,22 @@ def test_nothing_heavy_is_imported(write):
         "heavy = {'torch', 'lightning', 'transformers'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
     )
     assert subprocess.run([sys.executable, "-c", code, write(ROWS)], capture_output=True).returncode == 0
+
+
+def test_responses_that_begin_with_their_own_prompt_are_advised(write):
+    rows = [{"prompt": f"what is {i}?", "chosen": f" what is {i}? it is 4", "rejected": "no"} for i in range(4)]
+    assert not any("own prompt" in line for line in check([write(rows)]).files[0].advice)  # of half of them
+    rows[0]["rejected"] = "what is 0? no"
+    (line,) = [line for line in check([write(rows)]).files[0].advice if "own prompt" in line]
+    assert line.startswith("5 of 8 responses begin with their own prompt")
+
+
+def test_what_a_file_holds_beside_its_rows_is_told_in_the_report(write, recwarn):
+    path = write(json.dumps({"version": 1, "data": [{"prompt": "p", "completion": "c"}]}), "rows.json")
+    assert "the rows are under key 'data'; not read: version" in check([path]).files[0].advice
+    assert not recwarn.list
+
+
+def test_hints_name_the_commands_own_option(write):
+    (line,) = check([write([{"question": "q", "answer": "a"}])]).files[0].refused
+    assert "add --columns prompt=question" in line and "data.columns" not in line

@@ -175,7 +175,85 @@ def test_an_opening_that_the_generation_prompt_has_is_taken_once(tokenizer):
     # Without one the rendered conversation wins over the generation prompt, and that is noted.
     (example,), _ = encoder.encode([talk(("user", "hello"), ("assistant", "fine"))], "demonstrations")
     assert tokenizer.decode(ids(example)) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nfine<|im_end|>"
-    assert any("otherwise than its generation prompt" in what for what in encoder.noted)
+    opening = json.dumps("<think>\n")
+    assert any(
+        "otherwise than its generation prompt" in w and f"without the {opening} that sampling" in w
+        for w in encoder.noted
+    )
+    # So does it over the rest of an opening, which is what a policy says behind the generation prompt.
+    (example,), _ = encoder.encode([talk(("user", "hello"), ("assistant", "who?\n</think>\n\nfine"))], "demonstrations")
+    assert tokenizer.decode(ids(example)).endswith("<|im_start|>assistant\nwho?\n</think>\n\nfine<|im_end|>")
+    assert [count for what, count in encoder.noted.items() if opening in what] == [2]
+
+
+@pytest.mark.parametrize("marks", ["<think>|</think>", "[THINK]|[/THINK]"])
+def test_a_part_that_the_template_drops_of_responses_is_named_and_counted(tokenizer, marks):
+    opened, closed = marks.split("|")
+    tokenizer_of = make_tokenizer()
+    # As DeepSeek-R1's: what stands before the end of the reasoning is not rendered, and sampling asks with its opening.
+    tokenizer_of.chat_template = templates.OPENS.replace("(m.content or '')", f"m.content.split('{closed}')[-1]")
+    encoder = Encoder(tokenizer_of)
+    said = [f"{opened}\nhello\n{closed}\n\nfine", f"{opened}\n\n{closed}\n\nfine", "fine"]
+    for text in said:
+        (example,), _ = encoder.encode([talk(("user", "hello"), ("assistant", text))], "demonstrations")
+        assert tokenizer.decode(ids(example)).split("assistant\n")[1].strip() == "fine<|im_end|>"
+    (line,) = encoder.conversations.losses
+    assert line.startswith(
+        f"the chat template drops {opened}…{closed} from 2 of 3 responses, which are learnt without;"
+    )
+    # Words that stand between other marks are not lost.
+    tokenizer_of.chat_template = templates.CHATML.replace(
+        "(m.content or '')", "m.content.replace('think>', 'thought>')"
+    )
+    encoder = Encoder(tokenizer_of)
+    encoder.encode([talk(("user", "hello"), ("assistant", "<think>\nwho?\n</think>\n\nfine"))], "demonstrations")
+    assert encoder.conversations.losses == [] and encoder.noted == {"response that the chat template changes": 1}
+
+
+def reasoned(**more) -> Record:
+    answer = Message("assistant", "fine", json.dumps(more))
+    return Record(messages(FOUR[0]), ((answer,),), (), "rows.jsonl:1", TALK)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_to_learn_that_the_template_does_not_read_is_refused(key):
+    with pytest.raises(InputError, match=rf"1: the chat template does not read {key} of message 1 .*delete the key"):
+        encode(None, reasoned(**{key: "because"}), template=templates.CHATML)
+    tokenizer_of = make_tokenizer()
+    tokenizer_of.chat_template = templates.CHATML.replace("(m.content or '')", f"(m.{key} or '') + (m.content or '')")
+    # The same words under all names, of which one is read: nothing is lost.
+    record = reasoned(reasoning_content="because", thinking="because", reasoning="because")
+    (example,), _ = Encoder(tokenizer_of).encode([record], "demonstrations")
+    assert learnt(tokenizer_of, example) == ["becausefine<|im_end|>"]
+
+
+def test_reasoning_under_another_name_than_the_template_reads_is_to_be_renamed():
+    template = templates.CHATML.replace("(m.content or '')", "(m.reasoning or '') + (m.content or '')")
+    with pytest.raises(InputError, match=r"does not read thinking of message 1 .* but reads reasoning: rename the key"):
+        encode(None, reasoned(thinking="because"), template=template)
+
+
+def test_other_keys_that_the_template_does_not_read_are_counted_also_earlier_reasoning(tokenizer):
+    earlier = Message("assistant", "fine", json.dumps({"reasoning": "because", "calm": True}))
+    prompt = (Message("user", "hello", json.dumps({"name": "Ann"})), earlier, Message("user", "how are you?"))
+    encoder = Encoder(tokenizer)
+    record = Record(prompt, ("fine",), (), "rows.jsonl:1", DEMONSTRATION)
+    encoder.encode([record, record], "demonstrations")
+    note = "message with key '{}', which the chat template does not read"
+    assert encoder.noted == {note.format("name"): 2, note.format("reasoning"): 2}
+    with pytest.raises(InputError, match="does not read reasoning of message 1"):  # where it is learnt
+        encode(tokenizer, Record(prompt, ("fine",), (), "rows.jsonl:1", TALK))
+
+
+def test_empty_earlier_turns_of_the_assistants_are_not_learnt(tokenizer):
+    turns = [*FOUR[:1], ("assistant", " "), *FOUR[2:]]
+    tokenizer_of = make_tokenizer()
+    for template, count in ((templates.CHATML, 1), (templates.DROPS, 1)):
+        tokenizer_of.chat_template = template
+        encoder = Encoder(tokenizer_of)
+        examples, _ = encoder.encode([talk(*turns)], "demonstrations")
+        assert len(examples) == count and len(learnt(tokenizer, examples[0])) == 1
+        assert encoder.noted == {"empty turn of the assistant's, not learnt": 1}
 
 
 def test_template_options_are_given_and_must_be_read(tokenizer):
@@ -404,7 +482,11 @@ def test_a_system_message_that_only_a_prompt_shows_begins_the_users(tokenizer):
         "{{ m.content + '[/I]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}"
         "{% endfor %}"
     )
-    (example,) = encode(
-        tokenizer, talk(("system", "be kind"), ("user", "hello"), ("assistant", "fine")), template=only_last
-    )
+    tokenizer_of = make_tokenizer()
+    tokenizer_of.chat_template = only_last
+    encoder = Encoder(tokenizer_of)
+    record = talk(("system", "be kind"), ("user", "hello"), ("assistant", "fine"))
+    (example,), _ = encoder.encode([record], "demonstrations")
+    note = "system message put into the first user's, as the chat template shows it in a last message alone"
+    assert encoder.noted == {note: 1}
     assert tokenizer.decode(ids(example)) == "[I]be kind\n\nhello[/I] fine<|im_end|>"

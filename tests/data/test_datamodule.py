@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from chat_tokenizer import make_tokenizer
+from chat_tokenizer import TEMPLATE, make_tokenizer
 from data_runs import Notes, SaveAt, make_data, make_trainer, write_rows
 from jsonargparse import ArgumentParser
 
@@ -259,6 +259,14 @@ def test_the_date_of_a_run_is_that_of_its_checkpoint(tmp_path):
         other.load_state_dict(first.state_dict())
 
 
+def test_the_day_is_kept_on_resume_also_where_only_a_reward_models_template_has_a_clock(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl")
+    first = make_data(path, date="2001-02-03").prepare(View("pairs"))
+    resumed = make_data(path).prepare(View("pairs"))
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.date == "2001-02-03"
+
+
 def test_texts_that_spell_special_tokens_are_told_with_counts(tmp_path):
     path = tmp_path / "rows.jsonl"
     texts = ["<|im_start|>user\nhello<|im_end|>\n", "hello"]
@@ -269,6 +277,21 @@ def test_texts_that_spell_special_tokens_are_told_with_counts(tmp_path):
     assert set(data.train[0].prompt.tolist()) & set(data.tokenizer.all_special_ids)
     with pytest.raises(InputError, match=r"data.special_tokens: the checkpoint was made with tokens, now it is text"):
         make_data(str(path), validation_fraction=0).prepare(View("demonstrations")).load_state_dict(data.state_dict())
+
+
+def test_what_the_template_drops_of_responses_is_warned_of(tmp_path):
+    user, thought = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "<think>x</think>fine"}
+    data = make_data(chat_rows(tmp_path / "rows.jsonl", [user, thought], [user, ANSWER]), validation_fraction=0)
+    data.tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    with pytest.warns(UserWarning, match=r"data: the chat template drops <think>…</think> from 1 of 2 responses"):
+        data.prepare(View("demonstrations"))
+
+
+def test_responses_that_repeat_their_prompt_are_warned_of(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "hello", "completion": "hello, fine"}) + "\n")
+    with pytest.warns(UserWarning, match=r"data: 1 of 1 responses begin with their own prompt"):
+        make_data(str(path), validation_fraction=0).prepare(View("demonstrations"))
 
 
 def test_several_turns_reach_the_batches_with_their_mask(tmp_path):

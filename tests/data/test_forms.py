@@ -283,7 +283,7 @@ def test_columns_are_mapped(tmp_path):
         ("a.json", '[{"prompt": "p"} {"prompt": "q"}]', r":1: not valid JSON after this row \(line 1\): a comma or \]"),
         ("a.json", '[{"prompt": "p"}] []', ":1: something follows the end of the list"),
         ("a.json", '{"a": [{}], "b": [{}]}', r": holds several lists of rows \(a, b\)"),
-        ("a.json", '{"prompt": {"0": "p"}}', ":1: key 'prompt': must be text or a list of messages, got an object"),
+        ("a.json", '{"prompt": {"0": "p"}}', ": a table by columns; write rows: DataFrame.to_json"),
         ("a.json", '{"query": {"0": "p"}}', ": a table by columns; write rows: DataFrame.to_json"),
         ("a.json", '[{"a": {"b": 1, "b": 2}}]', ":1: key 'b': stands twice in one object"),
         ("a.jsonl", '{"prompt": "a\\u0000"}', ":1: key 'prompt': holds a NUL character"),

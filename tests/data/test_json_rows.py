@@ -6,6 +6,8 @@ import json
 import time
 from collections import Counter
 
+import pytest
+
 from rlhf_lightning.data.records import checked_rows, load_records
 from rlhf_lightning.errors import InputError
 
@@ -52,3 +54,13 @@ def test_null_says_that_the_row_lacks_the_key(write):
     lacking = {"messages": None, "chosen": None, "rejected": None, "label": None, "margin": None, "text": None}
     assert load_records(write([{**lacking, **ROWS[0]}])).rows[0].form.name == "demonstration"
     assert load_records(write(json.dumps([{**lacking, **ROWS[0]}]), "rows.json")).rows[0].columns == {}
+
+
+@pytest.mark.parametrize(
+    "columns", [{"prompt": {"0": "a"}, "completion": {"0": "c"}}, {"prompt": ["a"], "text": ["c"]}]
+)
+def test_a_table_by_columns_is_told_also_where_its_keys_are_known(write, columns):
+    with pytest.raises(InputError, match=r"a table by columns; write rows: .*orient='records'"):
+        load_records(write(json.dumps(columns), "rows.json"))
+    ranked = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}
+    assert len(load_records(write(json.dumps(ranked), "rows.json"))) == 1

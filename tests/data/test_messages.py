@@ -41,6 +41,21 @@ def test_roles_of_other_names_are_read():
         assert [turns({speaker: name, text: "x"})[0]["role"] for name in given] == list(given.values())
 
 
+@pytest.mark.parametrize("mark", ["weight", "train", "training", "loss", "mask"])
+def test_marks_that_one_message_is_learnt_or_not_are_refused_where_they_would_change_something(mark):
+    answer, question = {"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}
+    for mute in (False, 0):
+        with pytest.raises(
+            InputError, match=rf"messages\[0\].{mark}': one message's own {mark} is not read; .*delete the"
+        ):
+            turns({**answer, mark: mute})
+    assert turns({**answer, mark: True}) == [answer]
+    if mark != "weight":
+        assert turns({**question, mark: False}) == [question]
+        with pytest.raises(InputError, match=rf"own {mark} is not read"):
+            turns({**question, mark: True})
+
+
 def test_two_kinds_of_calls_beside_each_other_are_refused():
     with pytest.raises(InputError, match="function_call': stands beside 'tool_calls'"):
         turns({"role": "assistant", "content": None, "function_call": CALL, "tool_calls": READ})

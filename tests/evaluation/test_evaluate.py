@@ -258,7 +258,7 @@ def _renumbered(folder: Path, to: Path) -> None:
         (["--policies", "a={policy}", "--reward", "{folder}/no.py:score"], "no.py does not exist"),
         (["--policies", "a={policy}", "--reward", "r={policy}"], "no trained reward head"),
         (["--policies", "a={policy}", "--prompts", "{folder}/no.jsonl"], "no.jsonl"),
-        (["--policies", "a={policy}", "--max_new_tokens", "500"], "positions"),
+        (["--policies", "a={policy}", "--max_new_tokens", "500"], "positions .*lower --max_new_tokens, and drop"),
         (["--policies", "a={policy}", "--text", "{prompts}"], "prompts.jsonl:1"),
         (["--policies", "a={policy}", "--out", "{prompts}"], "a file, where a folder"),
         (["--policies", "a={policy}", "--device", "cuda:99"], "cuda:99"),

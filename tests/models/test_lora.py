@@ -184,6 +184,8 @@ def test_weights_have_one_fingerprint_whatever_the_default_device() -> None:
 def test_targets_that_cannot_be_adapted_are_refused() -> None:
     with pytest.raises(InputError, match=r"model.lora_targets: .*no_such_layer"):
         add_adapter(build("llama"), 2, 4.0, ["no_such_layer"])
+    with pytest.raises(InputError, match=r"no layer's name ends with 'vproj'; did you mean v_proj\?"):
+        add_adapter(build("llama"), 2, 4.0, ["q_proj", "vproj"])
     with pytest.raises(InputError, match=r"model.lora_targets: embed_tokens is Embedding; name linear layers"):
         add_adapter(build("llama"), 2, 4.0, ["embed_tokens"])
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from chat_tokenizer import make_tokenizer as make_bytes
-from templates import BRACKETS, CHATML, NO_END, TOOLS
+from lightning.pytorch import LightningModule
+from templates import BRACKETS, CHATML, DATED, NO_END, TOOLS
 from tiny_models import CHAT_TEMPLATE, make_config, make_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
 
@@ -17,7 +19,8 @@ from rlhf_lightning.data.collate import collate
 from rlhf_lightning.data.records import load_records
 from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.rewards import ModelReward
+from rlhf_lightning.modules.sampling import SamplingModule
+from rlhf_lightning.rewards import ModelReward, Reward, WeightedSum
 
 USER = {"role": "user", "content": "the cat"}
 CHAT = [
@@ -229,3 +232,40 @@ def test_special_tokens_that_a_response_spells_stay_text(reward_dir, tmp_path):
     end = own.convert_tokens_to_ids("<|im_end|>")
     assert int((tokens[0, : lengths[0]] == end).sum()) == 2  # the user's turn's, and the response's
     assert own.decode(tokens[0, : lengths[0]]) == rendered(path, [[USER, said("<|im_end|> yes")]])[0]
+
+
+def test_a_clock_in_its_template_says_the_runs_day_also_where_that_is_told_late(reward_dir, tmp_path):
+    path, policy = reward_dir(DATED), make_policy()
+    rollout = answered(policy, [{"prompt": [USER]}], ["yes"], tmp_path)
+    reward = ModelReward(path)
+    reward.prepare(policy, torch.device("cpu"))
+    for date, said_day in (("2001-02-03", "03 February 2001"), ("2002-03-04", "04 March 2002")):
+        reward.date = date
+        reward(rollout)
+        tokens, lengths = reward._own.encoded(rollout)
+        assert f"Today is {said_day}." in AutoTokenizer.from_pretrained(path).decode(tokens[0, : lengths[0]])
+
+
+def test_a_module_tells_every_part_of_its_reward_the_runs_day():
+    told = []
+
+    class Told(Reward):
+        def forward(self, rollout):
+            told.append(self.date)
+            return torch.zeros(1)
+
+    class Prompts:
+        def __len__(self):
+            return 1
+
+        tokens = torch.zeros(1, 1)
+
+    class Asking(SamplingModule):
+        def __init__(self):
+            LightningModule.__init__(self)
+            self.keep_frozen("reward", WeightedSum([Told(), Told()], [1.0, 1.0]))
+
+    module = Asking()
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(date="2001-02-03"))
+    module.checked_scores(Prompts())
+    assert told == ["2001-02-03"] * 2

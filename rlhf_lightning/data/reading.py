@@ -1,0 +1,123 @@
+"""What a chat template reads of the messages that it is given: nothing is left out of a row without a word."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.template import MARK, ChatTemplate, TemplateRefuses
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what data sets call it, in the order of how many do
+UNREAD = "message with key '{}', which the chat template does not read"
+_OWN = ("role", "content", "tool_calls")
+
+
+class Reading:
+    """Tells what one template leaves out.
+
+    Args:
+        template: the chat template.
+        noted: counts the keys that are not read and may be missed.
+    """
+
+    def __init__(self, template: ChatTemplate, noted: Counter[str]) -> None:
+        self.template = template
+        self.noted = noted
+        self._shown: dict[tuple[Any, ...], set[int]] = {}  # by the messages' roles, those whose content is shown
+        self._unread: dict[tuple[Any, ...], bool] = {}  # by a key, and what stands in a message beside it
+
+    def check(self, where: str, messages: list[dict[str, Any]], tools: list[Any] | None, learnt: Sequence[int]) -> None:
+        """Refuses a row with a message that the template leaves out, or with reasoning to learn that it does not read.
+
+        Args:
+            where: file and line.
+            messages: as the template reads them.
+            tools: likewise.
+            learnt: numbers of the assistant's messages that are.
+
+        Raises:
+            InputError: with the message and its key.
+        """
+        sure = self._always_shown(messages, tools)
+        for number, message in enumerate(messages):
+            self._check_keys(where, messages[: number + 1], tools, number in learnt)
+            calls, text = message.get("tool_calls") or [], message["content"] or ""
+            of_assistant = message["role"] == "assistant"  # whose words are found in the rendering, but for these
+            if calls and self._leaves_out(messages, tools, number, "tool_calls", []):
+                raise left_out(where, message, number, "tool_calls")
+            if number in sure or not text.strip() or (of_assistant and not calls):
+                continue
+            if self._leaves_out(messages, tools, number, "content", MARK):
+                raise left_out(where, message, number, "content")
+
+    def _check_keys(self, where: str, messages: list[dict[str, Any]], tools: list[Any] | None, learnt: bool) -> None:
+        """The last message's other keys, where it is the last: templates drop earlier turns' reasoning by design."""
+        message = messages[-1]
+        keys = [k for k, v in message.items() if k not in _OWN and isinstance(v, str) and v.strip()]
+        unread = [key for key in keys if self._is_unread(messages, tools, key)]
+        reasons = [key for key in keys if key in REASONING]
+        if learnt and reasons and all(key in unread for key in reasons):
+            raise self._unlearnt(where, message, len(messages) - 1, reasons[0])
+        for key in unread:
+            self.noted[UNREAD.format(key)] += 1
+
+    def _is_unread(self, messages: list[dict[str, Any]], tools: list[Any] | None, key: str) -> bool:
+        """Whether such messages are rendered no other with something else under the key; asked once for all."""
+        last, before = messages[-1], messages[-2]["role"] if len(messages) > 1 else ""
+        kind = (key, last["role"], before, bool(tools), bool(last.get("tool_calls")), bool(last["content"]), *last)
+        if kind not in self._unread:
+            self._unread[kind] = self._leaves_out(messages, tools, len(messages) - 1, key, MARK)
+        return self._unread[kind]
+
+    def _unlearnt(self, where: str, message: dict[str, Any], number: int, key: str) -> InputError:
+        rest = {name: value for name, value in message.items() if name != key}
+        for name in REASONING:
+            try:
+                if MARK in self.template.render([{"role": "user", "content": "a"}, {**rest, name: MARK}]):
+                    problem = f"but reads {name}: rename the key"
+                    break
+            except TemplateRefuses:
+                pass
+        else:
+            problem = "so it would not be learnt; set data.chat_template to one that reads it, or delete the key"
+        return InputError(
+            f"{where}: the chat template does not read {key} of message {number} (role {message['role']}), {problem}"
+        )
+
+    def _always_shown(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> set[int]:
+        """The messages whose content a conversation of such roles shows, whatever they say; rendered once for all."""
+        roles = (bool(tools), *((message["role"], bool(message.get("tool_calls"))) for message in messages))
+        if roles not in self._shown:
+            marks = [f"{MARK}{number}{MARK}" for number in range(len(messages))]
+            marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+            try:
+                rendered = self.template.render(marked, tools)
+            except TemplateRefuses:
+                rendered = ""
+            self._shown[roles] = {number for number, mark in enumerate(marks) if mark in rendered}
+        return self._shown[roles]
+
+    def _leaves_out(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, number: int, key: str, other: Any
+    ) -> bool:
+        """Whether a conversation is rendered no other with something else in a message's place."""
+        changed = [{**m, key: other} if i == number else m for i, m in enumerate(messages)]
+        try:
+            return self.template.render(changed, tools) == self.template.render(messages, tools)
+        except TemplateRefuses:
+            return False  # it reads what it would refuse
+
+
+def left_out(where: str, message: dict[str, Any], number: int, key: str) -> InputError:
+    """The error that refuses a row with a message of which the template leaves something out."""
+    return InputError(
+        f"{where}: the chat template leaves out {key} of message {number} (role {message['role']}); set "
+        "data.chat_template to one that has a place for it, or delete the row"
+    )
+
+
+def is_silent(message: dict[str, Any]) -> bool:
+    """Whether a message says nothing: no text, no call of a tool, nothing else."""
+    return not (message["content"] or "").strip() and set(message) <= {"role", "content"}
