@@ -41,7 +41,13 @@ class Head:
         self._model, self._vocabulary = model, vocabulary
         self._trunk_at: tuple[nn.Module, str] | None = None  # what has the trunk, and under which name
         self._output_type: type[ModelOutput] = ModelOutput
-        self.scale = self._find_scale()
+        training = [module for module in model.modules() if module.training]
+        model.eval()  # tried without dropout, which would make the same tokens differ
+        try:
+            self.scale = self._find_scale()
+        finally:
+            for module in training:
+                module.training = True
 
     @property
     def alone(self) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from architectures import NAMES, build
 from torch import Tensor
-from transformers import DynamicCache, Llama4ForCausalLM, Llama4TextConfig
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, Llama4ForCausalLM, Llama4TextConfig
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.layers import checkpoint_activations
@@ -167,6 +167,17 @@ def test_a_branch_learns_apart_from_the_trunk() -> None:
     assert policy.model.model.layers[0].mlp.down_proj.weight.grad.abs().max() > 0  # shared below the branch
     assert policy.model.model.layers[2].mlp.down_proj.weight.grad is None
     assert sum(p.numel() for p in policy.branch.parameters()) < 0.5 * sum(p.numel() for p in policy.model.parameters())
+
+
+def test_a_model_in_training_mode_is_tried_without_its_dropout() -> None:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "bos_token_id": 0, "eos_token_id": 1}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.5)).train()
+    model.transformer.h[0].eval()
+    policy = Policy(model)
+    assert policy.logit_scale == 1.0
+    assert model.training and model.transformer.h[1].mlp.dropout.training
+    assert not model.transformer.h[0].mlp.dropout.training  # left as it was
 
 
 def test_critics_that_cannot_be() -> None:
