@@ -24,7 +24,9 @@ def about(device: str, threads: int) -> dict[str, Any]:
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_portable, sys.argv[1:])]),
         "commit": _git("rev-parse", "--short", "HEAD") or "unknown",
         # Results and pages are what a benchmark writes, and change nothing that it measures.
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")),
+        "changed": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")
+        ),
         "device": device,
         "cpu": _cpu(),
         "cores": os.cpu_count(),

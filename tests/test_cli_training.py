@@ -284,6 +284,12 @@ def test_faults_in_a_config_are_placed(sft: list[str], capsys: pytest.CaptureFix
             ["--data.path", "pairs.jsonl", "--model.model", "x"],
             "no module is chosen; add --config NAME (shipped: dpo.yaml",
         ),
+        (["sft.yaml", "--data.path", "pairs.jsonl"], "did you mean --config sft.yaml?"),
+        (["--cfg=sft.yaml"], "did you mean --config sft.yaml?"),
+        (
+            ["--config", "ppo.yaml", "--model.reward", "null", "--model.reward.path", "x"],
+            "--model.reward.path: no class is chosen for model.reward; add --model.reward CLASS before it",
+        ),
         (["--model", "SFTModule", "--data.path", "pairs.jsonl"], "model.model: required by SFTModule but not given"),
     ],
 )

@@ -147,7 +147,7 @@ class TrainingCLI(LightningCLI):
         follow_seed_everything(layers, has_seed)
         asked = {option.key.rsplit(".", 1)[-1] for option in given} & {"h", "help", "print_config"}
         if ("model",) not in layers.classes and not asked and not layers.given(("model",)):
-            raise _no_module()
+            raise _no_module(self.arguments)
         return layers
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -240,7 +240,7 @@ class TrainingCLI(LightningCLI):
         self.parser.add_instantiator(built_of_plain_numbers, object, subclasses=True)
         subcommand = self.config.subcommand
         if self.options.model is None or imported(self.options.model.class_path) is RLHFModule:
-            raise _no_module()
+            raise _no_module(self.arguments)
         self.layers.notes += fit_trainer(self.options.trainer, imported(self.options.model.class_path), subcommand)
         if first_process():
             for note in self.layers.notes:
@@ -401,6 +401,9 @@ class SaveRunConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
 
-def _no_module() -> InputError:
+def _no_module(arguments: Sequence[str]) -> InputError:
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.endswith((".yaml", ".yml")) and "--config" not in (before, argument.partition("=")[0]):
+            return InputError(f"no module is chosen; did you mean --config {argument.rpartition('=')[2]}?")
     stages = ", ".join(name for name in shipped_configs() if "/" not in name)
     return InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")
