@@ -157,7 +157,7 @@ def test_reward_at_equal_kl_by_hand() -> None:
     assert apart["at_equal_kl"] == {"bins": 0, "difference": None}
     long = [{"kl": float(step), "score": 2.0 * step} for step in range(21)]  # the last ten are 11 to 20
     last = script.compared({script.OURS: long, script.TRL: theirs})["last"][script.OURS]
-    assert last == pytest.approx({"score": 31.0, "kl": 15.5, "objective": 31.0 - 0.05 * 15.5})
+    assert last == pytest.approx({"score": 31.0, "kl": 15.5, "objective": 31.0 - 0.1 * 15.5})
 
 
 def test_finished_seeds_are_compared_anew_from_their_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,3 +109,12 @@ def _refuse_duplicates(node: yaml.Node, path: Path, parent: str) -> None:
             raise InputError(f"{path}:{line}: {parent}{name} is given twice (first in line {first[name]}); remove one")
         first[name] = line
         _refuse_duplicates(value, path, f"{parent}{name}.")
+
+
+def no_module(arguments: Sequence[str]) -> InputError:
+    """What to say where no config and no option names one."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if argument.endswith((".yaml", ".yml")) and "--config" not in (before, argument.partition("=")[0]):
+            return InputError(f"no module is chosen; did you mean --config {argument.rpartition('=')[2]}?")
+    stages = ", ".join(name for name in shipped_configs() if "/" not in name)
+    return InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")

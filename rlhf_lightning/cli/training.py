@@ -29,7 +29,7 @@ from rlhf_lightning.callbacks.sinks import SinkGuard
 from rlhf_lightning.cli.arguments import ordered, repeats, split
 from rlhf_lightning.cli.claims import claimed, cleared_up, first_process
 from rlhf_lightning.cli.classes import CLASSES, built_of_plain_numbers, class_path, imported, keys_of, resolved
-from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
+from rlhf_lightning.cli.configs import no_module, resolve_configs
 from rlhf_lightning.cli.foreign import check_loggers, check_monitors, of_callback, of_trainer
 from rlhf_lightning.cli.layers import Layers, lay
 from rlhf_lightning.cli.notices import Preflight, farewell, notice
@@ -147,7 +147,7 @@ class TrainingCLI(LightningCLI):
         follow_seed_everything(layers, has_seed)
         asked = {option.key.rsplit(".", 1)[-1] for option in given} & {"h", "help", "print_config"}
         if ("model",) not in layers.classes and not asked and not layers.given(("model",)):
-            raise _no_module(self.arguments)
+            raise no_module(self.arguments)
         return layers
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -240,7 +240,7 @@ class TrainingCLI(LightningCLI):
         self.parser.add_instantiator(built_of_plain_numbers, object, subclasses=True)
         subcommand = self.config.subcommand
         if self.options.model is None or imported(self.options.model.class_path) is RLHFModule:
-            raise _no_module(self.arguments)
+            raise no_module(self.arguments)
         self.layers.notes += fit_trainer(self.options.trainer, imported(self.options.model.class_path), subcommand)
         if first_process():
             for note in self.layers.notes:
@@ -257,9 +257,7 @@ class TrainingCLI(LightningCLI):
                 say(notice(heading, text))
         if subcommand == "predict":
             if self._predictions.suffix not in (".jsonl", ".json", ".ndjson", ""):
-                raise InputError(
-                    f"--output {self._predictions}: what is written is JSON lines, one a row; name a .jsonl file"
-                )
+                raise InputError(f"--output {self._predictions}: JSON lines are written, one a row; name a .jsonl file")
             read = inputs_of(self.options.data.init_args, self.options.model.init_args.get("model"))
             check_output(self._predictions, "--output", [*read, *self.paths])
         self.save_config_kwargs = {"overwrite": True}
@@ -399,11 +397,3 @@ class SaveRunConfig(SaveConfigCallback):
         if isinstance(data, PreferenceDataModule) and data.template is not None and data.template.dated:
             self.config.data.init_args.date = data.date
         super().setup(trainer, pl_module, "fit")
-
-
-def _no_module(arguments: Sequence[str]) -> InputError:
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        if argument.endswith((".yaml", ".yml")) and "--config" not in (before, argument.partition("=")[0]):
-            return InputError(f"no module is chosen; did you mean --config {argument.rpartition('=')[2]}?")
-    stages = ", ".join(name for name in shipped_configs() if "/" not in name)
-    return InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")

@@ -11,7 +11,6 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,12 +34,12 @@ from rlhf_lightning.models.policy import Policy, Reference
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import shard
 from rlhf_lightning.modules.balancing import balance
+from rlhf_lightning.modules.made_with import check_made_with
 from rlhf_lightning.modules.memory import ExplainMemory
 from rlhf_lightning.modules.optimisation import OptimisedModule
 from rlhf_lightning.modules.totals import Totals
 from rlhf_lightning.rollout.engine import RolloutEngine, Sampling
-from rlhf_lightning.rollout.fitting import fitting_engine
-from rlhf_lightning.rollout.hugging_face import TransformersEngine
+from rlhf_lightning.rollout.fitting import told_fitting_engine
 
 # Half or more would say that the labels are worthless or the wrong way round.
 LabelSmoothing = restricted_number_type("LabelSmoothing", float, [(">=", 0), ("<", 0.5)])
@@ -254,12 +253,7 @@ class RLHFModule(OptimisedModule):
         """
         made = checkpoint.get("made_with", {})
         self._made_by = f"by {made['module']} of {made['model']}" if made else "by another module or of another model"
-        for name, now in self.shape_options().items():
-            if name in made and made[name] != now:
-                raise InputError(
-                    f"--ckpt_path: the checkpoint was made with model.{name} {_typed(made[name])}, and this run has "
-                    f"{_typed(now)}; give --model.{name} {_typed(made[name])}, or leave --ckpt_path out"
-                )
+        check_made_with(made, self.shape_options())
         for (then, expected), (folder, found) in zip(checkpoint.get("bases", []), self._bases, strict=False):
             if found != expected:
                 now = "changed since" if then == folder else f"are not those of {folder}"
@@ -347,28 +341,17 @@ class RLHFModule(OptimisedModule):
                     "data: a batch without prompts; give every process at least one row, of weight 0 where none is "
                     "left, as PreferenceDataModule does"
                 )
-        engine = self._fitting_engine(self.policy)
+        sampling = Sampling(iteration=iteration, **{**options, **overrides})
+        self._report_tokens(0, sampling.max_new_tokens)
+        engine = self.engine = self.engine or told_fitting_engine(self.policy)
         if self._handed_over != self.trainer.global_step:
             engine.receive(self.policy)
             self._handed_over = self.trainer.global_step
-        sampling = Sampling(iteration=iteration, **{**options, **overrides})
-        self._report_tokens(0, sampling.max_new_tokens)
         with failing_together():
             try:
                 return engine.rollout(self.policy, prompts, self.tokenizer, sampling, self._report_tokens)
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"{error}; {self.last_checkpoint()}") from error
-
-    def _fitting_engine(self, policy: Policy) -> RolloutEngine:
-        """The engine that was named, or the one that can run the policy, found once; every process asks."""
-        if self.engine is None:
-            self.engine = fitting_engine(policy)
-            if isinstance(self.engine, TransformersEngine):
-                rank_zero_warn(
-                    f"{type(policy.model).__name__}: transformers' generation answers, since the own decode loop "
-                    "cannot run it; it is slower and answers alike (model.engine names another)"
-                )
-        return self.engine
 
     def _report_tokens(self, done: int, total: int) -> None:
         self.report_phase("rollout", done, total)
@@ -407,7 +390,3 @@ class RLHFModule(OptimisedModule):
         model = self.policy if self.policy is not None else self.scalar
         assert model is not None
         return try_export(model, self.tokenizer, folder, self.export_dtype, self.trust_remote_code)
-
-
-def _typed(value: Any) -> str:
-    return "null" if value is None else str(value)

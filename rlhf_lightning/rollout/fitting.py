@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.policy import Policy
@@ -20,4 +21,15 @@ def fitting_engine(policy: Policy) -> RolloutEngine:
             engine.check(policy)
     except InputError:
         return TransformersEngine()
+    return engine
+
+
+def told_fitting_engine(policy: Policy) -> RolloutEngine:
+    """`fitting_engine`, with a warning where it is the slower one; every process calls it."""
+    engine = fitting_engine(policy)
+    if isinstance(engine, TransformersEngine):
+        rank_zero_warn(
+            f"{type(policy.model).__name__}: transformers' generation answers, since the own decode loop cannot run "
+            "it; it is slower and answers alike (model.engine names another)"
+        )
     return engine
