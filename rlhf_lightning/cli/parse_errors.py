@@ -161,8 +161,8 @@ def _explain_unknown(
         return f"--{key}: no callback is chosen; add --{'.'.join(keys)}+=CLASS before it"
     valid = accepted(classes[-1])
     if not valid:
-        group = f"--{'.'.join(keys)}"
-        return f"{place}: no class is chosen for {group[2:]}; add {group} CLASS before it"
+        part = ".".join(keys)
+        return f"{place}: no class is chosen for {part}; add --{part} CLASS before it"
     hint = did_you_mean(nested.rsplit(".", 1)[-1], valid, f"--{'.'.join(keys)}.")
     hint = hint or f"; its keys are {', '.join(valid)}"
     return f"{place}: unknown key of {classes[-1].rsplit('.', 1)[-1]}{hint}"

@@ -343,13 +343,14 @@ class RLHFModule(OptimisedModule):
                 )
         sampling = Sampling(iteration=iteration, **{**options, **overrides})
         self._report_tokens(0, sampling.max_new_tokens)
-        engine = self.engine = self.engine or told_fitting_engine(self.policy)
+        if self.engine is None:
+            self.engine = told_fitting_engine(self.policy)
         if self._handed_over != self.trainer.global_step:
-            engine.receive(self.policy)
+            self.engine.receive(self.policy)
             self._handed_over = self.trainer.global_step
         with failing_together():
             try:
-                return engine.rollout(self.policy, prompts, self.tokenizer, sampling, self._report_tokens)
+                return self.engine.rollout(self.policy, prompts, self.tokenizer, sampling, self._report_tokens)
             except TrainingDiverged as error:
                 raise TrainingDiverged(f"{error}; {self.last_checkpoint()}") from error
 
