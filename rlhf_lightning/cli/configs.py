@@ -11,8 +11,8 @@ from rlhf_lightning.cli.suggestions import did_you_mean
 from rlhf_lightning.errors import InputError
 
 # In a wheel the configs lie inside the package, in a checkout beside it.
-_PACKAGE = Path(__file__).resolve().parent.parent
-_SHIPPED = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+PACKAGE = Path(__file__).resolve().parent.parent
+_SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -29,7 +29,7 @@ from rlhf_lightning.callbacks.sinks import SinkGuard
 from rlhf_lightning.cli.arguments import ordered, repeats, split
 from rlhf_lightning.cli.claims import claimed, cleared_up, first_process
 from rlhf_lightning.cli.classes import CLASSES, built_of_plain_numbers, class_path, imported, keys_of, resolved
-from rlhf_lightning.cli.configs import no_module, resolve_configs
+from rlhf_lightning.cli.configs import PACKAGE, no_module, resolve_configs
 from rlhf_lightning.cli.foreign import check_loggers, check_monitors, of_callback, of_trainer
 from rlhf_lightning.cli.layers import Layers, lay
 from rlhf_lightning.cli.notices import Preflight, farewell, notice
@@ -46,7 +46,6 @@ from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.outputs import check_output
 from rlhf_lightning.text import say
 
-_PACKAGE = Path(__file__).resolve().parent.parent
 _TRAINER_DEFAULTS = {
     "max_epochs": 1,
     "log_every_n_steps": 1,
@@ -84,7 +83,7 @@ def _quiet() -> None:
 
 def _concerns_the_user(record: logging.LogRecord) -> bool:
     """Whether a line is a warning, or this library's own and none that Preflight says."""
-    own = Path(record.pathname).is_relative_to(_PACKAGE) and not getattr(record, "in_preflight", False)
+    own = Path(record.pathname).is_relative_to(PACKAGE) and not getattr(record, "in_preflight", False)
     return own or record.levelno >= logging.WARNING
 
 
@@ -92,7 +91,7 @@ def _plain_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning of this library's names what it is about; where it was said helps nobody."""
-    if Path(filename).is_relative_to(_PACKAGE):
+    if Path(filename).is_relative_to(PACKAGE):
         return f"{notice('warning', str(message))}\n"
     return f"{filename}:{lineno}: {message}\n"
 

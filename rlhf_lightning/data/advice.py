@@ -36,7 +36,7 @@ def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
     prompts = len({record.key for record in records})
     if len(records) > _FEW * prompts:
         share = f"{len(records):,} rows have {prompts:,} distinct prompt{'s' * (prompts > 1)}"
-        lines.append(f"{share}; is the text to answer in another column? {naming('prompt', 'NAME', option)} takes it")
+        lines.append(f"{share}; is the text to answer in another column? {_naming('prompt', 'NAME', option)} takes it")
     counts = Counter(
         name for record in records for name in record.columns if not (record.form.labelled and name == "label")
     )
@@ -50,7 +50,7 @@ def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
     for name, count in counts.items():
         if name in misspelt:
             given = misspelt[name]
-            what = f"looks like '{given}', which it is not read as; {naming(given, shown(name), option)} does"
+            what = f"looks like '{given}', which it is not read as; {_naming(given, shown(name), option)} does"
         elif name in _KNOWN:
             what = "is not used in training, where rewards alone are handed it"
         else:
@@ -77,6 +77,6 @@ def repeating(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def naming(name: str, given: str, option: str) -> str:
+def _naming(name: str, given: str, option: str) -> str:
     """The option that reads ``given`` as ``name``."""
     return f"{option}: {{{name}: {given}}}" if option == COLUMNS else f"{option} {name}={given}"

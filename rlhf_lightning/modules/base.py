@@ -34,7 +34,7 @@ from rlhf_lightning.models.policy import Policy, Reference
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import shard
 from rlhf_lightning.modules.balancing import balance
-from rlhf_lightning.modules.made_with import check_made_with
+from rlhf_lightning.modules.made_with import check_made_with, own_part
 from rlhf_lightning.modules.memory import ExplainMemory
 from rlhf_lightning.modules.optimisation import OptimisedModule
 from rlhf_lightning.modules.totals import Totals
@@ -261,6 +261,10 @@ class RLHFModule(OptimisedModule):
                     f"the checkpoint's adapters were trained beside the weights of {then}, which {now}: they are worth "
                     "nothing beside others; resume with the weights that the run was started from"
                 )
+
+    def own_part(self, checkpoint: dict[str, Any], key: str) -> dict[str, Any]:
+        """What a method saved under ``key``; InputError where the checkpoint is of another method."""
+        return own_part(checkpoint, key, type(self).__name__, self._made_by)
 
     def _loaded_from_folders(self) -> set[str]:
         if self.lora_rank is None:

@@ -27,5 +27,26 @@ def check_made_with(made: Mapping[str, Any], options: Mapping[str, Any]) -> None
             )
 
 
+def own_part(checkpoint: Mapping[str, Any], key: str, module: str, made: str) -> dict[str, Any]:
+    """What a method saved under ``key``.
+
+    Args:
+        checkpoint: as Lightning loads it.
+        key: the method's own.
+        module: the class that goes on, for messages.
+        made: by whom it was made, for messages.
+
+    Raises:
+        InputError: the checkpoint is of another method, which saves no such part.
+    """
+    if key not in checkpoint:
+        raise InputError(
+            f"--ckpt_path: it was made {made}, and {module} cannot go on from it; start from its exported model with "
+            "--model.model"
+        )
+    part: dict[str, Any] = checkpoint[key]
+    return part
+
+
 def _typed(value: Any) -> str:
     return "null" if value is None else str(value)

@@ -155,13 +155,9 @@ class OnPolicyModule(SamplingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if "on_policy" not in checkpoint:
-            raise InputError(
-                f"--ckpt_path: it was made {self._made_by}, and {type(self).__name__} cannot go on from it; "
-                "start from its exported model with --model.model"
-            )
-        self.iteration = checkpoint["on_policy"]["iteration"]
-        self.shaped.load(checkpoint["on_policy"])
+        own = self.own_part(checkpoint, "on_policy")
+        self.iteration = own["iteration"]
+        self.shaped.load(own)
 
     # ------------------------------------------------------------------ an iteration
 

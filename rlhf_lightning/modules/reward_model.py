@@ -17,7 +17,6 @@ from torchmetrics.classification import BinaryCalibrationError
 from rlhf_lightning.algorithms.losses import bradley_terry_loss
 from rlhf_lightning.batches import PreferenceBatch, View
 from rlhf_lightning.distributed import all_reduce_sum, rank
-from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.export import export_scalar
 from rlhf_lightning.models.positions import at_last_token
 from rlhf_lightning.modules.balancing import router_loss
@@ -158,12 +157,7 @@ class RewardModelModule(RLHFModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The first process goes on from all sums; the others from none."""
         super().on_load_checkpoint(checkpoint)
-        if "reward_model" not in checkpoint:
-            raise InputError(
-                f"--ckpt_path: it was made {self._made_by}, and {type(self).__name__} cannot go on from it; "
-                "start from its exported model with --model.model"
-            )
-        sums = torch.tensor(checkpoint["reward_model"]["trained_on"], dtype=torch.float64)
+        sums = torch.tensor(self.own_part(checkpoint, "reward_model")["trained_on"], dtype=torch.float64)
         self._trained_on = sums if rank() == 0 else torch.zeros_like(sums)
 
     def on_train_end(self) -> None:
