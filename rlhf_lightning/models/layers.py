@@ -21,6 +21,20 @@ def nearly_equal(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
     return bool((ours - theirs).abs().max() <= _ROUNDING[dtype] * theirs.abs().max())
 
 
+def computed_in(model: nn.Module) -> torch.dtype:
+    """What a model computes in, at its least precise; float64 models have parts that compute in float32.
+
+    TF32, which float32 products on a GPU may be in, has the digits of float16.
+    """
+    parameter = next(model.parameters())
+    device = parameter.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    dtype = torch.float32 if parameter.dtype == torch.float64 else parameter.dtype
+    rounded = device == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return torch.float16 if rounded else dtype
+
+
 def decoder_layers(trunk: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and the list of a trunk's layers: its ``ModuleList`` with the most parameters.
 

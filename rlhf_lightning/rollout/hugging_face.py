@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.layers import computed_in, nearly_equal
 from rlhf_lightning.models.loading import check_length
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.sharding import unsharded
@@ -27,11 +30,42 @@ class TransformersEngine(RolloutEngine):
 
     exact = True
 
-    @torch.no_grad()
+    def __init__(self) -> None:
+        self._checked: weakref.WeakSet[Policy] = weakref.WeakSet()
+
     def generate(
         self, policy: Policy, prompts: PromptBatch, sampling: Sampling, progress: Progress | None = None
     ) -> Responses:
-        """See `RolloutEngine`."""
+        """See `RolloutEngine`.
+
+        Raises:
+            InputError: the model's generation computes other log-probs than its training pass.
+        """
+        if policy not in self._checked:
+            self._check(policy)
+            self._checked.add(policy)
+        return self._generate(policy, prompts, sampling, progress)
+
+    def _check(self, policy: Policy) -> None:
+        """Lets the policy answer two prompts of three tokens, and compares with what its training pass says of them."""
+        device = next(policy.parameters()).device
+        one = torch.ones(2, dtype=torch.int64, device=device)
+        tokens = torch.arange(6, device=device).view(2, 3) % policy.model.config.get_text_config().vocab_size
+        prompts = PromptBatch(tokens, 3 * one, one.cumsum(0), one.float(), [], {})
+        found = self._generate(policy, prompts, Sampling(max_new_tokens=5, eos_ids=[]))
+        with torch.no_grad(), unsharded(policy), ready_to_decode(policy):
+            expected = policy(torch.cat([tokens, found.tokens], dim=1), 8 * one, 3 * one).log_probs
+        if bool(expected.isfinite().all()) and not nearly_equal(found.log_probs, expected, computed_in(policy)):
+            apart = float((found.log_probs - expected).abs().max())
+            raise InputError(
+                f"{type(policy.model).__name__}: transformers' generation gives a token other log-probs than the "
+                f"model's training pass does, by up to {apart:.2g}: it cannot be sampled from here"
+            )
+
+    @torch.no_grad()
+    def _generate(
+        self, policy: Policy, prompts: PromptBatch, sampling: Sampling, progress: Progress | None = None
+    ) -> Responses:
         count, width = len(prompts), sampling.max_new_tokens
         longest = int(prompts.lengths.max()) if count else 0
         check_length(policy.model, longest + width, policy.model.name_or_path or "model")

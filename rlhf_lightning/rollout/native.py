@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import InputError, out_of_memory
-from rlhf_lightning.models.layers import nearly_equal
+from rlhf_lightning.models.layers import computed_in, nearly_equal
 from rlhf_lightning.models.loading import check_length
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.sharding import is_sharded, unsharded
@@ -169,19 +169,5 @@ def check_decodes(policy: Policy) -> None:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name}: this library's decode loop cannot run it ({reason}); {advice}") from error
     got = torch.cat(found).log_softmax(dim=1).gather(1, tokens[0, 2:, None])[:, 0]
-    if bool(expected.isfinite().all()) and not nearly_equal(got, expected, _precision(policy)):
+    if bool(expected.isfinite().all()) and not nearly_equal(got, expected, computed_in(policy)):
         raise InputError(f"{name}: this library's decode loop gives other log-probs; {advice}")
-
-
-def _precision(policy: Policy) -> torch.dtype:
-    """What the policy computes in, at its least precise; float64 models have parts that compute in float32.
-
-    TF32, which float32 products on a GPU may be in, has the digits of float16.
-    """
-    parameter = next(policy.parameters())
-    device = parameter.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    dtype = torch.float32 if parameter.dtype == torch.float64 else parameter.dtype
-    rounded = device == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return torch.float16 if rounded else dtype

@@ -8,7 +8,7 @@ from rollouts import continued, sample, small_policy, small_prompts
 from tolerances import assert_near
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
-from rlhf_lightning.errors import TrainingDiverged
+from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rollout import TransformersEngine
 
@@ -44,6 +44,22 @@ def test_a_state_space_model_is_sampled_from():
     with torch.no_grad():
         scores = policy(rollout.tokens, rollout.lengths, rollout.prompt_lengths, 0.9)
     assert_near(rollout.log_probs, scores.log_probs, torch.float32)
+
+
+def test_a_model_whose_generation_computes_something_else_is_refused(monkeypatch):
+    """RWKV's does, where it answers two prompts at once."""
+    policy, batch = small_policy("llama"), small_prompts()
+    whole = policy.model.forward
+
+    def other_while_decoding(*inputs, past_key_values=None, **options):
+        out = whole(*inputs, past_key_values=past_key_values, **options)
+        if past_key_values is not None and len(out.logits) > 1:
+            out.logits = out.logits * 1.01
+        return out
+
+    monkeypatch.setattr(policy.model, "forward", other_while_decoding)
+    with pytest.raises(InputError, match=r"LlamaForCausalLM: transformers' generation gives .* by up to 0\.\d+"):
+        sample(policy, batch, TransformersEngine())
 
 
 def test_the_models_own_generation_config_changes_nothing():

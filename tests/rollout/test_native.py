@@ -15,14 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from rlhf_lightning.errors import InputError, TrainingDiverged
-from rlhf_lightning.models.layers import checkpoint_activations
+from rlhf_lightning.models.layers import checkpoint_activations, computed_in
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.lora import add_adapter
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rollout import NativeEngine, Sampling
 from rlhf_lightning.rollout.cache import SlotCache
 from rlhf_lightning.rollout.decoding import prefill_groups
-from rlhf_lightning.rollout.native import _precision
 
 ARCHITECTURES = ["llama", "llama-tied", "qwen2", "gemma2", "gemma3", "gpt2", "cohere", "granite"]
 WINDOWED = ["gemma2", "gemma3"]  # Gemma 2 also caps the scores of its attention and its logits
@@ -256,7 +255,7 @@ def test_steps_of_ever_new_sizes_are_not_left_to_cudnn(monkeypatch):
 def test_float32_on_a_gpu_may_have_the_digits_of_float16(kind, products, expected, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=products))
     weight = SimpleNamespace(device=torch.device(kind), dtype=torch.float32)
-    assert _precision(SimpleNamespace(parameters=lambda: iter([weight]))) == expected
+    assert computed_in(SimpleNamespace(parameters=lambda: iter([weight]))) == expected
 
 
 def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice(policy, monkeypatch):
