@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.batches import PromptBatch, Rollout
 from rlhf_lightning.data.choices import Kind
 from rlhf_lightning.data.collate import collate, column_names
+from rlhf_lightning.data.lengths import surely_over
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
@@ -31,6 +32,7 @@ from rlhf_lightning.models.loading import (
     eos_ids,
     load_causal_lm,
     load_tokenizer,
+    most_tokens,
     same_vocabulary,
     token_ids,
 )
@@ -186,9 +188,11 @@ def compare(
         folder, tokenizer = policies[name], tokenizers[name]
         policy = _load(folder, tokenizer, settings)
         encoder = Encoder(tokenizer, chat=settings.chat, columns="--columns")
+        _check_long_prompts(encoder, prompts, policy, folder, settings)
         batches = _batches(encoder, prompts, "prompts", settings)
-        longest = max(b.tokens.shape[1] for b in batches) + settings.max_new_tokens
-        check_length(policy.model, longest, folder, "--max_new_tokens")
+        widest = max(batches, key=lambda batch: batch.tokens.shape[1])
+        row = int(widest.rows[widest.lengths.argmax()])
+        _check_prompt(prompts[row], int(widest.lengths.max()), policy, folder, settings)
         texts = texts or _in_order(batches, [p for batch in batches for p in batch.prompts])
         known = reference_policy if comparable[name] else None
         measured = _answers(
@@ -221,6 +225,25 @@ def _load(folder: str | Path, tokenizer: PreTrainedTokenizerBase, settings: Sett
     model = load_causal_lm(folder, trust_remote_code=settings.trust_remote_code)
     check_vocabularies(tokenizer, model, folder)
     return Policy(model, ids=token_ids(tokenizer)).eval().requires_grad_(False).to(settings.device)
+
+
+def _check_long_prompts(
+    encoder: Encoder, prompts: Sequence[Record], policy: Policy, folder: str | Path, settings: Settings
+) -> None:
+    """Refuse prompts that are far too long by their beginnings, before megabytes are tokenised."""
+    limit = most_tokens(policy.model)
+    if limit is None:
+        return
+    for record in prompts:
+        parts = [record.prompt] if isinstance(record.prompt, str) else [turn.content for turn in record.prompt]
+        for part in parts:
+            if tokens := surely_over(part, limit, lambda text: len(encoder.ids.plain([text])[0])):
+                _check_prompt(record, tokens, policy, folder, settings)
+
+
+def _check_prompt(record: Record, tokens: int, policy: Policy, folder: str | Path, settings: Settings) -> None:
+    where = f"{record.where}: {folder}"
+    check_length(policy.model, tokens + settings.max_new_tokens, where, "--max_new_tokens")
 
 
 def _batches(encoder: Encoder, records: Sequence[Record], kind: Kind, settings: Settings) -> list[Any]:

@@ -185,6 +185,11 @@ def check_vocabularies(tokenizer: PreTrainedTokenizerBase, model: PreTrainedMode
         )
 
 
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """The positions that the model has; None where nothing says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_length(
     model: PreTrainedModel,
     tokens: int,
@@ -208,7 +213,7 @@ def check_length(
             "rotary positions change for a whole batch at once, so a row's log-probs would depend on the rows beside "
             f"it: lower {options}"
         )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = most_tokens(model)
     if limit is not None and tokens > limit:
         raise InputError(
             f"{where}: prompt and response may take {tokens} tokens and the model has positions for {limit}: lower "

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.cli import main as cli
+from rlhf_lightning.data.ids import TextIds
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.evaluation.evaluate import _parser, _proxy, main
 
@@ -277,6 +278,22 @@ def test_bad_input_is_one_line_and_writes_nothing(
         main([*first, "--out", str(out), "--max_new_tokens", "4", *given])
     assert "\n" not in str(caught.value)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("words", "least", "most"), [(125, 125, 125), (200_000, 125, 20_000)])
+def test_a_prompt_without_room_for_an_answer_is_named(
+    words: int, least: int, most: int, tmp_path: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A megabyte by its beginning, which is all that is tokenised of it."""
+    path, seen = tmp_path / "prompts.jsonl", []
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("hello", "cat " * words, "bye")))
+    plain = TextIds._call
+    monkeypatch.setattr(TextIds, "_call", lambda ids, texts, **more: seen.extend(texts) or plain(ids, texts, **more))
+    with pytest.raises(InputError, match=r"prompts.jsonl:2: .* may take \d+ tokens and .* positions for 128") as told:
+        main(["--policies", str(tiny_policy_dir), "--prompts", str(path), "--max_new_tokens", "4"])
+    (counted,) = re.findall(r"may take (\d+) tokens", str(told.value))
+    assert least <= int(counted) - 4 <= most
+    assert max(map(len, seen)) < 40_000
 
 
 def test_what_is_left_out_is_said_everywhere(
