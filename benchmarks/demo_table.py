@@ -5,8 +5,8 @@
 Each run is `python -m rlhf_lightning demo` in a process of its own; another number of threads adds floating-point
 numbers in another order, and so stands for another machine. A result is written as soon as it is there, with its commit
 and the fingerprint of the recipe (configs/demo and the demo's own sources); what FILE has of this recipe is not run
-again, so the script can be ended and started anew. Runs of one thread go side by side, one a core; those of more go
-alone.
+again, so the script can be ended and started anew. Two runs go side by side, and threads that wait leave their core to
+others: the seconds that a run takes are for an idle machine, and not measured here.
 
 The table in docs/demo.md is made from FILE, after every run and by `--page` alone.
 """
@@ -23,7 +23,6 @@ import sys
 import tempfile
 import textwrap
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,14 +45,14 @@ PROMISED = {"quick": {"mean": 0.75, "worst": 0.65}, "full": {"mean": 0.88, "wors
 _written = threading.Lock()
 
 
-def recipe() -> str:
-    """A fingerprint of what the demo trains: the values of its configs and sizes, and the sources of its world.
+def recipe(size: str) -> str:
+    """A fingerprint of what a demo trains: the values of its configs and size, and the sources of its world.
 
     Comments, and code that only carries the recipe out, do not count.
     """
     configs = sorted((ROOT / "configs" / "demo").glob("*.yaml"))
     values = {path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in configs}
-    values |= {"full": vars(stages.FULL), "quick": vars(stages.QUICK)}
+    values |= {size: vars({"full": stages.FULL, "quick": stages.QUICK}[size])}
     values |= {name: getattr(stages, name) for name in _NUMBERS}
     world = [(ROOT / "rlhf_lightning" / "demo" / f"{name}.py").read_text(encoding="utf-8") for name in _WORLD]
     return hashlib.sha256(json.dumps([values, world], sort_keys=True).encode()).hexdigest()[:12]
@@ -70,15 +69,15 @@ def name_of(size: str, seed: int, threads: int) -> str:
 
 def missing(results: dict[str, Any], wanted: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
     """The runs that the file does not have of this recipe."""
-    return [run for run in wanted if results["runs"].get(name_of(*run), {}).get("recipe") != results["recipe"]]
+    runs, recipes = results["runs"], results["recipe"]
+    return [task for task in wanted if runs.get(name_of(*task), {}).get("recipe") != recipes[task[0]]]
 
 
 def run(size: str, seed: int, threads: int) -> dict[str, Any]:
     """One demo from start to end, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "rlhf_lightning", "demo", "--seed", str(seed), "--out", f"{folder}/demo"]
-        variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        began = time.monotonic()
+        variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         with open(f"{folder}/output", "w+", encoding="utf-8") as output:
             arguments = [*command, *(["--quick"] if size == "quick" else [])]
             process = subprocess.Popen(arguments, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT)
@@ -89,7 +88,7 @@ def run(size: str, seed: int, threads: int) -> dict[str, Any]:
                 raise SystemExit(f"{' '.join(arguments)} failed:\n{output.read()[-2000:]}")
         report = json.loads(Path(folder, "demo", "report.json").read_text(encoding="utf-8"))
     kept = {key: report[key] for key in ("warnings", "sft", "reward_model", "ppo", "dpo")}
-    return {**kept, "wall_seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(used.ru_utime, 1)}
+    return {**kept, "cpu_seconds": round(used.ru_utime, 1)}
 
 
 def keep(results: dict[str, Any], path: Path, name: str, found: dict[str, Any]) -> None:
@@ -97,24 +96,22 @@ def keep(results: dict[str, Any], path: Path, name: str, found: dict[str, Any]) 
     facts = provenance.about("cpu", 1)
     own = {key: facts[key] for key in ("date", "commit", "changed", "cpu", "cores", "python", "torch")}
     with _written:
-        results["runs"][name] = {"recipe": results["recipe"], **own, **found}
+        results["runs"][name] = {"recipe": results["recipe"][name.split()[0]], **own, **found}
         results["runs"] = dict(sorted(results["runs"].items()))
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_suffix(".new")
         staged.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         staged.replace(path)
     ppo = found["ppo"]
-    print(
-        f"{name}: win rate {ppo['win_rate_vs_sft']:.3f}, KL {ppo['kl']:.1f}, {found['wall_seconds']:.0f} s", flush=True
-    )
+    print(f"{name}: win rate {ppo['win_rate_vs_sft']:.3f}, KL {ppo['kl']:.1f}", flush=True)
 
 
 def table(results: dict[str, Any]) -> str:
     """What the page shows: how many runs there are, the summary of each size, and every run."""
-    runs = {key: found for key, found in results["runs"].items() if found["recipe"] == results["recipe"]}
     text = []
     for size in SIZES:
-        own = {key: found for key, found in runs.items() if key.startswith(f"{size} ")}
+        now = results["recipe"][size]
+        own = {k: run for k, run in results["runs"].items() if k.startswith(f"{size} ") and run["recipe"] == now}
         if own:
             text += [*_summary(size, own), "", *_rows(own), ""]
     return "\n".join(text)
@@ -139,7 +136,7 @@ def _summary(size: str, runs: dict[str, dict[str, Any]]) -> list[str]:
 
 def _rows(runs: dict[str, dict[str, Any]]) -> list[str]:
     head = ("seed", "threads", "PPO win rate", "KL", "gold reward, SFT → PPO", "DPO win rate", "KL")
-    head += ("reward accuracy / ceiling", "wall, s", "CPU, s")
+    head += ("reward accuracy / ceiling", "CPU, s")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for key, found in sorted(runs.items(), key=lambda item: (int(item[0].split()[2]), item[0])):
         _, _, seed, _, threads = key.split()
@@ -148,7 +145,8 @@ def _rows(runs: dict[str, dict[str, Any]]) -> list[str]:
         cells = [seed, threads, f"{ppo['win_rate_vs_sft']:.3f} [{low:.3f}, {high:.3f}]", f"{ppo['kl']:.1f}"]
         cells += [f"{found['sft']['gold_reward']:.2f} → {ppo['gold_reward']:.2f}", f"{dpo['win_rate_vs_sft']:.3f}"]
         cells += [f"{dpo['kl']:.1f}", f"{model['accuracy']:.3f} / {model['label_ceiling']:.3f}"]
-        lines.append(f"| {' | '.join([*cells, *(f'{found[k]:.0f}' for k in ('wall_seconds', 'cpu_seconds'))])} |")
+        cells += [f"{found['cpu_seconds']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -169,7 +167,7 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="make the table of what is there, and run nothing")
     options = parser.parse_args()
     kept = json.loads(options.json.read_text(encoding="utf-8"))["runs"] if options.json.exists() else {}
-    results = {"recipe": recipe(), "runs": kept}
+    results = {"recipe": {size: recipe(size) for size in SIZES}, "runs": kept}
 
     def do(task: tuple[str, int, int]) -> None:
         keep(results, options.json, name_of(*task), run(*task))
@@ -178,7 +176,7 @@ def main() -> int:
         for threads in options.threads:
             seeds = options.seeds[place : place + 2]
             tasks = missing(results, [(size, seed, threads) for size in options.sizes for seed in seeds])
-            with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 1) // threads)) as workers:
+            with ThreadPoolExecutor(max_workers=2) as workers:
                 list(workers.map(do, tasks))
             if options.json == FILE:
                 write_page(results, PAGE)

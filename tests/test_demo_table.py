@@ -24,7 +24,6 @@ def result(rate: float, kl: float = 4.0, warnings: tuple[str, ...] = ()) -> dict
         "reward_model": {"accuracy": 0.7, "label_ceiling": 0.8},
         "ppo": aligned,
         "dpo": aligned,
-        "wall_seconds": 100.4,
         "cpu_seconds": 140.6,
     }
 
@@ -54,7 +53,7 @@ def test_what_is_there_is_not_run_again_and_another_recipe_is(
         demo_table.main()
     assert ran[4:] == [("quick", 3, 2)]
     assert len(json.loads(path.read_text())["runs"]) == 4  # a failure leaves what was there
-    monkeypatch.setattr(demo_table, "recipe", lambda: "another")
+    monkeypatch.setattr(demo_table, "recipe", lambda size: "another")
     sys.argv[4:6] = ["1", "2"]
     assert demo_table.main() == 0
     assert sorted(ran[5:]) == [("quick", 1, 2), ("quick", 2, 2)]
@@ -67,15 +66,16 @@ def test_the_page_has_the_numbers_and_says_how_many_runs_there_are(tmp_path: Pat
         "quick seed 0 threads 2": facts | result(0.90, 6.25, ("PPO's score rose while gold fell",)),
         "quick seed 10 threads 1": facts | result(0.8) | {"recipe": "earlier"},
     }
+    recipes = {"quick": "now", "full": "now"}
     page = tmp_path / "demo.md"
     page.write_text(f"before\n{demo_table.BEGIN}stale{demo_table.END}after\n")
-    demo_table.write_page({"recipe": "now", "runs": runs}, page)
+    demo_table.write_page({"recipe": recipes, "runs": runs}, page)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     told = " ".join(text.split())
     assert "2 of 20 runs: PPO's win rate over SFT is 0.800 on average and 0.700 in the worst run" in told
     assert "6.2 nats at most, and it exploits the reward model in 1 of them. Commit abc1234." in told
-    assert "| 0 | 1 | 0.700 [0.670, 0.730] | 4.0 | -0.50 → 1.50 | 0.700 | 4.0 | 0.700 / 0.800 | 100 | 141 |" in text
+    assert "| 0 | 1 | 0.700 [0.670, 0.730] | 4.0 | -0.50 → 1.50 | 0.700 | 4.0 | 0.700 / 0.800 | 141 |" in text
     assert text.count("\n| 0 |") == 2 and "| 10 |" not in text
 
 
@@ -98,10 +98,10 @@ def test_the_recipe_follows_configs_and_sizes(tmp_path: Path, monkeypatch: pytes
         ("rlhf_lightning/demo/gold.py", "BEST = 5.0\n", True),
         ("rlhf_lightning/demo/report.py", "BEST = 5.0\n", False),
     ):
-        before = demo_table.recipe()
+        before = demo_table.recipe("full")
         with (tmp_path / name).open("a", encoding="utf-8") as file:
             file.write(text)
-        assert (demo_table.recipe() != before) == changes, (name, text)
-    before = demo_table.recipe()
+        assert (demo_table.recipe("full") != before) == changes, (name, text)
+    before = {size: demo_table.recipe(size) for size in demo_table.SIZES}
     monkeypatch.setattr(demo_table.stages, "QUICK", replace(demo_table.stages.QUICK, ranked=3))
-    assert demo_table.recipe() != before
+    assert demo_table.recipe("quick") != before["quick"] and demo_table.recipe("full") == before["full"]

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
+from rlhf_lightning.cli.suggestions import did_you_mean
 from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
 
 _OURS = ("rlhf_lightning.", "lightning.")
@@ -44,6 +45,25 @@ def check_monitors(callbacks: Iterable[Callback], module: LightningModule) -> No
                 f"trainer.callbacks: {type(callback).__name__} watches {name!r}, which {type(module).__name__} never "
                 f"logs; metrics are called like {held_out} (metrics.jsonl of a run has all names): set its monitor"
             )
+
+
+class CheckHeldOutMonitors(Callback):
+    """Refuses, after the trial of the validation, a callback that watches a metric of it which there is not.
+
+    Lightning itself tells only when it looks, after the first epoch.
+    """
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """InputError with the name that may have been meant."""
+        known = sorted(trainer.callback_metrics)
+        kinds = {name.partition("/")[0] for name in known if "/" in name}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            name = getattr(callback, "monitor", None)
+            if isinstance(name, str) and name not in known and name.partition("/")[0] in kinds:
+                raise InputError(
+                    f"trainer.callbacks: {type(callback).__name__} watches {name!r}{did_you_mean(name, known)}; the "
+                    f"validation of {type(pl_module).__name__} logs {', '.join(known)}"
+                )
 
 
 def of_callback(error: Exception) -> InputError | None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
-import sys
-import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from rlhf_lightning.cli.lines import notice
 from rlhf_lightning.cli.runs import Run
 from rlhf_lightning.data.ids import readable
 from rlhf_lightning.modules.base import RLHFModule
@@ -23,8 +21,6 @@ from rlhf_lightning.rewards.model import ModelReward
 from rlhf_lightning.text import printable, say
 
 _PROMPT_SHOWN, _RESPONSE_SHOWN = 160, 160  # characters: the end of the prompt, the beginning of the response
-_INDENT = 10
-_COMMANDS = ("curves", "next")  # to be copied in one piece
 
 
 class Preflight(Callback):
@@ -42,16 +38,6 @@ class Preflight(Callback):
         if trainer.is_global_zero:
             for name, text in report(trainer, pl_module, self.folder):
                 say(notice(name, text))
-
-
-def notice(name: str, text: str) -> str:
-    """A line of what is said before and after a run; in a terminal it is broken between words, but for commands."""
-    line = f"{name:<{_INDENT}}{text}"
-    if name in _COMMANDS or not sys.stdout.isatty():
-        return line
-    width = max(40, shutil.get_terminal_size().columns)
-    options: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False, "replace_whitespace": False}
-    return textwrap.fill(line, width, subsequent_indent=" " * _INDENT, **options)
 
 
 def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple[str, str]]:

@@ -30,9 +30,10 @@ from rlhf_lightning.cli.arguments import ordered, repeats, split
 from rlhf_lightning.cli.claims import claimed, cleared_up, first_process
 from rlhf_lightning.cli.classes import CLASSES, built_of_plain_numbers, class_path, imported, keys_of, resolved
 from rlhf_lightning.cli.configs import PACKAGE, no_module, resolve_configs
-from rlhf_lightning.cli.foreign import check_loggers, check_monitors, of_callback, of_trainer
+from rlhf_lightning.cli.foreign import CheckHeldOutMonitors, check_loggers, check_monitors, of_callback, of_trainer
 from rlhf_lightning.cli.layers import Layers, lay
-from rlhf_lightning.cli.notices import Preflight, farewell, notice
+from rlhf_lightning.cli.lines import notice
+from rlhf_lightning.cli.notices import Preflight, farewell
 from rlhf_lightning.cli.nulls import refused_values
 from rlhf_lightning.cli.parse_errors import explain
 from rlhf_lightning.cli.predictions import PredictionWriter, inputs_of
@@ -75,7 +76,6 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_concerns_the_user)
-    warnings.formatwarning = _plain_warning
     disable_progress_bar()
     for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*in eval mode.*", ".*instantiate_classes.*"):
         warnings.filterwarnings("ignore", message=message)
@@ -85,15 +85,6 @@ def _concerns_the_user(record: logging.LogRecord) -> bool:
     """Whether a line is a warning, or this library's own and none that Preflight says."""
     own = Path(record.pathname).is_relative_to(PACKAGE) and not getattr(record, "in_preflight", False)
     return own or record.levelno >= logging.WARNING
-
-
-def _plain_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A warning of this library's names what it is about; where it was said helps nobody."""
-    if Path(filename).is_relative_to(PACKAGE):
-        return f"{notice('warning', str(message))}\n"
-    return f"{filename}:{lineno}: {message}\n"
 
 
 class TrainingCLI(LightningCLI):
@@ -349,7 +340,7 @@ class TrainingCLI(LightningCLI):
         if self.options.trainer.enable_progress_bar is not False and not own:
             callbacks.append(RunProgress())
         if self.subcommand == "fit":
-            callbacks += [Preflight(self.folder), ModelExport()]
+            callbacks += [Preflight(self.folder), CheckHeldOutMonitors(), ModelExport()]
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter(self._predictions))
         return callbacks

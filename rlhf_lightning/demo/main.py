@@ -112,7 +112,7 @@ def run(root: Path, size: Size, seed: int, methods: Sequence[str] = DEFAULT) -> 
                 "gold": FunctionReward("rlhf_lightning.demo.gold:gold_reward"),
                 "proxy": ModelReward(str(folder.model("reward_model"))),
             },
-            Settings(stages.MAX_NEW_TOKENS, stages.TEMPERATURE, seed, batch_size=128),
+            Settings(stages.MAX_NEW_TOKENS, stages.TEMPERATURE, seed, batch_size=512),
             text=questions,
             best_of={"sft": BEST_OF} if "best_of_n" in methods else None,
             judge="proxy",

@@ -63,7 +63,7 @@ QUICK = Size(
     annotator_temperature=0.75,
     options={
         "sft": ("--trainer.max_steps", "220", "--data.batch_size", "12"),
-        "dpo": ("--trainer.max_steps", "36"),
+        "dpo": ("--trainer.max_steps", "24"),
         "ppo": ("--model.iterations", "14", "--data.batch_size", "48"),
         "grpo": ("--model.iterations", "15", "--data.batch_size", "16"),
         "rloo": ("--model.iterations", "15", "--data.batch_size", "16"),
@@ -159,7 +159,7 @@ def rank(folder: Folder, size: Size, seed: int) -> list[Ranking]:
         records.rows = records.rows[:count]
         candidates = sample_candidates(
             policy,
-            prompt_batches(records, tokenizer, batch_size=256),
+            prompt_batches(records, tokenizer, batch_size=1024),
             tokenizer,
             count=size.candidates,
             max_new_tokens=MAX_NEW_TOKENS,

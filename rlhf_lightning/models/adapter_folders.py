@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,15 @@ def merge(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
         from peft import PeftModel
     except ImportError:
         raise InputError(f"{path}: an adapter, which needs peft; run: pip install 'rlhf-lightning[lora]'") from None
-    warnings.warn(f"{path}: an adapter; its model {model.name_or_path} has it added to its weights", stacklevel=4)
+    _say_merged(str(path), model.name_or_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's, about names
         adapted: Any = PeftModel.from_pretrained(model, str(Path(path).expanduser()))
     merged: PreTrainedModel = adapted.merge_and_unload()
     return merged.requires_grad_(True)
+
+
+@cache
+def _say_merged(path: str, base: str) -> None:
+    """Once, though several models of a run are loaded from one folder."""
+    warnings.warn(f"{path}: an adapter; its model {base} has it added to its weights", stacklevel=2)

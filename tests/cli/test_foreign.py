@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from small_data import SmallData, train
 
-from rlhf_lightning.cli.foreign import check_loggers, check_monitors, of_callback
+from rlhf_lightning.cli.foreign import CheckHeldOutMonitors, check_loggers, check_monitors, of_callback
 from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.modules.sft import SFTModule
 
@@ -74,3 +74,25 @@ def test_customary_names_of_metrics_are_refused_where_nobody_logs_them() -> None
         check_monitors([callback], Own("model"))
         check_monitors([callback, Mailer(ValueError())], module)
     check_monitors([EarlyStopping("val/loss"), EarlyStopping("lr-AdamW"), ModelCheckpoint()], module)
+
+
+def test_a_held_out_metric_that_there_is_not_is_refused_before_the_first_step(tiny_policy_dir: Path) -> None:
+    """By the trial of the validation."""
+    data, steps = SmallData(tiny_policy_dir, [[0, 1]], held_out=True), []
+
+    class Count(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            steps.append(1)
+
+    def fit(monitor: str) -> None:
+        checks = [EarlyStopping(monitor, strict=False), Count(), CheckHeldOutMonitors()]
+        train(SFTModule(str(tiny_policy_dir)), data, callbacks=checks)
+
+    with pytest.raises(
+        InputError, match=r"EarlyStopping watches 'val/los' \(did you mean val/loss\?\); the .* logs val/"
+    ):
+        fit("val/los")
+    assert not steps
+    fit("val/loss")
+    fit("train/los")
+    assert len(steps) == 2

@@ -12,7 +12,8 @@ import pytest
 from tiny_models import CHAT_TEMPLATE
 
 from rlhf_lightning.batches import View
-from rlhf_lightning.cli.notices import _template, farewell, notice
+from rlhf_lightning.cli.lines import notice
+from rlhf_lightning.cli.notices import _template, farewell
 from rlhf_lightning.cli.runs import Run
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.evaluation.evaluate import _parser

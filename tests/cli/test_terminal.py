@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ def lightnings(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     logger, stream = logging.getLogger("lightning.pytorch"), io.StringIO()
     monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(stream)])
     monkeypatch.setattr(logger, "level", logging.INFO)
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     _quiet()
     return stream
 
@@ -42,11 +40,3 @@ def test_what_preflight_says_is_not_said_twice(
     data = datamodule.PreferenceDataModule(str(tmp_path / "pairs.jsonl"), validation_fraction=0)
     data.prepare(View("pairs"), tiny_tokenizer)
     assert "data: 3 pairs" in caplog.text and lightnings.getvalue() == ""
-
-
-def test_a_warning_of_ours_is_without_the_line_it_comes_from(lightnings: io.StringIO) -> None:
-    said = [
-        warnings.formatwarning(Warning("look"), UserWarning, file, 7)
-        for file in (datamodule.__file__, "/else/where.py")
-    ]
-    assert said == ["warning   look\n", "/else/where.py:7: look\n"]

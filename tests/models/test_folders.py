@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -82,6 +83,9 @@ def test_an_adapter_s_folder_is_its_model_with_the_adapter_in_its_weights(tiny_p
     with pytest.warns(UserWarning, match="adapter: an adapter; its model .* has it added to its weights"):
         model = load_causal_lm(tmp_path / "adapter")
     assert type(model) is LlamaForCausalLM and all(p.requires_grad for p in model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a run that loads it twice says so once
+        load_causal_lm(tmp_path / "adapter")
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS).logits, adapted(TOKENS).logits)
         assert (model(TOKENS).logits - load_causal_lm(tiny_policy_dir)(TOKENS).logits).abs().max() > 0.01
