@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from typing import Any, NoReturn
+
+from rlhf_lightning.text import nearest
 
 
 class InputError(ValueError):
@@ -56,6 +57,6 @@ class CommandParser(argparse.ArgumentParser):
         if unknown and not message.startswith("unrecognized arguments"):
             message = f"unrecognized arguments: {' '.join(unknown)} ({message})"
         name = unknown[0] if unknown else ""
-        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = nearest(name, self._option_string_actions)
+        hint = f"did you mean {near}? " if near else ""
         raise InputError(f"{message}; {hint}{self.prog} --help lists the options")

@@ -1,10 +1,12 @@
-"""Text of others (models, data files) made fit to be shown, and shown."""
+"""Text of others (models, data files) made fit to be shown, and shown; and the name that was likely meant."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import unicodedata
+from collections.abc import Iterable
 from typing import TextIO
 
 
@@ -15,6 +17,11 @@ def printable(text: str) -> str:
     """
     kept = (c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
     return "".join("?" if unicodedata.category(c) == "Cs" else c for c in kept)
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that is spelt most like ``name``, or None where none is alike by ``cutoff`` of 1."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def say(line: str, stream: TextIO | None = None) -> bool:

@@ -122,6 +122,7 @@ def test_keys_have_lines_and_no_init_args(tmp_path: Path) -> None:
         ("kl_coeff", " (did you mean --model.kl_coef?)"),
         ("model.kl_coeff", " (did you mean --model.kl_coef?)"),
         ("trainer.max_epoch", " (did you mean --trainer.max_epochs?)"),
+        ("num_train_epochs", " (did you mean --trainer.max_epochs?)"),
         ("banana", ""),
     ],
 )

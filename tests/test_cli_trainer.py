@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
 from rlhf_lightning.cli import main
 from rlhf_lightning.cli.configs import resolve_configs
+from rlhf_lightning.cli.suggestions import _ELSEWHERE, did_you_mean
 from rlhf_lightning.cli.training import TrainingCLI
 from rlhf_lightning.errors import InputError
 
@@ -182,6 +184,12 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
             "--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitr=x",
             "unknown key of EarlyStopping (did you mean --trainer.callbacks.monitor?)",
         ),
+        ("--lr 1", "--lr: unknown key (did you mean --model.learning_rate?)"),
+        ("--model.lr 1", "--model.lr: unknown key of PPOModule (did you mean --model.learning_rate?)"),
+        ("--model null", "error: model: required"),
+        ("--trainer.callbacks+=EarlyStoping", "no class 'EarlyStoping' is known (did you mean EarlyStopping?)"),
+        ("--data.chat_template_kwargs {a:false}", "expected dict, got {a:false}; write a space behind each colon"),
+        ("--data.chat_template_kwargs 5", "expected dict, got 5"),
         ("--checkpoint x", "--checkpoint x: no such config file; its options are written --checkpoint.OPTION VALUE"),
         ("--print_config=nope", "--print_config=nope: no such flag; there are skip_default and skip_unset"),
     ],
@@ -214,3 +222,21 @@ def test_usage_says_how_the_command_is_typed(capsys: pytest.CaptureFixture[str])
     for command in (["fit", "--help"], ["predict", "--help"], ["fit", "--model.help", "PPOModule"]):
         assert main(command) == 0
         assert capsys.readouterr().out.startswith(f"usage: python -m rlhf_lightning {command[0]} ")
+
+
+def test_what_other_libraries_call_an_option_leads_to_one_that_there_is(
+    elsewhere: None,
+) -> None:
+    cli = ParsedOnly(*resolve_configs(shlex.split("fit --config grpo.yaml --data.path x --model.reward.path y")))
+    known = cli._accepted(None)
+    for name, ours in _ELSEWHERE.items():
+        meant = did_you_mean(name, known).removeprefix(" (did you mean ").removesuffix("?)")
+        assert meant in known and meant.rpartition(".")[2] in (ours, name), name
+
+
+def test_a_gpu_that_is_not_there_is_told_by_its_option(
+    sft: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*sft, "--trainer.accelerator", "gpu"]) == 2
+    assert error_of(capsys) == "error: trainer.accelerator: torch finds no GPU here; leave the option out"

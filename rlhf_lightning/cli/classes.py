@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, callbacks, loggers
 from lightning.pytorch.loggers import Logger
 
 from rlhf_lightning import modules, rewards
@@ -19,6 +19,8 @@ CLASSES = (
     *(getattr(rewards, name) for name in rewards.__all__),
     PreferenceDataModule,
 )
+# What a class may be called without its module: the above, and Lightning's own.
+SHORT_NAMES = [*(cls.__name__ for cls in CLASSES), *callbacks.__all__, *loggers.__all__]
 
 
 def class_path(cls: type) -> str:

@@ -38,6 +38,7 @@ _NOT_A_CLASS = re.compile(r"Not a valid subclass of (\w+)")
 _NO_CONFIG = re.compile(r"Unable to load config '([^']*)'")
 _BASE = re.compile(r"Subtypes: \[<class '(?:\w+\.)*(\w+)'>")
 _INSIDE = re.compile(r"NestedArg\(key='([^']+)'")
+_TIGHT_COLON = re.compile(r"\{.*\w:\S.*\}")  # which makes one long key of it, in YAML
 _COMPARED = re.compile(r"\bv(?=[<>=])")
 _MAX_LENGTH = 400
 
@@ -69,6 +70,7 @@ def explain(
     required = _REQUIRED.search(message)
     if required:
         names = [".".join([*keys, name.strip()]) for name in required[1].split(",")]
+        names = [name.removeprefix(f"{arguments[0]}.") for name in names]  # of --model null the subcommand is a key
         of = f" by {classes[-1].rsplit('.', 1)[-1]}" if classes else ""
         return f"{' and '.join(names)}: required{of} but not given; add --{names[0]} VALUE or write it in the config"
     key = ".".join(keys)
@@ -88,7 +90,9 @@ def explain(
     expected = [kind for kind in dict.fromkeys(expected) if kind != "NoneType"]
     got = _GOT.search(cause) or _NOT_A_NUMBER.search(cause)
     if expected and got:
-        return f"{place}: expected {' or '.join(expected)}, got {got[1].strip(chr(39)) or 'nothing'}"
+        value = got[1].strip(chr(39)) or "nothing"
+        advice = "; write a space behind each colon" if _TIGHT_COLON.fullmatch(value) and "dict" in expected else ""
+        return f"{place}: expected {' or '.join(expected)}, got {value}{advice}"
     return f"{place}: {_shortened(message)}" if place else _shortened(message)
 
 

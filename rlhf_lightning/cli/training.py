@@ -28,7 +28,15 @@ from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.callbacks.sinks import SinkGuard
 from rlhf_lightning.cli.arguments import ordered, repeats, split
 from rlhf_lightning.cli.claims import claimed, cleared_up, first_process
-from rlhf_lightning.cli.classes import CLASSES, built_of_plain_numbers, class_path, imported, keys_of, resolved
+from rlhf_lightning.cli.classes import (
+    CLASSES,
+    SHORT_NAMES,
+    built_of_plain_numbers,
+    class_path,
+    imported,
+    keys_of,
+    resolved,
+)
 from rlhf_lightning.cli.configs import PACKAGE, no_module, resolve_configs
 from rlhf_lightning.cli.foreign import CheckHeldOutMonitors, check_loggers, check_monitors, of_callback, of_trainer
 from rlhf_lightning.cli.layers import Layers, lay
@@ -63,7 +71,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         TrainingCLI(resolved, paths)
     except MisconfigurationException as error:
-        raise InputError(str(error)) from error
+        no_gpu = "No supported gpu backend" in str(error)
+        told = "trainer.accelerator: torch finds no GPU here; leave the option out" if no_gpu else str(error)
+        raise InputError(told) from error
     except Exception as error:
         if (said := of_callback(error) or of_trainer(error)) is not None:
             raise said from error
@@ -197,7 +207,7 @@ class TrainingCLI(LightningCLI):
     def _accepted(self, cls: str | None) -> list[str]:
         """The valid keys of a class, or of the whole command where it is None; ``"classes"``: the known class names."""
         if cls == "classes":
-            return [known.__name__ for known in CLASSES]
+            return SHORT_NAMES
         if cls is not None:
             return keys_of(imported(cls))
         keys = list(self._subcommand_parsers[self.arguments[0]].get_defaults().keys())

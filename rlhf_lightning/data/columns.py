@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 
 from rlhf_lightning.data.files import RawRow, shown
 from rlhf_lightning.data.hints import COLUMNS
 from rlhf_lightning.data.values import refused
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.text import nearest
 
 # What the forms read. A name that is none of them, nor near one, is a column's that rewards are handed.
 KEYS = (
@@ -48,9 +48,9 @@ class Columns:
         self.names = dict(names or {})
         self.option = option
         for name in self.names:
-            near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.8)
+            near = nearest(name, KEYS, cutoff=0.8)
             if name not in KEYS and near:
-                raise InputError(f"{option}: '{shown(name)}': no form of rows has this key; did you mean {near[0]}?")
+                raise InputError(f"{option}: '{shown(name)}': no form of rows has this key; did you mean {near}?")
         self._found: set[str] = set()
         self._keys: dict[str, None] = {}  # of rows, in their order
 
@@ -85,8 +85,8 @@ class Columns:
         """
         for name, key in self.names.items():
             if key not in self._found and self._keys:
-                near = difflib.get_close_matches(key, self._keys, n=1)
-                hint = f"; did you mean {shown(near[0])}?" if near else ""
+                near = nearest(key, self._keys)
+                hint = f"; did you mean {shown(near)}?" if near else ""
                 found = ", ".join(map(shown, self._keys))
                 problem = f"no row has a key '{shown(key)}' for '{shown(name)}'"
                 raise InputError(f"{self.option}: {problem}{hint or ';'} keys found: {found}")

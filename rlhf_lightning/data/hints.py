@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from rlhf_lightning.text import nearest
 
 COLUMNS = "data.columns"  # the option that names columns in a configuration
 # Names that other data sets have for ours.
@@ -26,9 +27,9 @@ def meant(keys: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in wanted:
         lower = {key.lower().strip(): key for key in reversed(left)}
-        near = difflib.get_close_matches(name, lower, n=1, cutoff=0.8)
+        near = nearest(name, lower, cutoff=0.8)
         other = [key for key in _OTHER_NAMES.get(name, ()) if key in lower]
-        for key in [*near, *other][:1]:
+        for key in [*([near] if near else []), *other][:1]:
             found[name] = lower[key]
             left.remove(lower[key])
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.text import nearest
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -63,8 +63,8 @@ def _alike(folder: Path) -> str:
     """The folder that was perhaps meant, in words."""
     parent = folder.parent
     names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
-    meant = difflib.get_close_matches(folder.name, names, n=1)
-    return f" (did you mean {parent / meant[0]}?)" if meant else ""
+    meant = nearest(folder.name, names)
+    return f" (did you mean {parent / meant}?)" if meant else ""
 
 
 def check_weight_files(folder: Path) -> None:

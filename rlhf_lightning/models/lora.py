@@ -11,7 +11,6 @@ A mixture's experts that are fused into one parameter ``[E, out, in]`` have an a
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.text import nearest
 
 _NAME = "default"  # peft's name for a model's first adapter
 _BASE, _DOWN, _UP = ".base_layer", f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight"
@@ -53,8 +53,8 @@ def add_adapter(
     known = [name for name, _ in trunk.named_modules() if name]
     for target in layers or ():  # peft is content where any of them names a layer
         if not any(_ends(name, [target]) for name in known):
-            near = difflib.get_close_matches(target, {name.rpartition(".")[2] for name in known}, n=1)
-            hint = f"did you mean {near[0]}?" if near else "name endings of the trunk's linear layers, as q_proj"
+            near = nearest(target, sorted({name.rpartition(".")[2] for name in known}))
+            hint = f"did you mean {near}?" if near else "name endings of the trunk's linear layers, as q_proj"
             raise InputError(f"model.lora_targets: no layer's name ends with {target!r}; {hint}")
     config = LoraConfig(
         r=int(rank),

@@ -78,7 +78,10 @@ def test_paths_that_are_no_data_file(write, tmp_path):
     assert refusal(str(tmp_path)).endswith("is a folder; name the data files in it")
     assert "unknown kind of file" in refusal(write("x", "rows.txt"))
     assert "cannot be read (No such file or directory)" in refusal(str(tmp_path / "absent.jsonl"))
-    assert "no such file" in refusal(str(tmp_path / "absent"))
+    assert "no such file;" in refusal(str(tmp_path / "absent"))
+    write("x", "rows.jsonl")
+    for name in ("row.jsonl", "rows.jsnl"):
+        assert f"(did you mean {tmp_path / 'rows.jsonl'}?)" in refusal(str(tmp_path / name))
 
 
 def test_csv_rows(write):
