@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
 import unicodedata
-from collections.abc import Iterable
-from typing import TextIO
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TextIO, TypeVar
+
+_T = TypeVar("_T")
 
 
 def printable(text: str) -> str:
@@ -22,6 +25,17 @@ def printable(text: str) -> str:
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name that is spelt most like ``name``, or None where none is alike by ``cutoff`` of 1."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
+
+
+def counted(items: Sequence[_T], what: str, every: float = 10.0) -> Iterator[_T]:
+    """The items; where they take long, the first process says every so many seconds how many are done."""
+    first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    told = time.monotonic()
+    for done, item in enumerate(items):
+        if first and time.monotonic() - told >= every:
+            told = time.monotonic()
+            say(f"{what}: {done:,} of {len(items):,}")
+        yield item
 
 
 def say(line: str, stream: TextIO | None = None) -> bool:

@@ -26,6 +26,7 @@ from rlhf_lightning.data.sequences import Pieces, common_prompt, split
 from rlhf_lightning.data.spelling import count_spelled, without_end
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.template import ChatTemplate, template_text
+from rlhf_lightning.text import counted
 
 LongPrompts = Literal["error", "drop", "truncate_left"]
 LongResponses = Literal["error", "drop"]
@@ -172,12 +173,10 @@ class Encoder:
             records = list(distinct.values())
         tokens, rows = self.spelled_in(records)
         self.spelled, self.spelling_rows = self.spelled + tokens, self.spelling_rows + rows
-        asked = [
-            ask
-            for record in records
-            for choice in wanted(record, kind, demonstrations)
-            for ask in self._asked(record, choice, kind)
-        ]
+        asked: list[_Asked] = []
+        for record in counted(records, "data      rows rendered"):
+            for choice in wanted(record, kind, demonstrations):
+                asked += self._asked(record, choice, kind)
         asked = self._without_long_turns(self._without_long_prompts(asked, dropped), kind, dropped)
         ids = self._pieces(asked)
         kept = self._kept_prompts(asked, ids, dropped)

@@ -253,7 +253,8 @@ class RLHFModule(OptimisedModule):
         """
         made = checkpoint.get("made_with", {})
         self._made_by = f"by {made['module']} of {made['model']}" if made else "by another module or of another model"
-        check_made_with(made, self.shape_options())
+        goes_on = self._trainer is not None and self.trainer.state.fn == "fit"
+        check_made_with(made, self.shape_options(), type(self).__name__ if goes_on else None)
         for (then, expected), (folder, found) in zip(checkpoint.get("bases", []), self._bases, strict=False):
             if found != expected:
                 now = "changed since" if then == folder else f"are not those of {folder}"

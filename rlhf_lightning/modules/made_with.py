@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from rlhf_lightning.errors import InputError
 
 
-def check_made_with(made: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of other options than the run's.
+def check_made_with(made: Mapping[str, Any], options: Mapping[str, Any], module: str | None = None) -> None:
+    """Refuse a checkpoint of other options than the run's, and warn of one of another method.
 
     Args:
-        made: options that the checkpoint was made with; what it does not have is not compared.
+        made: the module and the options that the checkpoint was made with; what it does not have is not compared.
         options: the run's, by name, that decide which weights there are.
+        module: the class whose training goes on from it; None where none does.
 
     Raises:
         InputError: names the first option that differs.
@@ -25,6 +28,11 @@ def check_made_with(made: Mapping[str, Any], options: Mapping[str, Any]) -> None
                 f"--ckpt_path: the checkpoint was made with model.{name} {then}, and this run has {_typed(now)}; "
                 f"give --model.{name} {then}, or leave --ckpt_path out"
             )
+    if module is not None and made.get("module", module) != module:
+        rank_zero_warn(
+            f"--ckpt_path: {made['module']} made the checkpoint, and {module} goes on from its weights, its optimizer "
+            "and its step; to begin anew from the model alone, name its exported folder by --model.model"
+        )
 
 
 def own_part(checkpoint: Mapping[str, Any], key: str, module: str, made: str) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.made_with import check_made_with
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
@@ -29,6 +32,21 @@ def test_other_options_are_named() -> None:
         PPOModule("model", critic="head").on_load_checkpoint(saved(PPOModule("model")))
     SFTModule("model").on_load_checkpoint(saved(DPOModule("model")))  # the same weights, as `predict` may read
     SFTModule("model").on_load_checkpoint({})  # of an earlier version
+
+
+def test_a_training_that_goes_on_from_another_methods_is_told() -> None:
+    made = {"module": "DPOModule", "model": "model"}
+    with pytest.warns(UserWarning, match="DPOModule made the checkpoint, and SFTModule goes on from its weights"):
+        check_made_with(made, {}, "SFTModule")
+    module = SFTModule("model")
+    module._trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match="SFTModule goes on"):
+        module.on_load_checkpoint({"made_with": made})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.on_load_checkpoint({"made_with": {**made, "module": "SFTModule"}})
+        module._trainer.state.fn = "validate"  # type: ignore[union-attr]
+        module.on_load_checkpoint({"made_with": made})
 
 
 @pytest.mark.parametrize("kind", [PPOModule, RewardModelModule])
