@@ -221,8 +221,9 @@ def test_light_commands_import_nothing_heavy(code: str, forbidden: tuple[str, ..
 
 
 def test_info_answers_within_a_second_beyond_torch() -> None:
-    extra = min(run_python(CALL.format("'info'"))[1] - run_python("import torch")[1] for _ in range(3))
-    assert extra < 1.0, f"info took {extra:.2f} s beyond `import torch`"
+    """By the best of up to three tries, since other work slows one of the two."""
+    tries = (run_python(CALL.format("'info'"))[1] - run_python("import torch")[1] for _ in range(3))
+    assert any(extra < 1.0 for extra in tries)
 
 
 def test_no_two_test_files_have_one_name() -> None:
