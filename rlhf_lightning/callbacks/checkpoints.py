@@ -94,6 +94,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Stop where that was asked for. From here to the batch's end the state is not one to resume from."""
         if self._stop_now:
+            say(f"stopped; the same command goes on with --ckpt_path last, from {self.newest}")
             raise KeyboardInterrupt
         self._between_batches = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from rlhf_lightning.cli.suggestions import did_you_mean
 from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
 
+_EPOCHS_BEHIND = re.compile(r"checkpoint with current_epoch=(\d+), but you have set Trainer\(max_epochs=(\d+)")
 _OURS = ("rlhf_lightning.", "lightning.")
 
 
@@ -35,7 +37,7 @@ def check_monitors(callbacks: Iterable[Callback], module: LightningModule) -> No
     That is sure only of modules of this library beside its own callbacks and Lightning's: another may log such a name.
     """
     callbacks = list(callbacks)
-    if not all(type(part).__module__.startswith(_OURS) for part in (module, *callbacks)):
+    if not _ours((module, *callbacks)):
         return
     for callback in callbacks:
         name = getattr(callback, "monitor", None)
@@ -47,23 +49,84 @@ def check_monitors(callbacks: Iterable[Callback], module: LightningModule) -> No
             )
 
 
-class CheckHeldOutMonitors(Callback):
-    """Refuses, after the trial of the validation, a callback that watches a metric of it which there is not.
+def _ours(parts: Iterable[object]) -> bool:
+    return all(type(part).__module__.startswith(_OURS) for part in parts)
 
-    Lightning itself tells only when it looks, after the first epoch.
+
+class CheckMonitors(Callback):
+    """Refuses, as soon as that can be known, a callback that watches a metric which there is not.
+
+    Lightning itself tells only when it looks, after the first epoch. Before the first step: one of the validation,
+    where there is none, or none of this name in its trial. After the first step: any other that training does not log.
     """
+
+    def __init__(self) -> None:
+        self._stepped = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """InputError where nothing is held out."""
+        if not trainer.fit_loop.epoch_loop.val_loop.skip:
+            return
+        for callback, name in _monitors(trainer):
+            if name.partition("/")[0] == _held_out(pl_module):
+                raise InputError(
+                    f"trainer.callbacks: {type(callback).__name__} watches {name!r}, and nothing is validated; set "
+                    "data.val_path or data.validation_fraction, or leave the callback out"
+                )
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """InputError with the name that may have been meant."""
         known = sorted(trainer.callback_metrics)
-        kinds = {name.partition("/")[0] for name in known if "/" in name}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            name = getattr(callback, "monitor", None)
-            if isinstance(name, str) and name not in known and name.partition("/")[0] in kinds:
-                raise InputError(
-                    f"trainer.callbacks: {type(callback).__name__} watches {name!r}{did_you_mean(name, known)}; the "
-                    f"validation of {type(pl_module).__name__} logs {', '.join(known)}"
-                )
+        for callback, name in _monitors(trainer):
+            if name not in known and name.partition("/")[0] in {other.partition("/")[0] for other in known}:
+                raise _unknown(callback, name, known, f"validation of {type(pl_module).__name__}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The same for the metrics of the first step."""
+        if self._stepped or not trainer.global_step or not _ours((pl_module, *_callbacks(trainer))):
+            return
+        self._stepped = True
+        known = sorted(trainer.callback_metrics)
+        for callback, name in _monitors(trainer):
+            if name not in known and "/" in name and name.partition("/")[0] != _held_out(pl_module):
+                raise _unknown(callback, name, known, f"training of {type(pl_module).__name__}")
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+def _monitors(trainer: Trainer) -> list[tuple[Callback, str]]:
+    """The callbacks that watch a metric, with its name."""
+    found = [(callback, getattr(callback, "monitor", None)) for callback in _callbacks(trainer)]
+    return [(callback, name) for callback, name in found if isinstance(name, str)]
+
+
+def _held_out(module: LightningModule) -> str:
+    """What the names of the validation's metrics begin with."""
+    return "val" if module.automatic_optimization else "eval"
+
+
+def _unknown(callback: Callback, name: str, known: list[str], where: str) -> InputError:
+    return InputError(
+        f"trainer.callbacks: {type(callback).__name__} watches {name!r}{did_you_mean(name, known)}; the {where} logs "
+        f"{', '.join(known)}"
+    )
+
+
+def of_configuration(error: MisconfigurationException) -> InputError:
+    """What to say where Lightning refuses how it is set up."""
+    told = str(error)
+    if "No supported gpu backend" in told:
+        return InputError("trainer.accelerator: torch finds no GPU here; leave the option out")
+    if (epochs := _EPOCHS_BEHIND.search(told)) is not None:
+        return InputError(
+            f"--ckpt_path: the run has had {epochs[1]} epochs and trainer.max_epochs is {epochs[2]}, so nothing is "
+            "left to train; raise it"
+        )
+    return InputError(told)
 
 
 def of_callback(error: Exception) -> InputError | None:

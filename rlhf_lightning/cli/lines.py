@@ -6,9 +6,10 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rlhf_lightning.cli.configs import PACKAGE
+from rlhf_lightning.text import say
 
 INDENT = 10
 _TO_COPY = ("curves", "next")  # commands, in one piece
@@ -24,10 +25,17 @@ def notice(name: str, text: str) -> str:
     return textwrap.fill(line, width, subsequent_indent=" " * INDENT, **options)
 
 
-def plain_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """For ``warnings.formatwarning``: one of this library's names what it is about; where it was said helps nobody."""
-    if Path(filename).is_relative_to(PACKAGE):
-        return f"{notice('warning', str(message))}\n"
-    return f"{filename}:{lineno}: {message}\n"
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """For ``warnings.showwarning``: one of this library's names what it is about; where it was said helps nobody.
+
+    ``warnings.formatwarning`` would be the smaller hook, and Lightning takes that one for itself.
+    """
+    own = Path(filename).is_relative_to(PACKAGE)
+    say(notice("warning", str(message)) if own else f"{filename}:{lineno}: {message}", file or sys.stderr)

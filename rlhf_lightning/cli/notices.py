@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from rlhf_lightning.cli.lines import notice
@@ -32,12 +32,24 @@ class Preflight(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._trained = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """Print, on the first process."""
         if trainer.is_global_zero:
             for name, text in report(trainer, pl_module, self.folder):
                 say(notice(name, text))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note that there is something to train."""
+        self._trained = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that goes on where nothing is left says so: its model is the one that there was."""
+        if not self._trained and trainer.is_global_zero:
+            said = f"{self.folder}: nothing was left to train after step {trainer.global_step:,}; to go on, raise "
+            own = "trainer.max_epochs or trainer.max_steps"
+            say(notice("run", said + (own if pl_module.automatic_optimization else "model.iterations")))
 
 
 def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple[str, str]]:
@@ -48,6 +60,9 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
     size = f"{batches:,} batches of {data.batch_size}"
     stepwise = (trainer.max_epochs or -1) < 1  # ended by max_steps alone
     amount = f"{trainer.max_steps:,} steps, an epoch is {size}" if stepwise else f"{trainer.max_epochs} x {size}"
+    if trainer.max_steps > 0 and not stepwise:
+        whole = "" if module.automatic_optimization else ", to the end of an iteration"
+        amount += f", at most {trainer.max_steps:,} optimizer steps{whole}"
     yield "run", f"{folder}: {type(module).__name__}, {amount}"
     yield "model", f"{module.model}: {_sizes(module)}"
     yield (

@@ -34,8 +34,11 @@ _MANUAL = {
 }
 
 
-def fit_trainer(options: Namespace, module: type, subcommand: str) -> list[str]:
+def fit_trainer(options: Namespace, module: type, subcommand: str, epochs_given: bool) -> list[str]:
     """Check the options of ``trainer`` and change what is spelt as elsewhere; returns notes of what was changed.
+
+    ``max_steps`` alone ends a run, as it does in Lightning: the one epoch of the default is then no limit. It is one
+    for modules that sample, whose epoch is the whole training, and where ``epochs_given`` says that somebody set it.
 
     Raises:
         InputError: an option that Trainer accepts, and that would go wrong later, or wrong and unseen.
@@ -62,6 +65,8 @@ def fit_trainer(options: Namespace, module: type, subcommand: str) -> list[str]:
             f"trainer.gradient_clip_algorithm: {options.gradient_clip_algorithm} clips nothing without a bound; set "
             "trainer.gradient_clip_val too, or leave it out"
         )
+    if issubclass(module, RLHFModule) and module.automatic and options.max_steps > 0 and not epochs_given:
+        options.max_epochs = -1
     if options.barebones:
         notes += _strip(options)
     return notes

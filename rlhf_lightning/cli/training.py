@@ -26,6 +26,7 @@ from rlhf_lightning.callbacks.metrics import JsonlLogger
 from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.callbacks.sinks import SinkGuard
+from rlhf_lightning.cli import foreign
 from rlhf_lightning.cli.arguments import ordered, repeats, split
 from rlhf_lightning.cli.claims import claimed, cleared_up, first_process
 from rlhf_lightning.cli.classes import (
@@ -38,7 +39,6 @@ from rlhf_lightning.cli.classes import (
     resolved,
 )
 from rlhf_lightning.cli.configs import PACKAGE, no_module, resolve_configs
-from rlhf_lightning.cli.foreign import CheckHeldOutMonitors, check_loggers, check_monitors, of_callback, of_trainer
 from rlhf_lightning.cli.layers import Layers, lay
 from rlhf_lightning.cli.lines import notice
 from rlhf_lightning.cli.notices import Preflight, farewell
@@ -71,11 +71,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         TrainingCLI(resolved, paths)
     except MisconfigurationException as error:
-        no_gpu = "No supported gpu backend" in str(error)
-        told = "trainer.accelerator: torch finds no GPU here; leave the option out" if no_gpu else str(error)
-        raise InputError(told) from error
+        raise foreign.of_configuration(error) from error
     except Exception as error:
-        if (said := of_callback(error) or of_trainer(error)) is not None:
+        if (said := foreign.of_callback(error) or foreign.of_trainer(error)) is not None:
             raise said from error
         raise
     return 0
@@ -241,7 +239,9 @@ class TrainingCLI(LightningCLI):
         subcommand = self.config.subcommand
         if self.options.model is None or imported(self.options.model.class_path) is RLHFModule:
             raise no_module(self.arguments)
-        self.layers.notes += fit_trainer(self.options.trainer, imported(self.options.model.class_path), subcommand)
+        module = imported(self.options.model.class_path)
+        epochs_given = bool(self.layers.given(("trainer", "max_epochs")))
+        self.layers.notes += fit_trainer(self.options.trainer, module, subcommand, epochs_given)
         if first_process():
             for note in self.layers.notes:
                 say(notice("note", note))
@@ -287,7 +287,7 @@ class TrainingCLI(LightningCLI):
                 raise
             raise link from None
         if self.subcommand == "fit":
-            check_monitors(self.trainer.callbacks, self.model)  # type: ignore[attr-defined]
+            foreign.check_monitors(self.trainer.callbacks, self.model)  # type: ignore[attr-defined]
 
     def _run_to_write(self) -> Run:
         options = self.options
@@ -327,7 +327,7 @@ class TrainingCLI(LightningCLI):
                 *loggers,
             ]
         if not self.options.trainer.fast_dev_run:  # which logs nothing
-            check_loggers(own)
+            foreign.check_loggers(own)
         self.trainer_defaults["callbacks"] = self._run_callbacks()
         try:
             # Callbacks write to the first logger's folder, and without loggers to this root.
@@ -350,7 +350,7 @@ class TrainingCLI(LightningCLI):
         if self.options.trainer.enable_progress_bar is not False and not own:
             callbacks.append(RunProgress())
         if self.subcommand == "fit":
-            callbacks += [Preflight(self.folder), CheckHeldOutMonitors(), ModelExport()]
+            callbacks += [Preflight(self.folder), foreign.CheckMonitors(), ModelExport()]
         if self.subcommand == "predict":
             callbacks.append(PredictionWriter(self._predictions))
         return callbacks

@@ -113,6 +113,7 @@ class OnPolicyModule(SamplingModule):
         self.max_grad_norm = max_grad_norm
         self.eval_temperature = eval_temperature
         self.data_view = View("prompts", steps=iterations, demonstrations="held_out")
+        self._steps_made = 0  # since this process began
         self.iteration = 0  # beside weights and optimizer, what a checkpoint holds; draws are functions of it
 
     @property
@@ -173,6 +174,7 @@ class OnPolicyModule(SamplingModule):
             experience = self.collect(rollout, scores, totals)
         with self.timed("update"):
             steps = self.learn(experience, totals)
+        self._steps_made += steps
         self.finish(rollout, scores, totals, steps)
 
     def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Learnable:
@@ -306,6 +308,11 @@ class OnPolicyModule(SamplingModule):
         self.report_samples(rollout, {"score": scores})
         self.iteration += 1
         return metrics
+
+    def on_train_end(self) -> None:
+        """A run that learnt nothing at all is told once more, where it is seen."""
+        if not self._steps_made:
+            rank_zero_warn("no step was made in this run: the model is the one that it began with")
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Held-out prompts, always answered with the same draws, so that two validations differ by the policy alone."""

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import time
+import warnings
 from typing import Literal
 
 import torch
@@ -39,8 +40,9 @@ class FunctionReward(Reward):
     skip it alone; the search for a name takes two more ``timeout`` at most, skipping takes one for each response that
     hangs. So under ``skip`` a score should not depend on the other responses of the call.
 
-    Raises: InputError when an option is wrong or the function cannot be found; under ``raise``, when it raises, takes
-    too long, or returns something other than B finite numbers, naming the function, the prompt and its row.
+    Raises: InputError when an option is wrong, the function cannot be found, or it needs a column that rows lack; under
+    ``raise``, when it raises, takes too long, or returns something other than B finite numbers, naming the function,
+    the prompt and its row.
     """
 
     def __init__(
@@ -61,17 +63,35 @@ class FunctionReward(Reward):
         by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         self._texts = {p.name for p in parameters[:2] if p.kind is p.POSITIONAL_OR_KEYWORD}
         self._names = by_name - self._texts
+        self._needed = sorted(p.name for p in parameters if p.name in self._names and p.default is p.empty)
+        self._told = False  # why responses are skipped
 
     def forward(self, rollout: Rollout) -> Tensor:
+        self._check_columns(rollout)
         try:
             scores = self._scores(rollout, list(range(len(rollout))), self.timeout)
         except CallFailed as error:
             if not self.may_skip:
                 raise InputError(self._blame(rollout, str(error))) from error
+            if not self._told:
+                warnings.warn(
+                    f"reward {self.source}: the function {error}; responses that it fails for are skipped", stacklevel=1
+                )
+            self._told = True
             scores = self._one_by_one(rollout)
         if self.may_skip:
             scores = torch.where(torch.isfinite(scores), scores, torch.nan)
         return check_scores(scores, rollout, self.source, self.may_skip)
+
+    def _check_columns(self, rollout: Rollout) -> None:
+        """No call can work without a column that the function names: so it is never a response to skip."""
+        columns = rollout.prompts.columns
+        if missing := [name for name in self._needed if name not in columns]:
+            have = f"the rows have {', '.join(sorted(columns))}" if columns else "the rows have none beside the prompt"
+            raise InputError(
+                f"reward {self.source}: the function asks for column '{missing[0]}', and {have}; add it to the rows, "
+                "map it with data.columns, or give the parameter a default"
+            )
 
     def _scores(self, rollout: Rollout, rows: list[int], timeout: float | None) -> Tensor:
         """One call for the given rows: ``[len(rows)]``; CallFailed says, after "the function", what went wrong."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from small_data import SmallData, train
 
-from rlhf_lightning.cli.foreign import CheckHeldOutMonitors, check_loggers, check_monitors, of_callback
+from rlhf_lightning.cli.foreign import CheckMonitors, check_loggers, check_monitors, of_callback
 from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.modules.sft import SFTModule
 
@@ -76,23 +77,40 @@ def test_customary_names_of_metrics_are_refused_where_nobody_logs_them() -> None
     check_monitors([EarlyStopping("val/loss"), EarlyStopping("lr-AdamW"), ModelCheckpoint()], module)
 
 
-def test_a_held_out_metric_that_there_is_not_is_refused_before_the_first_step(tiny_policy_dir: Path) -> None:
-    """By the trial of the validation."""
-    data, steps = SmallData(tiny_policy_dir, [[0, 1]], held_out=True), []
+class Count(Callback):
+    def __init__(self) -> None:
+        self.batches = 0
 
-    class Count(Callback):
-        def on_train_batch_end(self, *args: Any) -> None:
-            steps.append(1)
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.batches += 1
 
-    def fit(monitor: str) -> None:
-        checks = [EarlyStopping(monitor, strict=False), Count(), CheckHeldOutMonitors()]
+
+@pytest.mark.parametrize(
+    ("monitor", "held_out", "batches", "said"),
+    [
+        ("val/los", True, 0, r"'val/los' \(did you mean val/loss\?\); the validation of SFTModule logs val/"),
+        ("val/loss", False, 0, "'val/loss', and nothing is validated; set data.val_path"),
+        ("loss/val", True, 1, "'loss/val'.*; the training of SFTModule logs "),
+        ("train/los", False, 1, r"'train/los' \(did you mean train/loss\?\)"),
+        ("val/loss", True, 4, ""),
+        ("train/loss", False, 4, ""),
+        ("lr-AdamW", False, 4, ""),
+    ],
+)
+def test_a_metric_that_there_is_not_is_refused_as_soon_as_that_is_known(
+    monitor: str, held_out: bool, batches: int, said: str, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Count, "__module__", "rlhf_lightning.callbacks.count")
+    data, count = SmallData(tiny_policy_dir, [[0, 1], [2], [3], [4]], held_out=held_out), Count()
+    with pytest.raises(InputError, match=f"EarlyStopping watches {said}") if said else contextlib.nullcontext():
+        checks = [EarlyStopping(monitor, strict=False), count, CheckMonitors()]
         train(SFTModule(str(tiny_policy_dir)), data, callbacks=checks)
+    assert count.batches == batches
 
-    with pytest.raises(
-        InputError, match=r"EarlyStopping watches 'val/los' \(did you mean val/loss\?\); the .* logs val/"
-    ):
-        fit("val/los")
-    assert not steps
-    fit("val/loss")
-    fit("train/los")
-    assert len(steps) == 2
+
+def test_metrics_of_modules_that_are_not_ours_are_theirs(tiny_policy_dir: Path) -> None:
+    class Own(SFTModule):
+        """May log what it likes, and when."""
+
+    data = SmallData(tiny_policy_dir, [[0, 1]])
+    train(Own(str(tiny_policy_dir)), data, callbacks=[EarlyStopping("loss/mine", strict=False), CheckMonitors()])

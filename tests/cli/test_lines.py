@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 
 import pytest
+from lightning.fabric.utilities import warnings as lightnings
 
 from rlhf_lightning.cli import main
 from rlhf_lightning.data import datamodule
 
 
-def test_a_warning_of_ours_is_without_the_line_it_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back when the test ends
+def test_a_warning_of_ours_is_without_the_line_it_comes_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for hook in ("showwarning", "formatwarning"):
+        monkeypatch.setattr(warnings, hook, getattr(warnings, hook))  # put back when the test ends
     main(["--version"])
-    said = [
-        warnings.formatwarning(Warning("look"), UserWarning, file, 7)
-        for file in (datamodule.__file__, "/else/where.py")
-    ]
-    assert said == ["warning   look\n", "/else/where.py:7: look\n"]
+    importlib.reload(lightnings)  # a command imports Lightning later, which takes a hook
+    for file in (datamodule.__file__, "/else/where.py"):
+        warnings.showwarning(Warning("look"), UserWarning, file, 7)
+    assert capsys.readouterr().err == "warning   look\n/else/where.py:7: look\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,15 @@ def test_an_iteration_without_any_response_left_makes_no_step_and_says_so(tiny_p
     assert module.logged[1]["reward/skipped"] == 8
     assert not any(math.isnan(value) for value in module.logged[1].values())
     assert math.isfinite(module.kl_coefficient)
+
+
+def test_a_run_that_learnt_nothing_is_told_at_its_end(tiny_policy_dir):
+    options = {**OPTIONS, "iterations": 1}
+    with pytest.warns(UserWarning, match="no step was made in this run: the model is the one that it began with"):
+        fit(make_module(tiny_policy_dir, Skipping(*range(8)), **options))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "no step was made in this run")
+        fit(make_module(tiny_policy_dir, **options))
 
 
 def test_fewer_responses_than_minibatches_make_fewer_steps(tiny_policy_dir):

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+import warnings
 
 import pytest
 from test_rewards import make_rollout
@@ -88,10 +89,27 @@ def test_columns_of_the_names_of_its_texts_are_left_out(tmp_path, timeout):
         assert FunctionReward(f"{tmp_path / 'mine.py'}:{name}", timeout)(rollout).tolist() == scores
 
 
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_column_that_rows_lack_is_named_whatever_may_be_skipped(tmp_path, on_error):
+    (tmp_path / "mine.py").write_text("def ours(prompts, responses, answer, *, log, extra=1):\n    return answer\n")
+    reward = FunctionReward(f"{tmp_path / 'mine.py'}:ours", on_error=on_error)
+    assert reward(make_rollout(["a", "b"], answer=[1, 2], log=[0, 0])).tolist() == [1.0, 2.0]
+    with pytest.raises(InputError, match=r"asks for column 'log', and the rows have answer, other; add it to the rows"):
+        reward(make_rollout(["a", "b"], answer=[1, 2], other=[0, 0]))
+    with pytest.raises(InputError, match="asks for column 'answer', and the rows have none beside the prompt"):
+        reward(make_rollout(["a", "b"]))
+
+
 @pytest.mark.parametrize("timeout", [None, 20.0])
 def test_skipped_responses_have_no_score_and_the_others_theirs(source, timeout):
     reward = FunctionReward(source + "trouble", timeout, on_error="skip")
-    scores = reward(make_rollout(["four", "raise", "nan", "inf", "sixsix"])).tolist()
+    with pytest.warns(
+        UserWarning, match=r"the function raised KeyError: 'lexicon' .*; responses that it fails for are"
+    ):
+        scores = reward(make_rollout(["four", "raise", "nan", "inf", "sixsix"])).tolist()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reward(make_rollout(["raise"]))  # told once
     assert [None if math.isnan(s) else s for s in scores] == [4.0, None, None, None, 6.0]
 
 
