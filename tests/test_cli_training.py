@@ -372,7 +372,9 @@ def test_validate_and_test(sft: list[str], capsys: pytest.CaptureFixture[str]) -
     before = metrics("sft")
     capsys.readouterr()
     assert main(["validate", *sft, "--ckpt_path", "last"]) == 0
-    assert "run       the metrics are written to runs/sft/validate" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "run       the metrics are written to runs/sft/validate" in said
+    assert "data      1 demonstrations, 0.05 of data.path" in said
     assert metrics("sft") == before
     assert "val/perplexity" in metrics("sft/validate")[-1]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.callbacks.card import Card
 from rlhf_lightning.callbacks.folders import run_folder
@@ -46,6 +46,7 @@ class ModelExport(Callback):
             folder = run_folder(trainer) / self.name
             card = None if self._card is None else self._card.text(self._title(folder), trainer)
             pl_module.export(folder, card)
+            rank_zero_info(f"model: {folder}", extra={"in_preflight": True})  # the command line says it by itself
 
     def _title(self, folder: Path) -> str:
         return folder.parent.name if self.name == "model" else f"{folder.parent.name} {self.name}"

@@ -24,7 +24,7 @@ _TRAINING = "rlhf_lightning.cli.training"  # takes the subcommand itself as its 
 _COMMANDS = {
     "fit": (_TRAINING, "train: --config sft.yaml, reward_model.yaml, ppo.yaml, grpo.yaml, dpo.yaml, ..."),
     "validate": (_TRAINING, "the validation metrics of a model or a checkpoint"),
-    "test": (_TRAINING, "the same on test data"),
+    "test": (_TRAINING, "the same metrics, called test/..., of the rows of data.val_path"),
     "predict": (_TRAINING, "answer prompts, one JSON line a prompt (--output FILE)"),
     "evaluate": ("rlhf_lightning.evaluation.evaluate", "compare policies on held-out prompts: reward, KL, win rate"),
     "data check": ("rlhf_lightning.data.check", "what is in preference files, and what is wrong with them"),

@@ -20,7 +20,7 @@ from rlhf_lightning.ops import extension
 from rlhf_lightning.rewards.model import ModelReward
 from rlhf_lightning.text import printable, say
 
-_PROMPT_SHOWN, _RESPONSE_SHOWN = 160, 160  # characters: the end of the prompt, the beginning of the response
+_BEGINNING, _END, _RESPONSE_SHOWN = 120, 160, 160  # characters of the prompt, and of the response
 
 
 class Preflight(Callback):
@@ -52,6 +52,17 @@ class Preflight(Callback):
             say(notice("run", said + (own if pl_module.automatic_optimization else "model.iterations")))
 
 
+class MeasuredRows(Callback):
+    """Says which rows ``validate`` and ``test`` measure on."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning has set the data up by now."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            source = "data.val_path" if data.val_path is not None else f"{data.validation_fraction:g} of data.path"
+            say(notice("data", f"{len(data.held_out):,} {data.kind}, {source}"))
+
+
 def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple[str, str]]:
     """Pairs of a heading and a line."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -72,7 +83,7 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
     )
     yield "data", data.summary().removeprefix("data: ")
     example = data.train[0]
-    prompt = printable(readable(tokenizer, example.prompt.tolist()))[-_PROMPT_SHOWN:]
+    prompt = _both_ends(printable(readable(tokenizer, example.prompt.tolist())))
     if not example.responses:
         yield "example", f"{prompt!r} | (the policy answers)"
     sides = ("chosen", "rejected") if len(example.responses) == 2 else ("example",)
@@ -83,6 +94,12 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
         shown = text if len(text) <= _RESPONSE_SHOWN else text[:_RESPONSE_SHOWN] + "..."
         yield side, f"{prompt!r} | {shown!r} ({count} tokens right of the bar carry the loss)"
     yield "hardware", f"{_hardware(trainer)}; operators: {_operators(trainer)}"
+
+
+def _both_ends(prompt: str) -> str:
+    """A chat's prompt begins with what all have in common (system message, tools), and ends with the question."""
+    whole = len(prompt) <= _BEGINNING + _END
+    return prompt if whole else f"{prompt[:_BEGINNING]} ... {prompt[-_END:]}"
 
 
 def _template(data: Any) -> str:
@@ -138,7 +155,7 @@ def farewell(run: Run, module: RLHFModule) -> str:
     model = run.folder / "model"
     kind = "AutoModelForSequenceClassification" if isinstance(module, RewardModelModule) else "AutoModelForCausalLM"
     lines = {
-        **({"run": run.note} if run.note else {}),
+        **({"run": run.note} if run.note and not run.goes_on else {}),
         "model": f"{model} (for {kind}.from_pretrained)",
         "curves": shlex.join(["tensorboard", "--logdir", str(run.folder.parent)]),
         "next": shlex.join(["python", "-m", "rlhf_lightning", *_next(module, str(model))]),

@@ -37,6 +37,7 @@ class Wanted:
         checkpoint: ``--ckpt_path``; ``last`` for the newest of the run.
         configs: the config files.
         fresh: whether a folder of its own is wanted where no run goes on (``fit``).
+        model: the model's folder: what only measures or answers belongs to the run that left it.
     """
 
     root: Path
@@ -46,6 +47,7 @@ class Wanted:
     checkpoint: str | None
     configs: Sequence[Path] = ()
     fresh: bool = True
+    model: str | None = None
 
     @property
     def stage(self) -> str:
@@ -104,6 +106,16 @@ def holds_run(folder: Path) -> str | None:
     return next((name for name in ("checkpoints", "model", "metrics.jsonl") if (folder / name).exists()), None)
 
 
+def free(path: Path) -> Path:
+    """The path, or ``NAME-2.jsonl``, ``NAME-3.jsonl``, ... where an earlier command has left that file."""
+    number = 1
+    found = path
+    while found.exists():
+        number += 1
+        found = path.with_stem(f"{path.stem}-{number}")
+    return found
+
+
 def family(root: Path, name: str) -> list[Path]:
     """The runs in ``root`` called ``name``, the one started last at the end: ``NAME``, ``NAME-2``, ``NAME-3``, ..."""
     return sorted((path for path in _folders(root) if _number(path, name) and holds_run(path)), key=started)
@@ -145,6 +157,9 @@ def _by_name(wanted: Wanted, busy: Sequence[Path]) -> Run:
         if found is not None:
             note = "" if found == folder else f"{found} goes on from {checkpoint.name}"
             return Run(found, checkpoint, note, goes_on=True)
+    if not wanted.fresh and not wanted.typed and wanted.model is not None:
+        maker = Path(wanted.model).parent
+        return Run(maker if (maker / "config.yaml").is_file() and holds_run(maker) else folder, checkpoint)
     left = holds_run(folder)
     if not wanted.fresh or not (left or folder in busy):
         return Run(folder, checkpoint)

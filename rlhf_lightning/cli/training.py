@@ -41,11 +41,11 @@ from rlhf_lightning.cli.classes import (
 from rlhf_lightning.cli.configs import PACKAGE, no_module, resolve_configs
 from rlhf_lightning.cli.layers import Layers, lay
 from rlhf_lightning.cli.lines import notice
-from rlhf_lightning.cli.notices import Preflight, farewell
+from rlhf_lightning.cli.notices import MeasuredRows, Preflight, farewell
 from rlhf_lightning.cli.nulls import refused_values
 from rlhf_lightning.cli.parse_errors import explain
 from rlhf_lightning.cli.predictions import PredictionWriter, inputs_of
-from rlhf_lightning.cli.runs import Run, Wanted, choose
+from rlhf_lightning.cli.runs import Run, Wanted, choose, free
 from rlhf_lightning.cli.seeds import follow_seed_everything
 from rlhf_lightning.cli.stages import check_inputs, newer_models, what_to_try
 from rlhf_lightning.cli.trainer_options import fit_trainer
@@ -256,7 +256,7 @@ class TrainingCLI(LightningCLI):
             for heading, text in [*notes, *(("note", line) for line in newer_models(read_from))]:
                 say(notice(heading, text))
         if subcommand == "predict":
-            if self._predictions.suffix not in (".jsonl", ".json", ".ndjson", ""):
+            if self._predictions.suffix.lower() not in (".jsonl", ".json", ".ndjson", ""):
                 raise InputError(f"--output {self._predictions}: JSON lines are written, one a row; name a .jsonl file")
             read = inputs_of(self.options.data.init_args, self.options.model.init_args.get("model"))
             check_output(self._predictions, "--output", [*read, *self.paths])
@@ -299,6 +299,7 @@ class TrainingCLI(LightningCLI):
             checkpoint=options.ckpt_path,
             configs=self.paths,
             fresh=self.config.subcommand == "fit" and not options.trainer.fast_dev_run,  # which leaves nothing
+            model=options.model.init_args.get("model"),
         )
         if wanted.fresh and first_process():
             return self.until_the_end.enter_context(claimed(wanted))
@@ -346,18 +347,18 @@ class TrainingCLI(LightningCLI):
     def _run_callbacks(self) -> list[Any]:
         callbacks: list[Any] = [SinkGuard()]
         given = self._get(self.config_init, "trainer").get("callbacks") or []
-        own = any(isinstance(callback, ProgressBar) for callback in (given if isinstance(given, list) else [given]))
-        if self.options.trainer.enable_progress_bar is not False and not own:
+        bars = any(isinstance(callback, ProgressBar) for callback in (given if isinstance(given, list) else [given]))
+        if self.options.trainer.enable_progress_bar is not False and not bars:
             callbacks.append(RunProgress())
-        if self.subcommand == "fit":
-            callbacks += [Preflight(self.folder), foreign.CheckMonitors(), ModelExport()]
-        if self.subcommand == "predict":
-            callbacks.append(PredictionWriter(self._predictions))
-        return callbacks
+        own: dict[str, list[Any]] = {
+            "fit": [Preflight(self.folder), foreign.CheckMonitors(), ModelExport()],
+            "predict": [PredictionWriter(self._predictions)],
+        }
+        return [*callbacks, *own.get(self.subcommand, [MeasuredRows()])]
 
     @property
     def _predictions(self) -> Path:
-        return self.options.output or self.folder / "predictions.jsonl"
+        return self.options.output or free(self.folder / "predictions.jsonl")
 
     def after_fit(self) -> None:
         """Say where everything is and what the next command may be."""

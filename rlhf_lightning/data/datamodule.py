@@ -25,6 +25,7 @@ from rlhf_lightning.data.ids import SpecialTokens
 from rlhf_lightning.data.loader import Loader
 from rlhf_lightning.data.mixing import check_weights, file_weights
 from rlhf_lightning.data.records import Records, load_records
+from rlhf_lightning.data.resuming import check_resumed
 from rlhf_lightning.data.split import split_by_prompt
 from rlhf_lightning.data.tokenization import Encoder, Example, TrainOn
 from rlhf_lightning.errors import InputError
@@ -335,25 +336,8 @@ class PreferenceDataModule(LightningDataModule):
         return {**{name: getattr(self, name) for name in names}, "view": self.kind, "path": weights}
 
     def _check_resumed(self) -> None:
-        if self._resumed is None:
-            return
-        then, now = self._resumed["options"], self._options()
-        for name, value in now.items():
-            if then.get(name) != value:
-                raise InputError(
-                    f"data.{name}: the checkpoint was made with {then.get(name)}, now it is {value}; set it back to "
-                    "resume, or start a new run from the exported model"
-                )
-        if self._resumed["fingerprint"] != self._fingerprint:
-            raise InputError(
-                f"data.path: the data changed since the checkpoint ({self._resumed['rows']} {now['view']} then, "
-                f"{len(self.train)} now); restore the files to resume, or start a new run from the exported model"
-            )
-        if self._resumed["encoding"] != self._encoding:
-            raise InputError(
-                "data.tokenizer: the rows give other tokens than when the checkpoint was made; restore the tokenizer "
-                "or the chat template to resume, or start a new run from the exported model"
-            )
+        if self._resumed is not None:
+            check_resumed(self._resumed, self._options(), self._fingerprint, self._encoding, len(self.train))
 
     @property
     def longest_prompt(self) -> int:

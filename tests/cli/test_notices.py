@@ -13,7 +13,7 @@ from tiny_models import CHAT_TEMPLATE
 
 from rlhf_lightning.batches import View
 from rlhf_lightning.cli.lines import notice
-from rlhf_lightning.cli.notices import _template, farewell
+from rlhf_lightning.cli.notices import _both_ends, _template, farewell
 from rlhf_lightning.cli.runs import Run
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.evaluation.evaluate import _parser
@@ -83,3 +83,10 @@ def test_whether_rows_go_through_the_chat_template_is_said(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = PreferenceDataModule(str(tmp_path / "rows.jsonl"), chat=chat, validation_fraction=0)
     assert _template(data.prepare(View("demonstrations"), tiny_tokenizer)) == said
+
+
+def test_a_long_prompt_is_shown_from_both_ends() -> None:
+    prompt = "".join(f"{number:04d} " for number in range(100))
+    shown = _both_ends(prompt)
+    assert shown.startswith("0000 0001 ") and " ... " in shown and shown.endswith(" 0099 ") and len(shown) < 300
+    assert _both_ends(prompt[:280]) == prompt[:280]

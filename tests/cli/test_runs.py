@@ -13,7 +13,7 @@ import torch
 
 from rlhf_lightning.cli import claims
 from rlhf_lightning.cli.claims import claimed, first_process
-from rlhf_lightning.cli.runs import Run, Wanted, choose, family
+from rlhf_lightning.cli.runs import Run, Wanted, choose, family, free
 from rlhf_lightning.errors import InputError
 
 
@@ -254,3 +254,26 @@ def test_what_only_measures_leaves_a_trainings_metrics_alone(tmp_path: Path) -> 
     (run.folder / "config.yaml").touch()
     inside = run.within("validate")
     assert (inside.folder, inside.checkpoint) == (run.folder / "validate", run.checkpoint)
+
+
+# What answers or measures
+
+
+def test_what_a_model_answers_lies_with_the_run_that_left_it(root: Path) -> None:
+    leave(root / "ppo", started=1.0)
+    (root / "ppo" / "config.yaml").write_text("model: {}\n", encoding="utf-8")
+    answers = {"fresh": False, "model": str(root / "ppo" / "model")}
+    assert choose(wanted(root, **answers)).folder == root / "ppo"
+    assert choose(wanted(root, typed=True, **answers)).folder == root / "sft"
+    assert choose(wanted(root, **{**answers, "fresh": True})).folder == root / "sft"
+    for other in ("elsewhere/model", "some-hub/model", str(root / "none" / "model"), None):
+        assert choose(wanted(root, fresh=False, model=other)).folder == root / "sft"
+
+
+def test_a_file_that_is_there_is_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    assert free(path) == path
+    for name in ("predictions-2.jsonl", "predictions-3.jsonl"):
+        path.touch()
+        path = free(tmp_path / "predictions.jsonl")
+        assert path.name == name
