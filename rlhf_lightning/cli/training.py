@@ -350,11 +350,11 @@ class TrainingCLI(LightningCLI):
         bars = any(isinstance(callback, ProgressBar) for callback in (given if isinstance(given, list) else [given]))
         if self.options.trainer.enable_progress_bar is not False and not bars:
             callbacks.append(RunProgress())
-        own: dict[str, list[Any]] = {
-            "fit": [Preflight(self.folder), foreign.CheckMonitors(), ModelExport()],
-            "predict": [PredictionWriter(self._predictions)],
-        }
-        return [*callbacks, *own.get(self.subcommand, [MeasuredRows()])]
+        if self.subcommand == "fit":
+            return [*callbacks, Preflight(self.folder), foreign.CheckMonitors(), ModelExport()]
+        if self.subcommand == "predict":
+            return [*callbacks, PredictionWriter(self._predictions)]
+        return [*callbacks, MeasuredRows()]
 
     @property
     def _predictions(self) -> Path:

@@ -166,8 +166,8 @@ def test_changed_data_or_options_cannot_be_resumed(tmp_path):
         run(path, checkpoint=checkpoint, batch_size=5)
     with pytest.raises(InputError, match=r"data.seed: the checkpoint was made with 3, now it is 4"):
         run(path, checkpoint=checkpoint, seed=4)
-    with pytest.raises(InputError, match="its training learnt from pairs, and this one learns from demonstrations"):
-        run(path, VIEWS["demonstrations"], checkpoint=checkpoint, batch_size=5)
+    with pytest.raises(InputError, match="its training learnt from pairs, and this one learns from prompts"):
+        run(path, VIEWS["prompts"], checkpoint=checkpoint, batch_size=5)
     write_rows(tmp_path / "rows.jsonl", 26)
     with pytest.raises(InputError, match=r"data.path: the data changed since the checkpoint \(26 pairs then, 25 now\)"):
         run(path, checkpoint=checkpoint)
