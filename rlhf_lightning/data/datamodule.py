@@ -26,6 +26,7 @@ from rlhf_lightning.data.loader import Loader
 from rlhf_lightning.data.mixing import check_weights, file_weights
 from rlhf_lightning.data.records import Records, load_records
 from rlhf_lightning.data.split import split_by_prompt
+from rlhf_lightning.data.summary import counts_text, told
 from rlhf_lightning.data.tokenization import Encoder, Example, TrainOn
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer
@@ -127,6 +128,7 @@ class PreferenceDataModule(LightningDataModule):
         self.dropped: Counter[str] = Counter()  # rows or pairs left out, by reason
         self.noted: Counter[str] = Counter()  # rows that are there, and otherwise than one would expect
         self.template: ChatTemplate | None = None  # what chats are rendered with
+        self._read_noted: Counter[str] = Counter()  # of these, what reading told
         self._fingerprint = self._encoding = ""
         self._resumed: dict[str, Any] | None = None
 
@@ -174,7 +176,7 @@ class PreferenceDataModule(LightningDataModule):
         records = load_records(self.path, prompts=self.answering, columns=names)
         if self.kind == "prompts":
             records.check_prompts()
-        self.dropped = Counter(records.dropped)
+        self.dropped, self._read_noted = Counter(records.dropped), records.noted
         if self.kind == "pairs" and view.labels and any(row.form.labelled for row in records.rows):
             self.kind = "labels"
         if stage == "predict":
@@ -183,6 +185,7 @@ class PreferenceDataModule(LightningDataModule):
         if self.val_path is not None:
             held_out = load_records(self.val_path, columns=names)
             self.dropped.update(held_out.dropped)
+            self._read_noted = self._read_noted + held_out.noted
             leaks = {row.key for row in records.rows} & {row.key for row in held_out.rows}
             if leaks:
                 rank_zero_warn(
@@ -296,7 +299,7 @@ class PreferenceDataModule(LightningDataModule):
     ) -> list[Example]:
         examples, dropped = encoder.encode(records.rows, self.kind, demonstrations, every_row)
         self.dropped.update(dropped)
-        self.noted = encoder.noted
+        self.noted = self._read_noted + encoder.noted
         if encoder.borders["merged"]:
             self.noted["responses whose first letters would merge with their prompts' last, kept apart"] = (
                 encoder.borders["merged"]
@@ -306,7 +309,7 @@ class PreferenceDataModule(LightningDataModule):
         if not examples:
             raise InputError(
                 f"{', '.join(records.paths)}: no {self.kind} left to {purpose} of {records.read} rows read "
-                f"({self._dropped_text()}); give more rows"
+                f"({counts_text(self.dropped, self.noted)}); give more rows"
             )
         return examples
 
@@ -373,10 +376,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def summary(self) -> str:
         """One line: how much there is, and what was dropped."""
-        if self.answering:
-            return f"data: {len(self.held_out):,} prompts to answer; {self._dropped_text()}"
-        counts = f"data: {len(self.train):,} {self.kind} to train on, {len(self.held_out):,} held out"
-        return f"{counts}; {self._dropped_text()}"
+        left_out = counts_text(self.dropped, self.noted)
+        return told(self.kind, len(self.train), len(self.held_out), left_out, self.answering)
 
     def _tell_spelled(self, encoder: Encoder) -> None:
         if not encoder.spelled:
@@ -390,8 +391,3 @@ class PreferenceDataModule(LightningDataModule):
                 f"{count}, which stay text, letter by letter; where a chat template was applied to them already, set "
                 "data.special_tokens to tokens, or give rows of messages"
             )
-
-    def _dropped_text(self) -> str:
-        dropped = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(self.dropped.items()))
-        noted = "".join(f"; {what}: {count:,}" for what, count in sorted(self.noted.items()))
-        return (dropped or "nothing dropped") + noted

@@ -13,7 +13,7 @@ from rlhf_lightning.errors import InputError
 
 COMPARED = ("chosen", "rejected")
 PROMPTS = ("prompt", "instruction", "question", "conversations", "messages")  # what a prompt may stand under
-_IGNORED_PROMPT = "prompt that the row's own conversation does not have, ignored"
+_IGNORED_PROMPT = "prompt ignored, since the row's own conversation does not have it"
 
 
 class Missing(InputError):
@@ -64,4 +64,4 @@ def agreeing_prompt(row: Row, conversation: Sequence[Message]) -> None:
     else:
         agrees = given is None or any(str(given).strip() == message.content.strip() for message in conversation)
     if not agrees:
-        row.drop(_IGNORED_PROMPT)
+        row.note(_IGNORED_PROMPT)

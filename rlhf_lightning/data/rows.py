@@ -14,7 +14,7 @@ from rlhf_lightning.data.messages import checked_tools
 from rlhf_lightning.data.values import Message, Prompt, Response, checked_number, checked_text, refused
 from rlhf_lightning.errors import InputError
 
-_UNASKED = "conversation in which no user asks, kept"
+_UNASKED = "conversation in which no user asks"
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -118,11 +118,12 @@ class Record:
 class Row:
     """One raw row while a form reads it. What the form takes is no longer a column that rewards are handed."""
 
-    def __init__(self, values: RawRow, where: str, dropped: Counter[str], option: str) -> None:
+    def __init__(self, values: RawRow, where: str, dropped: Counter[str], noted: Counter[str], option: str) -> None:
         self.option = option  # what gives columns other names
         self.values = values
         self.where = where  # "file:line"
         self.dropped = dropped
+        self.noted = noted
         self.columns = dict(values)
         self.made: Record | None = None  # also where its responses are of no use, and so it is dropped
 
@@ -142,6 +143,10 @@ class Row:
         """Counts the row, or a pair of it, as left out."""
         self.dropped[reason] += 1
 
+    def note(self, what: str) -> None:
+        """Counts the row as one that is there, and otherwise than one would expect."""
+        self.noted[what] += 1
+
     def record(
         self,
         form: Form,
@@ -159,7 +164,7 @@ class Row:
             tools = checked_tools(self.take("tools"), self.where, "tools")
             prompt = self._as_chat(prompt, responses, tools)
             if isinstance(prompt, tuple) and not any(message.role in ("user", "tool") for message in prompt):
-                self.drop(_UNASKED)
+                self.note(_UNASKED)
         columns, raw = self.columns, self.values
         self.made = Record(
             prompt, tuple(responses), tuple(pairs), self.where, form, margin, weight, columns, tools, raw=raw

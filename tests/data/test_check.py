@@ -11,6 +11,7 @@ import unicodedata
 import pytest
 
 from rlhf_lightning.data.check import check, main
+from rlhf_lightning.data.report import FileReport, Report, render
 
 ROWS = [
     {"prompt": "p", "chosen": "long answer", "rejected": "short", "by": "ann"},
@@ -77,6 +78,32 @@ def test_refused_rows_are_listed_counted_and_exit_with_2(write, capsys, tmp_path
     report = json.loads(target.read_text())
     assert len(report["files"][0]["refused"]) == 23 and report["files"][0]["usable"] == 5
     assert "cannot be read" in report["files"][1]["refused"][0]
+
+
+def test_rows_that_are_kept_are_noted_below_the_table(write, capsys):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    main([write([{"prompt": "other", "messages": messages}, {"prompt": "p", "completion": " "}])])
+    printed = capsys.readouterr().out
+    assert "dropped: empty response" in printed and "dropped: prompt" not in printed
+    assert "noted rows.jsonl: prompt ignored, since the row's own conversation does not have it: 1" in printed
+
+
+def test_a_table_of_a_narrow_terminal_keeps_its_names_whole_and_its_labels_short(write, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    files = [write(ROWS, f"{'preferences' * 2}{i}.jsonl") for i in range(3)]
+    main(files)
+    tables = capsys.readouterr().out.partition("prompt leak")[0]
+    assert max(map(len, tables.splitlines())) <= 80
+    assert [line.split() for line in tables.splitlines() if ".jsonl" in line] == [  # as many side by side as fit
+        ["preferencespreferences0.jsonl"],
+        ["preferencespreferences1.jsonl"],
+        ["preferencespreferences2.jsonl"],
+    ]
+    report = FileReport("rows.jsonl", rows=2, dropped={"a reason that needs far more than the width of a label": 2})
+    render(Report("characters", [report], []))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["rows.jsonl"] and lines[4].startswith("  dropped: a reason that needs")
+    assert lines[5].startswith("    more than the width of a label")
 
 
 def test_an_empty_file_is_refused(write, capsys):

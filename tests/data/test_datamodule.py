@@ -159,6 +159,20 @@ def test_what_was_dropped_is_said(tmp_path):
         make_data(str(path), validation_fraction=0.0).prepare(VIEWS["pairs"])
 
 
+def test_rows_that_are_not_dropped_are_noted_apart_from_those_that_are(tmp_path):
+    rows = [{"prompt": "how " * 30, "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a", "rejected": "a"}]
+    user = [{"role": "user", "content": "q"}]
+    chat = {"prompt": "other", "chosen": [*user, ANSWER], "rejected": [*user, {**ANSWER, "content": "no"}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, chat]))
+    data = make_data(str(path), validation_fraction=0, max_prompt_tokens=20, long_prompts="truncate_left")
+    told = data.prepare(VIEWS["pairs"]).summary()
+    assert told.startswith("data: 2 pairs to train on, 0 held out; equal responses: 1; noted: ")
+    assert (
+        "prompt cut on the left: 1" in told and "prompt ignored, since the row's own conv" in told.partition("noted")[2]
+    )
+
+
 def test_changed_data_or_options_cannot_be_resumed(tmp_path):
     path, checkpoint = write_rows(tmp_path / "rows.jsonl"), str(tmp_path / "saved.ckpt")
     run(path, save=(checkpoint, 0, 3))

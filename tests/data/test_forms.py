@@ -338,7 +338,8 @@ def test_a_prompt_beside_a_conversation_that_lacks_it_is_said(tmp_path):
     rows = [{"prompt": "other", "messages": [user("q"), assistant("a")]}] * 2
     records = load_records(write_as(rows, tmp_path / "a.jsonl"))
     assert records.rows[0].prompt == (Message("user", "q"),) and records.rows[0].columns == {}
-    assert records.dropped == {"prompt that the row's own conversation does not have, ignored": 2}
+    assert records.noted == {"prompt ignored, since the row's own conversation does not have it": 2}
+    assert records.dropped == {}
 
 
 def test_the_check_says_what_looks_wrong(tmp_path, capsys):
