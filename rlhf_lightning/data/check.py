@@ -26,10 +26,11 @@ Measure = Callable[[list[str]], list[int]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks the files, prints what they hold, and returns 0, or 2 where a row was refused."""
+    """Checks the files, prints what they hold, and returns 0, or 2 where a row was refused or a file has none left."""
     parser = CommandParser(
         prog="python -m rlhf_lightning data check",
-        description="What is in preference files, and what is wrong with them. Exit code 2 where a row is refused.",
+        description="What is in preference files, and what is wrong with them. Exit code 2 where a row is refused, or a "
+        "file has none left to train on.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help=".jsonl, .json, .csv or .parquet, or a hub name")
     parser.add_argument(
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         write_whole(options.json, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
     render(report)
-    return 2 if report.refused else 0
+    return 2 if report.refused or report.spent else 0
 
 
 def check(paths: Sequence[str], tokenizer: str | None = None, columns: Mapping[str, str] | None = None) -> Report:

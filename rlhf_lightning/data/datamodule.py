@@ -191,6 +191,8 @@ class PreferenceDataModule(LightningDataModule):
                 rank_zero_warn(
                     f"data.val_path: {len(leaks)} of its prompts are in data.path too, so it is not held out"
                 )
+        elif not records.rows:
+            raise self._nothing_left(records, "train on")
         else:
             train, rest = split_by_prompt(records.rows, self.validation_fraction, self.seed)
             records, held_out = replace(records, rows=train), replace(records, rows=rest)
@@ -307,11 +309,14 @@ class PreferenceDataModule(LightningDataModule):
         if encoder.borders["compared"] < encoder.borders["sequences"]:
             self.noted["sequences whose tokens were checked, a sample"] = encoder.borders["compared"]
         if not examples:
-            raise InputError(
-                f"{', '.join(records.paths)}: no {self.kind} left to {purpose} of {records.read} rows read "
-                f"({counts_text(self.dropped, self.noted)}); give more rows"
-            )
+            raise self._nothing_left(records, purpose)
         return examples
+
+    def _nothing_left(self, records: Records, purpose: str) -> InputError:
+        return InputError(
+            f"{', '.join(records.paths)}: no {self.kind} left to {purpose} of {records.read} rows read "
+            f"({counts_text(self.dropped, self.noted)}); give more rows"
+        )
 
     def _held_out_or_error(self, purpose: str) -> Loader:
         if not self.held_out:

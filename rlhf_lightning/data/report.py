@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.data.forms import FORMS
 from rlhf_lightning.data.refusals import ACCEPTED, Refusals
+from rlhf_lightning.data.summary import counts_text
 from rlhf_lightning.text import printable
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ class Report:
     @property
     def refused(self) -> int:
         return sum(len(file.refused) for file in self.files)
+
+    @property
+    def spent(self) -> list[FileReport]:
+        """The files whose rows are all dropped."""
+        return [file for file in self.files if file.rows and not file.usable and not file.refused]
 
 
 def render(report: Report, console: Console | None = None) -> None:
@@ -164,8 +170,12 @@ def _render_refused(report: Report, console: Console) -> None:
             console.print(f"  {_plain(form.keys)}", soft_wrap=True)
     if refused:
         console.print(f"[red]{len(refused):,} refused[/red]: training would stop at the first")
-    else:
+    elif not report.spent:
         console.print("[green]no row is refused[/green]")
+    for file in report.spent:
+        reasons = counts_text(file.dropped, {})
+        text = f"{Path(file.path).name}: no row is left to train on of {file.rows:,} read ({reasons})"
+        console.print(f"[red]{_plain(text)}[/red]", soft_wrap=True)
 
 
 def _table_rows(files: list[FileReport], unit: str) -> list[tuple[str, list[str]]]:

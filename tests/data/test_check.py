@@ -106,6 +106,14 @@ def test_a_table_of_a_narrow_terminal_keeps_its_names_whole_and_its_labels_short
     assert lines[5].startswith("    more than the width of a label")
 
 
+def test_a_file_of_which_every_row_is_dropped_is_no_good_file(write, capsys):
+    path = write([{"prompt": f"p{i}", "chosen": "a", "rejected": "a"} for i in range(8)])
+    assert main([path]) == 2
+    printed = capsys.readouterr().out
+    assert "rows.jsonl: no row is left to train on of 8 read (equal responses: 8)" in printed
+    assert "no row is refused" not in printed
+
+
 def test_an_empty_file_is_refused(write, capsys):
     assert main([write("")]) == 2
     assert "contains no rows" in capsys.readouterr().out

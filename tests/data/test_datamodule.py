@@ -155,8 +155,11 @@ def test_what_was_dropped_is_said(tmp_path):
     data = make_data(str(path), validation_fraction=0.0).prepare(VIEWS["pairs"])
     assert data.summary() == "data: 5 pairs to train on, 0 held out; equal responses: 5"
     path.write_text(json.dumps(rows[1]) + "\n")
-    with pytest.raises(InputError, match=r"no pairs left to train on of 1 rows read \(equal responses: 1\); give more"):
-        make_data(str(path), validation_fraction=0.0).prepare(VIEWS["pairs"])
+    for fraction in (0.0, 0.05):
+        with pytest.raises(
+            InputError, match=r"no pairs left to train on of 1 rows read \(equal responses: 1\); give more"
+        ):
+            make_data(str(path), validation_fraction=fraction).prepare(VIEWS["pairs"])
 
 
 def test_rows_that_are_not_dropped_are_noted_apart_from_those_that_are(tmp_path):
