@@ -32,7 +32,7 @@ _WANTED = ("completion", "chosen", "rejected", "completions", "ranks", "ratings"
 
 def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
     """One line for each thing to look at; ``option`` is what gives columns other names, for messages."""
-    lines = repeating(records)
+    lines = [*repeating(records), *_unanswered(records)]
     prompts = len({record.key for record in records})
     if len(records) > _FEW * prompts:
         share = f"{len(records):,} rows have {prompts:,} distinct prompt{'s' * (prompts > 1)}"
@@ -74,6 +74,19 @@ def repeating(records: Sequence[Record]) -> list[str]:
     return [
         f"{count:,} of {len(texts):,} responses begin with their own prompt, which would be learnt as a part of them; "
         "take it off the responses (of two transcripts, delete the column 'prompt': what both begin with is the prompt)"
+    ]
+
+
+def _unanswered(records: Sequence[Record]) -> list[str]:
+    """A line where conversations end without an answer: as data for supervised fine-tuning they would be refused."""
+    conversations = [record for record in records if record.form.conversation]
+    count = sum(not record.responses for record in conversations)
+    if not count:
+        return []
+    return [
+        f"{count:,} of {len(conversations):,} conversations end without the assistant's answer: they serve as "
+        "prompts to answer alone (PPO, GRPO, evaluate, predict), and SFTModule refuses them; for it add the answers, or "
+        "take the last turns off"
     ]
 
 

@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Checks the files, prints what they hold, and returns 0, or 2 where a row was refused or a file has none left."""
     parser = CommandParser(
         prog="python -m rlhf_lightning data check",
-        description="What is in preference files, and what is wrong with them. Exit code 2 where a row is refused, or a "
-        "file has none left to train on.",
+        description="What is in preference files, and what is wrong with them. Exit code 2 where a row is refused, or "
+        "a file has none left to train on.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help=".jsonl, .json, .csv or .parquet, or a hub name")
     parser.add_argument(

@@ -26,6 +26,7 @@ class Form:
     compared = False  # has better and worse responses
     labelled = False  # has one response that was judged by itself, in column `label`
     transcript = False  # its texts are of the form "\\n\\nHuman: ... \\n\\nAssistant:"
+    key = ""  # that holds the whole row, where one does
     conversation = False  # the assistant's turns in its prompt are demonstrations, too
     whole = False  # has no prompt: the response is a text that is learnt from its first token on
 
