@@ -27,7 +27,8 @@ _KNOWN = (
     ),
 )
 _ANSWERS = ("chosen", "rejected", "completions", "ratings", "ranks", "completion")
-_WANTED = ("completion", "chosen", "rejected", "completions", "ranks", "ratings", "margin", "weight", "system", "tools")
+_BESIDE = ("margin", "weight", "system", "tools")  # what may stand beside any form
+_WANTED = ("completion", "chosen", "rejected", "completions", "ranks", "ratings", *_BESIDE)
 
 
 def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
@@ -40,23 +41,40 @@ def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
     counts = Counter(
         name for record in records for name in record.columns if not (record.form.labelled and name == "label")
     )
-    misspelt = {given: name for name, given in meant(counts, _WANTED).items() if given not in _KNOWN}
+    misspelt = {given: name for given, name in _misread(records, _WANTED).items() if given not in _KNOWN}
     # Of prompts alone, a column that has the answers under another name is what training would look for.
-    alone = dict.fromkeys(name for record in records if not record.responses for name in record.columns)
-    misspelt |= {given: name for name, given in meant(alone, _ANSWERS).items()}
-    judged = dict.fromkeys(name for record in records if len(record.responses) == 1 for name in record.columns)
+    misspelt |= _misread([record for record in records if not record.responses], _ANSWERS)
     if not any(record.form.labelled for record in records):
-        misspelt |= {given: name for name, given in meant(judged, ["label"]).items()}
+        misspelt |= _misread([record for record in records if len(record.responses) == 1], ["label"])
     for name, count in counts.items():
         if name in misspelt:
-            given = misspelt[name]
-            what = f"looks like '{given}', which it is not read as; {_naming(given, shown(name), option)} does"
-        elif name in _KNOWN:
-            what = "is not used in training, where rewards alone are handed it"
-        else:
-            continue
-        lines.append(f"column '{shown(name)}' of {count:,} rows {what}")
+            lines.append(_hint(name, misspelt[name], count, option))
+        elif name in _KNOWN or name in _ANSWERS:
+            unused = "is not used in training, where rewards alone are handed it"
+            lines.append(f"column '{shown(name)}' of {count:,} rows {unused}")
     return lines
+
+
+def for_training(records: Sequence[Record]) -> list[str]:
+    """What of it a training says: it tells which rows it reads by itself, and columns may be meant for rewards."""
+    counts = Counter(name for record in records for name in record.columns)
+    misread = _misread(records, _BESIDE)
+    return [*repeating(records), *(_hint(given, name, counts[given], COLUMNS) for given, name in misread.items())]
+
+
+def _misread(records: Sequence[Record], wanted: Sequence[str]) -> dict[str, str]:
+    """Columns that were likely meant for other keys, with these; not where a row has both, and so cannot take one."""
+    columns = dict.fromkeys(name for record in records for name in record.columns)
+    found = {given: name for name, given in meant(columns, wanted).items() if given != name}
+    both = {
+        given for r in records for given, name in found.items() if given in r.columns and r.raw.get(name) is not None
+    }
+    return {given: name for given, name in found.items() if given not in both}
+
+
+def _hint(given: str, name: str, count: int, option: str) -> str:
+    does = _naming(name, shown(given), option)
+    return f"column '{shown(given)}' of {count:,} rows looks like '{name}', which it is not read as; {does} does"
 
 
 def repeating(records: Sequence[Record]) -> list[str]:
@@ -84,9 +102,8 @@ def _unanswered(records: Sequence[Record]) -> list[str]:
     if not count:
         return []
     return [
-        f"{count:,} of {len(conversations):,} conversations end without the assistant's answer: they serve as "
-        "prompts to answer alone (PPO, GRPO, evaluate, predict), and SFTModule refuses them; for it add the answers, or "
-        "take the last turns off"
+        f"{count:,} of {len(conversations):,} conversations end without the assistant's answer: they serve as prompts "
+        "alone (PPO, GRPO, evaluate, predict); for SFTModule add the answers, or take the last turns off"
     ]
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.batches import View
-from rlhf_lightning.data.advice import repeating
+from rlhf_lightning.data.advice import for_training, repeating
 from rlhf_lightning.data.choices import Kind
 from rlhf_lightning.data.collate import encoding
 from rlhf_lightning.data.columns import Columns
@@ -213,7 +213,7 @@ class PreferenceDataModule(LightningDataModule):
             self._check_resumed()
         self._tell_spelled(encoder)
         losses = encoder.conversations.losses if encoder.conversations is not None else []
-        for line in [*losses, *repeating(records.rows)]:
+        for line in [*losses, *(for_training(records.rows) if stage == "fit" else repeating(held_out.rows))]:
             rank_zero_warn(f"data: {line}")
         rank_zero_info(self.summary(), extra={"in_preflight": True})
         return self

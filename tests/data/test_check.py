@@ -54,6 +54,22 @@ def test_answers_under_another_name_are_advised(write):
     assert not any("completion: response" in line for line in file.advice)
 
 
+def test_other_names_of_system_are_advised_but_not_beside_it(write):
+    for name in ("system_prompt", "system_message", "sys"):
+        (line,) = (
+            check([write([{name: "be kind", "prompt": f"p{i}", "completion": "c"} for i in range(3)])]).files[0].advice
+        )
+        assert line.endswith(f"looks like 'system', which it is not read as; --columns system={name} does")
+    both = {"system": "be kind", "system_prompt": "be kind", "prompt": "p", "completion": "c"}
+    assert check([write([both])]).files[0].advice == []  # --columns would be refused
+
+
+def test_an_answer_that_a_form_does_not_read_is_not_told_to_be_renamed_to_itself(write):
+    row = {"prompt": "p", "completion": "a", "chosen": "a", "rejected": "b"}
+    told = "column 'completion' of 1 rows is not used in training, where rewards alone are handed it"
+    assert check([write([row])]).files[0].advice == [told]
+
+
 def test_labels_are_counted(write, capsys):
     rows = [{"prompt": "p", "completion": "a", "label": label} for label in (True, False, True)]
     report = check([write(rows)]).files[0]

@@ -20,7 +20,7 @@ def test_conversations_without_an_answer_are_told_what_mends_them(write, tokeniz
         told = f"key 'messages': the conversation ends with the user's turn; add the assistant's answer, or {remedy}"
         assert f"rows.jsonl:1: {told} (8 of 8 rows have this)" in str(caught.value)
     (line,) = check([write([{"messages": question}] * 2 + [{"messages": answered}])]).files[0].advice
-    assert line.startswith("2 of 3 conversations end without the assistant's answer: they serve as prompts to answer")
+    assert line.startswith("2 of 3 conversations end without the assistant's answer: they serve as prompts alone")
 
 
 @pytest.mark.parametrize(

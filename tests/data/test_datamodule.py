@@ -311,6 +311,15 @@ def test_responses_that_repeat_their_prompt_are_warned_of(tmp_path):
         make_data(str(path), validation_fraction=0).prepare(View("demonstrations"))
 
 
+def test_a_column_that_was_likely_meant_for_system_is_warned_of(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"system_prompt": "be kind", "prompt": "hello", "completion": "fine"}) + "\n")
+    with pytest.warns(
+        UserWarning, match=r"data: column 'system_prompt' of 1 rows looks like 'system', .*data.columns: {s"
+    ):
+        make_data(str(path), validation_fraction=0).prepare(View("demonstrations"))
+
+
 def test_several_turns_reach_the_batches_with_their_mask(tmp_path):
     user = {"role": "user", "content": "hello"}
     path = chat_rows(tmp_path / "rows.jsonl", [user, ANSWER, user, ANSWER], [user, ANSWER])
