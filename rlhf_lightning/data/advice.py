@@ -33,7 +33,7 @@ _WANTED = ("completion", "chosen", "rejected", "completions", "ranks", "ratings"
 
 def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
     """One line for each thing to look at; ``option`` is what gives columns other names, for messages."""
-    lines = [*repeating(records), *_unanswered(records)]
+    lines = [*repeating(records), *_unanswered(records), *one_sided(records)]
     prompts = len({record.key for record in records})
     if len(records) > _FEW * prompts:
         share = f"{len(records):,} rows have {prompts:,} distinct prompt{'s' * (prompts > 1)}"
@@ -55,11 +55,15 @@ def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
     return lines
 
 
-def for_training(records: Sequence[Record]) -> list[str]:
-    """What of it a training says: it tells which rows it reads by itself, and columns may be meant for rewards."""
+def for_training(records: Sequence[Record], labels: bool = False) -> list[str]:
+    """What of it a training says: it tells which rows it reads by itself, and columns may be meant for rewards.
+
+    ``labels``: whether it learns from them.
+    """
     counts = Counter(name for record in records for name in record.columns)
     misread = _misread(records, _BESIDE)
-    return [*repeating(records), *(_hint(given, name, counts[given], COLUMNS) for given, name in misread.items())]
+    hints = [_hint(given, name, counts[given], COLUMNS) for given, name in misread.items()]
+    return [*repeating(records), *hints, *(one_sided(records) if labels else [])]
 
 
 def _misread(records: Sequence[Record], wanted: Sequence[str]) -> dict[str, str]:
@@ -92,6 +96,17 @@ def repeating(records: Sequence[Record]) -> list[str]:
     return [
         f"{count:,} of {len(texts):,} responses begin with their own prompt, which would be learnt as a part of them; "
         "take it off the responses (of two transcripts, delete the column 'prompt': what both begin with is the prompt)"
+    ]
+
+
+def one_sided(records: Sequence[Record]) -> list[str]:
+    """A line where labels are all the same, so that there is no contrast to learn from; else none."""
+    labels = [record.desirable for record in records if record.form.labelled]
+    if len(set(labels)) != 1:
+        return []
+    given, other = ("true", "false") if labels[0] else ("false", "true")
+    return [
+        f"every label ({len(labels):,}) is {given}, so KTO has no contrast to learn from; add rows of label {other}"
     ]
 
 

@@ -184,13 +184,13 @@ class PreferenceDataModule(LightningDataModule):
             return self
         if self.val_path is not None:
             held_out = load_records(self.val_path, columns=names)
+            if stage != "fit":
+                self.dropped, self._read_noted = Counter(), Counter()  # of rows to train on, which are not used
             self.dropped.update(held_out.dropped)
             self._read_noted = self._read_noted + held_out.noted
             leaks = {row.key for row in records.rows} & {row.key for row in held_out.rows}
             if leaks:
-                rank_zero_warn(
-                    f"data.val_path: {len(leaks)} of its prompts are in data.path too, so it is not held out"
-                )
+                rank_zero_warn(f"data.val_path: {len(leaks)} of its prompts are in data.path too, and so not held out")
         elif not records.rows:
             raise self._nothing_left(records, "train on")
         else:
@@ -213,7 +213,8 @@ class PreferenceDataModule(LightningDataModule):
             self._check_resumed()
         self._tell_spelled(encoder)
         losses = encoder.conversations.losses if encoder.conversations is not None else []
-        for line in [*losses, *(for_training(records.rows) if stage == "fit" else repeating(held_out.rows))]:
+        looks = for_training(records.rows, self.kind == "labels") if stage == "fit" else repeating(held_out.rows)
+        for line in [*losses, *looks]:
             rank_zero_warn(f"data: {line}")
         rank_zero_info(self.summary(), extra={"in_preflight": True})
         return self

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def told(kind: str, train: int, held_out: int, left_out: str, answering: bool = False) -> str:
-    """How much there is of what is used: where nothing is trained on, the held-out rows alone.
+    """How much there is of what is used: of the held-out rows alone where nothing is trained on.
 
     Args:
         kind: what the rows were made: pairs, say.

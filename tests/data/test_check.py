@@ -54,6 +54,13 @@ def test_answers_under_another_name_are_advised(write):
     assert not any("completion: response" in line for line in file.advice)
 
 
+def test_labels_that_are_all_the_same_are_advised(write):
+    rows = [{"prompt": f"p{i}", "completion": "a", "label": i == 0} for i in range(4)]
+    assert check([write(rows)]).files[0].advice == []
+    told = "every label (3) is false, so KTO has no contrast to learn from; add rows of label true"
+    assert check([write(rows[1:])]).files[0].advice == [told]
+
+
 def test_other_names_of_system_are_advised_but_not_beside_it(write):
     for name in ("system_prompt", "system_message", "sys"):
         (line,) = (

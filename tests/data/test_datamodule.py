@@ -320,6 +320,27 @@ def test_a_column_that_was_likely_meant_for_system_is_warned_of(tmp_path):
         make_data(str(path), validation_fraction=0).prepare(View("demonstrations"))
 
 
+def test_labels_that_are_all_the_same_are_warned_of_where_they_are_learnt_from(tmp_path, recwarn):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "a", "label": True}) + "\n" for i in range(4)))
+    make_data(str(path)).prepare(View("prompts"))
+    assert not [line for line in recwarn.list if "label" in str(line.message)]
+    with pytest.warns(
+        UserWarning, match=r"data: every label \(3\) is true, so KTO has no contrast to learn from; add r"
+    ):
+        make_data(str(path)).prepare(View("pairs", labels=True))
+
+
+def test_what_is_only_measured_is_told_without_what_could_be_trained_on(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl")
+    for stage in ("validate", "test"):
+        data = make_data(path, validation_fraction=0.1).prepare(VIEWS["pairs"], stage=stage)
+        assert data.summary() == "data: 3 pairs held out; nothing dropped"
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "a"}) + "\n")
+    data = make_data(str(tmp_path / "train.jsonl"), val_path=path).prepare(VIEWS["pairs"], stage="test")
+    assert data.summary() == "data: 27 pairs held out; nothing dropped"
+
+
 def test_several_turns_reach_the_batches_with_their_mask(tmp_path):
     user = {"role": "user", "content": "hello"}
     path = chat_rows(tmp_path / "rows.jsonl", [user, ANSWER, user, ANSWER], [user, ANSWER])
