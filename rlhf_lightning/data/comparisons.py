@@ -31,6 +31,8 @@ class Transcript(Form):
         """Both transcripts, cut before their last answer."""
         texts = [checked_text(row.take(key), row.where, key) for key in COMPARED]
         for key, text in zip(COMPARED, texts, strict=True):
+            if ASSISTANT not in text and "prompt" in row.null:
+                raise missing(row, "prompt", COMPARED)
             if ASSISTANT not in text:
                 problem = "there is no key 'prompt', and the text has no '\\n\\nAssistant:' turn"
                 hint = renaming(row.columns, ["prompt"], row.option)
@@ -160,8 +162,9 @@ class Ranking(_Graded):
 
     def check(self, row: Row, grades: Sequence[float]) -> None:
         """Refuses what is no rank."""
-        if any(grade < 1 or grade != int(grade) for grade in grades):
-            raise row.refused("ranks", "must be whole numbers from 1 (best); equal numbers are ties")
+        for grade in grades:
+            if grade < 1 or grade != int(grade):
+                raise row.refused("ranks", f"must be whole numbers from 1 (best), got {grade:g}; equal ones are ties")
 
 
 class StackPair(Form):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rlhf_lightning.data.columns import Columns
@@ -125,7 +125,8 @@ def checked_rows(
             # In JSON as in tables, null means that the row lacks the key.
             given = {key: value for key, value in raw.items() if value is not None}
             row = interpreted(path, where, names.apply(given, where))
-            record = parse_row(row, where, dropped, prompts, names.option, noted)
+            null = names.renamed(dict.fromkeys(key for key in raw if key not in given))
+            record = parse_row(row, where, dropped, prompts, names.option, noted, tuple(null))
             if record is not None and len(given) < len(raw):  # what answers are written beside has them still
                 record = replace(record, raw={**record.raw, **{key: None for key in raw if key not in given}})
             yield record
@@ -149,14 +150,16 @@ def parse_row(
     prompts: bool = False,
     option: str = COLUMNS,
     noted: Counter[str] | None = None,
+    null: Collection[str] = (),
 ) -> Record | None:
     """Checks one row of any form; None when nothing of it is left (the reason is counted in ``dropped``).
 
     With ``prompts`` a row is there for its prompt, whatever its responses: then it comes without them where they would
     have it dropped. ``option``: what gives columns other names, for messages. ``noted``: see `checked_rows`.
+    ``null``: keys that the row has without a value.
     """
     reasons: Counter[str] = Counter()
-    row = Row(values, where, reasons, Counter() if noted is None else noted, option)
+    row = Row(values, where, reasons, Counter() if noted is None else noted, option, null)
     record = read_row(row)
     if prompts and row.made is not None and row.made.prompt:
         return record or replace(row.made, responses=(), pairs=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,9 +119,18 @@ class Record:
 class Row:
     """One raw row while a form reads it. What the form takes is no longer a column that rewards are handed."""
 
-    def __init__(self, values: RawRow, where: str, dropped: Counter[str], noted: Counter[str], option: str) -> None:
+    def __init__(
+        self,
+        values: RawRow,
+        where: str,
+        dropped: Counter[str],
+        noted: Counter[str],
+        option: str,
+        null: Collection[str] = (),
+    ) -> None:
         self.option = option  # what gives columns other names
         self.values = values
+        self.null = null  # keys that it has without a value, for messages: it is read as if it lacked them
         self.where = where  # "file:line"
         self.dropped = dropped
         self.noted = noted

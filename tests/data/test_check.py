@@ -77,6 +77,14 @@ def test_an_answer_that_a_form_does_not_read_is_not_told_to_be_renamed_to_itself
     assert check([write([row])]).files[0].advice == [told]
 
 
+def test_the_forms_are_listed_once_where_no_key_is_known(write, capsys):
+    main([write([{"prompt": "p", "chosen": "a"}])])
+    assert "accepted forms" not in capsys.readouterr().out
+    main([write([{"query": "q", "good": "a"}, {"good": "a", "id": 3}])])
+    printed = capsys.readouterr().out
+    assert printed.count("accepted forms") == 1 and "  prompt+chosen+rejected\n" in printed
+
+
 def test_labels_are_counted(write, capsys):
     rows = [{"prompt": "p", "completion": "a", "label": label} for label in (True, False, True)]
     report = check([write(rows)]).files[0]

@@ -249,7 +249,7 @@ def test_one_line_says_how_many_rows_have_a_fault_and_what_mends_it(tmp_path):
     message = refusal(write_as(rows, tmp_path / "b.jsonl"))
     assert "set data.columns: {prompt: question, completion: answer}, or rename in the file (4 of 8 " in message
     assert "; 3 rows are refused for other causes, see data check)" in message
-    assert message.endswith("| prompt")  # the accepted forms close the line
+    assert message.endswith("; data check lists the accepted forms") and len(message) < 300 + len(str(tmp_path))
 
 
 def test_columns_are_mapped(tmp_path):
