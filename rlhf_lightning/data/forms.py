@@ -7,7 +7,16 @@ Texts are kept byte for byte.
 from __future__ import annotations
 
 from rlhf_lightning.data.columns import KEYS
-from rlhf_lightning.data.comparisons import GRADED, ChatPair, Pair, Ranking, Rating, StackPair, Transcript
+from rlhf_lightning.data.comparisons import (
+    GRADED,
+    ChatPair,
+    Pair,
+    PreferencePair,
+    Ranking,
+    Rating,
+    StackPair,
+    Transcript,
+)
 from rlhf_lightning.data.files import RawRow, kind_of
 from rlhf_lightning.data.messages import as_response, checked_messages, checked_response
 from rlhf_lightning.data.prompts import COMPARED, NULL, PROMPTS, agreeing_prompt, asked, instruction, missing
@@ -136,6 +145,7 @@ FORMS: tuple[Form, ...] = (
     Rating(),
     Ranking(),
     StackPair(),
+    PreferencePair(),
     Chat(),
     ShareGPT(),
     DEMONSTRATION,

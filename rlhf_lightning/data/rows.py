@@ -135,6 +135,7 @@ class Row:
         self.dropped = dropped
         self.noted = noted
         self.columns = dict(values)
+        self.tools: Any = None  # what the form found of them elsewhere than under their key
         self.made: Record | None = None  # also where its responses are of no use, and so it is dropped
 
     def __contains__(self, key: str) -> bool:
@@ -171,7 +172,7 @@ class Row:
         if weight <= 0:
             raise self.refused("weight", f"is {weight:g}; give a number above 0, or delete the row")
         if not (form.transcript or form.whole):
-            tools = checked_tools(self.take("tools"), self.where, "tools")
+            tools = checked_tools(self.take("tools") or self.tools, self.where, "tools")
             prompt = self._as_chat(prompt, responses, tools)
             if isinstance(prompt, tuple) and not any(message.role in ("user", "tool") for message in prompt):
                 self.note(_UNASKED)

@@ -109,6 +109,13 @@ CASES = {
         {"qid": i, "question": f"q{i}", "response_j": "a", "response_k": "b"},
         *("question pair", f"q{i}", ("a", "b"), ((0, 1),), {"qid": i}),
     ),
+    "openai preference": lambda i: (
+        {
+            "input": {"messages": [user(f"q{i}")], "tools": [TOOL], "parallel_tool_calls": True},
+            **{"preferred_output": [assistant("a")], "non_preferred_output": [assistant("b")]},
+        },
+        *("preference", (U(i),), ("a", "b"), ((0, 1),), {"parallel_tool_calls": True}),
+    ),
     "ranking": lambda i: (
         {"prompt": f"q{i}", "completions": ["a", "b", "c"], "ranks": [2, 1, 3]},
         *("ranking", f"q{i}", ("b", "a", "c"), ((0, 1), (0, 2), (1, 2)), {}),
@@ -227,7 +234,7 @@ def test_rows_of_every_form_are_read_as_written_here(tmp_path, name):
                 *(form, prompt, responses, pairs, columns),
             ), file
             assert record.where == f"{tmp_path / file}:{i + 1}"
-            assert record.tools == (json.dumps([TOOL]) if "tools" in cases[i][0] else "")
+            assert record.tools == (json.dumps([TOOL]) if "tools" in cases[i][0] or name == "openai preference" else "")
     assert len({record.key for record in records.rows}) == COUNT
 
 

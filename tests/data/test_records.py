@@ -165,6 +165,18 @@ def test_demonstrations_chats_and_prompts():
             {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "ratings": [1, 2]},
             "key 'ratings': stands beside",
         ),
+        (
+            {"input": "q", "preferred_output": [ANSWER]},
+            "key 'non_preferred_output': is missing; keys found: input, pref",
+        ),
+        (
+            {"input": "q", "preferred_output": [ANSWER], "non_preferred_output": [OTHER]},
+            "key 'input': must be an object with messages, got text; repair",
+        ),
+        (
+            {"input": {"messages": "q"}, "preferred_output": [ANSWER], "non_preferred_output": [OTHER]},
+            "key 'input.messages': must be a list, got text",
+        ),
         ({"messages": [USER], "completion": "c"}, "key 'messages': stands beside 'completion'"),
         ({"messages": []}, "key 'messages': is an empty list"),
         ({"messages": [ANSWER]}, "key 'messages': holds an answer without"),
