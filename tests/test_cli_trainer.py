@@ -167,6 +167,15 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
     ("options", "said"),
     [
         ("--model rlhf_lightning.modules.PPOModul", "--model: no class .* has no PPOModul (did you mean PPOModule?)"),
+        ("--model runs/sft/model", "--model: runs/sft/model is a path, .*; write --model.model runs/sft/model"),
+        (
+            "--model.reward runs/r/model",
+            "--model.reward: runs/r/model is a path.*write --model.reward.path runs/r/model",
+        ),
+        (
+            "--data prefs.jsonl",
+            "--data: prefs.jsonl is a path, .*PreferenceDataModule .*; write --data.path prefs.jsonl",
+        ),
         ("--model rlhf.modules.PPOModule", "--model: no class .*: there is no module rlhf"),
         ("--model.reward rlhf_lightning.rewards.ModelRewar", "--model.reward: no class .*(did you mean ModelReward?)"),
         ("--model.reward PPOModule", "--model.reward: PPOModule is no Reward"),
@@ -201,6 +210,15 @@ def test_the_parsers_reports_are_one_line_with_a_remedy(
     told = error_of(capsys)
     for part in said.split(".*"):
         assert part in told
+
+
+def test_a_file_that_is_given_for_a_class_is_led_to_its_option(
+    elsewhere: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "p", "completion": "a"}\n' * 3)
+    assert main(["fit", "--config", "sft.yaml", "--data", str(rows)]) == 2
+    assert error_of(capsys).strip().endswith(f"; write --data.path {rows}")
 
 
 def test_a_misspelt_class_in_a_config_is_placed(elsewhere: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,9 @@ _BROKEN_CLASS = re.compile(
 )
 _NO_ATTRIBUTE = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
 _NO_MODULE = re.compile(r"No module named '([^']+)'")
+_NO_CLASS_FILE = re.compile(r"Invalid content in sub-config file (.+?): ")
+_PATHS = {"model": "model", "model.reward": "path", "data": "path"}  # of a class, its option for a file or folder
+_DATA = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 _OTHER_BASE = re.compile(r"Import path (\S+) does not correspond to a subclass of (\w+)")
 _NOT_A_CLASS = re.compile(r"Not a valid subclass of (\w+)")
 _NO_CONFIG = re.compile(r"Unable to load config '([^']*)'")
@@ -101,6 +104,8 @@ def _explain_class(message: str, place: str, key: str, accepted: Callable[[str |
     bases = _BASE.findall(message)
     base = bases[-1] if bases else "class"
     known = accepted("classes")
+    if (option := _PATHS.get(plain := key.replace(".init_args", ""))) and (path := _path_for_class(message)):
+        return f"{place}: {path} is a path, and the name of a {base} is expected; write --{plain}.{option} {path}"
     if (found := _NO_CLASS.search(message)) is not None:
         name = found[1].strip()
         if name in known:
@@ -132,6 +137,14 @@ def _explain_class(message: str, place: str, key: str, accepted: Callable[[str |
         name = key.rsplit(".", 1)[-1]
         return f"--{name} {found[1]}: no such config file; its options are written --{name}.OPTION VALUE"
     return None
+
+
+def _path_for_class(message: str) -> str:
+    """The file or folder, there or not, that is given in a class's place; empty where it is none."""
+    found = _NO_CLASS.search(message) or _BROKEN_CLASS.search(message) or _NO_CLASS_FILE.search(message)
+    name = found[1].strip() if found else ""
+    looks = ("/" in name and ".py" not in name) or name.lower().endswith(_DATA)
+    return name if name and (looks or Path(name).exists()) else ""
 
 
 def _explain_unknown(

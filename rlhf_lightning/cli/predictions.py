@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.data.records import Record
+from rlhf_lightning.data.summary import counts_text
 from rlhf_lightning.distributed import all_gather_objects, failing_together
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.outputs import write_whole
@@ -51,7 +52,7 @@ class PredictionWriter(Callback):
         if trainer.is_global_zero:
             say(data.summary().replace("data: ", f"{'data':<10}"))
             if data.dropped:
-                self._left_out = data.summary().partition("; ")[2]
+                self._left_out = counts_text(data.dropped, {})
         with failing_together():
             if trainer.is_global_zero:
                 records = [example.record for example in data.held_out]

@@ -57,6 +57,11 @@ def _misfit(record: Record, kind: Kind, option: str) -> InputError | None:
             "data.path and data.val_path alike",
         }[kind]
         return refused(record.where, "label", remedy)
+    if kind == "demonstrations" and not record.responses and record.form.conversation:
+        answered = any(message.role == "assistant" for message in record.messages)
+        speaker = {"user": "user's", "tool": "tool's"}.get(record.messages[-1].role, "system's")
+        remedy = f"add the assistant's answer, or {'take the turn off' if answered else 'leave the row out'}"
+        return refused(record.where, record.form.key, f"the conversation ends with the {speaker} turn; {remedy}")
     if kind == "demonstrations" and not record.responses:
         hint = renaming(record.columns, ["completion"], option) or renaming(record.columns, ["messages"], option)
         remedy = hint or "add key 'completion', or leave the row out"

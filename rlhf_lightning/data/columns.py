@@ -13,7 +13,19 @@ from rlhf_lightning.text import nearest
 # What the forms read. A name that is none of them, nor near one, is a column's that rewards are handed.
 KEYS = (
     *("prompt", "completion", "chosen", "rejected", "completions", "ranks", "ratings", "messages", "conversations"),
-    *("question", "response_j", "response_k", "instruction", "input", "output", "response", "context", "text"),
+    *(
+        "question",
+        "response_j",
+        "response_k",
+        "preferred_output",
+        "non_preferred_output",
+        "instruction",
+        "input",
+        "output",
+        "response",
+        "context",
+        "text",
+    ),
     *("label", "margin", "weight", "system", "tools", "history", "instances"),
 )
 

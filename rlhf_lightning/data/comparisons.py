@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_lightning.data.files import RawRow
+from rlhf_lightning.data.files import RawRow, kind_of
 from rlhf_lightning.data.hints import renaming
 from rlhf_lightning.data.messages import as_response, checked_messages, checked_prompt, checked_response, speaking
 from rlhf_lightning.data.prompts import COMPARED, PROMPTS, agreeing_prompt, asked, missing
 from rlhf_lightning.data.rows import ASSISTANT, Form, Record, Row, is_empty, said
 from rlhf_lightning.data.values import Message, Prompt, Response, checked_list, checked_number, checked_text
 
+PREFERRED = ("preferred_output", "non_preferred_output")
 GRADED = ("completions", "ranks", "ratings")
 
 
@@ -31,6 +32,8 @@ class Transcript(Form):
         """Both transcripts, cut before their last answer."""
         texts = [checked_text(row.take(key), row.where, key) for key in COMPARED]
         for key, text in zip(COMPARED, texts, strict=True):
+            if ASSISTANT not in text and "prompt" in row.null:
+                raise missing(row, "prompt", COMPARED)
             if ASSISTANT not in text:
                 problem = "there is no key 'prompt', and the text has no '\\n\\nAssistant:' turn"
                 hint = renaming(row.columns, ["prompt"], row.option)
@@ -160,8 +163,9 @@ class Ranking(_Graded):
 
     def check(self, row: Row, grades: Sequence[float]) -> None:
         """Refuses what is no rank."""
-        if any(grade < 1 or grade != int(grade) for grade in grades):
-            raise row.refused("ranks", "must be whole numbers from 1 (best); equal numbers are ties")
+        for grade in grades:
+            if grade < 1 or grade != int(grade):
+                raise row.refused("ranks", f"must be whole numbers from 1 (best), got {grade:g}; equal ones are ties")
 
 
 class StackPair(Form):
@@ -182,6 +186,33 @@ class StackPair(Form):
         question = checked_prompt(row.take("question"), row.where, "question")
         better, worse = (checked_response(row.take(key), row.where, key) for key in ("response_j", "response_k"))
         return _pair(self, row, question, better, worse)
+
+
+class PreferencePair(Form):
+    """A pair as of OpenAI's preference data: the conversation so far with its tools, and an answer of each kind."""
+
+    name, keys = "preference", "input (messages)+preferred_output+non_preferred_output"
+    compared = True
+
+    def matches(self, row: RawRow) -> bool:
+        """Either answer."""
+        return any(key in row for key in PREFERRED)
+
+    def read(self, row: Row) -> Record | None:
+        """The conversation and both answers; what else the input holds are columns."""
+        for key in ("input", *PREFERRED):
+            if key not in row:
+                raise missing(row, key, ("input", *PREFERRED))
+        given = row.take("input")
+        if not isinstance(given, dict) or "messages" not in given:
+            problem = "must be an object with messages" + ("" if isinstance(given, dict) else f", got {kind_of(given)}")
+            raise row.refused("input", f"{problem}; repair or delete the row")
+        listed = checked_list(given["messages"], row.where, "input.messages")
+        prompt = checked_prompt(listed, row.where, "input.messages")
+        better, worse = (checked_response(row.take(key), row.where, key) for key in PREFERRED)
+        row.tools = given.get("tools")
+        row.columns = {**{key: given[key] for key in given if key not in ("messages", "tools")}, **row.columns}
+        return _pair(self, row, prompt, better, worse)
 
 
 def _before_last_answer(transcript: str) -> tuple[str, str]:

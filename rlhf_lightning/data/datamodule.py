@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.batches import View
-from rlhf_lightning.data.advice import repeating
+from rlhf_lightning.data.advice import for_training, repeating
 from rlhf_lightning.data.choices import Kind
 from rlhf_lightning.data.collate import encoding
 from rlhf_lightning.data.columns import Columns
@@ -27,6 +27,7 @@ from rlhf_lightning.data.mixing import check_weights, file_weights
 from rlhf_lightning.data.records import Records, load_records
 from rlhf_lightning.data.resuming import check_resumed
 from rlhf_lightning.data.split import split_by_prompt
+from rlhf_lightning.data.summary import counts_text, told
 from rlhf_lightning.data.tokenization import Encoder, Example, TrainOn
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer
@@ -128,6 +129,7 @@ class PreferenceDataModule(LightningDataModule):
         self.dropped: Counter[str] = Counter()  # rows or pairs left out, by reason
         self.noted: Counter[str] = Counter()  # rows that are there, and otherwise than one would expect
         self.template: ChatTemplate | None = None  # what chats are rendered with
+        self._read_noted: Counter[str] = Counter()  # of these, what reading told
         self._fingerprint = self._encoding = ""
         self._resumed: dict[str, Any] | None = None
 
@@ -175,7 +177,7 @@ class PreferenceDataModule(LightningDataModule):
         records = load_records(self.path, prompts=self.answering, columns=names)
         if self.kind == "prompts":
             records.check_prompts()
-        self.dropped = Counter(records.dropped)
+        self.dropped, self._read_noted = Counter(records.dropped), records.noted
         if self.kind == "pairs" and view.labels and any(row.form.labelled for row in records.rows):
             self.kind = "labels"
         if stage == "predict":
@@ -183,12 +185,15 @@ class PreferenceDataModule(LightningDataModule):
             return self
         if self.val_path is not None:
             held_out = load_records(self.val_path, columns=names)
+            if stage != "fit":
+                self.dropped, self._read_noted = Counter(), Counter()  # of rows to train on, which are not used
             self.dropped.update(held_out.dropped)
+            self._read_noted = self._read_noted + held_out.noted
             leaks = {row.key for row in records.rows} & {row.key for row in held_out.rows}
             if leaks:
-                rank_zero_warn(
-                    f"data.val_path: {len(leaks)} of its prompts are in data.path too, so it is not held out"
-                )
+                rank_zero_warn(f"data.val_path: {len(leaks)} of its prompts are in data.path too, and so not held out")
+        elif not records.rows:
+            raise self._nothing_left(records, "train on")
         else:
             train, rest = split_by_prompt(records.rows, self.validation_fraction, self.seed)
             records, held_out = replace(records, rows=train), replace(records, rows=rest)
@@ -209,7 +214,8 @@ class PreferenceDataModule(LightningDataModule):
             self._check_resumed()
         self._tell_spelled(encoder)
         losses = encoder.conversations.losses if encoder.conversations is not None else []
-        for line in [*losses, *repeating(records.rows)]:
+        looks = for_training(records.rows, self.kind == "labels") if stage == "fit" else repeating(held_out.rows)
+        for line in [*losses, *looks]:
             rank_zero_warn(f"data: {line}")
         rank_zero_info(self.summary(), extra={"in_preflight": True})
         return self
@@ -297,7 +303,7 @@ class PreferenceDataModule(LightningDataModule):
     ) -> list[Example]:
         examples, dropped = encoder.encode(records.rows, self.kind, demonstrations, every_row)
         self.dropped.update(dropped)
-        self.noted = encoder.noted
+        self.noted = self._read_noted + encoder.noted
         if encoder.borders["merged"]:
             self.noted["responses whose first letters would merge with their prompts' last, kept apart"] = (
                 encoder.borders["merged"]
@@ -305,11 +311,14 @@ class PreferenceDataModule(LightningDataModule):
         if encoder.borders["compared"] < encoder.borders["sequences"]:
             self.noted["sequences whose tokens were checked, a sample"] = encoder.borders["compared"]
         if not examples:
-            raise InputError(
-                f"{', '.join(records.paths)}: no {self.kind} left to {purpose} of {records.read} rows read "
-                f"({self._dropped_text()}); give more rows"
-            )
+            raise self._nothing_left(records, purpose)
         return examples
+
+    def _nothing_left(self, records: Records, purpose: str) -> InputError:
+        return InputError(
+            f"{', '.join(records.paths)}: no {self.kind} left to {purpose} of {records.read} rows read "
+            f"({counts_text(self.dropped, self.noted)}); give more rows"
+        )
 
     def _held_out_or_error(self, purpose: str) -> Loader:
         if not self.held_out:
@@ -357,10 +366,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def summary(self) -> str:
         """One line: how much there is, and what was dropped."""
-        if self.answering:
-            return f"data: {len(self.held_out):,} prompts to answer; {self._dropped_text()}"
-        counts = f"data: {len(self.train):,} {self.kind} to train on, {len(self.held_out):,} held out"
-        return f"{counts}; {self._dropped_text()}"
+        left_out = counts_text(self.dropped, self.noted)
+        return told(self.kind, len(self.train), len(self.held_out), left_out, self.answering)
 
     def _tell_spelled(self, encoder: Encoder) -> None:
         if not encoder.spelled:
@@ -374,8 +381,3 @@ class PreferenceDataModule(LightningDataModule):
                 f"{count}, which stay text, letter by letter; where a chat template was applied to them already, set "
                 "data.special_tokens to tokens, or give rows of messages"
             )
-
-    def _dropped_text(self) -> str:
-        dropped = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(self.dropped.items()))
-        noted = "".join(f"; {what}: {count:,}" for what, count in sorted(self.noted.items()))
-        return (dropped or "nothing dropped") + noted

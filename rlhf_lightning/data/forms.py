@@ -6,13 +6,24 @@ Texts are kept byte for byte.
 
 from __future__ import annotations
 
-from rlhf_lightning.data.comparisons import GRADED, ChatPair, Pair, Ranking, Rating, StackPair, Transcript
+from rlhf_lightning.data.columns import KEYS
+from rlhf_lightning.data.comparisons import (
+    GRADED,
+    ChatPair,
+    Pair,
+    PreferencePair,
+    Ranking,
+    Rating,
+    StackPair,
+    Transcript,
+)
 from rlhf_lightning.data.files import RawRow, kind_of
 from rlhf_lightning.data.messages import as_response, checked_messages, checked_response
-from rlhf_lightning.data.prompts import COMPARED, PROMPTS, Missing, agreeing_prompt, asked, instruction, missing
+from rlhf_lightning.data.prompts import COMPARED, NULL, PROMPTS, agreeing_prompt, asked, instruction, missing
 from rlhf_lightning.data.refusals import ACCEPTED
 from rlhf_lightning.data.rows import Form, Record, Row, is_empty
 from rlhf_lightning.data.values import Prompt, Response, checked_text
+from rlhf_lightning.errors import InputError
 
 
 class Chat(Form):
@@ -134,6 +145,7 @@ FORMS: tuple[Form, ...] = (
     Rating(),
     Ranking(),
     StackPair(),
+    PreferencePair(),
     Chat(),
     ShareGPT(),
     DEMONSTRATION,
@@ -161,12 +173,12 @@ def read_row(row: Row) -> Record | None:
     if compared and graded:
         raise row.refused(graded[0], "stands beside 'chosen' and 'rejected'; keep one form of comparison")
     form = next((form for form in FORMS if form.matches(row.values)), None)
-    try:
-        if form is not None:
-            return form.read(row)
-        raise missing(row, "prompt", ("prompt", "completion", "chosen", "rejected", "messages", *GRADED))
-    except Missing as error:
-        raise Missing(f"{error}{ACCEPTED}{' | '.join(form.keys for form in FORMS)}") from None
+    if form is not None:
+        return form.read(row)
+    if row.null and is_known({**row.values, **dict.fromkeys(row.null)}):
+        raise row.refused(next(key for key in row.null if key in KEYS), NULL)
+    error = missing(row, "prompt", ("prompt", "completion", "chosen", "rejected", "messages", *GRADED))
+    raise InputError(f"{error}{ACCEPTED}")
 
 
 def _answered(form: Form, row: Row, prompt: Prompt, response: Response) -> Record | None:

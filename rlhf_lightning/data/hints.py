@@ -18,6 +18,7 @@ _OTHER_NAMES = {
     "ranks": ("ranking", "rank"),
     "messages": ("conversation", "dialog", "dialogue", "chat", "turns"),
     "label": ("kto_tag", "desirable"),
+    "system": ("system_prompt", "system_message", "system_msg", "sys_prompt", "sys", "system_instruction"),
 }
 
 

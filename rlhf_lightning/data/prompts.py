@@ -13,21 +13,20 @@ from rlhf_lightning.errors import InputError
 
 COMPARED = ("chosen", "rejected")
 PROMPTS = ("prompt", "instruction", "question", "conversations", "messages")  # what a prompt may stand under
-_IGNORED_PROMPT = "prompt that the row's own conversation does not have, ignored"
+NULL = "is null; give it a value, or delete the row"
+_IGNORED_PROMPT = "prompt ignored, since the row's own conversation does not have it"
 
 
-class Missing(InputError):
-    """A row that lacks a key of every form."""
-
-
-def missing(row: Row, key: str, wanted: Sequence[str]) -> Missing:
+def missing(row: Row, key: str, wanted: Sequence[str]) -> InputError:
     """The error that says what was found in place of a key, and which option mends it."""
+    if key in row.null:
+        return row.refused(key, NULL)
     hint = renaming(
         (name for name in row.values if name not in wanted), [w for w in wanted if w not in row], row.option
     )
     found = ", ".join(sorted(map(shown, row.values))) or "none"
     problem = f"is missing; keys found: {found}" + (f"; {hint}" if hint else "")
-    return Missing(str(row.refused(key, problem)))
+    return row.refused(key, problem)
 
 
 def asked(row: Row, beside: Sequence[str]) -> Prompt:
@@ -64,4 +63,4 @@ def agreeing_prompt(row: Row, conversation: Sequence[Message]) -> None:
     else:
         agrees = given is None or any(str(given).strip() == message.content.strip() for message in conversation)
     if not agrees:
-        row.drop(_IGNORED_PROMPT)
+        row.note(_IGNORED_PROMPT)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from rlhf_lightning.data.columns import Columns
 from rlhf_lightning.data.files import RawRow, faulty_text, shown
@@ -30,6 +30,7 @@ class Records:
     paths: tuple[str, ...]
     read: int  # rows read, dropped ones included
     dropped: Counter[str]
+    noted: Counter[str] = field(default_factory=Counter)  # rows that are otherwise than one would expect
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,7 +83,7 @@ def load_records(
     refusals = Refusals()
     for path in paths:
         before = records.read
-        for item in checked_rows(path, records.dropped, prompts, names):
+        for item in checked_rows(path, records.dropped, prompts, names, records.noted):
             if isinstance(item, InputError):
                 refusals.add(item)
             elif item is not None and not refusals:
@@ -102,13 +103,18 @@ def load_records(
 
 
 def checked_rows(
-    path: str, dropped: Counter[str], prompts: bool = False, columns: Columns | None = None
+    path: str,
+    dropped: Counter[str],
+    prompts: bool = False,
+    columns: Columns | None = None,
+    noted: Counter[str] | None = None,
 ) -> Iterator[Record | InputError | None]:
     """Each row of a source as a ``Record``, as the ``InputError`` that refuses it, or None where all of it was dropped.
 
-    What is dropped is counted in ``dropped`` by reason.
+    What is dropped is counted in ``dropped`` by reason; in ``noted``, what is otherwise than one would expect.
     """
     names = columns or Columns(None)
+    noted = Counter() if noted is None else noted
     for line, raw in read_rows(path, lambda row: is_known(names.renamed(row))):
         if isinstance(raw, InputError):
             yield raw
@@ -119,7 +125,8 @@ def checked_rows(
             # In JSON as in tables, null means that the row lacks the key.
             given = {key: value for key, value in raw.items() if value is not None}
             row = interpreted(path, where, names.apply(given, where))
-            record = parse_row(row, where, dropped, prompts, names.option)
+            null = names.renamed(dict.fromkeys(key for key in raw if key not in given))
+            record = parse_row(row, where, dropped, prompts, names.option, noted, tuple(null))
             if record is not None and len(given) < len(raw):  # what answers are written beside has them still
                 record = replace(record, raw={**record.raw, **{key: None for key in raw if key not in given}})
             yield record
@@ -137,15 +144,22 @@ def _check_texts(row: RawRow, where: str) -> None:
 
 
 def parse_row(
-    values: RawRow, where: str, dropped: Counter[str], prompts: bool = False, option: str = COLUMNS
+    values: RawRow,
+    where: str,
+    dropped: Counter[str],
+    prompts: bool = False,
+    option: str = COLUMNS,
+    noted: Counter[str] | None = None,
+    null: Collection[str] = (),
 ) -> Record | None:
     """Checks one row of any form; None when nothing of it is left (the reason is counted in ``dropped``).
 
     With ``prompts`` a row is there for its prompt, whatever its responses: then it comes without them where they would
-    have it dropped. ``option``: what gives columns other names, for messages.
+    have it dropped. ``option``: what gives columns other names, for messages. ``noted``: see `checked_rows`.
+    ``null``: keys that the row has without a value.
     """
     reasons: Counter[str] = Counter()
-    row = Row(values, where, reasons, option)
+    row = Row(values, where, reasons, Counter() if noted is None else noted, option, null)
     record = read_row(row)
     if prompts and row.made is not None and row.made.prompt:
         return record or replace(row.made, responses=(), pairs=())

@@ -6,7 +6,7 @@ import re
 
 from rlhf_lightning.errors import InputError
 
-ACCEPTED = "; accepted forms: "  # ends a message about missing keys, before the forms
+ACCEPTED = "; data check lists the accepted forms"  # ends a message about a row of which no key is known
 
 
 class Refusals:
@@ -41,8 +41,8 @@ class Refusals:
             return InputError(message)
         others = len(self) - count
         more = f"; {others:,} rows are refused for other causes, see data check" if others else ""
-        problem, accepted, forms = message.partition(ACCEPTED)
-        return InputError(f"{problem} ({count:,} of {rows:,} rows have this{more}){accepted}{forms}")
+        problem, accepted, _ = message.partition(ACCEPTED)
+        return InputError(f"{problem} ({count:,} of {rows:,} rows have this{more}){accepted}")
 
 
 def _cause(message: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from rlhf_lightning.data.messages import checked_tools
 from rlhf_lightning.data.values import Message, Prompt, Response, checked_number, checked_text, refused
 from rlhf_lightning.errors import InputError
 
-_UNASKED = "conversation in which no user asks, kept"
+_UNASKED = "conversation in which no user asks"
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -26,6 +26,7 @@ class Form:
     compared = False  # has better and worse responses
     labelled = False  # has one response that was judged by itself, in column `label`
     transcript = False  # its texts are of the form "\\n\\nHuman: ... \\n\\nAssistant:"
+    key = ""  # that holds the whole row, where one does
     conversation = False  # the assistant's turns in its prompt are demonstrations, too
     whole = False  # has no prompt: the response is a text that is learnt from its first token on
 
@@ -118,12 +119,23 @@ class Record:
 class Row:
     """One raw row while a form reads it. What the form takes is no longer a column that rewards are handed."""
 
-    def __init__(self, values: RawRow, where: str, dropped: Counter[str], option: str) -> None:
+    def __init__(
+        self,
+        values: RawRow,
+        where: str,
+        dropped: Counter[str],
+        noted: Counter[str],
+        option: str,
+        null: Collection[str] = (),
+    ) -> None:
         self.option = option  # what gives columns other names
         self.values = values
+        self.null = null  # keys that it has without a value, for messages: it is read as if it lacked them
         self.where = where  # "file:line"
         self.dropped = dropped
+        self.noted = noted
         self.columns = dict(values)
+        self.tools: Any = None  # what the form found of them elsewhere than under their key
         self.made: Record | None = None  # also where its responses are of no use, and so it is dropped
 
     def __contains__(self, key: str) -> bool:
@@ -142,6 +154,10 @@ class Row:
         """Counts the row, or a pair of it, as left out."""
         self.dropped[reason] += 1
 
+    def note(self, what: str) -> None:
+        """Counts the row as one that is there, and otherwise than one would expect."""
+        self.noted[what] += 1
+
     def record(
         self,
         form: Form,
@@ -156,10 +172,10 @@ class Row:
         if weight <= 0:
             raise self.refused("weight", f"is {weight:g}; give a number above 0, or delete the row")
         if not (form.transcript or form.whole):
-            tools = checked_tools(self.take("tools"), self.where, "tools")
+            tools = checked_tools(self.take("tools") or self.tools, self.where, "tools")
             prompt = self._as_chat(prompt, responses, tools)
             if isinstance(prompt, tuple) and not any(message.role in ("user", "tool") for message in prompt):
-                self.drop(_UNASKED)
+                self.note(_UNASKED)
         columns, raw = self.columns, self.values
         self.made = Record(
             prompt, tuple(responses), tuple(pairs), self.where, form, margin, weight, columns, tools, raw=raw

@@ -35,8 +35,8 @@ TrainOn = Literal["all_assistant", "last_assistant"]
 REPEATED = "repeated prompt"
 SAME_TOKENS = "responses of equal tokens"
 NO_COMMON = "pair that parts before its last max_prompt_tokens tokens"
-_PROMPT_KEPT = "demonstration over max_response_tokens, its prompt kept"
-OTHER_PROMPT = "demonstration behind another prompt than is sampled from, its prompt kept"
+_TOO_LONG = "prompt without its demonstration, which is over max_response_tokens"
+OTHER_PROMPT = "prompt without its demonstration, which stands behind another than is sampled from"
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class Encoder:
         self.borders: Counter[str] = Counter()  # sequences: all, compared, and those where a merge crosses a border
         self.spelled: Counter[str] = Counter()  # special tokens that texts spell, by the rows that do
         self.spelling_rows = 0
+        self._kept: Counter[str] = Counter()  # rows that the limits leave a part of
 
     @property
     def pad_id(self) -> int:
@@ -146,8 +147,8 @@ class Encoder:
 
     @property
     def noted(self) -> Counter[str]:
-        """What the template made of rows that one would not expect, by how many."""
-        return +Counter(self.conversations.noted if self.conversations is not None else {})
+        """What the template and the limits made of rows that one would not expect, by how many."""
+        return self._kept + Counter(self.conversations.noted if self.conversations is not None else {})
 
     def encode(
         self, records: Sequence[Record], kind: Kind, demonstrations: bool = False, every_row: bool = False
@@ -295,7 +296,7 @@ class Encoder:
             if not any(counts):
                 kept.append(ask)
             elif kind == "prompts":
-                dropped[_PROMPT_KEPT] += 1
+                self._kept[_TOO_LONG] += 1
                 kept.append(replace(ask, sides=()))
             else:
                 long.append((ask.record, max(counts)))
@@ -350,9 +351,9 @@ class Encoder:
         if over and self.long_prompts == "error":
             record, longest = next(iter(over.values()))
             raise self._long_prompt(record, str(longest), len(over), asked)
-        if over:
-            cut = self.long_prompts == "truncate_left"
-            dropped["prompt cut on the left" if cut else "prompt over max_prompt_tokens"] += len(over)
+        cut = self.long_prompts == "truncate_left"
+        reason = "prompt cut on the left" if cut else "prompt over max_prompt_tokens"
+        (self._kept if cut else dropped)[reason] += len(over)
         return kept
 
     def _examples(
@@ -367,11 +368,11 @@ class Encoder:
                 if kind != "prompts":
                     too_long.append((ask.record, longest))
                     continue
-                dropped[_PROMPT_KEPT] += 1
+                self._kept[_TOO_LONG] += 1
                 learnt = ()
             prompt = common_prompt(learnt) if ask.prompt is None else sides[0].ids[0]
             if ask.prompt is not None and any(side.ids[0] != prompt for side in learnt):
-                dropped[OTHER_PROMPT] += 1
+                self._kept[OTHER_PROMPT] += 1
                 learnt = ()
             example = _example(ask, prompt, learnt, len(examples))
             if len(learnt) == 2 and torch.equal(*example.responses):

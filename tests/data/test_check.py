@@ -11,6 +11,7 @@ import unicodedata
 import pytest
 
 from rlhf_lightning.data.check import check, main
+from rlhf_lightning.data.report import FileReport, Report, render
 
 ROWS = [
     {"prompt": "p", "chosen": "long answer", "rejected": "short", "by": "ann"},
@@ -53,6 +54,37 @@ def test_answers_under_another_name_are_advised(write):
     assert not any("completion: response" in line for line in file.advice)
 
 
+def test_labels_that_are_all_the_same_are_advised(write):
+    rows = [{"prompt": f"p{i}", "completion": "a", "label": i == 0} for i in range(4)]
+    assert check([write(rows)]).files[0].advice == []
+    told = "every label (3) is false, so KTO has no contrast to learn from; add rows of label true"
+    assert check([write(rows[1:])]).files[0].advice == [told]
+
+
+def test_other_names_of_system_are_advised_but_not_beside_it(write):
+    for name in ("system_prompt", "system_message", "sys"):
+        (line,) = (
+            check([write([{name: "be kind", "prompt": f"p{i}", "completion": "c"} for i in range(3)])]).files[0].advice
+        )
+        assert line.endswith(f"looks like 'system', which it is not read as; --columns system={name} does")
+    both = {"system": "be kind", "system_prompt": "be kind", "prompt": "p", "completion": "c"}
+    assert check([write([both])]).files[0].advice == []  # --columns would be refused
+
+
+def test_an_answer_that_a_form_does_not_read_is_not_told_to_be_renamed_to_itself(write):
+    row = {"prompt": "p", "completion": "a", "chosen": "a", "rejected": "b"}
+    told = "column 'completion' of 1 rows is not used in training, where rewards alone are handed it"
+    assert check([write([row])]).files[0].advice == [told]
+
+
+def test_the_forms_are_listed_once_where_no_key_is_known(write, capsys):
+    main([write([{"prompt": "p", "chosen": "a"}])])
+    assert "accepted forms" not in capsys.readouterr().out
+    main([write([{"query": "q", "good": "a"}, {"good": "a", "id": 3}])])
+    printed = capsys.readouterr().out
+    assert printed.count("accepted forms") == 1 and "  prompt+chosen+rejected\n" in printed
+
+
 def test_labels_are_counted(write, capsys):
     rows = [{"prompt": "p", "completion": "a", "label": label} for label in (True, False, True)]
     report = check([write(rows)]).files[0]
@@ -77,6 +109,40 @@ def test_refused_rows_are_listed_counted_and_exit_with_2(write, capsys, tmp_path
     report = json.loads(target.read_text())
     assert len(report["files"][0]["refused"]) == 23 and report["files"][0]["usable"] == 5
     assert "cannot be read" in report["files"][1]["refused"][0]
+
+
+def test_rows_that_are_kept_are_noted_below_the_table(write, capsys):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    main([write([{"prompt": "other", "messages": messages}, {"prompt": "p", "completion": " "}])])
+    printed = capsys.readouterr().out
+    assert "dropped: empty response" in printed and "dropped: prompt" not in printed
+    assert "noted rows.jsonl: prompt ignored, since the row's own conversation does not have it: 1" in printed
+
+
+def test_a_table_of_a_narrow_terminal_keeps_its_names_whole_and_its_labels_short(write, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    files = [write(ROWS, f"{'preferences' * 2}{i}.jsonl") for i in range(3)]
+    main(files)
+    tables = capsys.readouterr().out.partition("prompt leak")[0]
+    assert max(map(len, tables.splitlines())) <= 80
+    assert [line.split() for line in tables.splitlines() if ".jsonl" in line] == [  # as many side by side as fit
+        ["preferencespreferences0.jsonl"],
+        ["preferencespreferences1.jsonl"],
+        ["preferencespreferences2.jsonl"],
+    ]
+    report = FileReport("rows.jsonl", rows=2, dropped={"a reason that needs far more than the width of a label": 2})
+    render(Report("characters", [report], []))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["rows.jsonl"] and lines[4].startswith("  dropped: a reason that needs")
+    assert lines[5].startswith("    more than the width of a label")
+
+
+def test_a_file_of_which_every_row_is_dropped_is_no_good_file(write, capsys):
+    path = write([{"prompt": f"p{i}", "chosen": "a", "rejected": "a"} for i in range(8)])
+    assert main([path]) == 2
+    printed = capsys.readouterr().out
+    assert "rows.jsonl: no row is left to train on of 8 read (equal responses: 8)" in printed
+    assert "no row is refused" not in printed
 
 
 def test_an_empty_file_is_refused(write, capsys):

@@ -5,9 +5,22 @@ from __future__ import annotations
 import pytest
 from test_tokenization import encode
 
+from rlhf_lightning.data.check import check
 from rlhf_lightning.errors import InputError
 
 FOUND = "there is no response to imitate; keys found: prompt, response; set data.columns: {completion: response}"
+
+
+def test_conversations_without_an_answer_are_told_what_mends_them(write, tokenizer):
+    question = [{"role": "user", "content": "q"}]
+    answered = [*question, {"role": "assistant", "content": "a"}]
+    for messages, remedy in (([*answered, *question], "take the turn off"), (question, "leave the row out")):
+        with pytest.raises(InputError) as caught:
+            encode(write, tokenizer, [{"messages": messages}] * 8)
+        told = f"key 'messages': the conversation ends with the user's turn; add the assistant's answer, or {remedy}"
+        assert f"rows.jsonl:1: {told} (8 of 8 rows have this)" in str(caught.value)
+    (line,) = check([write([{"messages": question}] * 2 + [{"messages": answered}])]).files[0].advice
+    assert line.startswith("2 of 3 conversations end without the assistant's answer: they serve as prompts alone")
 
 
 @pytest.mark.parametrize(

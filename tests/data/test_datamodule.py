@@ -155,8 +155,25 @@ def test_what_was_dropped_is_said(tmp_path):
     data = make_data(str(path), validation_fraction=0.0).prepare(VIEWS["pairs"])
     assert data.summary() == "data: 5 pairs to train on, 0 held out; equal responses: 5"
     path.write_text(json.dumps(rows[1]) + "\n")
-    with pytest.raises(InputError, match=r"no pairs left to train on of 1 rows read \(equal responses: 1\); give more"):
-        make_data(str(path), validation_fraction=0.0).prepare(VIEWS["pairs"])
+    for fraction in (0.0, 0.05):
+        with pytest.raises(
+            InputError, match=r"no pairs left to train on of 1 rows read \(equal responses: 1\); give more"
+        ):
+            make_data(str(path), validation_fraction=fraction).prepare(VIEWS["pairs"])
+
+
+def test_rows_that_are_not_dropped_are_noted_apart_from_those_that_are(tmp_path):
+    rows = [{"prompt": "how " * 30, "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a", "rejected": "a"}]
+    user = [{"role": "user", "content": "q"}]
+    chat = {"prompt": "other", "chosen": [*user, ANSWER], "rejected": [*user, {**ANSWER, "content": "no"}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, chat]))
+    data = make_data(str(path), validation_fraction=0, max_prompt_tokens=20, long_prompts="truncate_left")
+    told = data.prepare(VIEWS["pairs"]).summary()
+    assert told.startswith("data: 2 pairs to train on, 0 held out; equal responses: 1; noted: ")
+    assert (
+        "prompt cut on the left: 1" in told and "prompt ignored, since the row's own conv" in told.partition("noted")[2]
+    )
 
 
 def test_changed_data_or_options_cannot_be_resumed(tmp_path):
@@ -294,6 +311,36 @@ def test_responses_that_repeat_their_prompt_are_warned_of(tmp_path):
     path.write_text(json.dumps({"prompt": "hello", "completion": "hello, fine"}) + "\n")
     with pytest.warns(UserWarning, match=r"data: 1 of 1 responses begin with their own prompt"):
         make_data(str(path), validation_fraction=0).prepare(View("demonstrations"))
+
+
+def test_a_column_that_was_likely_meant_for_system_is_warned_of(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"system_prompt": "be kind", "prompt": "hello", "completion": "fine"}) + "\n")
+    with pytest.warns(
+        UserWarning, match=r"data: column 'system_prompt' of 1 rows looks like 'system', .*data.columns: {s"
+    ):
+        make_data(str(path), validation_fraction=0).prepare(View("demonstrations"))
+
+
+def test_labels_that_are_all_the_same_are_warned_of_where_they_are_learnt_from(tmp_path, recwarn):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "a", "label": True}) + "\n" for i in range(4)))
+    make_data(str(path)).prepare(View("prompts"))
+    assert not [line for line in recwarn.list if "label" in str(line.message)]
+    with pytest.warns(
+        UserWarning, match=r"data: every label \(3\) is true, so KTO has no contrast to learn from; add r"
+    ):
+        make_data(str(path)).prepare(View("pairs", labels=True))
+
+
+def test_what_is_only_measured_is_told_without_what_could_be_trained_on(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl")
+    for stage in ("validate", "test"):
+        data = make_data(path, validation_fraction=0.1).prepare(VIEWS["pairs"], stage=stage)
+        assert data.summary() == "data: 3 pairs held out; nothing dropped"
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "a"}) + "\n")
+    data = make_data(str(tmp_path / "train.jsonl"), val_path=path).prepare(VIEWS["pairs"], stage="test")
+    assert data.summary() == "data: 27 pairs held out; nothing dropped"
 
 
 def test_several_turns_reach_the_batches_with_their_mask(tmp_path):

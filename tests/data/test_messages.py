@@ -64,4 +64,4 @@ def test_two_kinds_of_calls_beside_each_other_are_refused():
 def test_conversations_in_which_no_user_asks_are_kept_and_counted(write):
     opening = [{"role": "system", "content": "Greet."}, {"role": "assistant", "content": "Hello!"}]
     records = load_records(write([{"messages": opening}]))
-    assert len(records) == 1 and records.dropped == {"conversation in which no user asks, kept": 1}
+    assert len(records) == 1 and records.noted == {"conversation in which no user asks": 1} and not records.dropped

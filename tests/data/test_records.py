@@ -117,7 +117,7 @@ def test_demonstrations_chats_and_prompts():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "chosen": "a"}, "key 'rejected': is missing; keys found: chosen, prompt; accepted forms: "),
+        ({"prompt": "p", "chosen": "a"}, "key 'rejected': is missing; keys found: chosen, prompt"),
         ({"rejected": "a"}, "key 'chosen': is missing"),
         ({"completion": "a"}, "key 'prompt': is missing; keys found: completion"),
         ({}, "key 'prompt': is missing; keys found: none"),
@@ -153,7 +153,10 @@ def test_demonstrations_chats_and_prompts():
         ({"prompt": "p", "completions": ["a", 2], "ranks": [1, 2]}, "key 'completions[1]': must be text, got a number"),
         ({"prompt": "p", "completions": ["a"], "ranks": [1]}, "key 'completions': holds 1; a comparison needs"),
         ({"prompt": "p", "completions": ["a", "b"], "ranks": [1]}, "key 'ranks': holds 1 for 2 completions"),
-        ({"prompt": "p", "completions": ["a", "b"], "ranks": [0, 1]}, "key 'ranks': must be whole numbers from 1"),
+        (
+            {"prompt": "p", "completions": ["a", "b"], "ranks": [0, 1]},
+            "key 'ranks': must be whole numbers from 1 (best), got 0;",
+        ),
         (
             {"prompt": "p", "completions": ["a", "b"], "ratings": [1, float("nan")]},
             "key 'ratings[1]': must be a finite",
@@ -161,6 +164,18 @@ def test_demonstrations_chats_and_prompts():
         (
             {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "ratings": [1, 2]},
             "key 'ratings': stands beside",
+        ),
+        (
+            {"input": "q", "preferred_output": [ANSWER]},
+            "key 'non_preferred_output': is missing; keys found: input, pref",
+        ),
+        (
+            {"input": "q", "preferred_output": [ANSWER], "non_preferred_output": [OTHER]},
+            "key 'input': must be an object with messages, got text; repair",
+        ),
+        (
+            {"input": {"messages": "q"}, "preferred_output": [ANSWER], "non_preferred_output": [OTHER]},
+            "key 'input.messages': must be a list, got text",
         ),
         ({"messages": [USER], "completion": "c"}, "key 'messages': stands beside 'completion'"),
         ({"messages": []}, "key 'messages': is an empty list"),
@@ -193,6 +208,19 @@ def test_every_refused_row_names_place_and_key(row, message):
         parse(row)
     text = str(caught.value)
     assert text.startswith("f.jsonl:3: key '") and message in text and "\n" not in text
+
+
+def test_a_key_without_a_value_is_told_as_null_not_as_missing(write):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    rows = [({**pair, key: None}, key) for key in pair]
+    rows += [({"text": None}, "text"), ({"prompt": None, "completion": "a"}, "prompt")]
+    for row, key in rows:
+        with pytest.raises(InputError, match=rf"key '{key}': is null; give it a value, or delete the row$"):
+            load_records(write([row]))
+    with pytest.raises(InputError, match=r"key 'prompt': is null"):
+        load_records(write([{"q": None, "completion": "a"}, {"q": "b"}]), columns={"prompt": "q"})
+    with pytest.raises(InputError, match=r"key 'prompt': is missing; keys found: by, id"):
+        load_records(write([{"by": "ann", "id": 1, "label": None}]))
 
 
 def test_the_fingerprint_follows_content_not_names(write):

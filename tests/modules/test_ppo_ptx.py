@@ -152,5 +152,5 @@ def test_an_answer_that_is_too_long_is_left_out_and_counted(rows_file, tiny_toke
     }
     expected = {"the cat": (1, 4), "one": (1, 3), "a big dog likes the": (0, 0), "the old fish": (0, 0), "who": (1, 2)}
     assert answers == expected
-    assert data.dropped["demonstration over max_response_tokens, its prompt kept"] == 1
+    assert data.noted["prompt without its demonstration, which is over max_response_tokens"] == 1 and not data.dropped
     assert (batch.repeat(2).demonstrations, len(batch.repeat(2))) == (None, 10)
