@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 import sys
+import textwrap
 import time
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TextIO, TypeVar
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
+INDENT = 10  # of what stands behind a heading
+_TO_COPY = ("curves", "next")  # commands, in one piece
+_PACKAGE = Path(__file__).resolve().parent
 _T = TypeVar("_T")
 
 
@@ -36,6 +43,31 @@ def counted(items: Sequence[_T], what: str, every: float = 10.0) -> Iterator[_T]
             told = time.monotonic()
             say(f"{what}: {done:,} of {len(items):,}")
         yield item
+
+
+def notice(name: str, text: str) -> str:
+    """A line of a heading and a text; in a terminal it is broken between words, but for commands."""
+    line = f"{name:<{INDENT}}{text}"
+    if name in _TO_COPY or not sys.stdout.isatty():
+        return line
+    width = max(40, shutil.get_terminal_size().columns)
+    options: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False, "replace_whitespace": False}
+    return textwrap.fill(line, width, subsequent_indent=" " * INDENT, **options)
+
+
+def plain_warnings() -> None:
+    """From here on a warning of this library's is a `notice`: where in the code it was said helps nobody.
+
+    Lightning sets the same hook where it is imported, so this comes after.
+    """
+    warnings.formatwarning = _plain_warning
+
+
+def _plain_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    own = Path(filename).is_relative_to(_PACKAGE)
+    return f"{notice('warning', str(message))}\n" if own else f"{filename}:{lineno}: {message}\n"
 
 
 def say(line: str, stream: TextIO | None = None) -> bool:

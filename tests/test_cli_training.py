@@ -374,7 +374,7 @@ def test_validate_and_test(sft: list[str], capsys: pytest.CaptureFixture[str]) -
     assert main(["validate", *sft, "--ckpt_path", "last"]) == 0
     said = capsys.readouterr().out
     assert "run       the metrics are written to runs/sft/validate" in said
-    assert "data      1 demonstrations, 0.05 of data.path" in said
+    assert "data      1 demonstrations held out" in said
     assert metrics("sft") == before
     assert "val/perplexity" in metrics("sft/validate")[-1]
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
 from rlhf_lightning import __version__
-from rlhf_lightning.cli.lines import show_warning
 from rlhf_lightning.cli.suggestions import did_you_mean
 from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
 from rlhf_lightning.text import printable
@@ -40,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     and 143 stopped by SIGINT and SIGTERM. Errors that are none of these are ours: they keep their traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    warnings.showwarning = show_warning
     try:
         return _dispatch(arguments)
     except InputError as error:

@@ -10,7 +10,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from rlhf_lightning.cli.lines import notice
 from rlhf_lightning.cli.runs import Run
 from rlhf_lightning.data.ids import readable
 from rlhf_lightning.modules.base import RLHFModule
@@ -18,7 +17,7 @@ from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.ops import extension
 from rlhf_lightning.rewards.model import ModelReward
-from rlhf_lightning.text import printable, say
+from rlhf_lightning.text import notice, printable, say
 
 _BEGINNING, _END, _RESPONSE_SHOWN = 120, 160, 160  # characters of the prompt, and of the response
 
@@ -57,10 +56,8 @@ class MeasuredRows(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lightning has set the data up by now."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            source = "data.val_path" if data.val_path is not None else f"{data.validation_fraction:g} of data.path"
-            say(notice("data", f"{len(data.held_out):,} {data.kind}, {source}"))
+            say(notice("data", trainer.datamodule.summary().removeprefix("data: ")))  # type: ignore[attr-defined]
 
 
 def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple[str, str]]:

@@ -40,7 +40,6 @@ from rlhf_lightning.cli.classes import (
 )
 from rlhf_lightning.cli.configs import PACKAGE, no_module, resolve_configs
 from rlhf_lightning.cli.layers import Layers, lay
-from rlhf_lightning.cli.lines import notice
 from rlhf_lightning.cli.notices import MeasuredRows, Preflight, farewell
 from rlhf_lightning.cli.nulls import refused_values
 from rlhf_lightning.cli.parse_errors import explain
@@ -53,7 +52,7 @@ from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.outputs import check_output
-from rlhf_lightning.text import say
+from rlhf_lightning.text import notice, plain_warnings, say
 
 _TRAINER_DEFAULTS = {
     "max_epochs": 1,
@@ -84,6 +83,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_concerns_the_user)
+    plain_warnings()
     disable_progress_bar()
     for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*in eval mode.*", ".*instantiate_classes.*"):
         warnings.filterwarnings("ignore", message=message)

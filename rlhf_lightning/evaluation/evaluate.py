@@ -21,7 +21,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning.errors import CommandParser, InputError, out_of_memory
 from rlhf_lightning.evaluation.asked import Asked, asked
 from rlhf_lightning.outputs import check_output, write_whole
-from rlhf_lightning.text import say
+from rlhf_lightning.text import plain_warnings, say
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.compare import Comparison
@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rlhf_lightning.evaluation.present import comparison_tables, terminal_table
     from rlhf_lightning.models.passes import explain
 
+    plain_warnings()
     columns = Columns(columns_of(options.columns), "--columns")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -12,7 +12,6 @@ import pytest
 from tiny_models import CHAT_TEMPLATE
 
 from rlhf_lightning.batches import View
-from rlhf_lightning.cli.lines import notice
 from rlhf_lightning.cli.notices import _both_ends, _template, farewell
 from rlhf_lightning.cli.runs import Run
 from rlhf_lightning.data.datamodule import PreferenceDataModule
@@ -22,6 +21,7 @@ from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.rewards.model import ModelReward
+from rlhf_lightning.text import notice
 
 RUN = Run(Path("my runs/sft-2"))
 MODEL = "my runs/sft-2/model"
