@@ -31,6 +31,7 @@ FOLDED_LATE = "system message put into the first user's, as the chat template sh
 RENAMED = "developer message given as the system's, as the chat template knows no other"
 ENDED = "response that spells the token that ends it, taken once"
 SILENT = "empty turn of the assistant's, not learnt"
+OPENING = "opening turn of the assistant's, not learnt, as no message asks for it"
 APART = "conversation in one sequence a turn, as the chat template changes earlier ones"
 
 # A part of a response between marks, as reasoning is: <think>...</think>, [THINK]...[/THINK].
@@ -138,10 +139,12 @@ class Conversations:
         silent = [i for i in spoken[:-1] if is_silent(chat.messages[i])]  # an empty last one is dropped with its row
         self.noted[SILENT] += len(silent)
         spoken = [i for i in spoken if i not in silent]
-        if not spoken:
-            raise InputError(f"{record.where}: the response has no turn of the assistant's; repair the row")
-        turns = [self._turn(chat, i) for i in spoken]
-        self._reading.check(chat.where, chat.messages[: spoken[-1] + 1], chat.tools, spoken)
+        asked = [i for i in spoken if any(message["role"] != "assistant" for message in chat.messages[:i])]
+        self.noted[OPENING] += len(spoken) - len(asked)
+        if not asked:
+            raise InputError(f"{record.where}: the assistant's turns answer no message; put the user's before them")
+        turns = [self._turn(chat, i) for i in asked]
+        self._reading.check(chat.where, chat.messages[: asked[-1] + 1], chat.tools, asked)
         last = turns[-1].whole
         if all(turn.ended and last.startswith(turn.whole[: turn.end]) for turn in turns[:-1]):
             return [self._joined(chat, turns)]
@@ -186,9 +189,9 @@ class Conversations:
 
     def _steered(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages, where need be without a system message: its text then begins the user's."""
-        role = messages[0]["role"]
-        if role not in ("system", "developer") or len(messages) < 2 or messages[1]["role"] != "user":
+        if [message["role"] for message in messages[:2]] not in (["system", "user"], ["developer", "user"]):
             return messages
+        role = messages[0]["role"]
         if role not in self._roles:
             self._roles[role] = self._how_to_steer(role)
         how = self._roles[role]

@@ -256,6 +256,38 @@ def test_empty_earlier_turns_of_the_assistants_are_not_learnt(tokenizer):
         assert encoder.noted == {"empty turn of the assistant's, not learnt": 1}
 
 
+def test_an_end_that_is_all_the_last_answer_says_is_learnt(tokenizer):
+    encoder = Encoder(tokenizer)
+    (example,), _ = encoder.encode([talk(*FOUR[:3], ("assistant", "<|im_end|>"))], "demonstrations")
+    assert learnt(tokenizer, example) == ["fine, thank you<|im_end|>", "<|im_end|>"]
+    assert not any("empty turn" in what for what in encoder.noted)
+
+
+@pytest.mark.parametrize("template", [templates.CHATML, templates.BRACKETS])
+def test_turns_of_the_assistants_that_open_a_conversation_are_not_learnt(tokenizer, template):
+    tokenizer_of = make_tokenizer()
+    tokenizer_of.chat_template = template
+    opening = [("assistant", "hello user"), ("assistant", " "), ("assistant", "hello world")]
+    for count in (1, 3):
+        encoder = Encoder(tokenizer_of)
+        (example,), _ = encoder.encode([talk(*opening[:count], *FOUR)], "demonstrations")
+        assert [text.replace(" <|", "<|").strip() for text in learnt(tokenizer, example)] == [
+            "fine, thank you<|im_end|>",
+            "fine<|im_end|>",
+        ]
+        whole = rendered(tokenizer, template, [*opening[:count], *FOUR])
+        assert ids(example) == whole[: len(ids(example))]
+        note = "opening turn of the assistant's, not learnt, as no message asks for it"
+        assert encoder.noted[note] == (count + 1) // 2  # the empty one is counted as such
+    # A system message asks, as where it says how to greet.
+    if template == templates.CHATML:
+        (greeting,) = encode(tokenizer, talk(("system", "be kind"), *opening[:1], *FOUR))
+        assert learnt(tokenizer, greeting)[0] == "hello user<|im_end|>" and len(learnt(tokenizer, greeting)) == 3
+    for prompt in (opening[:1], opening[:2]):
+        with pytest.raises(InputError, match=r"rows.jsonl:1: the assistant's turns answer no message; put the user's"):
+            encode(tokenizer, talk(*prompt, ("assistant", "fine")), template=template)
+
+
 def test_template_options_are_given_and_must_be_read(tokenizer):
     record = talk(("user", "hello"), ("assistant", "fine"))
     (example,) = encode(tokenizer, record, template=templates.DROPS, chat_template_kwargs={"enable_thinking": False})
