@@ -64,6 +64,7 @@ def rendered(tokenizer, template, turns, **options) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+UNREAD = "message with key '{}', which the chat template does not read"
 FOUR = [("user", "hello"), ("assistant", "fine, thank you"), ("user", "how are you?"), ("assistant", "fine")]
 
 
@@ -227,6 +228,10 @@ def test_reasoning_to_learn_that_the_template_does_not_read_is_refused(key):
     assert learnt(tokenizer_of, example) == ["becausefine<|im_end|>"]
 
 
+def test_a_flag_of_reasonings_name_is_no_reasoning():
+    assert noted(templates.CHATML, reasoned(thinking=True)) == {UNREAD.format("thinking"): 1}
+
+
 def test_reasoning_under_another_name_than_the_template_reads_is_to_be_renamed():
     template = templates.CHATML.replace("(m.content or '')", "(m.reasoning or '') + (m.content or '')")
     with pytest.raises(InputError, match=r"does not read thinking of message 1 .* but reads reasoning: rename the key"):
@@ -234,15 +239,95 @@ def test_reasoning_under_another_name_than_the_template_reads_is_to_be_renamed()
 
 
 def test_other_keys_that_the_template_does_not_read_are_counted_also_earlier_reasoning(tokenizer):
-    earlier = Message("assistant", "fine", json.dumps({"reasoning": "because", "calm": True}))
+    values = {
+        "calm": True,
+        "train_this": False,
+        "mood": 0,
+        "tags": ["a"],
+        "said": {"by": "b"},
+        "none": [],
+        "blank": " ",
+    }
+    earlier = Message("assistant", "fine", json.dumps({"reasoning": "because", **values}))
     prompt = (Message("user", "hello", json.dumps({"name": "Ann"})), earlier, Message("user", "how are you?"))
     encoder = Encoder(tokenizer)
     record = Record(prompt, ("fine",), (), "rows.jsonl:1", DEMONSTRATION)
     encoder.encode([record, record], "demonstrations")
-    note = "message with key '{}', which the chat template does not read"
-    assert encoder.noted == {note.format("name"): 2, note.format("reasoning"): 2}
+    keys = ("name", "reasoning", "calm", "train_this", "mood", "tags", "said")
+    assert encoder.noted == {UNREAD.format(key): 2 for key in keys}
     with pytest.raises(InputError, match="does not read reasoning of message 1"):  # where it is learnt
         encode(tokenizer, Record(prompt, ("fine",), (), "rows.jsonl:1", TALK))
+
+
+def noted(template: str, *records: Record) -> dict[str, int]:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer)
+    encoder.encode(records, "demonstrations")
+    return dict(encoder.noted)
+
+
+def asking(*turns: Message) -> Record:
+    return Record(turns, ("fine",), (), "rows.jsonl:1", DEMONSTRATION)
+
+
+def keyed(role: str, text: str, **more) -> Message:
+    return Message(role, text, json.dumps(more))
+
+
+def test_a_key_that_a_template_asks_for_is_read_whatever_its_value():
+    asks = templates.CHATML.replace("(m.content or '')", "('calm ' if m.calm else '') + (m.content or '')")
+    for value in (True, False, 1, 0, "very", ["very"]):
+        assert noted(asks, asking(keyed("user", "hello", calm=value))) == {}
+    known = templates.CHATML.replace("(m.content or '')", "('calm ' if m.calm is defined else '') + (m.content or '')")
+    assert noted(known, asking(keyed("user", "hello", calm=True))) == {}
+
+
+def test_a_key_may_be_read_behind_one_message_and_not_behind_another():
+    after_user = templates.CHATML.replace(
+        "(m.content or '')",
+        "((m.name or '') if not loop.first and messages[loop.index0 - 1].role == 'user' else '') + (m.content or '')",
+    )
+    user, answer, critic = Message("user", "hello"), Message("assistant", "fine"), keyed("critic", "no", name="Ann")
+    behind_user, behind_answer = asking(user, critic), asking(user, answer, critic)
+    for records in ((behind_user, behind_answer), (behind_answer, behind_user)):
+        assert noted(after_user, *records) == {UNREAD.format("name"): 1}
+
+
+def test_a_key_may_be_read_where_another_is_not_there():
+    either = templates.CHATML.replace("(m.content or '')", "(m.name or m.alias or '') + (m.content or '')")
+    alone, beside = asking(keyed("user", "hello", alias="A")), asking(keyed("user", "hello", name="Ann", alias="A"))
+    for records in ((alone, beside), (beside, alone)):
+        assert noted(either, *records) == {UNREAD.format("alias"): 1}
+
+
+def test_a_key_that_a_template_checks_is_read():
+    strict = templates.CHATML.replace(
+        "{{ '<|im_start|>' + m.role",
+        "{% if m.role == 'user' and m.name != 'Ann' %}{{ raise_exception('who?') }}{% endif %}"
+        "{{ '<|im_start|>' + m.role",
+    )
+    assert noted(strict, asking(keyed("user", "hello", name="Ann"))) == {}
+
+
+def test_the_keys_of_the_tool_protocol_are_not_counted():
+    result = keyed("tool", "2", name="add", tool_call_id="call_1", mood="calm")
+    call = keyed("assistant", "", tool_calls=[{"type": "function", "function": {"name": "add", "arguments": {}}}])
+    record = asking(Message("user", "one and one?"), call, result)
+    assert noted(templates.TOOLS, record) == {UNREAD.format("mood"): 1}
+
+
+def test_what_is_shown_beside_tools_may_not_be_without():
+    template = templates.TOOLS.replace(
+        "{% for m in messages %}", "{% for m in messages if tools or m.role != 'tool' %}"
+    )
+    turns = messages(("user", "one and one?"), ("tool", "2"))
+    given = Record(turns, ("two",), (), "rows.jsonl:1", DEMONSTRATION, tools=json.dumps(TOOL))
+    lacking = Record(turns, ("two",), (), "rows.jsonl:2", DEMONSTRATION)
+    with pytest.raises(
+        InputError, match=r"rows.jsonl:2: the chat template leaves out content of message 1 \(role tool"
+    ):
+        noted(template, given, lacking)
 
 
 def test_empty_earlier_turns_of_the_assistants_are_not_learnt(tokenizer):
