@@ -187,6 +187,38 @@ def test_an_opening_that_the_generation_prompt_has_is_taken_once(tokenizer):
     assert [count for what, count in encoder.noted.items() if opening in what] == [2]
 
 
+TAKEN_ONCE = "opening of a response that the generation prompt has already, taken once"
+
+
+@pytest.mark.parametrize("text", ["<think>who?</think>fine", "<think> who? </think>\n\nfine"])
+def test_an_opening_with_other_blanks_behind_it_is_taken_once_too(tokenizer, text):
+    tokenizer_of = make_tokenizer()
+    tokenizer_of.chat_template = templates.OPENS
+    encoder = Encoder(tokenizer_of)
+    (example,), _ = encoder.encode([talk(("user", "hello"), ("assistant", text))], "demonstrations")
+    assert tokenizer.decode(ids(example)).count("<think>") == 1 and learnt(tokenizer, example) == [f"{text}<|im_end|>"]
+    assert encoder.noted == {TAKEN_ONCE: 1}
+
+
+@pytest.mark.parametrize("text", ["assistant", "fine", "\n"])
+def test_words_that_the_generation_prompt_happens_to_have_are_not_taken_once(text):
+    # As Harmony's: the generation prompt ends in the role, and what the template writes next is a part of the response.
+    role_last = templates.CHATML.replace("m.role + '\n'", "m.role + '<s>'").replace("assistant\n'", "assistant'")
+    for words in (text, text * 2, f"{text} {text}"):
+        assert noted(role_last, talk(("user", "assistant"), ("assistant", words))) == {}
+    # Nor are they where the template changes the response.
+    loud = role_last.replace("(m.content or '')", "(m.content | upper if m.role == 'assistant' else m.content)")
+    changed = {} if not text.strip() else {"response that the chat template changes": 1}
+    assert noted(loud, talk(("user", "hello"), ("assistant", text))) == changed
+    # Nor are blanks.
+    blank = templates.CHATML.replace("assistant\n'", "assistant\n\n'")
+    (note,) = noted(blank, talk(("user", "hello"), ("assistant", "fine")))
+    assert r'without the "\n" that sampling asks with' in note
+    # Nor is a beginning of it that stands before the whole response, too.
+    spelt = templates.CHATML.replace("assistant\n'", "assistant\n>'").replace("+ '\n' +", "+ '\n' + '>' +")
+    assert noted(spelt, talk(("user", "hello"), ("assistant", ">>"))) == {}
+
+
 @pytest.mark.parametrize("marks", ["<think>|</think>", "[THINK]|[/THINK]"])
 def test_a_part_that_the_template_drops_of_responses_is_named_and_counted(tokenizer, marks):
     opened, closed = marks.split("|")
@@ -209,6 +241,34 @@ def test_a_part_that_the_template_drops_of_responses_is_named_and_counted(tokeni
     encoder = Encoder(tokenizer_of)
     encoder.encode([talk(("user", "hello"), ("assistant", "<think>\nwho?\n</think>\n\nfine"))], "demonstrations")
     assert encoder.conversations.losses == [] and encoder.noted == {"response that the chat template changes": 1}
+    tokenizer_of.chat_template = templates.CHATML.replace("(m.content or '')", "m.content.replace('b>', 'i>')")
+    for text in ("<b>fine</b>", "hello <b>fine</b>", "<b>fine</b> fine"):
+        encoder = Encoder(tokenizer_of)
+        encoder.encode([talk(("user", "hello"), ("assistant", text))], "demonstrations")
+        assert encoder.conversations.losses == []
+    # Nor is a part that is there still, with other words.
+    tokenizer_of.chat_template = templates.CHATML.replace("(m.content or '')", "m.content.replace('who', 'how')")
+    encoder = Encoder(tokenizer_of)
+    encoder.encode([talk(("user", "hello"), ("assistant", "<think>\nwho?\n</think>\n\nfine"))], "demonstrations")
+    assert encoder.conversations.losses == [] and encoder.noted == {"response that the chat template changes": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<b>how</b><notes>who?</notes>fine",
+        "<b>how</b><notes></notes>fine",
+        "<notes>who?</notes><b>fine</b>",
+        "<notes>fine</notes>fine",
+    ],
+)
+def test_of_several_parts_the_one_that_the_template_drops_is_named(text):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = templates.CHATML.replace("(m.content or '')", "m.content.split('</notes>')[-1]")
+    encoder = Encoder(tokenizer)
+    encoder.encode([talk(("user", "hello"), ("assistant", text))], "demonstrations")
+    (line,) = encoder.conversations.losses
+    assert line.startswith("the chat template drops <notes>…</notes> from 1 of 1 responses")
 
 
 def reasoned(**more) -> Record:
@@ -380,6 +440,16 @@ def test_template_options_are_given_and_must_be_read(tokenizer):
     assert learnt(tokenizer, example) == ["fine<|im_end|>"]
     with pytest.raises(InputError, match=r"data.chat_template_kwargs.thinks: the chat template reads no such variable"):
         encode(tokenizer, record, template=templates.DROPS, chat_template_kwargs={"thinks": False})
+
+
+def test_an_option_that_may_contradict_a_row_is_named(tokenizer):
+    record = talk(("user", "hello"), ("assistant", "<think>\nwho?\n</think>\n\nfine"))
+    template = templates.DATED.split("{% for")[0] + templates.DROPS  # the date is no option that one could leave out
+    remedy = (
+        r"; data.chat_template_kwargs \(enable_thinking\) may contradict the row: leave them out, delete the row, or"
+    )
+    with pytest.raises(InputError, match=rf"1: the beginning of message 1 cannot be found .* renders{remedy}"):
+        encode(tokenizer, record, template=template, chat_template_kwargs={"enable_thinking": False})
 
 
 def test_the_turn_end_of_the_template_ends_a_response_and_sampling(tokenizer):
