@@ -86,7 +86,7 @@ def repeating(records: Sequence[Record]) -> list[str]:
     texts = [
         (record.prompt.strip(), response.lstrip())
         for record in records
-        if isinstance(record.prompt, str) and record.prompt.strip() and not record.form.transcript
+        if isinstance(record.prompt, str) and record.prompt.strip()
         for response in record.responses
         if isinstance(response, str)
     ]

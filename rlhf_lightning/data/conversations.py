@@ -31,6 +31,7 @@ FOLDED_LATE = "system message put into the first user's, as the chat template sh
 RENAMED = "developer message given as the system's, as the chat template knows no other"
 ENDED = "response that spells the token that ends it, taken once"
 SILENT = "empty turn of the assistant's, not learnt"
+OPENING = "opening turn of the assistant's, not learnt, as no message asks for it"
 APART = "conversation in one sequence a turn, as the chat template changes earlier ones"
 
 # A part of a response between marks, as reasoning is: <think>...</think>, [THINK]...[/THINK].
@@ -138,10 +139,12 @@ class Conversations:
         silent = [i for i in spoken[:-1] if is_silent(chat.messages[i])]  # an empty last one is dropped with its row
         self.noted[SILENT] += len(silent)
         spoken = [i for i in spoken if i not in silent]
-        if not spoken:
-            raise InputError(f"{record.where}: the response has no turn of the assistant's; repair the row")
-        turns = [self._turn(chat, i) for i in spoken]
-        self._reading.check(chat.where, chat.messages[: spoken[-1] + 1], chat.tools, spoken)
+        asked = [i for i in spoken if any(message["role"] != "assistant" for message in chat.messages[:i])]
+        self.noted[OPENING] += len(spoken) - len(asked)
+        if not asked:
+            raise InputError(f"{record.where}: the assistant's turns answer no message; put the user's before them")
+        turns = [self._turn(chat, i) for i in asked]
+        self._reading.check(chat.where, chat.messages[: asked[-1] + 1], chat.tools, asked)
         last = turns[-1].whole
         if all(turn.ended and last.startswith(turn.whole[: turn.end]) for turn in turns[:-1]):
             return [self._joined(chat, turns)]
@@ -186,9 +189,9 @@ class Conversations:
 
     def _steered(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The messages, where need be without a system message: its text then begins the user's."""
-        role = messages[0]["role"]
-        if role not in ("system", "developer") or len(messages) < 2 or messages[1]["role"] != "user":
+        if [message["role"] for message in messages[:2]] not in (["system", "user"], ["developer", "user"]):
             return messages
+        role = messages[0]["role"]
         if role not in self._roles:
             self._roles[role] = self._how_to_steer(role)
         how = self._roles[role]
@@ -253,7 +256,9 @@ class Conversations:
             start = len(prompt)
             same = next((i for i, sign in enumerate(asking) if prompt[i : i + 1] != sign), len(asking))
             opening = asking[same:]
-            self.noted[UNLIKE.format(json.dumps(opening, ensure_ascii=False))] += 1
+            # The response may have the opening, with other blanks behind it.
+            has = bool(opening.strip()) and whole[start:].lstrip().startswith(opening.strip())
+            self.noted[TWICE if has else UNLIKE.format(json.dumps(opening, ensure_ascii=False))] += 1
         end, ended = self._end(whole, start)
         if end <= start:
             raise self._lost(chat, f"message {turn}")
@@ -277,15 +282,16 @@ class Conversations:
     def _note_changes(self, message: dict[str, Any], whole: str, start: int, end: int) -> None:
         text = (message["content"] or "").strip()
         self.turns += 1
-        begin = max(0, start - len(text))
-        at = whole.find(text, begin, end)
+        if text in whole[start:end]:
+            return
+        at = whole.find(text, max(0, start - len(text) + 1), end)  # the prompt has its beginning, and not all of it
         if at < 0:
             part = dropped_part(text, whole[start:end])
             if part:
                 self.lost[part] += 1
             else:
                 self.noted[CHANGED] += 1
-        elif at < start and whole[at:start].strip():
+        elif whole[at:start].strip():
             self.noted[TWICE] += 1
 
     def _found_again(self, chat: _Chat, turns: list[_Turn]) -> list[_Turn]:
@@ -316,10 +322,10 @@ class Conversations:
     # -- nothing is left out without a word ----------------------------------------------------------------------------
 
     def _lost(self, chat: _Chat, what: str) -> InputError:
-        return InputError(
-            f"{chat.where}: {what} cannot be found in what the chat template renders; delete the row, or set "
-            "data.chat_template to another"
-        )
+        remedy, names = "delete the row, or set data.chat_template to another", ", ".join(self.template.chosen)
+        if names:
+            remedy = f"data.chat_template_kwargs ({names}) may contradict the row: leave them out, {remedy}"
+        return InputError(f"{chat.where}: {what} cannot be found in what the chat template renders; {remedy}")
 
     def _check_tools(self, messages: list[dict[str, Any]], tools: list[Any], where: str) -> None:
         if self._has_tools is None:
@@ -351,11 +357,22 @@ class Conversations:
 
 
 def dropped_part(text: str, said: str) -> str:
-    """The marks of a part of the text that a template left out of what is said, as ``<think>…</think>``; or nothing."""
-    part = _PART.search(text)
-    if part is None or part[5] in said:
-        return ""
-    rest = (text[: part.start()] + text[part.end() :]).strip()
-    # Some templates write the words between other marks.
-    lost = part[4].strip() not in said or said.strip().startswith(rest)
-    return f"{part[1]}{part[2]}{part[3]}\u2026{part[5]}" if lost else ""
+    """The marks of a part of the text that a template left out of what is said, as ``<think>…</think>``; or nothing.
+
+    Of several the last: a template that drops all before an end of its own takes earlier parts with it.
+    """
+    said = said.strip()
+    for part in reversed(list(_PART.finditer(text))):
+        if part[5] in said:
+            continue
+        words, after = part[4].strip(), text[part.end() :]
+        rests = ((text[: part.start()] + after).strip(), after.strip())
+        # Some templates write the words between other marks; else they may stand in what is said of the rest.
+        if words not in said or any(_is_alone(rest, words, said) for rest in rests):
+            return f"{part[1]}{part[2]}{part[3]}\u2026{part[5]}"
+    return ""
+
+
+def _is_alone(rest: str, words: str, said: str) -> bool:
+    """Whether the rest of a text is said, and the words not behind it."""
+    return said.startswith(rest) and not (words and words in said[len(rest) :])

@@ -129,12 +129,17 @@ def _list_in(path: str, held: RawRow) -> Iterator[Numbered]:
 
 
 def _by_columns(held: RawRow) -> bool:
-    """Whether an object has columns for values: objects by row number, or two or more lists of texts of one length."""
+    """Whether an object has columns for values: objects by row number, or lists of one length, of cells that are none.
+
+    A row whose values are all lists has messages, which are objects; so has what holds a list of rows.
+    """
     values = list(held.values())
     if values and all(isinstance(value, dict) and "0" in value for value in values):
         return True
-    texts = all(isinstance(value, list) and value and isinstance(value[0], str) for value in values)
-    return len(values) > 1 and texts and len({len(value) for value in values}) == 1
+    if not all(isinstance(value, list) and value and not isinstance(value[0], dict) for value in values):
+        return False
+    surely = any(isinstance(value[0], str | list) for key, value in held.items() if key != "completions")
+    return surely and len({len(value) for value in values}) == 1
 
 
 def _decoded(path: str, text: str, place: int, row: int, decoder: Any) -> tuple[RawRow | InputError, int]:

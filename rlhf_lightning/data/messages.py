@@ -8,8 +8,12 @@ from typing import Any
 from rlhf_lightning.data.files import kind_of, shown
 from rlhf_lightning.data.values import ROLES, Message, Prompt, Response, checked_list, checked_text, refused
 
-# Marks of single messages as learnt or not, which nothing reads.
-_MARKS = ("weight", "train", "training", "loss", "mask")
+# Marks of single messages, or of parts of them, as learnt or not, which nothing reads; and those that say the contrary.
+_MARKS = (
+    *("weight", "train", "training", "train_on_turn", "trainable", "loss", "mask", "loss_mask", "masked"),
+    *("train_detail", "training_detail"),
+)
+_NOT = ("masked",)
 # What other data sets call the roles, under `role` and under `from`. Where ShareGPT's `from` says that it is a function
 # call, it is the assistant's and its value is JSON; OpenAI's older messages have the call under that key.
 _CALL = "function_call"
@@ -103,17 +107,13 @@ def _message(item: Any, where: str, at: str) -> Message:
         more["tool_calls"] = _with_objects(more["tool_calls"])
     if speaker not in item:
         raise refused(where, f"{at}.{speaker}", "is missing; a message has role and content")
+    role = _role(item, speaker, where, at)
+    _check_marks(more, role, where, at)
     if item.get(text) is None and "tool_calls" in more:
-        return Message(_role(item, speaker, where, at), "", _to_json(more))
+        return Message(role, "", _to_json(more))
     if text not in item:
         raise refused(where, f"{at}.{text}", f"is missing; a message has {speaker} and {text}")
-    role, content = _role(item, speaker, where, at), _content(item[text], where, f"{at}.{text}")
-    for mark in _MARKS:
-        usual = mark == "weight" or role == "assistant"  # the assistant's turns are learnt, and no others
-        if more.pop(mark, usual) != usual:
-            remedy = "give the row a 'weight'" if mark == "weight" else "end a row in each answer to learn"
-            problem = f"one message's own {mark} is not read; {remedy}, or delete the key"
-            raise refused(where, f"{at}.{mark}", problem)
+    content = _content(item[text], where, f"{at}.{text}")
     if speaker == "from" and item[speaker] == _CALL:
         calls = _from_json(content, where, f"{at}.{text}")
         calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
@@ -123,6 +123,17 @@ def _message(item: Any, where: str, at: str) -> Message:
     if not content and "tool_calls" in more:
         more["content"] = ""  # the row says so, where null would say that there is none
     return Message(role, content, _to_json(more) if more else "")
+
+
+def _check_marks(more: dict[str, Any], role: str, where: str, at: str) -> None:
+    """Takes the marks out of a message's other keys where they say what holds anyway, and refuses others."""
+    for mark in _MARKS:
+        # The assistant's turns are learnt, and no others.
+        usual = mark == "weight" or (role == "assistant") != (mark in _NOT)
+        if more.pop(mark, usual) != usual:
+            remedy = "give the row a 'weight'" if mark == "weight" else "end a row in each answer to learn"
+            problem = f"one message's own {mark} is not read; {remedy}, or delete the key"
+            raise refused(where, f"{at}.{mark}", problem)
 
 
 def _with_objects(calls: Any) -> Any:

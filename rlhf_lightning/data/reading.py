@@ -12,6 +12,8 @@ from rlhf_lightning.models.template import MARK, ChatTemplate, TemplateRefuses
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what data sets call it, in the order of how many do
 UNREAD = "message with key '{}', which the chat template does not read"
 _OWN = ("role", "content", "tool_calls")
+_PROTOCOL = ("tool_call_id", "name")  # of a tool's message; where a template has no place for them, nothing is amiss
+_ABSENT = object()
 
 
 class Reading:
@@ -55,20 +57,22 @@ class Reading:
     def _check_keys(self, where: str, messages: list[dict[str, Any]], tools: list[Any] | None, learnt: bool) -> None:
         """The last message's other keys, where it is the last: templates drop earlier turns' reasoning by design."""
         message = messages[-1]
-        keys = [k for k, v in message.items() if k not in _OWN and isinstance(v, str) and v.strip()]
+        known = (*_OWN, *(_PROTOCOL if message["role"] == "tool" else ()))
+        keys = [key for key, value in message.items() if key not in known and not _is_empty(value)]
         unread = [key for key in keys if self._is_unread(messages, tools, key)]
-        reasons = [key for key in keys if key in REASONING]
+        reasons = [key for key in keys if key in REASONING and isinstance(message[key], str | list | dict)]
         if learnt and reasons and all(key in unread for key in reasons):
             raise self._unlearnt(where, message, len(messages) - 1, reasons[0])
         for key in unread:
             self.noted[UNREAD.format(key)] += 1
 
     def _is_unread(self, messages: list[dict[str, Any]], tools: list[Any] | None, key: str) -> bool:
-        """Whether such messages are rendered no other with something else under the key; asked once for all."""
+        """Whether such messages are rendered no other with something else or nothing under the key; asked once."""
         last, before = messages[-1], messages[-2]["role"] if len(messages) > 1 else ""
         kind = (key, last["role"], before, bool(tools), bool(last.get("tool_calls")), bool(last["content"]), *last)
         if kind not in self._unread:
-            self._unread[kind] = self._leaves_out(messages, tools, len(messages) - 1, key, MARK)
+            place = len(messages) - 1
+            self._unread[kind] = all(self._leaves_out(messages, tools, place, key, v) for v in (MARK, _ABSENT))
         return self._unread[kind]
 
     def _unlearnt(self, where: str, message: dict[str, Any], number: int, key: str) -> InputError:
@@ -102,8 +106,10 @@ class Reading:
     def _leaves_out(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, number: int, key: str, other: Any
     ) -> bool:
-        """Whether a conversation is rendered no other with something else in a message's place."""
-        changed = [{**m, key: other} if i == number else m for i, m in enumerate(messages)]
+        """Whether a conversation is rendered no other with something else in a message's place, or without the key."""
+        message = {name: value for name, value in messages[number].items() if name != key}
+        message |= {key: other} if other is not _ABSENT else {}
+        changed = [*messages[:number], message, *messages[number + 1 :]]
         try:
             return self.template.render(changed, tools) == self.template.render(messages, tools)
         except TemplateRefuses:
@@ -116,6 +122,13 @@ def left_out(where: str, message: dict[str, Any], number: int, key: str) -> Inpu
         f"{where}: the chat template leaves out {key} of message {number} (role {message['role']}); set "
         "data.chat_template to one that has a place for it, or delete the row"
     )
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a key says nothing; false and 0 say something."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value in (None, [], {})
 
 
 def is_silent(message: dict[str, Any]) -> bool:

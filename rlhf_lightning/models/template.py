@@ -46,7 +46,8 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.text = text
         self.options = dict(options or {})
-        unread = [name for name in self.options if not re.search(rf"\b{re.escape(name)}\b", text)]
+        self.chosen = tuple(self.options)  # the variables that somebody set
+        unread = [name for name in self.chosen if not re.search(rf"\b{re.escape(name)}\b", text)]
         if unread:
             raise InputError(
                 f"data.chat_template_kwargs.{unread[0]}: the chat template reads no such variable; leave it out"

@@ -64,6 +64,7 @@ def rendered(tokenizer, template, turns, **options) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+UNREAD = "message with key '{}', which the chat template does not read"
 FOUR = [("user", "hello"), ("assistant", "fine, thank you"), ("user", "how are you?"), ("assistant", "fine")]
 
 
@@ -186,6 +187,38 @@ def test_an_opening_that_the_generation_prompt_has_is_taken_once(tokenizer):
     assert [count for what, count in encoder.noted.items() if opening in what] == [2]
 
 
+TAKEN_ONCE = "opening of a response that the generation prompt has already, taken once"
+
+
+@pytest.mark.parametrize("text", ["<think>who?</think>fine", "<think> who? </think>\n\nfine"])
+def test_an_opening_with_other_blanks_behind_it_is_taken_once_too(tokenizer, text):
+    tokenizer_of = make_tokenizer()
+    tokenizer_of.chat_template = templates.OPENS
+    encoder = Encoder(tokenizer_of)
+    (example,), _ = encoder.encode([talk(("user", "hello"), ("assistant", text))], "demonstrations")
+    assert tokenizer.decode(ids(example)).count("<think>") == 1 and learnt(tokenizer, example) == [f"{text}<|im_end|>"]
+    assert encoder.noted == {TAKEN_ONCE: 1}
+
+
+@pytest.mark.parametrize("text", ["assistant", "fine", "\n"])
+def test_words_that_the_generation_prompt_happens_to_have_are_not_taken_once(text):
+    # As Harmony's: the generation prompt ends in the role, and what the template writes next is a part of the response.
+    role_last = templates.CHATML.replace("m.role + '\n'", "m.role + '<s>'").replace("assistant\n'", "assistant'")
+    for words in (text, text * 2, f"{text} {text}"):
+        assert noted(role_last, talk(("user", "assistant"), ("assistant", words))) == {}
+    # Nor are they where the template changes the response.
+    loud = role_last.replace("(m.content or '')", "(m.content | upper if m.role == 'assistant' else m.content)")
+    changed = {} if not text.strip() else {"response that the chat template changes": 1}
+    assert noted(loud, talk(("user", "hello"), ("assistant", text))) == changed
+    # Nor are blanks.
+    blank = templates.CHATML.replace("assistant\n'", "assistant\n\n'")
+    (note,) = noted(blank, talk(("user", "hello"), ("assistant", "fine")))
+    assert r'without the "\n" that sampling asks with' in note
+    # Nor is a beginning of it that stands before the whole response, too.
+    spelt = templates.CHATML.replace("assistant\n'", "assistant\n>'").replace("+ '\n' +", "+ '\n' + '>' +")
+    assert noted(spelt, talk(("user", "hello"), ("assistant", ">>"))) == {}
+
+
 @pytest.mark.parametrize("marks", ["<think>|</think>", "[THINK]|[/THINK]"])
 def test_a_part_that_the_template_drops_of_responses_is_named_and_counted(tokenizer, marks):
     opened, closed = marks.split("|")
@@ -208,6 +241,34 @@ def test_a_part_that_the_template_drops_of_responses_is_named_and_counted(tokeni
     encoder = Encoder(tokenizer_of)
     encoder.encode([talk(("user", "hello"), ("assistant", "<think>\nwho?\n</think>\n\nfine"))], "demonstrations")
     assert encoder.conversations.losses == [] and encoder.noted == {"response that the chat template changes": 1}
+    tokenizer_of.chat_template = templates.CHATML.replace("(m.content or '')", "m.content.replace('b>', 'i>')")
+    for text in ("<b>fine</b>", "hello <b>fine</b>", "<b>fine</b> fine"):
+        encoder = Encoder(tokenizer_of)
+        encoder.encode([talk(("user", "hello"), ("assistant", text))], "demonstrations")
+        assert encoder.conversations.losses == []
+    # Nor is a part that is there still, with other words.
+    tokenizer_of.chat_template = templates.CHATML.replace("(m.content or '')", "m.content.replace('who', 'how')")
+    encoder = Encoder(tokenizer_of)
+    encoder.encode([talk(("user", "hello"), ("assistant", "<think>\nwho?\n</think>\n\nfine"))], "demonstrations")
+    assert encoder.conversations.losses == [] and encoder.noted == {"response that the chat template changes": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<b>how</b><notes>who?</notes>fine",
+        "<b>how</b><notes></notes>fine",
+        "<notes>who?</notes><b>fine</b>",
+        "<notes>fine</notes>fine",
+    ],
+)
+def test_of_several_parts_the_one_that_the_template_drops_is_named(text):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = templates.CHATML.replace("(m.content or '')", "m.content.split('</notes>')[-1]")
+    encoder = Encoder(tokenizer)
+    encoder.encode([talk(("user", "hello"), ("assistant", text))], "demonstrations")
+    (line,) = encoder.conversations.losses
+    assert line.startswith("the chat template drops <notes>…</notes> from 1 of 1 responses")
 
 
 def reasoned(**more) -> Record:
@@ -227,6 +288,10 @@ def test_reasoning_to_learn_that_the_template_does_not_read_is_refused(key):
     assert learnt(tokenizer_of, example) == ["becausefine<|im_end|>"]
 
 
+def test_a_flag_of_reasonings_name_is_no_reasoning():
+    assert noted(templates.CHATML, reasoned(thinking=True)) == {UNREAD.format("thinking"): 1}
+
+
 def test_reasoning_under_another_name_than_the_template_reads_is_to_be_renamed():
     template = templates.CHATML.replace("(m.content or '')", "(m.reasoning or '') + (m.content or '')")
     with pytest.raises(InputError, match=r"does not read thinking of message 1 .* but reads reasoning: rename the key"):
@@ -234,15 +299,95 @@ def test_reasoning_under_another_name_than_the_template_reads_is_to_be_renamed()
 
 
 def test_other_keys_that_the_template_does_not_read_are_counted_also_earlier_reasoning(tokenizer):
-    earlier = Message("assistant", "fine", json.dumps({"reasoning": "because", "calm": True}))
+    values = {
+        "calm": True,
+        "train_this": False,
+        "mood": 0,
+        "tags": ["a"],
+        "said": {"by": "b"},
+        "none": [],
+        "blank": " ",
+    }
+    earlier = Message("assistant", "fine", json.dumps({"reasoning": "because", **values}))
     prompt = (Message("user", "hello", json.dumps({"name": "Ann"})), earlier, Message("user", "how are you?"))
     encoder = Encoder(tokenizer)
     record = Record(prompt, ("fine",), (), "rows.jsonl:1", DEMONSTRATION)
     encoder.encode([record, record], "demonstrations")
-    note = "message with key '{}', which the chat template does not read"
-    assert encoder.noted == {note.format("name"): 2, note.format("reasoning"): 2}
+    keys = ("name", "reasoning", "calm", "train_this", "mood", "tags", "said")
+    assert encoder.noted == {UNREAD.format(key): 2 for key in keys}
     with pytest.raises(InputError, match="does not read reasoning of message 1"):  # where it is learnt
         encode(tokenizer, Record(prompt, ("fine",), (), "rows.jsonl:1", TALK))
+
+
+def noted(template: str, *records: Record) -> dict[str, int]:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer)
+    encoder.encode(records, "demonstrations")
+    return dict(encoder.noted)
+
+
+def asking(*turns: Message) -> Record:
+    return Record(turns, ("fine",), (), "rows.jsonl:1", DEMONSTRATION)
+
+
+def keyed(role: str, text: str, **more) -> Message:
+    return Message(role, text, json.dumps(more))
+
+
+def test_a_key_that_a_template_asks_for_is_read_whatever_its_value():
+    asks = templates.CHATML.replace("(m.content or '')", "('calm ' if m.calm else '') + (m.content or '')")
+    for value in (True, False, 1, 0, "very", ["very"]):
+        assert noted(asks, asking(keyed("user", "hello", calm=value))) == {}
+    known = templates.CHATML.replace("(m.content or '')", "('calm ' if m.calm is defined else '') + (m.content or '')")
+    assert noted(known, asking(keyed("user", "hello", calm=True))) == {}
+
+
+def test_a_key_may_be_read_behind_one_message_and_not_behind_another():
+    after_user = templates.CHATML.replace(
+        "(m.content or '')",
+        "((m.name or '') if not loop.first and messages[loop.index0 - 1].role == 'user' else '') + (m.content or '')",
+    )
+    user, answer, critic = Message("user", "hello"), Message("assistant", "fine"), keyed("critic", "no", name="Ann")
+    behind_user, behind_answer = asking(user, critic), asking(user, answer, critic)
+    for records in ((behind_user, behind_answer), (behind_answer, behind_user)):
+        assert noted(after_user, *records) == {UNREAD.format("name"): 1}
+
+
+def test_a_key_may_be_read_where_another_is_not_there():
+    either = templates.CHATML.replace("(m.content or '')", "(m.name or m.alias or '') + (m.content or '')")
+    alone, beside = asking(keyed("user", "hello", alias="A")), asking(keyed("user", "hello", name="Ann", alias="A"))
+    for records in ((alone, beside), (beside, alone)):
+        assert noted(either, *records) == {UNREAD.format("alias"): 1}
+
+
+def test_a_key_that_a_template_checks_is_read():
+    strict = templates.CHATML.replace(
+        "{{ '<|im_start|>' + m.role",
+        "{% if m.role == 'user' and m.name != 'Ann' %}{{ raise_exception('who?') }}{% endif %}"
+        "{{ '<|im_start|>' + m.role",
+    )
+    assert noted(strict, asking(keyed("user", "hello", name="Ann"))) == {}
+
+
+def test_the_keys_of_the_tool_protocol_are_not_counted():
+    result = keyed("tool", "2", name="add", tool_call_id="call_1", mood="calm")
+    call = keyed("assistant", "", tool_calls=[{"type": "function", "function": {"name": "add", "arguments": {}}}])
+    record = asking(Message("user", "one and one?"), call, result)
+    assert noted(templates.TOOLS, record) == {UNREAD.format("mood"): 1}
+
+
+def test_what_is_shown_beside_tools_may_not_be_without():
+    template = templates.TOOLS.replace(
+        "{% for m in messages %}", "{% for m in messages if tools or m.role != 'tool' %}"
+    )
+    turns = messages(("user", "one and one?"), ("tool", "2"))
+    given = Record(turns, ("two",), (), "rows.jsonl:1", DEMONSTRATION, tools=json.dumps(TOOL))
+    lacking = Record(turns, ("two",), (), "rows.jsonl:2", DEMONSTRATION)
+    with pytest.raises(
+        InputError, match=r"rows.jsonl:2: the chat template leaves out content of message 1 \(role tool"
+    ):
+        noted(template, given, lacking)
 
 
 def test_empty_earlier_turns_of_the_assistants_are_not_learnt(tokenizer):
@@ -256,6 +401,38 @@ def test_empty_earlier_turns_of_the_assistants_are_not_learnt(tokenizer):
         assert encoder.noted == {"empty turn of the assistant's, not learnt": 1}
 
 
+def test_an_end_that_is_all_the_last_answer_says_is_learnt(tokenizer):
+    encoder = Encoder(tokenizer)
+    (example,), _ = encoder.encode([talk(*FOUR[:3], ("assistant", "<|im_end|>"))], "demonstrations")
+    assert learnt(tokenizer, example) == ["fine, thank you<|im_end|>", "<|im_end|>"]
+    assert not any("empty turn" in what for what in encoder.noted)
+
+
+@pytest.mark.parametrize("template", [templates.CHATML, templates.BRACKETS])
+def test_turns_of_the_assistants_that_open_a_conversation_are_not_learnt(tokenizer, template):
+    tokenizer_of = make_tokenizer()
+    tokenizer_of.chat_template = template
+    opening = [("assistant", "hello user"), ("assistant", " "), ("assistant", "hello world")]
+    for count in (1, 3):
+        encoder = Encoder(tokenizer_of)
+        (example,), _ = encoder.encode([talk(*opening[:count], *FOUR)], "demonstrations")
+        assert [text.replace(" <|", "<|").strip() for text in learnt(tokenizer, example)] == [
+            "fine, thank you<|im_end|>",
+            "fine<|im_end|>",
+        ]
+        whole = rendered(tokenizer, template, [*opening[:count], *FOUR])
+        assert ids(example) == whole[: len(ids(example))]
+        note = "opening turn of the assistant's, not learnt, as no message asks for it"
+        assert encoder.noted[note] == (count + 1) // 2  # the empty one is counted as such
+    # A system message asks, as where it says how to greet.
+    if template == templates.CHATML:
+        (greeting,) = encode(tokenizer, talk(("system", "be kind"), *opening[:1], *FOUR))
+        assert learnt(tokenizer, greeting)[0] == "hello user<|im_end|>" and len(learnt(tokenizer, greeting)) == 3
+    for prompt in (opening[:1], opening[:2]):
+        with pytest.raises(InputError, match=r"rows.jsonl:1: the assistant's turns answer no message; put the user's"):
+            encode(tokenizer, talk(*prompt, ("assistant", "fine")), template=template)
+
+
 def test_template_options_are_given_and_must_be_read(tokenizer):
     record = talk(("user", "hello"), ("assistant", "fine"))
     (example,) = encode(tokenizer, record, template=templates.DROPS, chat_template_kwargs={"enable_thinking": False})
@@ -263,6 +440,16 @@ def test_template_options_are_given_and_must_be_read(tokenizer):
     assert learnt(tokenizer, example) == ["fine<|im_end|>"]
     with pytest.raises(InputError, match=r"data.chat_template_kwargs.thinks: the chat template reads no such variable"):
         encode(tokenizer, record, template=templates.DROPS, chat_template_kwargs={"thinks": False})
+
+
+def test_an_option_that_may_contradict_a_row_is_named(tokenizer):
+    record = talk(("user", "hello"), ("assistant", "<think>\nwho?\n</think>\n\nfine"))
+    template = templates.DATED.split("{% for")[0] + templates.DROPS  # the date is no option that one could leave out
+    remedy = (
+        r"; data.chat_template_kwargs \(enable_thinking\) may contradict the row: leave them out, delete the row, or"
+    )
+    with pytest.raises(InputError, match=rf"1: the beginning of message 1 cannot be found .* renders{remedy}"):
+        encode(tokenizer, record, template=template, chat_template_kwargs={"enable_thinking": False})
 
 
 def test_the_turn_end_of_the_template_ends_a_response_and_sampling(tokenizer):

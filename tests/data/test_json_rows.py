@@ -56,11 +56,62 @@ def test_null_says_that_the_row_lacks_the_key(write):
     assert load_records(write(json.dumps([{**lacking, **ROWS[0]}]), "rows.json")).rows[0].columns == {}
 
 
+TABLE = r"a table by columns; write rows: .*orient='records'"
+
+
 @pytest.mark.parametrize(
-    "columns", [{"prompt": {"0": "a"}, "completion": {"0": "c"}}, {"prompt": ["a"], "text": ["c"]}]
+    "columns",
+    [
+        {"prompt": {"0": "a"}, "completion": {"0": "c"}},
+        {"prompt": ["a"], "text": ["c"]},
+        {"prompt": ["a", "b"]},
+        {"prompt": ["a", "b"], "label": [0, 1], "completion": ["c", "d"]},
+        {"score": [0.5], "prompt": ["a"], "system": [None]},
+        {"prompt": ["a"], "completions": [["b", "c"]], "ratings": [[1, 2]]},
+        {"messages": [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]], "label": [True]},
+    ],
 )
 def test_a_table_by_columns_is_told_also_where_its_keys_are_known(write, columns):
-    with pytest.raises(InputError, match=r"a table by columns; write rows: .*orient='records'"):
+    with pytest.raises(InputError, match=TABLE):
         load_records(write(json.dumps(columns), "rows.json"))
-    ranked = {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}
-    assert len(load_records(write(json.dumps(ranked), "rows.json"))) == 1
+
+
+ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}]
+ANSWERED = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]},
+        {"prompt": ASKED, "completions": ["a", "b"], "ratings": [1, 2]},
+        {"messages": ANSWERED, "tags": ["x", "y"]},
+        {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "c"}], "scores": [0.5, 1]},
+    ],
+)
+def test_a_row_of_lists_is_no_table(write, row):
+    assert len(load_records(write(json.dumps(row), "rows.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("held", "problem"),
+    [
+        ({"prompt": ["a", "b"], "tags": ["x"]}, r"key 'prompt\[0\]'"),
+        ({"completions": ["a", "b"], "ratings": [1, 2]}, "prompt"),
+        ({"scores": [1, 2], "ranks": [1, 2]}, "prompt"),
+        ({"messages": []}, "messages"),
+        ({}, "accepted forms"),
+    ],
+)
+def test_a_row_at_fault_is_no_table(write, held, problem):
+    with pytest.raises(InputError, match=problem) as refused:
+        load_records(write(json.dumps(held), "rows.json"))
+    assert "table" not in str(refused.value)
+
+
+@pytest.mark.parametrize("first", [{"prompt": ["a"], "text": ["c"]}, {"data": ROWS}])
+def test_what_only_a_file_of_one_object_can_be_is_a_row_among_others(write, first):
+    path = write("\n".join(json.dumps(row, indent=1) for row in (first, *ROWS)), "rows.json")
+    found = list(checked_rows(path, Counter()))
+    assert [isinstance(item, InputError) for item in found] == [True, False, False, False]
+    assert "table" not in str(found[0])

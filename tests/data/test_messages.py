@@ -41,7 +41,10 @@ def test_roles_of_other_names_are_read():
         assert [turns({speaker: name, text: "x"})[0]["role"] for name in given] == list(given.values())
 
 
-@pytest.mark.parametrize("mark", ["weight", "train", "training", "loss", "mask"])
+MARKS = ["weight", "train", "training", "train_on_turn", "trainable", "loss", "mask", "loss_mask"]
+
+
+@pytest.mark.parametrize("mark", MARKS)
 def test_marks_that_one_message_is_learnt_or_not_are_refused_where_they_would_change_something(mark):
     answer, question = {"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}
     for mute in (False, 0):
@@ -54,6 +57,22 @@ def test_marks_that_one_message_is_learnt_or_not_are_refused_where_they_would_ch
         assert turns({**question, mark: False}) == [question]
         with pytest.raises(InputError, match=rf"own {mark} is not read"):
             turns({**question, mark: True})
+
+
+@pytest.mark.parametrize("mark", [*MARKS, "masked", "train_detail", "training_detail"])
+def test_marks_are_read_beside_calls_and_under_other_names_of_the_role(mark):
+    mute = {"masked": True, "train_detail": [{"train": False}], "training_detail": [{"train": False}]}.get(mark, 0)
+    calling = {"role": "assistant", "content": None, "tool_calls": READ}
+    for message in (
+        calling,
+        {"role": "assistant", "content": None, "function_call": CALL},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "gpt", "value": "x"},
+    ):
+        with pytest.raises(InputError, match=rf"messages\[0\].{mark}': one message's own {mark} is not read"):
+            turns({**message, mark: mute})
+    assert turns({**calling, "weight": 1, "masked": False, "train": True}) == [calling]
+    assert turns({"role": "user", "content": "x", "masked": True}) == [{"role": "user", "content": "x"}]
 
 
 def test_two_kinds_of_calls_beside_each_other_are_refused():

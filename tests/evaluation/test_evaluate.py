@@ -280,13 +280,22 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert not out.exists()
 
 
-@pytest.mark.parametrize(("words", "least", "most"), [(125, 125, 125), (200_000, 125, 20_000)])
+@pytest.mark.parametrize(("words", "least", "most"), [(125, 125, 140), (200_000, 125, 20_000)])
+@pytest.mark.parametrize("chat", [False, True])
 def test_a_prompt_without_room_for_an_answer_is_named(
-    words: int, least: int, most: int, tmp_path: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+    chat: bool,
+    words: int,
+    least: int,
+    most: int,
+    tmp_path: Path,
+    tiny_policy_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A megabyte by its beginning, which is all that is tokenised of it."""
     path, seen = tmp_path / "prompts.jsonl", []
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("hello", "cat " * words, "bye")))
+    texts = ("hello", "cat " * words, "bye")
+    asked = [[{"role": "user", "content": text}] if chat else text for text in texts]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in asked))
     plain = TextIds._call
     monkeypatch.setattr(TextIds, "_call", lambda ids, texts, **more: seen.extend(texts) or plain(ids, texts, **more))
     with pytest.raises(InputError, match=r"prompts.jsonl:2: .* may take \d+ tokens and .* positions for 128") as told:

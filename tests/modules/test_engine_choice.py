@@ -49,6 +49,7 @@ def test_an_engine_that_cannot_costs_the_table_and_not_the_training(
     assert module.trainer.global_step == 2
     said = capsys.readouterr().err
     assert "the table of samples cannot be written (InputError: FalconForCausalLM" in said
+    assert "the table of samples: 1 writes failed (the last: InputError: FalconForCausalLM" in said  # at the end
     assert not (tmp_path / "samples.jsonl").exists()
 
 

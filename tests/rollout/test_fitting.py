@@ -21,3 +21,12 @@ def test_a_model_with_another_cache_is_answered_by_transformers() -> None:
     rollout = sample(policy, small_prompts(), engine)
     again = policy(rollout.tokens, rollout.lengths, rollout.prompt_lengths).log_probs
     torch.testing.assert_close(again, rollout.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_model_keeps_of_the_trial_can_be_trained_with() -> None:
+    """An engine is chosen while Lightning validates, in inference mode; a tensor of that mode takes no gradient."""
+    policy, kept = small_policy("llama"), []
+    policy.model.get_input_embeddings().register_forward_hook(lambda module, inputs, out: kept.append(out))
+    with torch.inference_mode():
+        fitting_engine(policy)
+    assert kept and not any(tensor.is_inference() for tensor in kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import build
 from rollouts import continued, sample, small_policy, small_prompts
 from tolerances import assert_near
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
@@ -60,6 +61,23 @@ def test_a_model_whose_generation_computes_something_else_is_refused(monkeypatch
     monkeypatch.setattr(policy.model, "forward", other_while_decoding)
     with pytest.raises(InputError, match=r"LlamaForCausalLM: transformers' generation gives .* by up to 0\.\d+"):
         sample(policy, batch, TransformersEngine())
+
+
+def test_a_policy_is_checked_once(monkeypatch):
+    checked, check = [], TransformersEngine._check
+    monkeypatch.setattr(TransformersEngine, "_check", lambda own, policy: checked.append(policy) or check(own, policy))
+    policies, engine = [small_policy("llama"), small_policy("llama")], TransformersEngine()
+    for policy in (policies[0], policies[0], policies[1], policies[0]):
+        sample(policy, small_prompts(2), engine, max_new_tokens=1)
+    assert [id(policy) for policy in checked] == [id(policy) for policy in policies]
+
+
+def test_a_vocabulary_may_have_fewer_ids_than_the_check_asks_with():
+    model, batch = build("llama"), small_prompts()
+    model.resize_token_embeddings(4)
+    policy, batch.tokens = Policy(model).eval(), batch.tokens % 4
+    theirs, ours = sample(policy, batch, TransformersEngine()), sample(policy, batch)
+    assert torch.equal(theirs.tokens, ours.tokens)
 
 
 def test_the_models_own_generation_config_changes_nothing():
