@@ -95,7 +95,7 @@ class CheckMonitors(Callback):
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _monitors(trainer: Trainer) -> list[tuple[Callback, str]]:
