@@ -286,6 +286,8 @@ def test_faults_in_a_config_are_placed(sft: list[str], capsys: pytest.CaptureFix
         ),
         (["sft.yaml", "--data.path", "pairs.jsonl"], "did you mean --config sft.yaml?"),
         (["--cfg=sft.yaml"], "did you mean --config sft.yaml?"),
+        (["--data.path", "rows.yaml"], "no module is chosen; add --config NAME"),
+        (["--data.path=rows.yaml"], "no module is chosen; add --config NAME"),
         (
             ["--config", "ppo.yaml", "--model.reward", "null", "--model.reward.path", "x"],
             "--model.reward.path: no class is chosen for model.reward; add --model.reward CLASS before it",

@@ -114,7 +114,9 @@ def _refuse_duplicates(node: yaml.Node, path: Path, parent: str) -> None:
 def no_module(arguments: Sequence[str]) -> InputError:
     """What to say where no config and no option names one."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        if argument.endswith((".yaml", ".yml")) and "--config" not in (before, argument.partition("=")[0]):
+        option = argument.partition("=")[0] if argument.startswith("--") else before
+        of_another = option == "--config" or "." in option  # as --data.path
+        if argument.endswith((".yaml", ".yml")) and not of_another:
             return InputError(f"no module is chosen; did you mean --config {argument.rpartition('=')[2]}?")
     stages = ", ".join(name for name in shipped_configs() if "/" not in name)
     return InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")

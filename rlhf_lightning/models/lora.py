@@ -50,11 +50,11 @@ def add_adapter(
     trunk = model.base_model
     experts = [name for name in fused_experts(trunk) if targets is None or _ends(name, targets)]
     layers = None if targets is None else [target for target in targets if not any(_ends(n, [target]) for n in experts)]
-    known = [name for name, _ in trunk.named_modules() if name]
+    known = [name for name, part in trunk.named_modules() if name and isinstance(getattr(part, "weight", None), Tensor)]
     for target in layers or ():  # peft is content where any of them names a layer
         if not any(_ends(name, [target]) for name in known):
-            near = nearest(target, sorted({name.rpartition(".")[2] for name in known}))
-            hint = f"did you mean {near}?" if near else "name endings of the trunk's linear layers, as q_proj"
+            endings = sorted({name.rpartition(".")[2] for name in known})
+            hint = f"did you mean {near}?" if (near := nearest(target, endings)) else f"there are {', '.join(endings)}"
             raise InputError(f"model.lora_targets: no layer's name ends with {target!r}; {hint}")
     config = LoraConfig(
         r=int(rank),

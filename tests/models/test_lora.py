@@ -186,6 +186,8 @@ def test_targets_that_cannot_be_adapted_are_refused() -> None:
         add_adapter(build("llama"), 2, 4.0, ["no_such_layer"])
     with pytest.raises(InputError, match=r"no layer's name ends with 'vproj'; did you mean v_proj\?"):
         add_adapter(build("llama"), 2, 4.0, ["q_proj", "vproj"])
+    with pytest.raises(InputError, match=r"no layer's name ends with 'mlp'; there are down_proj, .*, up_proj, v_proj$"):
+        add_adapter(build("llama"), 2, 4.0, ["mlp"])
     with pytest.raises(InputError, match=r"model.lora_targets: embed_tokens is Embedding; name linear layers"):
         add_adapter(build("llama"), 2, 4.0, ["embed_tokens"])
 
