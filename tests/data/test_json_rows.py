@@ -98,7 +98,7 @@ def test_a_row_of_lists_is_no_table(write, row):
     [
         ({"prompt": ["a", "b"], "tags": ["x"]}, r"key 'prompt\[0\]'"),
         ({"completions": ["a", "b"], "ratings": [1, 2]}, "prompt"),
-        ({"scores": [1, 2], "ranks": [1, 2]}, "prompt"),
+        ({"scores": [1, 2], "ranks": [1, 2]}, "completions"),
         ({"messages": []}, "messages"),
         ({}, "accepted forms"),
     ],
