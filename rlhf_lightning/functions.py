@@ -168,10 +168,11 @@ def _plain(result: Any) -> Any:
 
 
 def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:
-    pipe.close()
-    if process.poll() is None:
+    # The group before the pipe: a process that sees its pipe closed ends by itself, and what it started would live on.
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    pipe.close()
+    process.wait()
 
 
 def _told(error: BaseException) -> str:

@@ -23,6 +23,10 @@ def trouble(prompts, responses, log=None):
             time.sleep(60)
         if response == "die":
             os._exit(7)
+        if response == "orphan":
+            os.spawnlp(os.P_NOWAIT, "sh", "sh", "-c", f"echo $$ > {log[0]}; sleep 60")
+            time.sleep(0.5)
+            os._exit(7)
         if response == "child":
             os.spawnlp(os.P_WAIT, "sh", "sh", "-c", f"echo $$ > {log[0]}; sleep 60")
     print("scored", len(responses))
@@ -147,10 +151,12 @@ def test_a_death_is_told_with_its_exit_code(source):
         FunctionReward(source + "trouble", timeout=20.0)(make_rollout(["a", "die"]))
 
 
-def test_what_a_hanging_function_started_ends_with_it(source, tmp_path):
+@pytest.mark.parametrize("how", ["child", "orphan"])
+def test_what_a_function_started_ends_with_it(how, source, tmp_path):
+    """Where it hangs, and where its own process ends first."""
     log = tmp_path / "pid"
-    reward = FunctionReward(source + "trouble", timeout=1.0, on_error="skip")
-    reward(make_rollout(["child"], log=[str(log)]))
+    reward = FunctionReward(source + "trouble", timeout=1.5, on_error="skip")
+    reward(make_rollout([how], log=[str(log)]))
     assert ends(int(log.read_text()))
 
 
