@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from rlhf_lightning.distributed import (
+from rlhf_lightning.collectives import (
     all_gather_objects,
     all_reduce_max,
     all_reduce_sum,

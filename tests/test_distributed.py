@@ -13,8 +13,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from processes import launch
 from torch import nn
 
-from rlhf_lightning.distributed import (
-    FSDP2Strategy,
+from rlhf_lightning.collectives import (
     all_gather_objects,
     all_reduce_max,
     all_reduce_sum,
@@ -25,6 +24,7 @@ from rlhf_lightning.distributed import (
     scale_grads,
     world_size,
 )
+from rlhf_lightning.distributed import FSDP2Strategy
 
 
 def test_one_process_needs_no_group() -> None:

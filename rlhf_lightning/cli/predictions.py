@@ -11,10 +11,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from rlhf_lightning.collectives import all_gather_objects, failing_together
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.data.records import Record
 from rlhf_lightning.data.summary import counts_text
-from rlhf_lightning.distributed import all_gather_objects, failing_together
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.outputs import write_whole
 from rlhf_lightning.text import say

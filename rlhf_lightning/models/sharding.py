@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Iterator
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from rlhf_lightning.collectives import rank
 from rlhf_lightning.models.layers import decoder_layers
 from rlhf_lightning.models.lora import merged
 from rlhf_lightning.models.policy import Policy
@@ -80,20 +80,13 @@ def gathered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from merged(whole, module)
 
 
-def most_anywhere(count: int, mesh: DeviceMesh) -> int:
-    """The largest ``count`` of all processes: forward passes that each must make, since each gathers weights."""
-    most = torch.tensor(count, device=mesh.device_type)
-    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX, group=mesh.get_group())
-    return int(most)
-
-
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """``module.state_dict()`` with whole tensors on the CPU, on process 0; the other processes get ``{}``.
 
     A collective: every process calls it. Tied weights stay one tensor under two names. On an unsharded CPU module the
     tensors are the module's own; on a GPU, or sharded, they are copies.
     """
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    first = rank() == 0
     named = module.state_dict(keep_vars=True)  # keep_vars: tied parameters are then the same object
     whole: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch, Rollout, View
-from rlhf_lightning.distributed import FSDP2Strategy, failing_together
+from rlhf_lightning.collectives import failing_together
+from rlhf_lightning.distributed import FSDP2Strategy
 from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.models.compilation import compile_layers
 from rlhf_lightning.models.export import ExportDtype, export_policy, try_export

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_lightning.algorithms.advantages import group_advantages, varied_groups
 from rlhf_lightning.algorithms.losses import LossNormalisation
 from rlhf_lightning.batches import Rollout
-from rlhf_lightning.distributed import all_reduce_max, all_reduce_sum, rank, world_size
+from rlhf_lightning.collectives import all_reduce_max, all_reduce_sum, rank, world_size
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.experience import Experience
 from rlhf_lightning.modules.on_policy_metrics import count_rollout

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_lightning.algorithms.losses import kto_loss
 from rlhf_lightning.batches import LabelledBatch, PreferenceBatch, View
-from rlhf_lightning.distributed import all_gather_objects, all_reduce_sum, rank
+from rlhf_lightning.collectives import all_gather_objects, all_reduce_sum, rank
 from rlhf_lightning.modules.balancing import router_loss
 from rlhf_lightning.modules.pairs import Rows, as_rows, weighted_sum
 from rlhf_lightning.modules.preference import PairTerms, ReferencedModule

@@ -19,14 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf_lightning.algorithms.kl import Estimator
 from rlhf_lightning.batches import PromptBatch, Rollout, View
-from rlhf_lightning.distributed import (
-    all_reduce_max,
-    all_reduce_sum,
-    gradient_sync,
-    rank,
-    scale_grads,
-    world_size,
-)
+from rlhf_lightning.collectives import all_reduce_max, all_reduce_sum, rank, scale_grads, world_size
+from rlhf_lightning.distributed import gradient_sync
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel

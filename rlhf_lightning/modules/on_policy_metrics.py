@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_lightning.algorithms.kl import Estimator, kl_estimate
 from rlhf_lightning.algorithms.masked import masked_variance
 from rlhf_lightning.batches import Rollout
-from rlhf_lightning.distributed import all_reduce_max, all_reduce_sum
+from rlhf_lightning.collectives import all_reduce_max, all_reduce_sum
 from rlhf_lightning.modules.sampling import ResponseScores
 from rlhf_lightning.modules.totals import Totals
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlhf_lightning.distributed import all_reduce_sum, grad_norm, scale_grads, world_size
+from rlhf_lightning.collectives import all_reduce_sum, grad_norm, scale_grads, world_size
 from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.modules.balancing import check_taken
 from rlhf_lightning.modules.totals import Totals

@@ -15,7 +15,7 @@ from rlhf_lightning.algorithms.importance import truncated_importance_weights
 from rlhf_lightning.algorithms.kl import Estimator, adapt_kl_coefficient, kl_estimate
 from rlhf_lightning.algorithms.losses import LossNormalisation, TokenShares, token_shares
 from rlhf_lightning.batches import Rollout
-from rlhf_lightning.distributed import all_reduce_sum
+from rlhf_lightning.collectives import all_reduce_sum
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.experience import Experience
 from rlhf_lightning.modules.on_policy import OnPolicyModule

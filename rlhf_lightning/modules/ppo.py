@@ -22,7 +22,7 @@ from rlhf_lightning.algorithms.advantages import (
 from rlhf_lightning.algorithms.kl import kl_estimate
 from rlhf_lightning.algorithms.masked import whiten
 from rlhf_lightning.batches import DemonstrationBatch, Rollout
-from rlhf_lightning.distributed import all_reduce_sum
+from rlhf_lightning.collectives import all_reduce_sum
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.actor_critic import ActorCriticModule, values_at_the_cut
 from rlhf_lightning.modules.balancing import router_loss

@@ -15,7 +15,7 @@ from rlhf_lightning.algorithms.advantages import discounted_returns, token_rewar
 from rlhf_lightning.algorithms.kl import kl_estimate
 from rlhf_lightning.algorithms.masked import whiten
 from rlhf_lightning.batches import Rollout
-from rlhf_lightning.distributed import all_reduce_sum
+from rlhf_lightning.collectives import all_reduce_sum
 from rlhf_lightning.modules.experience import Experience
 from rlhf_lightning.modules.on_policy_metrics import count_rollout
 from rlhf_lightning.modules.policy_gradient import PolicyGradientModule

@@ -16,7 +16,7 @@ from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_lightning.algorithms.losses import bradley_terry_loss
 from rlhf_lightning.batches import PreferenceBatch, View
-from rlhf_lightning.distributed import all_reduce_sum, rank
+from rlhf_lightning.collectives import all_reduce_sum, rank
 from rlhf_lightning.models.export import export_scalar
 from rlhf_lightning.models.positions import at_last_token
 from rlhf_lightning.modules.balancing import router_loss

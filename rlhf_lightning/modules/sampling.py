@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from rlhf_lightning.batches import DemonstrationBatch, PromptBatch, Rollout, micro_batches
-from rlhf_lightning.distributed import all_reduce_max, failing_together
+from rlhf_lightning.collectives import failing_together, rounds
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
 from rlhf_lightning.models.policy import Reference, TokenScores
@@ -254,13 +254,11 @@ class SamplingModule(RLHFModule):
     def rounds(self, lengths: Tensor, rows: Tensor, phase: str) -> Iterator[tuple[Tensor, bool, bool]]:
         """The given rows in micro-batches, as (row numbers, whether they count, whether it is the last round).
 
-        Every process gets the same number of rounds, at least one: sharded models exchange their weights in every pass,
-        so a process that runs out of rows repeats its first one, uncounted, for as long as any other still works.
+        As many on every process, see `collectives.rounds`; where one has no rows, its row 0 stands for them, uncounted.
         """
         groups = micro_batches(lengths[rows], self.micro_batch_tokens)
-        total = max(1, int(all_reduce_max(torch.tensor(len(groups)))))
-        for number in range(total):
-            self.report_phase(phase, number, total)
-            counted = number < len(groups)
-            yield (rows[groups[number]] if counted else rows.new_zeros(1)), counted, number == total - 1
-        self.report_phase(phase, total, total)
+        parts = list(rounds(len(groups)))
+        for done, (number, counted, last) in enumerate(parts):
+            self.report_phase(phase, done, len(parts))
+            yield (rows[groups[number]] if counted else rows.new_zeros(1)), counted, last
+        self.report_phase(phase, len(parts), len(parts))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_lightning.algorithms.running import RunningMoments
 from rlhf_lightning.batches import Rollout
-from rlhf_lightning.distributed import all_reduce_sum
+from rlhf_lightning.collectives import all_reduce_sum
 from rlhf_lightning.errors import InputError
 
 

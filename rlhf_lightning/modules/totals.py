@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_lightning.distributed import all_reduce_sum
+from rlhf_lightning.collectives import all_reduce_sum
 
 
 class Totals:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import Rollout, micro_batches
+from rlhf_lightning.collectives import most, rounds
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import (
     check_length,
@@ -19,7 +20,7 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.models.positions import at_last_token
 from rlhf_lightning.models.scalar import ScalarModel
-from rlhf_lightning.models.sharding import most_anywhere, shard
+from rlhf_lightning.models.sharding import shard
 from rlhf_lightning.rewards.base import Reward, check_scores
 from rlhf_lightning.rewards.own_tokens import OwnTokens
 
@@ -81,15 +82,12 @@ class ModelReward(Reward):
             self._own = self._reader()
         tokens, lengths = self._own.encoded(rollout)
         longest = int(lengths.max())
-        check_length(
-            self.scalar.model, longest if self._mesh is None else most_anywhere(longest, self._mesh), self.path
-        )
+        sharded = self._mesh is not None  # all processes then make their passes together
+        check_length(self.scalar.model, most(longest) if sharded else longest, self.path)
         groups = micro_batches(lengths, self.micro_batch_tokens)
-        rounds = len(groups) if self._mesh is None else most_anywhere(len(groups), self._mesh)
         scores = tokens.new_zeros(len(tokens), dtype=torch.float32)
-        for number in range(rounds):
-            # A process without rows left repeats one, for as long as others need it to gather the weights with.
-            rows = groups[min(number, len(groups) - 1)]
+        for number, _, _ in rounds(len(groups), together=sharded):
+            rows = groups[number]
             width = int(lengths[rows].max())
             scores[rows] = at_last_token(self.scalar(tokens[rows, :width], lengths[rows]), lengths[rows]).float()
         return check_scores(scores, rollout, self.path)

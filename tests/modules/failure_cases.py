@@ -12,7 +12,7 @@ from processes import run_cases
 from torch import Tensor
 
 from rlhf_lightning.batches import PromptBatch, Rollout
-from rlhf_lightning.distributed import all_gather_objects, rank
+from rlhf_lightning.collectives import all_gather_objects, rank
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rewards import ModelReward, Reward, WeightedSum
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from rlhf_lightning.batches import PromptBatch
-from rlhf_lightning.distributed import all_gather_objects
+from rlhf_lightning.collectives import all_gather_objects
 from rlhf_lightning.models.sharding import full_state_dict
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.dpo import DPOModule

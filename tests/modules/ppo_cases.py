@@ -13,8 +13,8 @@ from processes import run_cases
 
 from rlhf_lightning import modules
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
+from rlhf_lightning.collectives import all_gather_objects
 from rlhf_lightning.data.datamodule import PreferenceDataModule
-from rlhf_lightning.distributed import all_gather_objects
 from rlhf_lightning.models.sharding import full_state_dict
 from rlhf_lightning.rewards import FunctionReward, ModelReward
 

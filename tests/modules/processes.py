@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rlhf_lightning.distributed import rank
+from rlhf_lightning.collectives import rank
 
 HERE = Path(__file__).parent
 
@@ -44,7 +44,7 @@ def launch(script: Path, argument: Path, processes: int = 2) -> None:
         for number in range(processes)
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in running]
+        outputs = [process.communicate(timeout=600)[0] for process in running]
     finally:
         for process in running:
             process.kill()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.batches import DemonstrationBatch, LabelledBatch, PreferenceBatch
-from rlhf_lightning.distributed import rank, world_size
+from rlhf_lightning.collectives import rank, world_size
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.models.sharding import full_state_dict
 
