@@ -35,7 +35,7 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return _all_reduce(tensor, dist.ReduceOp.MAX)
 
 
-def most(count: int) -> int:
+def largest(count: int) -> int:
     """The largest ``count`` of all processes."""
     return int(all_reduce_max(torch.tensor(count)))
 
@@ -50,7 +50,7 @@ def rounds(parts: int, together: bool = True) -> Iterator[tuple[int, bool, bool]
         parts: of this process.
         together: False where the processes need not make as many.
     """
-    total = max(1, most(parts) if together else parts)
+    total = max(1, largest(parts) if together else parts)
     for number in range(total):
         yield (number if number < parts else 0), number < parts, number == total - 1
 

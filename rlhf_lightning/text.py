@@ -10,13 +10,13 @@ import textwrap
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-INDENT = 10  # of what stands behind a heading
+_INDENT = 10  # of what stands behind a heading
 _TO_COPY = ("curves", "next")  # commands, in one piece
-_PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent
 _T = TypeVar("_T")
 
 
@@ -34,6 +34,14 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
+def alike(path: Path, kind: Callable[[Path], bool]) -> str:
+    """`` (did you mean X?)`` for what lies beside a missing path, is of its kind, and is spelt most like it."""
+    folder = path.parent
+    names = sorted(entry.name for entry in folder.iterdir() if kind(entry)) if folder.is_dir() else []
+    meant = nearest(path.name, names)
+    return f" (did you mean {folder / meant}?)" if meant else ""
+
+
 def counted(items: Sequence[_T], what: str, every: float = 10.0) -> Iterator[_T]:
     """The items; where they take long, the first process says every so many seconds how many are done."""
     first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
@@ -47,12 +55,12 @@ def counted(items: Sequence[_T], what: str, every: float = 10.0) -> Iterator[_T]
 
 def notice(name: str, text: str) -> str:
     """A line of a heading and a text; in a terminal it is broken between words, but for commands."""
-    line = f"{name:<{INDENT}}{text}"
+    line = f"{name:<{_INDENT}}{text}"
     if name in _TO_COPY or not sys.stdout.isatty():
         return line
     width = max(40, shutil.get_terminal_size().columns)
     options: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False, "replace_whitespace": False}
-    return textwrap.fill(line, width, subsequent_indent=" " * INDENT, **options)
+    return textwrap.fill(line, width, subsequent_indent=" " * _INDENT, **options)
 
 
 def plain_warnings() -> None:
@@ -66,7 +74,7 @@ def plain_warnings() -> None:
 def _plain_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    own = Path(filename).is_relative_to(_PACKAGE)
+    own = Path(filename).is_relative_to(PACKAGE)
     return f"{notice('warning', str(message))}\n" if own else f"{filename}:{lineno}: {message}\n"
 
 

@@ -9,9 +9,9 @@ import yaml
 
 from rlhf_lightning.cli.suggestions import did_you_mean
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.text import PACKAGE
 
 # In a wheel the configs lie inside the package, in a checkout beside it.
-PACKAGE = Path(__file__).resolve().parent.parent
 _SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 

@@ -39,9 +39,8 @@ def check_monitors(callbacks: Iterable[Callback], module: LightningModule) -> No
     callbacks = list(callbacks)
     if not _ours((module, *callbacks)):
         return
-    for callback in callbacks:
-        name = getattr(callback, "monitor", None)
-        if isinstance(name, str) and (name == "loss" or name.startswith(("val_", "train_"))):
+    for callback, name in _monitors(callbacks):
+        if name == "loss" or name.startswith(("val_", "train_")):
             held_out = "val/loss" if module.automatic_optimization else "eval/scores"
             raise InputError(
                 f"trainer.callbacks: {type(callback).__name__} watches {name!r}, which {type(module).__name__} never "
@@ -67,7 +66,7 @@ class CheckMonitors(Callback):
         """InputError where nothing is held out."""
         if not trainer.fit_loop.epoch_loop.val_loop.skip:
             return
-        for callback, name in _monitors(trainer):
+        for callback, name in _monitors(_callbacks(trainer)):
             if name.partition("/")[0] == _held_out(pl_module):
                 raise InputError(
                     f"trainer.callbacks: {type(callback).__name__} watches {name!r}, and nothing is validated; set "
@@ -77,7 +76,7 @@ class CheckMonitors(Callback):
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """InputError with the name that may have been meant."""
         known = sorted(trainer.callback_metrics)
-        for callback, name in _monitors(trainer):
+        for callback, name in _monitors(_callbacks(trainer)):
             if name not in known and name.partition("/")[0] in {other.partition("/")[0] for other in known}:
                 raise _unknown(callback, name, known, f"validation of {type(pl_module).__name__}")
 
@@ -89,7 +88,7 @@ class CheckMonitors(Callback):
             return
         self._stepped = True
         known = sorted(trainer.callback_metrics)
-        for callback, name in _monitors(trainer):
+        for callback, name in _monitors(_callbacks(trainer)):
             if name not in known and "/" in name and name.partition("/")[0] != _held_out(pl_module):
                 raise _unknown(callback, name, known, f"training of {type(pl_module).__name__}")
 
@@ -98,9 +97,9 @@ def _callbacks(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
-def _monitors(trainer: Trainer) -> list[tuple[Callback, str]]:
+def _monitors(callbacks: Iterable[Callback]) -> list[tuple[Callback, str]]:
     """The callbacks that watch a metric, with its name."""
-    found = [(callback, getattr(callback, "monitor", None)) for callback in _callbacks(trainer)]
+    found = [(callback, getattr(callback, "monitor", None)) for callback in callbacks]
     return [(callback, name) for callback, name in found if isinstance(name, str)]
 
 

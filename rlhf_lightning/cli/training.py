@@ -38,7 +38,7 @@ from rlhf_lightning.cli.classes import (
     keys_of,
     resolved,
 )
-from rlhf_lightning.cli.configs import PACKAGE, no_module, resolve_configs
+from rlhf_lightning.cli.configs import no_module, resolve_configs
 from rlhf_lightning.cli.layers import Layers, lay
 from rlhf_lightning.cli.notices import MeasuredRows, Preflight, farewell
 from rlhf_lightning.cli.nulls import refused_values
@@ -52,7 +52,7 @@ from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.outputs import check_output
-from rlhf_lightning.text import notice, plain_warnings, say
+from rlhf_lightning.text import PACKAGE, notice, plain_warnings, say
 
 _TRAINER_DEFAULTS = {
     "max_epochs": 1,

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_lightning.data.files import RawRow, kind_of
 from rlhf_lightning.data.hints import renaming
 from rlhf_lightning.data.messages import as_response, checked_messages, checked_prompt, checked_response, speaking
-from rlhf_lightning.data.prompts import COMPARED, PROMPTS, agreeing_prompt, asked, missing
+from rlhf_lightning.data.prompts import COMPARED, PROMPTS, agreeing_prompt, asked, demand, missing
 from rlhf_lightning.data.rows import ASSISTANT, Form, Record, Row, is_empty, said
 from rlhf_lightning.data.values import Message, Prompt, Response, checked_list, checked_number, checked_text
 
@@ -88,9 +88,7 @@ class Pair(Form):
 
     def read(self, row: Row) -> Record | None:
         """Prompt and answers, each as text or messages."""
-        for key in COMPARED:
-            if key not in row:
-                raise missing(row, key, ("chosen", "rejected", "prompt"))
+        demand(row, COMPARED, ("prompt",))
         prompt = asked(row, ("chosen", "rejected"))
         chosen, rejected = (checked_response(row.take(key), row.where, key) for key in COMPARED)
         return _pair(self, row, prompt, chosen, rejected)
@@ -180,9 +178,7 @@ class StackPair(Form):
 
     def read(self, row: Row) -> Record | None:
         """The question and both responses."""
-        for key in ("question", "response_j", "response_k"):
-            if key not in row:
-                raise missing(row, key, ("question", "response_j", "response_k"))
+        demand(row, ("question", "response_j", "response_k"))
         question = checked_prompt(row.take("question"), row.where, "question")
         better, worse = (checked_response(row.take(key), row.where, key) for key in ("response_j", "response_k"))
         return _pair(self, row, question, better, worse)
@@ -200,9 +196,7 @@ class PreferencePair(Form):
 
     def read(self, row: Row) -> Record | None:
         """The conversation and both answers; what else the input holds are columns."""
-        for key in ("input", *PREFERRED):
-            if key not in row:
-                raise missing(row, key, ("input", *PREFERRED))
+        demand(row, ("input", *PREFERRED))
         given = row.take("input")
         if not isinstance(given, dict) or "messages" not in given:
             problem = "must be an object with messages" + ("" if isinstance(given, dict) else f", got {kind_of(given)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.text import nearest
+from rlhf_lightning.text import alike
 
 RawRow = dict[str, Any]
 Numbered = tuple[int, RawRow | InputError]
@@ -19,7 +19,7 @@ def whole_file(path: str) -> bytes:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        hint = alike(path) if isinstance(error, FileNotFoundError) else ""
+        hint = alike(Path(path), Path.is_file) if isinstance(error, FileNotFoundError) else ""
         raise InputError(f"{path}: cannot be read ({error.strerror}){hint}; check the path") from None
     if not path.lower().endswith(".gz"):
         return data
@@ -29,14 +29,6 @@ def whole_file(path: str) -> bytes:
         raise InputError(f"{path}: the gzip data is cut off; copy or write the file again") from None
     except (OSError, zlib.error) as error:
         raise InputError(f"{path}: not valid gzip data ({error}); compress it again, or drop the .gz") from None
-
-
-def alike(path: str) -> str:
-    """The file beside a missing one that was perhaps meant, in words."""
-    folder = Path(path).parent
-    names = [entry.name for entry in folder.iterdir() if entry.is_file()] if folder.is_dir() else []
-    meant = nearest(Path(path).name, sorted(names))
-    return f" (did you mean {folder / meant}?)" if meant else ""
 
 
 def not_utf8(path: str, line: int, error: UnicodeDecodeError, start: int) -> InputError:

@@ -29,6 +29,13 @@ def missing(row: Row, key: str, wanted: Sequence[str]) -> InputError:
     return row.refused(key, problem)
 
 
+def demand(row: Row, keys: Sequence[str], beside: Sequence[str] = ()) -> None:
+    """Refuses a row that lacks one of the keys; ``beside``: what else it may have, and nobody misspelt."""
+    for key in keys:
+        if key not in row:
+            raise missing(row, key, (*keys, *beside))
+
+
 def asked(row: Row, beside: Sequence[str]) -> Prompt:
     """The prompt under the key that the row has for it. ``beside``: the keys of the form that ask for one."""
     key = next((key for key in PROMPTS if key in row), None)

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.data.files import Numbered, RawRow, alike, not_utf8, shown, whole_file
+from rlhf_lightning.data.files import Numbered, RawRow, not_utf8, shown, whole_file
 from rlhf_lightning.data.json_rows import read_json
 from rlhf_lightning.data.values import refused
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.text import alike
 
 _JSON = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -54,9 +55,8 @@ def read_rows(path: str, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]
         raise InputError(f"{path}: unknown kind of file; use .jsonl, .json, .csv or .parquet")
     if _HUB_NAME.fullmatch(path):
         return _read_hub(path)
-    raise InputError(
-        f"{path}: no such file{alike(path)}; give a .jsonl, .json, .csv or .parquet file, or a hub data set's name"
-    )
+    known = "a .jsonl, .json, .csv or .parquet file, or a hub data set's name"
+    raise InputError(f"{path}: no such file{alike(Path(path), Path.is_file)}; give {known}")
 
 
 def _read_csv(path: str) -> Iterator[Numbered]:

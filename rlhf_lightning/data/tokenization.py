@@ -26,7 +26,7 @@ from rlhf_lightning.data.sequences import Pieces, common_prompt, split
 from rlhf_lightning.data.spelling import count_spelled, without_end
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.template import ChatTemplate, template_text
-from rlhf_lightning.text import counted
+from rlhf_lightning.text import counted, notice
 
 LongPrompts = Literal["error", "drop", "truncate_left"]
 LongResponses = Literal["error", "drop"]
@@ -175,7 +175,7 @@ class Encoder:
         tokens, rows = self.spelled_in(records)
         self.spelled, self.spelling_rows = self.spelled + tokens, self.spelling_rows + rows
         asked: list[_Asked] = []
-        for record in counted(records, "data      rows rendered"):
+        for record in counted(records, notice("data", "rows rendered")):
             for choice in wanted(record, kind, demonstrations):
                 asked += self._asked(record, choice, kind)
         asked = self._without_long_turns(self._without_long_prompts(asked, dropped), kind, dropped)

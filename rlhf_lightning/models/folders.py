@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.text import nearest
+from rlhf_lightning.text import alike
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -36,10 +36,12 @@ def find(path: str | Path) -> str:
         raise InputError(f"{path}: a file, where a model folder is expected: give the folder that holds config.json")
     # "runs/model" reads like a hub name too: a first part that exists here says that a folder was meant.
     if not _HUB_NAME.fullmatch(str(path)) or (len(folder.parts) > 1 and Path(folder.parts[0]).exists()):
-        raise InputError(f"{path}: no such folder{_alike(folder)}: check the path, or run the stage that writes it")
+        raise InputError(
+            f"{path}: no such folder{alike(folder, Path.is_dir)}: check the path, or run the stage that writes it"
+        )
     name = str(path)
     if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-        _ask_hub(name, f"{path}: no such folder{_alike(folder)}, and")
+        _ask_hub(name, f"{path}: no such folder{alike(folder, Path.is_dir)}, and")
     return name
 
 
@@ -57,14 +59,6 @@ def _ask_hub(name: str, problem: str) -> None:
     except Exception as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:150]
         raise InputError(f"{problem} the hub cannot be asked for a model of that name ({reason})") from None
-
-
-def _alike(folder: Path) -> str:
-    """The folder that was perhaps meant, in words."""
-    parent = folder.parent
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
-    meant = nearest(folder.name, names)
-    return f" (did you mean {parent / meant}?)" if meant else ""
 
 
 def check_weight_files(folder: Path) -> None:

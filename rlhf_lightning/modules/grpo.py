@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf_lightning.algorithms.advantages import group_advantages, varied_groups
 from rlhf_lightning.algorithms.losses import LossNormalisation
 from rlhf_lightning.batches import Rollout
-from rlhf_lightning.collectives import all_reduce_max, all_reduce_sum, rank, world_size
+from rlhf_lightning.collectives import all_reduce_sum, largest, rank, world_size
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.experience import Experience
 from rlhf_lightning.modules.on_policy_metrics import count_rollout
@@ -113,7 +113,7 @@ def first_of_all(flags: Tensor, most: int) -> Tensor:
 
     The order is that of the whole batch: its prompt i lies with process ``i % world``.
     """
-    width = int(all_reduce_max(torch.tensor(len(flags))))
+    width = largest(len(flags))
     everywhere = torch.zeros(width, world_size(), dtype=torch.int64, device=flags.device)
     everywhere[: len(flags), rank()] = flags.long()
     everywhere = all_reduce_sum(everywhere)

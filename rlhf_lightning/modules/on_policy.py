@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rlhf_lightning.algorithms.kl import Estimator
 from rlhf_lightning.batches import PromptBatch, Rollout, View
-from rlhf_lightning.collectives import all_reduce_max, all_reduce_sum, rank, scale_grads, world_size
+from rlhf_lightning.collectives import all_reduce_sum, largest, rank, scale_grads, world_size
 from rlhf_lightning.distributed import gradient_sync
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.policy import Policy
@@ -215,7 +215,7 @@ class OnPolicyModule(SamplingModule):
         # Prompt i of the iteration lies with process i % world: the minibatches are the same for any number of them.
         local = torch.arange(len(experience.weights))
         numbers = (local // group * world + rank()) * group + local % group
-        everywhere = int(all_reduce_max(torch.tensor(len(local)))) * world
+        everywhere = largest(len(local)) * world
         weighted = torch.zeros(everywhere, dtype=torch.int64)
         weighted[numbers] = (experience.weights > 0).long().cpu()
         counted = all_reduce_sum(weighted).nonzero()[:, 0]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import Rollout, micro_batches
-from rlhf_lightning.collectives import most, rounds
+from rlhf_lightning.collectives import largest, rounds
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import (
     check_length,
@@ -83,7 +83,7 @@ class ModelReward(Reward):
         tokens, lengths = self._own.encoded(rollout)
         longest = int(lengths.max())
         sharded = self._mesh is not None  # all processes then make their passes together
-        check_length(self.scalar.model, most(longest) if sharded else longest, self.path)
+        check_length(self.scalar.model, largest(longest) if sharded else longest, self.path)
         groups = micro_batches(lengths, self.micro_batch_tokens)
         scores = tokens.new_zeros(len(tokens), dtype=torch.float32)
         for number, _, _ in rounds(len(groups), together=sharded):
