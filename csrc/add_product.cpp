@@ -1,3 +1,5 @@
+// sum += a b on the CPU. The product of 16-bit matrices is summed in float32: by the CPU's dot instructions where it has
+// them, else over float32 copies of the operands.
 #include "add_product.h"
 
 #include <ATen/Parallel.h>
@@ -11,11 +13,11 @@ namespace rlhf_lightning {
 namespace {
 namespace blas = at::native::cpublas;
 
-// A block of b, 32 KiB, is repacked for the CPU's dot instructions and then meets this many rows of a.
+// A block of kDepth x kColumns of b, 32 KiB, is packed for the CPU's dot instructions and multiplied with kRows rows of a.
 constexpr int64_t kDepth = 256, kColumns = 64, kRows = 256;
 
-// at::mm gives a 16-bit result on the CPU. torch's blocks for attention keep the float32 one; `depth`, how much of a's
-// columns to take, is even, for the instructions take them in pairs.
+// at::mm rounds the result to 16 bits on the CPU; the brgemm kernels that torch uses for attention keep float32. `depth`, the
+// number of a's columns to take, is even, because the instructions take columns in pairs.
 template <typename T>
 void add_blocks(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, int64_t depth) {
   const int64_t rows = sum.size(0), columns = sum.size(1);
@@ -27,7 +29,7 @@ void add_blocks(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, int64
     for (int64_t block = begin; block < end; ++block) {
       const int64_t row = block / across * kRows, column = block % across * kColumns;
       const int64_t height = std::min(kRows, rows - row), width = std::min(kColumns, columns - column);
-      const int64_t line = (width + 15) / 16 * 16;  // pack writes no other lengths
+      const int64_t line = (width + 15) / 16 * 16;  // pack writes multiples of 16 only
       for (int64_t first = 0; first < depth; first += kDepth) {
         const int64_t count = std::min(kDepth, depth - first);
         blas::pack(count, width, columns, line, b.scalar_type(), b.scalar_type(), right + first * columns + column,
@@ -40,7 +42,7 @@ void add_blocks(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, int64
   });
 }
 
-// Without such instructions a float32 product is as fast as a 16-bit one. In pieces, so that few copies are held.
+// Without such instructions a float32 product is as fast as a 16-bit one. Piece by piece, so that the copies stay small.
 void add_copies(at::Tensor& sum, const at::Tensor& a, const at::Tensor& b, int64_t first) {
   constexpr int64_t kPiece = 1024;
   for (; first < a.size(1); first += kPiece) {

@@ -1,5 +1,5 @@
-// Argument checks, in the words of rlhf_lightning/ops/checks.py: operator, argument, expected, got. Python asks first; these
-// stand for callers of torch.ops, whom no wrong argument may lead outside a tensor's memory.
+// Argument checks, in the words of rlhf_lightning/ops/checks.py: operator, argument, expected, got. Python checks first; these
+// are for callers of torch.ops, so that no wrong argument reads or writes outside a tensor's memory.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -50,7 +50,7 @@ inline void check_device(
       x.device());
 }
 
-// What float32 can carry: see LEAST_TEMPERATURE in rlhf_lightning/ops/checks.py. greedy: 0 is allowed.
+// The range that float32 can carry: see LEAST_TEMPERATURE in rlhf_lightning/ops/checks.py. With greedy, 0 is allowed too.
 inline void check_temperature(const char* op, double temperature, bool greedy = false) {
   TORCH_CHECK_VALUE(
       (temperature >= 1e-12 && temperature <= 1e12) || (greedy && temperature == 0), op, ": temperature must be ",
@@ -87,7 +87,7 @@ inline void check_language_model_head(
   check_temperature(op, temperature);
 }
 
-// What the backward of the two above is given of each row; `whose` is the operand that is `first`.
+// Checks what the backwards of the two above take for each row. `whose` is the name of `first`.
 inline void check_rows(
     const char* op, at::TensorList rows, const at::Tensor& tokens, const at::Tensor& first, const char* whose) {
   for (const auto& x : rows) {

@@ -1,3 +1,5 @@
+// What both clipped losses do on the CPU: they check the operands, allocate the results, and multiply the incoming gradient
+// by the slope. with_gradient() adds the backward to a loss on any device.
 #include "clipped_losses.h"
 
 #include <ATen/Parallel.h>
@@ -82,7 +84,7 @@ struct ClippedLossFunction : torch::autograd::Function<ClippedLossFunction> {
       AutogradContext* ctx, const at::Tensor& learned, const char* op, const std::function<ClippedLoss()>& compute) {
     auto [loss, clipped, slope] = compute();
     ctx->mark_non_differentiable({clipped, slope});
-    ctx->set_materialize_grads(false);  // no zeros in place of the gradients that these two never have
+    ctx->set_materialize_grads(false);  // clipped and slope have no gradients: do not fill in zeros
     ctx->save_for_backward({slope});
     ctx->saved_data["dtype"] = static_cast<int64_t>(learned.scalar_type());
     ctx->saved_data["op"] = std::string(op);

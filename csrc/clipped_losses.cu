@@ -1,4 +1,7 @@
-// The backward of both clipped losses on the GPU: one product in one launch.
+// The backward of both clipped losses on the GPU: out = grad * slope, elementwise.
+//
+// Launch: one thread for each 16-byte vector of `slope`, or for each element where an address is not aligned; blocks of 256
+// threads in a one-dimensional grid. A thread loads its elements of grad and slope, multiplies, and stores the product.
 #include "clipped_losses.cuh"
 
 namespace rlhf_lightning {

@@ -1,8 +1,11 @@
-// What the clipped losses' kernels share: one pass over memory, in which each thread reads 16 bytes of every operand at
-// once.
+// What the kernels of both clipped losses share: one elementwise pass over memory.
 //
-// 21 bytes an element move for float32 (12 read, 9 written) and 12 in the backward. At a million elements all of them
-// are in flight in one wave of blocks.
+// Launch: one thread for each 16-byte vector of an operand, or for each element where an address is not aligned; blocks of
+// 256 threads in a one-dimensional grid. A thread loads one vector of each operand, computes loss, clipped and slope of its
+// elements, and stores them. The last thread takes the elements that fill no vector one by one.
+//
+// For float32 the forward moves 21 bytes an element (12 read, 9 written) and the backward 12. At a million elements one
+// wave of blocks covers them all.
 #pragma once
 
 #include "clipped_losses_launch.h"
@@ -34,7 +37,7 @@ struct LossArraysOf {
   Compute<T>* slope;
 };
 
-// n elements of the compute type to x, 16 bytes at a time.
+// Stores n elements of the compute type at x, 16 bytes at a time.
 template <int n, typename C>
 __device__ __forceinline__ void store_wide(C* x, const C (&values)[n]) {
   constexpr int width = n < kVector<C> ? n : kVector<C>;
@@ -47,7 +50,7 @@ __device__ __forceinline__ void store_wide(C* x, const C (&values)[n]) {
   }
 }
 
-// n elements of each operand, from `at` on, all of which exist.
+// Computes elements at, ..., at + n - 1, all of which exist.
 template <int n, typename T, typename F>
 __device__ __forceinline__ void losses_at(const LossArraysOf<T>& arrays, int64_t at, const F& loss_of) {
   using C = Compute<T>;
@@ -77,7 +80,7 @@ __global__ void __launch_bounds__(kLossThreads) losses_kernel(LossArraysOf<T> ar
   }
 }
 
-// loss_of(learned, old, target) gives a LossAt.
+// loss_of(learned, old, target) returns a LossAt.
 template <typename T, typename F>
 cudaError_t launch_losses(const ClippedLossArrays& a, const F& loss_of, cudaStream_t stream) {
   using C = Compute<T>;
@@ -92,7 +95,7 @@ cudaError_t launch_losses(const ClippedLossArrays& a, const F& loss_of, cudaStre
   return launch(kernel, blocks, kLossThreads, 0, stream, arrays, a.count, loss_of);
 }
 
-// `of_float` and `of_double` are one function for the two types of the arithmetic.
+// `of_float` and `of_double` are the same function in the two compute types.
 template <typename FloatLoss, typename DoubleLoss>
 cudaError_t launch_losses_of(
     const ClippedLossArrays& arrays, const FloatLoss& of_float, const DoubleLoss& of_double, cudaStream_t stream) {

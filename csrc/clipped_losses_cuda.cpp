@@ -1,3 +1,4 @@
+// The clipped losses on CUDA tensors: checks, allocates, sets the device, and launches the kernels of the .cu files.
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -13,8 +14,7 @@
 namespace rlhf_lightning {
 namespace {
 
-// Checks, allocates, and calls launch(arrays, stream). Operands of one type are read as they are; else all are
-// converted first.
+// Checks, allocates, and calls launch(arrays, stream). Operands of different types are first converted to the compute type.
 template <typename Launch>
 ClippedLoss run(
     const char* op, NamedTensor learned, NamedTensor old, NamedTensor target, const Launch& launch) {

@@ -1,3 +1,4 @@
+// PPO's clipped surrogate loss on the CPU: checks the arguments and splits the elements over threads.
 #include "clipped_policy_loss.h"
 
 #include <ATen/Parallel.h>

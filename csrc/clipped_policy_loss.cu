@@ -1,10 +1,12 @@
 // PPO's clipped surrogate loss on the GPU: the contract is in rlhf_lightning/ops/clipped_policy_loss.py.
+//
+// Launch: see clipped_losses.cuh. This file says what a thread computes for one element.
 #include "clipped_losses.cuh"
 
 namespace rlhf_lightning {
 namespace {
 
-// Comparisons are written so that NaN passes through.
+// The comparisons let a NaN through.
 template <typename C>
 struct PolicyLossOf {
   C low;   // 1 - clip_low

@@ -1,3 +1,4 @@
+// PPO's clipped value loss on the CPU: checks the arguments and splits the elements over threads.
 #include "clipped_value_loss.h"
 
 #include <ATen/Parallel.h>

@@ -1,11 +1,13 @@
-// PPO's clipped value loss on the GPU: the contract is in rlhf_lightning/ops/clipped_value_loss.py. No product is added
-// to anything, so there is nothing to fuse: the results are the same bits as on the CPU.
+// PPO's clipped value loss on the GPU: the contract is in rlhf_lightning/ops/clipped_value_loss.py. The arithmetic adds no
+// product to anything, so the compiler fuses nothing, and the results are the same bits as on the CPU.
+//
+// Launch: see clipped_losses.cuh. This file says what a thread computes for one element.
 #include "clipped_losses.cuh"
 
 namespace rlhf_lightning {
 namespace {
 
-// Comparisons are written so that NaN passes through.
+// The comparisons let a NaN through.
 template <typename C>
 struct ValueLossOf {
   C clip;
@@ -17,7 +19,7 @@ struct ValueLossOf {
     const C raised = moved < -clip ? -clip : moved;
     const C bounded_error = (old_value + (raised > clip ? clip : raised)) - target;
     const C bounded = C(0.5) * (bounded_error * bounded_error);
-    // Within the clip range both are the same prediction: old + (value - old) must not win by a rounding error.
+    // Within the clip range both predictions are equal, so old + (value - old) must not count as clipped by rounding.
     const bool clipped = (moved < -clip || moved > clip) && bounded > free;
     return {clipped ? bounded : free, clipped, clipped ? C(0) : error};
   }

@@ -1,4 +1,4 @@
-// From tensors to the CUDA launchers, and from their errors to exceptions.
+// From torch's dtypes to the launchers' element types, and from CUDA errors to exceptions.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -8,7 +8,7 @@
 
 namespace rlhf_lightning {
 
-// Of one of the types that check_float lets through.
+// `type` has passed check_float.
 inline Element element_type(at::ScalarType type) {
   switch (type) {
     case at::kFloat: return Element::kFloat;
@@ -19,7 +19,7 @@ inline Element element_type(at::ScalarType type) {
 }
 
 inline void check_launch(const char* op, cudaError_t error) {
-  if (error != cudaSuccess) (void)cudaGetLastError();  // or the next operator would report it again
+  if (error != cudaSuccess) (void)cudaGetLastError();  // clear it, or the next operator would report it again
   TORCH_CHECK_VALUE(
       error != cudaErrorInvalidConfiguration, op, ": one launch cannot hold so many rows or elements, for it has at most ",
       "2^31 - 1 blocks: split them");

@@ -1,9 +1,7 @@
-// What the CUDA kernels share: 16-bit floats, vector loads and stores, warp and block reductions in a fixed order, a
-// launch.
+// What the CUDA kernels share: 16-bit floats, vector loads and stores, warp and block reductions in a fixed order, launches.
 //
-// Kernels include CUDA's own headers only, use no atomics, and reach shared and global memory through plain C++ or the
-// functions here, so that tests/ops/cuda_emulator/ can compile the same files with a C++ compiler and run them on a
-// CPU.
+// Kernels include CUDA's own headers only, use no atomics, and access shared and global memory through plain C++ or the
+// functions here. So tests/ops/cuda_emulator/ can compile the same files with a C++ compiler and run them on a CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -51,7 +49,7 @@ __device__ __forceinline__ __half from_compute<__half>(float x) {
 __device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
 __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 
-// n neighbouring elements, moved by one instruction where they take 1, 2, 4, 8 or 16 bytes.
+// A vector of n elements. One instruction moves it where it takes 1, 2, 4, 8 or 16 bytes.
 template <typename T, int n>
 struct alignas(sizeof(T) * n) Pack {
   T at[n];
@@ -85,7 +83,7 @@ template <typename T, int n>
 using Word = typename WordOf<static_cast<int>(sizeof(T)) * n>::type;
 
 // Loads and stores of n elements at an address that is a multiple of their size in bytes. load is for memory that no
-// thread of the kernel writes; the streaming ones are for what is not used again soon, to leave the cache to the rest.
+// thread of the kernel writes. The streaming ones are for data that is not used again soon: they leave the cache to the rest.
 template <int n, typename T>
 __device__ __forceinline__ Pack<T, n> load(const T* x) {
   const auto word = __ldg(reinterpret_cast<const Word<T, n>*>(x));
@@ -104,7 +102,7 @@ template <int n, typename T>
 __device__ __forceinline__ void store(T* x, const Pack<T, n>& pack) {
   Word<T, n> word;
   __builtin_memcpy(&word, &pack, sizeof(pack));
-  __stwb(reinterpret_cast<Word<T, n>*>(x), word);  // the default store; a plain assignment may be split into elements
+  __stwb(reinterpret_cast<Word<T, n>*>(x), word);  // the default store; the compiler may split a plain assignment into elements
 }
 template <int n, typename T>
 __device__ __forceinline__ void store_streaming(T* x, const Pack<T, n>& pack) {
@@ -116,13 +114,13 @@ __device__ __forceinline__ void store_streaming(T* x, const Pack<T, n>& pack) {
 // Whether 16-byte accesses may start at x.
 inline bool aligned(const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; }
 
-// The dynamic shared memory of the block, as many bytes as the launch asks for; 16-byte aligned.
+// The block's dynamic shared memory, of the size that the launch asks for; 16-byte aligned.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char dynamic_shared_bytes[];
   return dynamic_shared_bytes;
 }
 
-// x of the lane whose index differs in the bits of `mask`; x may be any struct of 4-byte words.
+// __shfl_xor_sync for any struct whose size is a multiple of 4 bytes.
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(const T& x, int mask) {
   static_assert(sizeof(T) % 4 == 0, "shuffles move 4-byte words");
@@ -136,8 +134,8 @@ __device__ __forceinline__ T shuffle_xor(const T& x, int mask) {
   return other;
 }
 
-// combine(a, b) over the 32 lanes of a full warp, as a tree. Every lane gets the same bits if combine(a, b) is
-// combine(b, a).
+// Reduces x over the 32 lanes of a full warp by combine(a, b), as a tree. Every lane gets the same bits if combine(a, b)
+// equals combine(b, a).
 template <typename T, typename F>
 __device__ __forceinline__ T warp_reduce(T x, const F& combine) {
 #pragma unroll
@@ -145,8 +143,8 @@ __device__ __forceinline__ T warp_reduce(T x, const F& combine) {
   return x;
 }
 
-// combine over a block of kThreads threads, a multiple of 32: all of them must call it, and all get the result.
-// `shared` holds kThreads / 32 elements. The order is fixed; shared may be used again at once.
+// Reduces x over a block of kThreads threads, a multiple of 32: all of them must call it, and all get the result. `shared`
+// holds kThreads / 32 elements, and may be used again at once. The order is fixed.
 template <int kThreads, typename T, typename F>
 __device__ __forceinline__ T block_reduce(T x, T* shared, const F& combine) {
   static_assert(kThreads % kWarp == 0, "whole warps only");
@@ -162,15 +160,15 @@ __device__ __forceinline__ T block_reduce(T x, T* shared, const F& combine) {
   return x;
 }
 
-// How many blocks a launch is to have: of any number, since a dim3 would keep the last 32 bits of it.
+// The blocks of a launch, in 64 bits: a dim3 would drop all but the last 32.
 struct Grid {
   int64_t x, y = 1;
 };
 constexpr int64_t kMostBlocks = 2147483647;  // in x
 constexpr int64_t kMostParts = 65535;        // in y
 
-// kernel<<<grid, threads, shared bytes, stream>>>(arguments...) in plain C++, in clusters of so many blocks; more than
-// one needs compute capability 9.0. cudaErrorInvalidConfiguration for more blocks than a grid can have.
+// kernel<<<grid, threads, shared bytes, stream>>>(arguments...) in plain C++, with `cluster` blocks in a cluster; more than
+// one needs compute capability 9.0. Returns cudaErrorInvalidConfiguration for more blocks than a grid can have.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_clusters(
     void (*kernel)(Parameters...), Grid grid, int threads, size_t shared, unsigned cluster, cudaStream_t stream,

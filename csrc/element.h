@@ -1,4 +1,4 @@
-// The element types that the CUDA launchers take: which of them an untyped pointer points to.
+// The element types of the CUDA launchers: what an untyped pointer points to.
 #pragma once
 
 namespace rlhf_lightning {

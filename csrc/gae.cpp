@@ -1,3 +1,4 @@
+// Generalised advantage estimation on the CPU: splits the rows over threads, and long rows into pieces.
 #include "gae.h"
 
 #include <ATen/Parallel.h>
@@ -13,8 +14,8 @@ namespace rlhf_lightning {
 
 namespace {
 constexpr const char* kName = "gae";
-constexpr int64_t kGrain = 16384;  // elements worth a thread
-constexpr int64_t kRows = 16;      // the most that a kernel takes side by side
+constexpr int64_t kGrain = 16384;  // elements that are worth another thread
+constexpr int64_t kRows = 16;      // the most rows that a kernel takes at once
 constexpr int64_t kLongest = 4096, kPiece = 512;  // steps
 
 template <typename T>
@@ -32,7 +33,7 @@ GaeRows<T> part(GaeRows<T> all, int64_t offset, int64_t rows, int64_t steps, int
   return all;
 }
 
-// In double: a rounded power that is squared has its error doubled, each time in the same direction.
+// In double, because squaring a rounded power doubles its error, each time in the same direction.
 double power(double base, int64_t exponent) {
   double result = 1;
   for (; exponent > 0; exponent /= 2, base *= base) {
@@ -41,9 +42,9 @@ double power(double base, int64_t exponent) {
   return result;
 }
 
-// A long row is cut into pieces that run side by side as rows do, first to learn what each hands on of itself, then with
-// what it is handed. By linearity the advantage before a piece is the piece's own plus (gamma lambda)^count times the one
-// after it. Where a row is cut depends on its length alone, and so do its bits.
+// A long row is cut into pieces, which are computed like rows, twice: first as if nothing followed a piece, then with what
+// does follow it. By linearity, the advantage that a piece passes on is its own plus (gamma lambda)^count times the advantage
+// that follows it. The row's length alone decides where it is cut, and so its bits.
 template <typename T>
 class LongRows {
  public:
@@ -57,7 +58,7 @@ class LongRows {
       for (; from < to; ++from) look_at(from);
     });
     std::vector<T> value_after(pieces), advantage_after(pieces);
-    for (int64_t i = pieces - 2; i >= 0; --i) {  // no more than zeros follow a row's last piece
+    for (int64_t i = pieces - 2; i >= 0; --i) {  // zeros follow a row's last piece
       if ((i + 1) % pieces_ != 0) value_after[i] = count_[i + 1] > 0 ? next_value_[i + 1] : value_after[i + 1];
     }
     next_value_ = value_after;
@@ -76,13 +77,13 @@ class LongRows {
   }
 
  private:
-  // The first piece takes what is left over of the row.
+  // The first piece takes the row's remainder.
   int64_t begin(int64_t piece) const { return std::max<int64_t>(0, all_.steps - (pieces_ - piece) * kPiece); }
 
-  // Counts a piece's True steps and notes the value at the first of them.
+  // Counts a piece's True steps and keeps the value at the first of them.
   void look_at(int64_t index) {
     const int64_t piece = index % pieces_, start = index / pieces_ * all_.steps;
-    const auto* mask = reinterpret_cast<const unsigned char*>(all_.mask);  // any byte but 0 is True, as for the kernels
+    const auto* mask = reinterpret_cast<const unsigned char*>(all_.mask);  // any byte but 0 is True, as in the kernels
     int64_t count = 0;
     for (int64_t i = start + begin(piece); i < start + begin(piece + 1); ++i) {
       if (mask[i] != 0 && count++ == 0) next_value_[index] = all_.values[i];
@@ -91,7 +92,7 @@ class LongRows {
   }
 
   void run_pieces(const GaeRows<T>& rows) {
-    const int64_t groups = 1 + (pieces_ - 1 + kRows - 1) / kRows;  // a row's first piece, and the others by sixteen
+    const int64_t groups = 1 + (pieces_ - 1 + kRows - 1) / kRows;  // the row's first piece, and the others in groups of sixteen
     at::parallel_for(0, rows.rows * groups, kGrain / (kRows * kPiece), [&](int64_t from, int64_t to) {
       for (; from < to; ++from) {
         const int64_t row = from / groups, group = from % groups;
@@ -108,7 +109,7 @@ class LongRows {
   const LossKernels<T>& kernel_;
   const GaeRows<T> all_;
   const int64_t pieces_;
-  std::vector<T> next_value_, next_advantage_;  // of each piece: what it is handed, then what it hands on
+  std::vector<T> next_value_, next_advantage_;  // of each piece: in, what follows it; out, what it passes on
   std::vector<int64_t> count_;                  // of True steps
 };
 

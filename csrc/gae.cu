@@ -1,20 +1,24 @@
-// Generalised advantage estimation as a scan along the row, in one pass over memory.
+// Generalised advantage estimation as a scan along each row, in one pass over memory.
 //
-// With d = reward - value and B[t] = gamma * value[t] + gamma * lambda * advantage[t], what step t hands to the True
-// step before it, the recursion of rlhf_lightning/ops/gae.py is one of B alone:
+// Launch: one block a row, or a cluster of 2, 4 or 8 blocks a row where the rows are long and few; the grid has
+// rows * cluster blocks in x. A block has 1 to kMaxWarps warps: no more than the row's steps need. In each iteration a block
+// takes one tile of the row, the last tile first. A thread takes kRounds groups of kSteps neighbouring steps of the tile.
+// Warps exchange results by shuffles, a block's warps through shared memory, a cluster's blocks through distributed shared
+// memory.
+//
+// With d = reward - value, let B[t] = gamma * value[t] + gamma * lambda * advantage[t]. Then the recursion of
+// rlhf_lightning/ops/gae.py becomes a recursion of B alone, over the True steps:
 //
 //     advantage[t] = d[t] + B[t + 1],    B[t] = gamma * lambda * B[t + 1] + (gamma * value[t] + gamma * lambda * d[t])
 //
-// Any steps together are thus a map x -> (gamma * lambda)^count * x + offset with count the True ones among them, and
-// maps are composed in any grouping. A lane takes kSteps neighbouring steps, a warp kRounds runs of 32 lanes' steps, a
-// block a tile of its warps' runs; the tiles of a row are gone through from its end, by one block, or by a cluster of
-// blocks that take neighbouring tiles at once, which makes few long rows as fast as many short ones. The grouping hangs
-// on the number of steps alone, and the maps of tiles are applied one by one whoever holds them: a row's results are
-// the same bits in any batch, on any number of blocks, at any address.
+// So any group of steps is a map x -> (gamma * lambda)^count * x + offset, where count is the number of True steps, and
+// composing maps is associative. The grouping depends on the number of steps alone, and the maps of tiles are applied one
+// by one, whichever block holds them: a row's results are the same bits in any batch, on any number of blocks, at any
+// address.
 //
-// Powers are taken of the count, not multiplied up: a rounded power that is squared again and again has its error
-// doubled each time, always in the same direction (three times the error of the sequential recursion at 300 steps and
-// lambda 0.999), while 2^(count * log2(gamma * lambda)) is off by a few units in the last place of 1 for any count.
+// A power is computed from its count, not by repeated squaring. Squaring doubles the rounding error each time, always in
+// the same direction (three times the error of the sequential recursion at 300 steps and lambda 0.999);
+// 2^(count * log2(gamma * lambda)) is off by a few units in the last place of 1 for any count.
 #include "gae_launch.h"
 
 #include <cooperative_groups.h>
@@ -29,9 +33,9 @@ namespace rlhf_lightning {
 namespace {
 
 constexpr int kMaxWarps = 8;
-constexpr int kMaxCluster = 8;  // the most that every GPU with clusters takes
+constexpr int kMaxCluster = 8;  // the largest that every GPU with clusters supports
 
-// The numbers that all steps share. discount is gamma, decay gamma * lambda.
+// The same for all steps: discount is gamma, decay is gamma * lambda.
 template <typename C>
 struct Factors {
   C discount;
@@ -39,7 +43,7 @@ struct Factors {
   C log2_decay;  // -infinity where decay is 0
 };
 
-// x -> decay^count * x + offset. Without initialisers, since it lies in shared memory, where nothing is constructed.
+// x -> decay^count * x + offset. It has no initialisers, because shared memory runs no constructors.
 template <typename C>
 struct Map {
   int count;
@@ -52,7 +56,7 @@ template <typename C>
 __device__ Map<C> identity() {
   return {0, C(0)};
 }
-// What two maps do, `first` first.
+// The composition of two maps: `first` is applied first.
 template <typename C>
 __device__ Map<C> composed(const Map<C>& first, const Map<C>& second, const Factors<C>& by) {
   return {first.count + second.count, second(first.offset, by)};
@@ -67,12 +71,12 @@ struct Rows {
   Compute<T>* returns;
 };
 
-// n elements from x on, by one load or one by one; none of them beyond `left` is touched.
+// Loads n elements from x on, by one vector load or one by one; never reads an element beyond `left`.
 template <int n, bool by_vector, typename T>
 __device__ __forceinline__ Pack<T, n> load_some(const T* x, int left) {
   Pack<T, n> pack{};
   if constexpr (by_vector) {
-    if (left >= n) pack = load<n>(x);  // a row of whole vectors: all or none
+    if (left >= n) pack = load<n>(x);  // the row is whole vectors, so all n exist or none
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
@@ -93,16 +97,16 @@ __device__ __forceinline__ void store_some(T* x, const Pack<T, n>& pack, int lef
   }
 }
 
-// What a thread holds of one tile: kRounds groups of kSteps steps.
+// A thread's part of one tile: kRounds groups of kSteps steps.
 template <typename T, int kSteps, int kRounds, bool by_vector>
 struct Tile {
   using C = Compute<T>;
   C difference[kRounds][kSteps];  // reward - value, 0 at a False step
   C value[kRounds][kSteps];
   unsigned counted = 0;  // bit round * kSteps + step
-  Map<C> after[kRounds];  // of all steps of the warp that follow the group
+  Map<C> after[kRounds];  // the map of the warp's steps after the group
 
-  // `at` is the place of the thread's first step in the arrays, `left` how many steps there are from it on.
+  // `at` is the index of the thread's first step in the arrays; `left` counts the steps from it on.
   __device__ void read(const Rows<T>& rows, int64_t at, int left) {
 #pragma unroll
     for (int round = 0; round < kRounds; ++round, at += kWarp * kSteps, left -= kWarp * kSteps) {
@@ -119,13 +123,13 @@ struct Tile {
     }
   }
 
-  // The map of all the warp's steps, in every lane.
+  // Returns the map of all the warp's steps, in every lane.
   __device__ Map<C> scan(const Factors<C>& by) {
     const int lane = threadIdx.x % kWarp;
     auto warp = identity<C>();
 #pragma unroll
     for (int round = kRounds - 1; round >= 0; --round) {
-      auto from_here = identity<C>();  // first of this lane's steps, in the end of those of all lanes from this one on
+      auto from_here = identity<C>();  // at first the map of this lane's steps, in the end that of all lanes from this one on
 #pragma unroll
       for (int step = kSteps - 1; step >= 0; --step) {
         if ((counted >> (round * kSteps + step) & 1u) == 0) continue;
@@ -149,7 +153,7 @@ struct Tile {
     return warp;
   }
 
-  // `bootstrap` is the B of the first step after the warp's.
+  // `bootstrap` is B of the first step after the warp's.
   __device__ void write(
       const Rows<T>& rows, int64_t at, int left, const Factors<C>& by, C bootstrap) const {
 #pragma unroll
@@ -170,8 +174,8 @@ struct Tile {
   }
 };
 
-// The maps of the tiles that a cluster's blocks hold, the last tile first, in lane i of every warp that of block i.
-// Never called where there are no clusters.
+// The maps of the tiles of a cluster's blocks: lane i of every warp gets that of block i. Never called where there are no
+// clusters.
 template <typename C>
 __device__ Map<C> maps_of_cluster(const Map<C>* own, int cluster) {
   auto map = identity<C>();
@@ -183,8 +187,8 @@ __device__ Map<C> maps_of_cluster(const Map<C>* own, int cluster) {
 #endif
   return map;
 }
-// A block may not end while another may still read its shared memory. It says that it has read, before it writes its
-// results, and has not to wait for the others' in the end.
+// A block may not end while another block reads its shared memory. So each block arrives at the cluster barrier once it has
+// read, writes its results, and only then waits.
 __device__ inline void has_read() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().barrier_arrive();
@@ -196,27 +200,26 @@ __device__ inline void wait_for_readers() {
 #endif
 }
 
-// What fits without spilling; more blocks keep more loads in flight.
+// As many blocks as fit without spilling registers: more blocks keep more loads in flight.
 template <typename T, int kSteps, bool by_vector>
 constexpr int kBlocksPerMultiprocessor = kSteps > 1 && by_vector && sizeof(T) < 8 ? 5 : 3;
 
-// Block i of each cluster of `cluster` blocks takes tiles i, i + cluster, ... of the cluster's row, counted from its
-// end.
+// Block i of a cluster of `cluster` blocks takes tiles i, i + cluster, ... of the cluster's row, counted from the row's end.
 template <typename T, int kSteps, int kRounds, bool by_vector>
 __global__ void __launch_bounds__(kMaxWarps * kWarp, kBlocksPerMultiprocessor<T, kSteps, by_vector>) gae_kernel(
     const Rows<T> rows, int64_t steps, int cluster, const Factors<Compute<T>> by) {
   using C = Compute<T>;
-  // Twice, so that one barrier a tile is enough: a tile's maps are read while the next one's are written.
+  // Two buffers, so that one barrier a tile is enough: a tile's maps are read while the next tile's are written.
   static_assert(std::is_trivially_default_constructible_v<Map<C>>, "shared memory is not initialised");
   __shared__ Map<C> of_warp[2][kMaxWarps], of_tile[2];
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, rank = blockIdx.x % cluster;
   constexpr int kRun = kSteps * kRounds * kWarp;
   const int tiles = static_cast<int>((steps + kRun * warps - 1) / (kRun * warps));
 
-  C bootstrap = 0;  // what the steps after those at hand give
+  C bootstrap = 0;  // B of the first step after this iteration's tiles
   int turn = 0;
   for (int done = 0; done < tiles; done += cluster, turn ^= 1) {
-    const int tile = tiles - 1 - done - rank;  // in the last turn there may be fewer tiles than blocks
+    const int tile = tiles - 1 - done - rank;  // negative in the last iteration where the tiles run out
     const int64_t start = (static_cast<int64_t>(tile) * warps + warp) * kRun + threadIdx.x % kWarp * kSteps;
     const int left = tile < 0 ? 0 : static_cast<int>(min(steps - start, static_cast<int64_t>(kRun)));
     const int64_t at = blockIdx.x / cluster * steps + start;
@@ -225,12 +228,12 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, kBlocksPerMultiprocessor<T,
     const Map<C> own = mine.scan(by);
     if (threadIdx.x % kWarp == 0) of_warp[turn][warp] = own;
     __syncthreads();
-    auto later = identity<C>(), whole = identity<C>();  // of the warps after this one, of all warps
+    auto later = identity<C>(), whole = identity<C>();  // the maps of the warps after this one, and of all warps
     for (int w = warps - 1; w >= 0; --w) {
       if (w == warp) later = whole;
       whole = composed(whole, of_warp[turn][w], by);
     }
-    C here = bootstrap;  // what this tile is handed
+    C here = bootstrap;  // B of the first step after this tile
     if (cluster == 1) {
       bootstrap = whole(bootstrap, by);
     } else {
@@ -248,7 +251,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, kBlocksPerMultiprocessor<T,
   if (cluster > 1) wait_for_readers();
 }
 
-// How many blocks a row gets: enough to fill the GPU, no more than the row has tiles.
+// Sets the blocks of a row: enough to fill the GPU, and no more than the row has tiles.
 template <typename Kernel>
 cudaError_t choose_cluster(Kernel* kernel, int64_t rows, int64_t tiles, int& cluster) {
   cluster = 1;
@@ -256,7 +259,7 @@ cudaError_t choose_cluster(Kernel* kernel, int64_t rows, int64_t tiles, int& clu
   int device, multiprocessors;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  // The code decides, not the GPU: a new GPU may run what was made for one without clusters.
+  // Ask the compiled code, not the GPU: a new GPU may run code that was compiled for one without clusters.
   cudaFuncAttributes attributes;
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess || attributes.ptxVersion < 90) return error;
@@ -282,8 +285,8 @@ cudaError_t launch_shape(const GaeArrays& a, double gamma, double lam, cudaStrea
       Factors<C>{static_cast<C>(gamma), static_cast<C>(gamma * lam), static_cast<C>(std::log2(gamma * lam))});
 }
 
-// A row of whole vectors is read and written 16 bytes at a time; the same steps one by one where its memory is not
-// aligned.
+// Rows of whole vectors are loaded and stored 16 bytes at a time; where their addresses are not aligned, the same threads
+// take the same steps one element at a time.
 template <typename T>
 cudaError_t launch_type(const GaeArrays& a, double gamma, double lam, cudaStream_t stream) {
   constexpr int kSteps = kVector<Compute<T>>;

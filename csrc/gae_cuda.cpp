@@ -1,3 +1,4 @@
+// Generalised advantage estimation on CUDA tensors: checks, allocates, sets the device, and launches the kernel of gae.cu.
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -10,7 +11,7 @@
 namespace rlhf_lightning {
 namespace {
 
-// Inputs of one type are read as they are; else both are converted first.
+// Rewards and values of different types are first converted to the compute type.
 std::tuple<at::Tensor, at::Tensor> gae_cuda(
     const at::Tensor& rewards, const at::Tensor& values, const at::Tensor& mask, double gamma, double lam) {
   check_gae(rewards, values, mask);

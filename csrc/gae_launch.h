@@ -1,4 +1,4 @@
-// The CUDA kernel under gae, see gae.cu.
+// Launches the CUDA kernel of gae, see gae.cu.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,15 +13,15 @@ namespace rlhf_lightning {
 struct GaeArrays {
   const void* rewards;
   const void* values;
-  Element type;  // of both
+  Element type;  // of rewards and values
   const bool* mask;
-  void* advantages;  // double for double inputs, else float; the returns too
+  void* advantages;  // double for double inputs, else float; so are the returns
   void* returns;
   int64_t rows;
   int64_t steps;
 };
 
-// Nothing is launched for empty arrays.
+// Launches nothing for empty arrays.
 cudaError_t launch_gae(const GaeArrays& arrays, double gamma, double lam, cudaStream_t stream);
 
 }  // namespace rlhf_lightning

@@ -1,4 +1,4 @@
-// Chooses the instruction set, once.
+// Chooses the table of CPU kernels for this machine's instruction set, once a process.
 #include "kernels.h"
 
 #include <ATen/Version.h>
@@ -12,7 +12,7 @@ namespace {
 Kernels choose() {
 #ifdef RLHF_LIGHTNING_X86
   const std::string capability = at::get_cpu_capability();
-  // What ATEN_CPU_CAPABILITY=avx512 asks for by name is AVX-512 without more.
+  // ATEN_CPU_CAPABILITY=avx512 asks for AVX-512 without its extensions.
   const bool named = std::getenv("ATEN_CPU_CAPABILITY") != nullptr;
   if (capability == "AVX512" && !named && __builtin_cpu_supports("avx512bf16")) return avx512_bf16::kernels();
   if (capability == "AVX512") return avx512::kernels();

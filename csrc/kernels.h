@@ -1,15 +1,15 @@
-// The arithmetic of the CPU operators: pointers and sizes in, no tensors, no threads.
+// The arithmetic of the CPU operators: it takes pointers and sizes, no tensors, and starts no threads.
 //
-// kernels_impl.h is compiled once for each instruction set, in a namespace of its own; kernels() picks the table that this
-// machine can run. So a build made on one machine runs on another.
+// kernels_impl.h is compiled once for each instruction set, in a namespace of its own. kernels() picks the best table that the
+// machine can run, so a build made on one machine runs on another.
 #pragma once
 
 #include <cstdint>
 
 namespace rlhf_lightning {
 
-// 16-bit floats are handled as their bits: these files may not include torch's headers, whose inline functions would then
-// be compiled for an instruction set that the machine may lack.
+// 16-bit floats are passed as their bits, because these files may not include torch's headers: those headers' inline functions
+// would be compiled for an instruction set that the machine may lack.
 struct Bfloat16 {
   uint16_t bits;
 };
@@ -26,16 +26,16 @@ struct Accumulate<double> {
   using type = double;
 };
 
-// Softmax of x / temperature over the part of a row seen so far: with d = (x - max) / temperature,
-// sum = sum of exp(d) and weighted = sum of exp(d) * d.
+// The softmax statistics of the part of a row seen so far. With d = (x - max) / temperature: sum is the sum of exp(d), weighted
+// that of exp(d) * d.
 struct SoftmaxState {
   double max = -__builtin_inf();
   double sum = 0;
   double weighted = 0;
 };
 
-// What one row's gradient needs. With log p = (x - shift) / temperature - log_sum, the gradient of
-// grad_log_prob * log p[token] + grad_entropy * entropy with respect to x.
+// What one row's gradient needs: the gradient of grad_log_prob * log p[token] + grad_entropy * entropy with respect to x, where
+// log p = (x - shift) / temperature - log_sum.
 struct RowGradient {
   double inverse_temperature;
   double shift;
@@ -43,7 +43,7 @@ struct RowGradient {
   double entropy;
   double grad_log_prob;
   double grad_entropy;
-  int64_t token;  // index in the part of the row at hand; outside [0, n) if the token is elsewhere
+  int64_t token;  // its index in this part of the row; outside [0, n) if another part has it
 };
 
 // Rows `stride` apart, or pieces of one long row.
@@ -52,15 +52,15 @@ struct GaeRows {
   const T* rewards;
   const T* values;
   const bool* mask;
-  T* advantages;  // null: only the carries are wanted
+  T* advantages;  // null: compute next_value and next_advantage alone
   T* returns;
   int64_t rows;
   int64_t steps;
   int64_t stride;
   T gamma;
   T gamma_lambda;
-  bool streaming;  // write past the caches where the addresses allow it
-  // Of each row, in: what follows its last step; out: what its first step hands on. Null: nothing follows.
+  bool streaming;  // use streaming stores where the addresses allow them
+  // One for each row. In: what follows its last step; out: what its first step passes on. Null: nothing follows.
   T* next_value;
   T* next_advantage;
 };
@@ -103,7 +103,7 @@ struct SampledToken {
   double entropy;
 };
 
-// Unsigned integers in the order of the numbers they stand for.
+// Floats as unsigned integers of the same order.
 template <typename A>
 struct OrderedKey {
   using type = uint32_t;
@@ -113,20 +113,20 @@ struct OrderedKey<double> {
   using type = uint64_t;
 };
 
-// A row is summed in parts of this many elements, so that the part in which a draw falls can be found again.
+// A row is summed in parts of this many elements, so that sampling finds the part that the draw falls in.
 constexpr int64_t kSamplePart = 2048;
 
-// Memory to sample one row of n logits in.
+// Working memory for sampling from one row of n logits.
 template <typename A>
 struct SampleScratch {
   SoftmaxState* parts;  // [n / kSamplePart, rounded up]
-  A* values;            // [n], as all that follows; needed only where tokens are filtered out
+  A* values;            // [n], as are the three below; needed by top-k and top-p alone
   A* masses;
   typename OrderedKey<A>::type* keys;
   int32_t* index;
 };
 
-// out = grad * slope, in the type of the kernel chosen.
+// out = grad * slope, in the output type of the chosen kernel.
 template <typename T>
 struct LossGradient {
   const T* grad;
@@ -135,11 +135,11 @@ struct LossGradient {
   void* out;
 };
 
-// The kernels of one input type of logits, and of one type of arithmetic.
+// The kernels for one type of logits, and those for one compute type.
 template <typename T>
 struct SoftmaxKernels {
   void (*statistics)(const T* x, int64_t n, double inverse_temperature, SoftmaxState& state);
-  // out may be x; streaming: write past the caches, for an output too large for them to hold
+  // out may be x; streaming: use streaming stores, for an output larger than the caches
   void (*gradient)(const T* x, int64_t n, const RowGradient& row, bool streaming, T* out);
 };
 template <typename T>
@@ -188,7 +188,7 @@ Kernels kernels();
 }
 #endif
 
-// The best table for this machine; ATEN_CPU_CAPABILITY=default|avx2|avx512 lowers it, as it does for torch's own kernels.
+// The best table for this machine. ATEN_CPU_CAPABILITY=default|avx2|avx512 asks for a lower one, as for torch's own kernels.
 const Kernels& kernels();
 
 }  // namespace rlhf_lightning

@@ -4,7 +4,7 @@
 #ifdef RLHF_LIGHTNING_X86
 #include <immintrin.h>
 
-// For all that follows, which is why nothing that other files share is included below here.
+// This holds for all that follows, so no header that other files share may be included below.
 #pragma GCC target("avx2,fma,f16c")
 #define KERNELS_AVX2
 namespace rlhf_lightning::avx2 {

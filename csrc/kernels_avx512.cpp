@@ -1,10 +1,10 @@
-// The kernels for x86-64 with AVX-512 F, BW, DQ and VL: what torch asks for before it calls a machine AVX512.
+// The kernels for x86-64 with AVX-512 F, BW, DQ and VL, which torch requires of a machine that it calls AVX512.
 #include "kernels.h"
 
 #ifdef RLHF_LIGHTNING_X86
 #include <immintrin.h>
 
-// For all that follows, which is why nothing that other files share is included below here.
+// This holds for all that follows, so no header that other files share may be included below.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in the compiler's own immintrin.h: GCC bug 105593
 #define KERNELS_AVX512

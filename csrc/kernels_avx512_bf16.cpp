@@ -1,10 +1,10 @@
-// The kernels of kernels_avx512.cpp for x86-64 that also converts to bfloat16 in one instruction.
+// The kernels of kernels_avx512.cpp for x86-64 with AVX512_BF16, which converts to bfloat16 in one instruction.
 #include "kernels.h"
 
 #ifdef RLHF_LIGHTNING_X86
 #include <immintrin.h>
 
-// For all that follows, which is why nothing that other files share is included below here.
+// This holds for all that follows, so no header that other files share may be included below.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in the compiler's own immintrin.h: GCC bug 105593
 #define KERNELS_AVX512

@@ -1,10 +1,10 @@
-// The kernels of kernels.h. Included by the kernels_*.cpp files, each in its own namespace.
+// The kernels that kernels.h declares. Each kernels_*.cpp file includes it in its own namespace.
 #include "masks.h"
 
 #include "kernels_losses.h"
 #include "kernels_softmax.h"
 
-#include "kernels_sampling.h"  // after kernels_softmax.h, on which it builds
+#include "kernels_sampling.h"  // after kernels_softmax.h, which it uses
 
 Kernels table(const char* name) {
   return {name,

@@ -1,15 +1,15 @@
-// Advantages and clipped losses, written once over Vec. Included by kernels_impl.h alone.
+// GAE and the clipped losses, for any Vec. For kernels_impl.h alone.
 
-constexpr int64_t kSteps = 16;  // of a tile of GAE: a whole cache line of float32 in every row
+constexpr int64_t kSteps = 16;  // steps of a GAE tile: one cache line of float32 in every row
 
-// One tile of GAE: up to as many rows as there are lanes, and `n` steps from `begin` on. It is read row by row, turned
-// over in registers, run through last step first, turned back and written. What a masked slot holds goes through the
-// arithmetic and is then not chosen.
+// One tile of GAE: up to as many rows as a vector has lanes, and `n` steps from `begin` on. It reads the tile row by row,
+// transposes it in registers, computes the last step first, transposes the results and writes them. A masked slot goes through
+// the arithmetic too, and its result is not chosen.
 template <bool kWhole, bool kStreaming, typename T>
 inline __attribute__((always_inline)) void gae_tile(
     const GaeRows<T>& g, int64_t first, int64_t begin, int64_t n, Vec<T>& next_value, Vec<T>& next_advantage) {
   using V = Vec<T>;
-  constexpr int64_t kParts = kSteps / V::lanes;  // square parts of the tile
+  constexpr int64_t kParts = kSteps / V::lanes;  // the square parts of a tile, for transpose()
   const V gamma = V::all(g.gamma), gamma_lambda = V::all(g.gamma_lambda);
   const int64_t rows = g.rows - first < V::lanes ? g.rows - first : V::lanes;
   V rewards[kSteps], values[kSteps], kept[kSteps];
@@ -41,7 +41,7 @@ inline __attribute__((always_inline)) void gae_tile(
     const V advantage = delta + gamma_lambda * next_advantage;
     next_value = choose(real, values[step], next_value);
     next_advantage = choose(real, advantage, next_advantage);
-    rewards[step] = next_advantage;  // the tile's inputs are spent: it takes the outputs
+    rewards[step] = next_advantage;  // the inputs are no longer needed: reuse their place for the outputs
   }
   if (g.advantages == nullptr) return;
   for (int64_t part = 0; part < kParts; ++part) transpose(rewards + part * V::lanes);
@@ -56,8 +56,8 @@ inline __attribute__((always_inline)) void gae_tile(
   }
 }
 
-// So many rows, read a line at a time, are too many streams for the processor to foresee: with each tile, one row's part
-// of the next stretch of tiles is asked for.
+// The hardware prefetcher cannot follow so many rows, each read one cache line at a time. So each tile prefetches one row's
+// part of the next kLanes tiles.
 template <typename T>
 inline void fetch_ahead(const GaeRows<T>& g, int64_t first, int64_t begin) {
   constexpr int64_t kLanes = Vec<T>::lanes, kStretch = kLanes * kSteps;
@@ -71,7 +71,7 @@ inline void fetch_ahead(const GaeRows<T>& g, int64_t first, int64_t begin) {
   for (int64_t i = from; i < from + kStretch; i += 64) __builtin_prefetch(g.mask + i, 0, 2);
 }
 
-// Whether every whole tile's part of a row starts where a streaming store may.
+// Whether every whole tile's part of a row is aligned for streaming stores.
 template <typename T>
 inline bool can_stream(const GaeRows<T>& g) {
   constexpr int64_t kBytes = Vec<T>::lanes * sizeof(T);
@@ -79,7 +79,7 @@ inline bool can_stream(const GaeRows<T>& g) {
   return g.streaming && (begin | g.stride * sizeof(T)) % kBytes == 0;
 }
 
-// The recursion runs along a row, so as many rows as there are lanes run side by side.
+// The recursion runs along a row, so the lanes of a vector take one row each.
 template <typename T>
 void gae_rows(const GaeRows<T>& g) {
   using V = Vec<T>;
@@ -135,7 +135,7 @@ void policy_loss(const PolicyLoss<T>& p, int64_t begin, int64_t end) {
   const V zero = V::all(0), least = V::all(-20), most = V::all(20);
   const auto some = [&](int64_t i, int64_t n) {
     const V log_ratio = load_some<V>(p.log_probs, i, n) - load_some<V>(p.old_log_probs, i, n);
-    const V ratio = exponential(minimum(most, maximum(least, log_ratio)));  // a NaN stays
+    const V ratio = exponential(minimum(most, maximum(least, log_ratio)));  // keeps a NaN
     const V negated = V::all(-1) * load_some<V>(p.advantages, i, n);
     const V surrogate = negated * ratio;
     const V bounded = negated * minimum(high, maximum(low, ratio));

@@ -1,11 +1,11 @@
-// Sampling a token from a row of logits: the statistics of its softmax part by part, the part in which the draw falls, the
-// token in it. Filters first make a shorter row. Included by kernels_impl.h alone, after kernels_softmax.h.
+// Samples a token from a row of logits in three steps: the softmax statistics of the row's parts, the part that the draw falls
+// in, the token in that part. Top-k and top-p first make a shorter row. For kernels_impl.h alone, after kernels_softmax.h.
 
 inline int64_t part_size(int64_t begin, int64_t n) {
   return n - begin < kSamplePart ? n - begin : kSamplePart;
 }
 
-// The statistics of every part, and of them all together.
+// Computes the statistics of every part, and returns those of the whole row.
 template <typename T>
 inline SoftmaxState part_statistics(const T* x, int64_t n, double inverse_temperature, SoftmaxState* parts) {
   SoftmaxState all;
@@ -47,8 +47,8 @@ inline void widen_row(const T* x, int64_t n, A* out) {
   if (i < n) store_partial(out + i, n - i, load_partial<V>(x + i, n - i, negative_infinity<T>()));
 }
 
-// The token in its part of the row, x[0..n), n <= kSamplePart: the first whose cumulative mass is above `point`, or, where
-// rounding leaves the point above them all, the last that has a mass. If greedy, the first of the largest.
+// The token in one part of the row, x[0..n), n <= kSamplePart: the first whose cumulative mass is above `point`. Where rounding
+// leaves the point above them all, the last that has a mass. If greedy, the first of the largest.
 template <typename T>
 inline int64_t token_in_part(const T* x, int64_t n, double max, const SampleOptions& options, double point) {
   using A = typename Accumulate<T>::type;
@@ -74,7 +74,7 @@ template <typename T>
 inline SampledToken draw_from(
     const T* x, int64_t n, const SampleOptions& options, double draw, const SoftmaxState& all,
     const SoftmaxState* parts) {
-  if (!(all.sum > 0)) return {n - 1, __builtin_nan(""), __builtin_nan("")};  // NaN, +inf, or -inf alone
+  if (!(all.sum > 0)) return {n - 1, __builtin_nan(""), __builtin_nan("")};  // a NaN or +inf, or nothing but -inf
   const double point = draw * all.sum;
   double before = 0, in_part = 0;
   int64_t chosen = 0, first = 0;
@@ -83,7 +83,7 @@ inline SampledToken draw_from(
     const double factor = __builtin_exp((parts[b].max - all.max) * options.inverse_temperature);
     const double mass = factor * parts[b].sum;
     if (mass == 0) continue;
-    chosen = b, first = begin, in_part = __builtin_inf();  // the last that has a mass, unless the point is found
+    chosen = b, first = begin, in_part = __builtin_inf();  // the last part that has a mass, unless the loop finds the point
     if (options.greedy ? parts[b].max == all.max : point < before + mass) {
       in_part = (point - before) / factor;
       break;
@@ -109,14 +109,14 @@ inline uint64_t ordered_key(double x) {
   return bits ^ (bits >> 63 ? ~uint64_t{0} : uint64_t{1} << 63);
 }
 
-// What select() finds: with the elements in descending order, the first at which their weights add up to the target.
+// What select() finds: in descending order, the first element at which the sum of the weights reaches the target.
 template <typename Key>
 struct Selected {
   Key key;
-  double before;  // the weight of all that are larger
+  double before;  // the weight of all larger elements
 };
 
-// `weights` null: each weighs 1. Radix selection, 11 bits of the keys a pass; keys and weights are overwritten.
+// Radix selection, 11 bits of the keys a pass. Where `weights` is null, each element weighs 1. Overwrites keys and weights.
 template <typename Key, typename A>
 inline Selected<Key> select(Key* keys, A* weights, int64_t n, double target) {
   constexpr int kDigit = 11, kValues = 1 << kDigit;
@@ -146,7 +146,7 @@ inline Selected<Key> select(Key* keys, A* weights, int64_t n, double target) {
   }
 }
 
-// Leaves in scratch.values and scratch.index, in the row's order, the tokens that pass; returns how many.
+// Applies top-k and top-p: writes the tokens that pass to s.values and s.index, in the row's order, and returns their number.
 template <typename T>
 inline int64_t filter(
     const T* x, int64_t n, const SampleOptions& options, SoftmaxState all,
@@ -154,7 +154,7 @@ inline int64_t filter(
   using A = typename Accumulate<T>::type;
   widen_row(x, n, s.values);
   for (int64_t i = 0; i < n; ++i) s.index[i] = int32_t(i);
-  // Those above the key stay, and the first `ties` of those that equal it.
+  // Keeps the elements above the key, and the first `ties` of those that equal it.
   const auto keep = [&](typename OrderedKey<A>::type key, int64_t ties) {
     int64_t kept = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -177,7 +177,7 @@ inline int64_t filter(
     exponentials(s.values, n, all.max, options.inverse_temperature, s.masses);
     const double target = options.top_p * all.sum;
     const auto last = select(s.keys, s.masses, n, target);
-    const double mass = s.masses[0];  // of the elements that select() left, all of them equal
+    const double mass = s.masses[0];  // select() leaves equal elements alone, so the first stands for each
     int64_t ties = 1;
     while (ties < n && last.before + double(ties) * mass < target) ++ties;
     keep(last.key, ties);

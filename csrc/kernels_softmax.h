@@ -1,12 +1,12 @@
-// Softmax statistics and gradients of a row, written once over Vec. Included by kernels_impl.h alone.
+// Softmax statistics and gradients of a row, for any Vec. For kernels_impl.h alone.
 
-constexpr int64_t kBlock = 2048;  // elements: a block is read twice, the second time from the first-level cache
+constexpr int64_t kBlock = 2048;  // elements; a block is read twice, the second time from the L1 cache
 
-// Log-probabilities below this are as good as -inf (exp gives 0) but can be multiplied by 0.
+// exp of a log-probability below this is 0, as of -inf, but this can be multiplied by 0.
 template <typename A>
 constexpr A kLowest = sizeof(A) == 8 ? A(-800) : A(-200);
 
-// The same bound for differences of logits, finite at every temperature that check.h lets pass.
+// The same bound for differences of logits; finite at every temperature that check.h allows.
 template <typename A>
 inline A lowest_difference(double inverse_temperature) {
   return A(kLowest<A> / inverse_temperature);
@@ -37,7 +37,7 @@ inline Float16 negative_infinity() {
   return {0xfc00};
 }
 
-// The largest of x[0..n); NaN may be passed over, the sum will see it.
+// The largest of x[0..n). It may pass over a NaN, which the sum then carries.
 template <typename T>
 inline typename Accumulate<T>::type block_maximum(const T* x, int64_t n) {
   using A = typename Accumulate<T>::type;
@@ -77,19 +77,19 @@ void softmax_statistics(const T* x, int64_t size, double inverse_temperature, So
       }
       state.max = max;
     }
-    // While all is -inf, 0 stands in for the maximum: the terms are then 0 and not NaN.
+    // While all elements are -inf, 0 replaces the maximum, so that the terms are 0 and not NaN.
     const V center = V::all(A(state.max == -__builtin_inf() ? 0 : state.max));
     V sum[2] = {V::all(0), V::all(0)};
     V weighted[2] = {V::all(0), V::all(0)};
     const auto add = [&](V value, int k) {
-      const V d = maximum(lowest, value - center);  // a NaN stays
+      const V d = maximum(lowest, value - center);  // keeps a NaN
       const V e = exponential_of(d);
       sum[k] = sum[k] + e;
       weighted[k] = multiply_add(e, d, weighted[k]);
     };
     int64_t i = 0;
     for (; i + 2 * V::lanes <= n; i += 2 * V::lanes) {
-      // The next block's maximum would wait for memory, while this loop does not; past the row's end this does no harm.
+      // The next block's maximum would wait for memory; this loop does not. A prefetch past the row's end does no harm.
       __builtin_prefetch(x + i + kBlock);
       if (2 * V::lanes * sizeof(T) > 64) __builtin_prefetch(x + i + kBlock + V::lanes);
       add(V::load(x + i), 0);
@@ -120,7 +120,7 @@ void softmax_gradient(const T* x, int64_t n, const RowGradient& row, bool stream
     return exponential_of(d) * multiply_add(slope, d, offset);
   };
   const bool has_token = row.token >= 0 && row.token < n;
-  // Before the row is overwritten, and with 1 - p taken where it keeps its digits.
+  // Computed before the row is overwritten, with 1 - p in the form that keeps its digits.
   A at_token = 0;
   if (has_token) {
     A value[V::lanes];
@@ -134,7 +134,7 @@ void softmax_gradient(const T* x, int64_t n, const RowGradient& row, bool stream
   const auto partial = [&](int64_t i, int64_t count) {
     store_partial(out + i, count, gradient(load_partial<V>(x + i, count, negative_infinity<T>())));
   };
-  constexpr int64_t kAhead = 2048 / sizeof(T);  // elements whose loads are asked for early, past the row's end without harm
+  constexpr int64_t kAhead = 2048 / sizeof(T);  // elements to prefetch ahead, harmless past the row's end
   int64_t i = 0;
   if (streaming) {
     constexpr int64_t kBytes = V::lanes * sizeof(T);

@@ -1,3 +1,5 @@
+// Memory for large results on Linux: huge pages from mmap, and a list of freed blocks that the next results take. On other
+// systems every call falls back to torch's allocator.
 #include "large_memory.h"
 
 #include <c10/core/CPUAllocator.h>
@@ -19,14 +21,14 @@ namespace rlhf_lightning {
 namespace {
 constexpr size_t kHugePage = size_t{1} << 21;
 constexpr size_t kLarge = 8 * kHugePage;
-constexpr size_t kMedium = kHugePage / 2;  // what the allocator keeps, from here on
+constexpr size_t kMedium = kHugePage / 2;  // the smallest block that KeepingAllocator keeps
 constexpr size_t kSmallStep = size_t{1} << 16;
-constexpr size_t kKeptBytes = size_t{256} << 20;  // kept at least
+constexpr size_t kKeptBytes = size_t{256} << 20;  // drop() leaves at least this much
 
-std::atomic<bool> keeping{false};  // whether every large tensor's memory is
+std::atomic<bool> keeping{false};  // whether KeepingAllocator keeps the memory of every large tensor
 
-// A mapping that begins with a huge page, or none. Where it ends within one, small pages take its place: a whole one would
-// be wasted in part, and a training has its gradients and the optimizer's state in such blocks.
+// A mapping that starts at a huge page; `start` is null where there is none. Its last, incomplete huge page is small pages:
+// a whole one would waste memory, and a training holds its gradients and the optimizer's state in such blocks.
 struct Block {
   char* start = nullptr;
   size_t size = 0;
@@ -39,7 +41,7 @@ Block map(size_t size) {
   const size_t before = -reinterpret_cast<uintptr_t>(start) % kHugePage;
   if (before > 0) munmap(start, before);
   if (before < kHugePage) munmap(start + before + size, kHugePage - before);
-  madvise(start + before, size, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+  madvise(start + before, size, MADV_HUGEPAGE);  // advice only: the mapping works where the system refuses
   return {start + before, size};
 }
 
@@ -47,14 +49,15 @@ void unmap(Block block) {
   if (block.start != nullptr) munmap(block.start, block.size);
 }
 
-// The freed blocks that are kept. Who gives or takes waits for nobody: who finds the door shut does without.
+// The freed blocks that are kept. door_ is a lock, and take() and give() only try it (try_lock): a thread that cannot take the
+// lock maps or unmaps its block by the system, and never waits.
 class Kept {
  public:
   Block take(size_t size) {
     Block found;
     if (door_.test_and_set(std::memory_order_acquire)) return found;
     size_t best = blocks_.size();
-    for (size_t i = blocks_.size(); i-- > 0;) {  // the newest of the smallest that fit
+    for (size_t i = blocks_.size(); i-- > 0;) {  // the smallest block that fits, and the newest of those
       if (blocks_[i].size < size || blocks_[i].size > 2 * size) continue;
       if (best == blocks_.size() || blocks_[i].size < blocks_[best].size) best = i;
     }
@@ -69,7 +72,7 @@ class Kept {
 
   void give(Block block, size_t room) {
     if (door_.test_and_set(std::memory_order_acquire)) return unmap(block);
-    // Not marked as free between a training's steps: the next one takes it again at once, and the call costs some.
+    // Between a training's steps the pages are not marked as free: the next step takes them at once, and the call costs time.
     if (keeping || madvise(block.start, block.size, MADV_FREE) == 0) {
       blocks_.push_back(block);
       bytes_ += block.size;
@@ -95,7 +98,8 @@ class Kept {
   }
 
  private:
-  // The oldest blocks go, down to `room` bytes or what is always kept; two whatever their size, but unmarked ones.
+  // Unmaps the oldest blocks until at most `room` or kKeptBytes bytes are left, whichever is more. Two blocks stay whatever
+  // their size where their pages are marked as free.
   void drop(size_t room) {
     const size_t most = std::max(room, kKeptBytes), spared = keeping ? 0 : 2;
     size_t count = 0;
@@ -107,16 +111,16 @@ class Kept {
   }
 
   std::atomic_flag door_ = ATOMIC_FLAG_INIT;
-  std::vector<Block> blocks_;  // the oldest first
+  std::vector<Block> blocks_;  // oldest first
   size_t bytes_ = 0;
 };
 
 Kept& kept() {
-  static Kept* const blocks = new Kept;  // for ever: tensors may be freed while the process ends
+  static Kept* const blocks = new Kept;  // never destroyed: tensors may be freed while the process ends
   return *blocks;
 }
 
-// The blocks in use. By their addresses, because whoever frees memory may have nothing but the pointer.
+// The blocks in use, by address, because a call that frees memory may have the pointer alone.
 class Used {
  public:
   void add(Block block) {
@@ -136,14 +140,14 @@ class Used {
     return block;
   }
 
-  // From here on the most that is in use at once counts, or nothing does.
+  // Starts or stops measuring the peak of the bytes in use.
   void watch(bool on) {
     const std::lock_guard<std::mutex> lock(door_);
     watched_ = on;
     most_ = bytes_;
   }
 
-  // What was in use at once at most, less what is now: kept beside it, it makes the peak no higher.
+  // The peak less the bytes in use now: keeping so much does not raise the peak.
   size_t room() {
     const std::lock_guard<std::mutex> lock(door_);
     return watched_ ? most_ - bytes_ : 0;
@@ -168,7 +172,7 @@ void release(void* start) {
 }
 
 struct Allocation {
-  at::DataPtr data;  // none, where the system has no more
+  at::DataPtr data;  // empty where the system has no memory left
   bool warm = false;
 };
 
@@ -176,7 +180,7 @@ Allocation allocate(size_t bytes, size_t size) {
   Block block = kept().take(size);
   const bool warm = block.start != nullptr;
   if (!warm) block = map(size);
-  if (block.start == nullptr) {  // the kept blocks may be what stands in the way
+  if (block.start == nullptr) {  // the kept blocks may hold the memory that is missing
     kept().clear();
     block = map(size);
   }
@@ -187,13 +191,13 @@ Allocation allocate(size_t bytes, size_t size) {
   return {at::DataPtr(block.start, block.start, &release, c10::kCPU), warm};
 }
 
-// Stands in for torch's allocator for good, once it was asked for: what came from either of them is freed by this one, also
-// by oneDNN, which frees by the pointer alone and keeps memory as long as it likes.
+// Replaces torch's CPU allocator for the rest of the process once keep_memory() is called. It frees blocks of both allocators,
+// because oneDNN frees by the pointer alone, and at any later time.
 class KeepingAllocator final : public c10::Allocator {
  public:
   at::DataPtr allocate(size_t bytes) override {
     if (bytes < kMedium || !keeping) return plain().allocate(bytes);
-    // Few sizes, so that blocks find takers: eight to a doubling, in whole pages.
+    // Few sizes, so that a freed block fits a later request: eight for each doubling, in whole pages.
     size_t step = bytes < kLarge ? kSmallStep : kHugePage;
     while (16 * step <= bytes) step *= 2;
     auto allocation = rlhf_lightning::allocate(bytes, (bytes + step - 1) / step * step);
@@ -233,7 +237,7 @@ void release_kept_memory() { kept().clear(); }
 
 void keep_memory(bool on) {
   static KeepingAllocator* const allocator = [] {
-    KeepingAllocator::plain();  // found before it is replaced
+    KeepingAllocator::plain();  // looks up torch's allocator before it is replaced
     auto* const made = new KeepingAllocator;
     c10::SetCPUAllocator(made);
     return made;

@@ -1,6 +1,6 @@
-// Memory for large results. What a kernel writes into fresh memory costs more in page faults, and in the zeros that the
-// system writes first, than in arithmetic. So such results get huge pages, and when they are freed some of them are kept for
-// the next ones of about their size, marked as free, so that the system takes their pages back whenever it runs short.
+// Memory for large results. A kernel that writes to fresh memory spends more time in page faults, and in the zeros that the
+// system writes first, than in arithmetic. So large results get huge pages. Some freed blocks are kept for later results of
+// about their size; their pages are marked as free, so that the system can take them back when it runs short of memory.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -9,17 +9,17 @@ namespace rlhf_lightning {
 
 struct LargeResult {
   at::Tensor tensor;  // contiguous, uninitialised
-  bool streaming;     // its pages are at hand and the caches too small for it: writing past them is faster
+  bool streaming;     // its pages are mapped and it exceeds the caches: streaming stores are faster
 };
 
 LargeResult empty_large(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// Gives what is kept back to the system at once, as torch.cuda.empty_cache() does on a GPU.
+// Returns all kept memory to the system at once, as torch.cuda.empty_cache() does on a GPU.
 void release_kept_memory();
 
-// From now on, or no longer, the same for every CPU tensor of at least 1 MiB, whoever makes it: a training allocates the same
-// sizes in every step. While it is on, as much is kept as was in use at once at most, what is in use now included, and none of
-// it is marked.
+// Turns on or off that the memory of every CPU tensor of at least 1 MiB is kept, because a training allocates the same sizes in
+// every step. While it is on, kept and used memory together stay within the peak of the memory in use, and no page is marked
+// as free.
 void keep_memory(bool on);
 
 }  // namespace rlhf_lightning

@@ -1,3 +1,5 @@
+// The LM head and a weighted cross-entropy, with the gradients computed in the forward: on the CPU by tiles of rows, on other
+// devices by linear_token_log_probs and its backward.
 #include "linear_cross_entropy.h"
 
 #include <ATen/Parallel.h>
@@ -17,8 +19,8 @@ using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::T
 
 constexpr const char* kName = "linear_cross_entropy";
 
-// Rows whose logits are held at a time. Every tile reads the weight twice and adds to its whole gradient: measured, the
-// products are a quarter slower with 128 rows and two thirds slower with 48.
+// The rows of a tile, whose logits are held at a time. Every tile reads the weight twice and adds to its whole gradient. As
+// measured, the products are a quarter slower with 128 rows and two thirds slower with 48.
 constexpr int64_t kTile = 256;
 
 void check(
@@ -30,7 +32,7 @@ void check(
   check_device(kName, "token_weights", token_weights, hidden, "hidden");
 }
 
-// Turns rows of logits into the gradients of the loss, and writes their results from row `first` on.
+// Overwrites rows of logits by the gradients of the loss, and writes the rows' results from row `first` on.
 void logits_to_gradients(
     at::Tensor& logits, const int64_t* tokens, const at::Tensor& token_weights, double temperature, int64_t first,
     RowResults& results) {
@@ -42,7 +44,7 @@ void logits_to_gradients(
       for (int64_t i = begin; i < end; ++i) {
         T* row = data + i * vocabulary;
         const int64_t token = tokens[first + i];
-        SoftmaxState whole, at_token;  // of one element: its maximum is the token's logit, in double
+        SoftmaxState whole, at_token;  // at_token is of one element: its max is the token's logit, in double
         kernel.statistics(row + token, 1, 1.0, at_token);
         kernel.statistics(row, vocabulary, 1 / temperature, whole);
         finish_row(whole, at_token.max, temperature, first + i, results);
@@ -59,7 +61,7 @@ at::Tensor weighted_loss(const at::Tensor& token_weights, const at::Tensor& log_
   return at::scalar_tensor(sum, log_probs.options());
 }
 
-// From linear_token_log_probs and its backward, on any device that has them: four products, and little memory.
+// By linear_token_log_probs and its backward, on any device that has them: four products, and little memory.
 Results by_chunks(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& tokens, const at::Tensor& token_weights,
     double temperature, bool hidden_needed, bool weight_needed) {
@@ -86,7 +88,8 @@ Results linear_cross_entropy(
   const auto t = tokens.contiguous();
   const int64_t rows = hidden.size(0), vocabulary = weight.size(0), tiles = (rows + kTile - 1) / kTile;
   if (t.is_cpu()) check_token_range(kName, t, vocabulary);
-  // Sums over tiles in 16 bits would lose digits, and in 32 bits cost more memory than the logits and all the time saved.
+  // Sums over tiles would lose digits in 16 bits; in 32 bits they would cost more memory than the logits, and all the time
+  // that tiles save.
   const bool by_tiles = t.is_cpu() && rows > 0 && (hidden_needed || weight_needed) &&
                         (tiles == 1 || hidden.element_size() > 2);
   if (!by_tiles) return by_chunks(hidden, weight, t, token_weights, temperature, hidden_needed, weight_needed);

@@ -1,3 +1,4 @@
+// The LM head and token log-probabilities on the CPU, forward and backward: one chunk of the vocabulary's logits at a time.
 #include "linear_token_log_probs.h"
 
 #include <ATen/Parallel.h>
@@ -14,17 +15,17 @@ namespace rlhf_lightning {
 
 namespace {
 constexpr const char* kName = "linear_token_log_probs";
-constexpr int64_t kNarrowest = 256;  // columns of a chunk, however many rows there are
+constexpr int64_t kNarrowest = 256;  // the fewest columns of a chunk, whatever the number of rows
 
-// The vocabulary is walked in chunks of whole columns, all rows at once: the gradient of a chunk of the weight is then one
-// product, and only that of hidden is a sum over chunks. A chunk of logits is 4 MiB, of 16-bit ones 1 MiB: measured, the
-// products are as fast as for the whole vocabulary, and the logits are still in the caches when their statistics are taken.
+// The columns of a chunk of the vocabulary. A chunk takes all rows: the gradient of its part of the weight is then one product,
+// and only the gradient of hidden is a sum over chunks. A chunk of logits takes 4 MiB, of 16-bit ones 1 MiB. As measured, the
+// products are then as fast as for the whole vocabulary, and the caches still hold the logits when their statistics are taken.
 int64_t chunk_width(int64_t rows, const at::Tensor& weight) {
   const int64_t held = (weight.element_size() == 2 ? int64_t{1} << 20 : int64_t{1} << 22) / weight.element_size();
   return std::min(weight.size(0), std::max(kNarrowest, held / std::max<int64_t>(rows, 1)));
 }
 
-// The first `width` columns' worth of the buffer as a dense [rows, width].
+// The start of the buffer as a dense [rows, width].
 at::Tensor chunk_of(const at::Tensor& buffer, int64_t rows, int64_t width) {
   return buffer.narrow(0, 0, rows * width).view({rows, width});
 }
@@ -52,7 +53,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_token_log_prob
         for (int64_t i = begin; i < end; ++i) {
           const int64_t column = token[i] - first;
           if (column >= 0 && column < columns) {
-            SoftmaxState at_token;  // of the one element: its maximum is the token's logit, in double
+            SoftmaxState at_token;  // of one element: its max is the token's logit, in double
             kernel.statistics(data + i * columns + column, 1, 1.0, at_token);
             token_logits[i] = at_token.max;
           }
@@ -79,14 +80,14 @@ std::tuple<at::Tensor, at::Tensor> linear_token_log_probs_backward(
   const int64_t rows = hidden.size(0), vocabulary = weight.size(0), width = chunk_width(rows, weight);
   check_token_range(kName, t, vocabulary);
   const int64_t* token = t.const_data_ptr<int64_t>();
-  // A sum over chunks, so float32 also where the operands are of 16 bits.
+  // A sum over chunks: in float32 where the operands have 16 bits.
   auto grad_hidden = at::zeros(hidden_needed ? hidden.sizes() : at::IntArrayRef{0}, hidden.options().dtype(type));
   auto grad_weight = empty_large(weight_needed ? weight.sizes() : at::IntArrayRef{0}, weight.options()).tensor;
   if (rows == 0) return {grad_hidden.to(hidden.scalar_type()), grad_weight.zero_()};
   const auto buffer = at::empty({rows * width}, hidden.options());
   for (int64_t first = 0; first < vocabulary; first += width) {
     const int64_t columns = std::min(width, vocabulary - first);
-    auto chunk = chunk_of(buffer, rows, columns);  // of logits, then of their gradients
+    auto chunk = chunk_of(buffer, rows, columns);  // the logits, then their gradients
     const auto weights = weight.narrow(0, first, columns);
     at::mm_out(chunk, hidden, weights.t());
     with_softmax_kernels(chunk.scalar_type(), [&](const auto& kernel, auto* null) {

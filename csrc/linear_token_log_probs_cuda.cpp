@@ -1,3 +1,5 @@
+// The LM head and token log-probabilities on CUDA tensors, forward and backward: torch multiplies the matrices, one chunk of
+// the vocabulary at a time, and the kernels of token_log_probs.cu and token_log_probs_backward.cu do the rest.
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -11,13 +13,13 @@ namespace rlhf_lightning {
 namespace {
 
 constexpr const char* kName = "linear_token_log_probs";
-constexpr int64_t kLogitsHeld = int64_t{1} << 24;  // at a time, or 3% of them all where that is more
+constexpr int64_t kLogitsHeld = int64_t{1} << 24;  // logits held at a time, or 3% of all where that is more
 constexpr int64_t kPercentHeld = 3;
-constexpr int64_t kColumns = 1024;  // widths that fill a GPU's last wave of product tiles well; see docs/operators.md
+constexpr int64_t kColumns = 1024;  // widths are multiples: the product fills its last wave; see docs/operators.md
 constexpr int64_t kNarrowest = 256;
 
-// The vocabulary is walked in chunks of whole columns, all rows at once: the gradient of a chunk of the weight is then
-// one product, and only that of hidden is a sum over chunks.
+// The columns of a chunk of the vocabulary. A chunk takes all rows: the gradient of its part of the weight is then one
+// product, and only the gradient of hidden is a sum over chunks.
 int64_t chunk_width(int64_t rows, int64_t vocabulary) {
   const int64_t most = std::max(vocabulary * kPercentHeld / 100, kLogitsHeld / rows);
   if (most >= vocabulary) return vocabulary;
@@ -25,7 +27,7 @@ int64_t chunk_width(int64_t rows, int64_t vocabulary) {
   return std::max(kNarrowest, most / multiple * multiple);
 }
 
-// The logits of one chunk of columns at a time, in a buffer whose rows all start at a multiple of 16 bytes.
+// Computes the logits of one chunk at a time, in a buffer whose rows start at multiples of 16 bytes.
 class Chunks {
  public:
   Chunks(const at::Tensor& hidden, const at::Tensor& weight)
@@ -33,7 +35,7 @@ class Chunks {
         width_(chunk_width(hidden.size(0), vocabulary_)),
         buffer_(at::empty({hidden.size(0), (width_ + 7) / 8 * 8}, hidden.options())) {}
 
-  // f(first column, the chunk's weight, its logits), in the order of the vocabulary.
+  // Calls f(first column, the chunk's weight, its logits) for each chunk, in the order of the vocabulary.
   template <typename F>
   void each(const F& f) const {
     for (int64_t first = 0; first < vocabulary_; first += width_) {
@@ -61,7 +63,7 @@ class Chunks {
   at::Tensor buffer_;
 };
 
-// Adds up products a @ b: in float32 where they are of 16 bits and more than one, then rounds once.
+// A sum of products a @ b. Several products of 16-bit operands are summed in float32 and rounded once.
 class ProductSum {
  public:
   ProductSum(at::IntArrayRef sizes, const at::TensorOptions& options, int64_t count)
@@ -117,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor> backward(
   const Chunks chunks(hidden, weight);
   ProductSum grad_hidden(of(hidden_needed, hidden), hidden.options(), hidden_needed ? chunks.count() : 1);
   chunks.each([&](int64_t first, const at::Tensor& weights, const at::Tensor& chunk) {
-    check_launch(  // the gradient takes the logits' place
+    check_launch(  // the gradient overwrites the logits
         kName, softmax_gradient(
                    chunks.rows(chunk, first), t.const_data_ptr<int64_t>(), temperature, rows.pointers(),
                    chunk.mutable_data_ptr(), chunk.stride(0), c10::cuda::getCurrentCUDAStream()));

@@ -1,8 +1,8 @@
-// Lanes chosen by conditions, and tiles turned over: what kernels_losses.h needs of Vec beyond arithmetic. For
-// kernels_impl.h alone, inside its namespace.
+// Masks over the lanes of a Vec, and the transpose of a tile: what kernels_losses.h needs beyond arithmetic. For kernels_impl.h
+// alone, inside its namespace.
 //
-// Mask<T>: one condition per lane of Vec<T>. LaneBits<T>: sixteen bits per lane, the mask of sixteen steps of each row.
-// transpose(tile): lanes x lanes numbers, tile[i] lane j <-> tile[j] lane i.
+// Mask<T>: one bool for each lane of Vec<T>. LaneBits<T>: sixteen bits for each lane, the mask of sixteen steps of a row.
+// transpose(tile): a square of lanes x lanes numbers; swaps lane j of tile[i] with lane i of tile[j].
 
 template <typename T>
 struct Mask;

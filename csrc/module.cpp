@@ -1,4 +1,4 @@
-// The Python face of the shared object: importing it registers the operators, and build_info() tells what was built.
+// The Python module of the shared object: importing it registers the operators, and build_info() tells what was built.
 #include <ATen/Version.h>
 #include <torch/extension.h>
 

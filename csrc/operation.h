@@ -1,11 +1,11 @@
-// An operator of the library as the dispatcher knows it, for C++ that calls one through its gradients and devices.
+// Looks up an operator in the dispatcher, for C++ that calls one with autograd and on any device.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
 namespace rlhf_lightning {
 
-// name: with its namespace, "rlhf_lightning::gae". Looked up anew by each call: keep the result in a static.
+// `name` includes the namespace: "rlhf_lightning::gae". Each call looks it up anew: keep the result in a static.
 template <typename Signature>
 auto operation(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();

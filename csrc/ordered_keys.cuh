@@ -1,4 +1,4 @@
-// Unsigned integers in the order of the numbers that they stand for, and what passes a threshold among them.
+// Floats as unsigned integers of the same order, for radix selection, and a filter by such keys.
 #pragma once
 
 #include "device.cuh"
@@ -20,7 +20,7 @@ __device__ __forceinline__ double number_of(unsigned long long key) {
   return __longlong_as_double(static_cast<long long>(key ^ (key >> 63 != 0 ? 1ull << 63 : ~0ull)));
 }
 
-// What passes: keys above `key`, and those that equal it up to index `last`.
+// Keys above `key` pass, and those that equal it up to index `last`.
 template <typename A>
 struct Filter {
   decltype(ordered_key(A())) key = 0;

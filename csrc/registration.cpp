@@ -1,6 +1,6 @@
-// The operators' schemas, their CPU implementations, what cannot be registered from Python, and the gradients of the losses,
-// whose calls are too short for a gradient in Python. Fake kernels and the other gradients are registered beside the public
-// functions, in rlhf_lightning/ops/.
+// Registers the operators: their schemas, their CPU implementations, their autocast rules, and the gradients of the clipped
+// losses, whose calls are too short for a backward in Python. rlhf_lightning/ops/ registers the fake kernels and the other
+// gradients, and each *_cuda.cpp its CUDA implementations.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -16,7 +16,7 @@
 namespace rlhf_lightning {
 namespace {
 
-// Advantages and returns are targets: no gradient flows through them, whatever the inputs require.
+// Advantages and returns are targets: they have no gradient, whatever the inputs require.
 std::tuple<at::Tensor, at::Tensor> gae_without_gradient(
     const at::Tensor& rewards, const at::Tensor& values, const at::Tensor& mask, double gamma, double lam) {
   static const auto op = operation<decltype(gae)>("rlhf_lightning::gae");

@@ -1,3 +1,4 @@
+// Sampling a token from each row of logits on the CPU: checks the arguments and splits the rows over threads.
 #include "sample_tokens.h"
 
 #include <ATen/Parallel.h>

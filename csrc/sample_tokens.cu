@@ -1,12 +1,13 @@
-// A token from each row of logits, a block a row: the contract is in rlhf_lightning/ops/sample_tokens.py.
+// Samples a token from each row of logits: the contract is in rlhf_lightning/ops/sample_tokens.py.
 //
-// Each warp sums a segment of neighbouring columns, reading the row once. A walk over the segments' masses finds the one that
-// the draw falls in, and a scan by the whole block over that segment alone finds the token. The order of all sums hangs on
-// the number of columns alone, so a row's result is the same bits in any batch and at any address.
+// Launch: one block of 512 threads a row. Each warp sums one segment of neighbouring columns, so the block reads the row once.
+// A loop over the segments' sums finds the segment that the draw falls in, and a block-wide scan of that segment finds the
+// token. The order of all sums depends on the number of columns alone: a row's result is the same bits in any batch and at
+// any address.
 //
-// Filters need the largest logit at which the larger ones' weight (their number, or their mass) reaches a target. It is
-// found from the highest bits of its key down, four bits a pass over the row, which by then is in the L2 cache: nothing is
-// sorted or stored. Those that pass are then a row of their own, in the same kernel.
+// Top-k and top-p need a threshold: the largest logit at which the weight of the logits above it (their number, or their mass)
+// reaches a target. The block finds it by radix selection, four bits a pass over the row, which by then is in the L2 cache; it
+// sorts and stores nothing. The same kernel then samples from the logits that pass.
 #include "sample_tokens_launch.h"
 
 #include <type_traits>
@@ -20,20 +21,20 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kPacks = 4;   // of 16 bytes, loaded together by a thread
-constexpr int kDigit = 4;   // bits of a key that a pass of select() settles
+constexpr int kPacks = 4;   // 16-byte vectors that a thread loads together
+constexpr int kDigit = 4;   // bits of a key that a pass of select() finds
 constexpr int kSteps = (1 << kDigit) - 1;
 
 struct Shared {
-  double max[kWarps], sum[kWarps], weighted[kWarps];  // of the segments
-  double factor[kWarps], mass[kWarps];                // exp2 of how far the segment's maximum is below the row's; their shares
-  double totals[kWarps];  // of warps, or of steps
+  double max[kWarps], sum[kWarps], weighted[kWarps];  // one for each segment
+  double factor[kWarps], mass[kWarps];                // 2^(segment's maximum - row's maximum); factor * sum
+  double totals[kWarps];  // one for each warp, or for each digit of select()
   double steps[kWarps][kSteps];
   int reached[kWarps], last[kWarps];
   int index;
 };
 
-// A block's row. All threads call every method together.
+// The row of a block. All threads of the block must call every method.
 template <typename T, bool by_vector, bool filtered>
 struct Row {
   using A = Compute<T>;
@@ -46,7 +47,7 @@ struct Row {
   A scale;      // log2(e) / temperature
   Shared& shared;
   Filter<A> filter;
-  double max, sum, weighted;  // of those that pass
+  double max, sum, weighted;  // of the logits that pass the filter
 
   __device__ Row(const T* x, int columns, A scale, Shared& shared)
       : x(x), columns(columns), scale(scale), shared(shared) {
@@ -65,7 +66,7 @@ struct Row {
     return true;
   }
 
-  // f(values, index of the first of each pack) over this warp's segment; -inf stands beyond its end.
+  // Calls f(values, index of each vector's first) over this warp's segment; beyond its end the values are -inf.
   template <typename F>
   __device__ __forceinline__ void packs(const F& f) const {
     const int begin = begin_of(warp()), end = begin_of(warp() + 1);
@@ -93,7 +94,7 @@ struct Row {
       f(value, at, end);
     }
   }
-  // f(value, index) of each column of this warp's segment.
+  // Calls f(value, index) for each column of this warp's segment.
   template <typename F>
   __device__ __forceinline__ void each(const F& f) const {
     packs([&](const A(&value)[kPacks][kWidth], const int(&at)[kPacks], int end) {
@@ -160,7 +161,7 @@ struct Row {
     __syncthreads();  // all of `shared` may be written again
   }
 
-  // Puts the weights of the segments into shared.mass, with factors of 1.
+  // Writes the segments' weights to shared.mass, and 1 to shared.factor.
   template <typename F>
   __device__ void measure(const F& weight) {
     double own = 0;
@@ -173,12 +174,12 @@ struct Row {
     __syncthreads();
   }
 
-  // The first column at which the cumulative weight is above `point`, given the segments' shares in shared.mass: those of
-  // a segment are its factor times weight(value, index, segment). Where the point is above them all, by rounding or as
-  // a draw of 1 has it, the last column that has a weight.
+  // Returns the first column at which the cumulative weight is above `point`. shared.mass holds the segments' weights; within
+  // a segment a column weighs factor * weight(value, index, segment). Where the point is above them all, by rounding or for
+  // a draw of 1, returns the last column that has a weight.
   template <typename F>
   __device__ int find(double point, const F& weight) {
-    double before = 0, inside = INFINITY;  // beyond the last segment that has a weight, unless the point is found
+    double before = 0, inside = INFINITY;  // past the last segment that has a weight, unless the loop finds the point
     int chosen = 0;
     for (int i = 0; i < kWarps; ++i) {
       if (!(shared.mass[i] > 0)) continue;
@@ -195,7 +196,7 @@ struct Row {
     const int first = start < end ? static_cast<int>(start) : end, stop = end - first < each ? end : first + each;
     double own = 0;
     for (int i = first; i < stop; ++i) own += weight(to_compute(load<1>(x + i).at[0]), i, chosen);
-    double until = own;  // the weight from the segment's first column to this thread's last
+    double until = own;  // the weight of the segment's columns up to this thread's last one
     for (int by = 1; by < kWarp; by *= 2) {
       const double other = __shfl_up_sync(kAllLanes, until, by);
       if (lane() >= by) until += other;
@@ -212,7 +213,7 @@ struct Row {
       shared.last[warp()] = some != 0 ? kWarp - 1 - __clz(static_cast<int>(some)) : -1;
     }
     __syncthreads();
-    int thread = -1;  // the first that reaches beyond the point, else the last that has a weight
+    int thread = -1;  // the first whose sum is above the point, else the last that has a weight
     for (int i = 0; i < kWarps && thread < 0; ++i) {
       if (shared.reached[i] >= 0) thread = i * kWarp + shared.reached[i];
     }
@@ -236,8 +237,8 @@ struct Row {
     return index;
   }
 
-  // Sets filter.key to the largest key such that it and those above it, of those that pass, weigh at least `target`; returns
-  // the weight of those above it.
+  // Sets filter.key to the largest key such that the passing logits with that key or a larger one weigh at least `target`.
+  // Returns the weight of those with a larger key.
   template <typename F>
   __device__ double select(double target, const F& weight) {
     using Key = decltype(filter.key);
@@ -272,7 +273,8 @@ struct Row {
       found |= static_cast<Key>(digit) << shift;
       __syncthreads();
     }
-    // Sums of other orders: no key may reach a target that is nearly all. An earlier filter holds all the same.
+    // The sums here have another order than the target's, so no key may reach a target near the total. Never loosen an
+    // earlier filter.
     filter.key = found > filter.key ? found : filter.key;
     filter.last = 0x7fffffff;
     return above;
@@ -291,7 +293,7 @@ struct Row {
     const double target = top_p * sum, top = max;
     const Filter<A> before = filter;
     const double above = select(target, [&](A value) { return mass_of(value, top); });
-    // Of those that equal the key the first that the target needs stay, at least one.
+    // Of the logits that equal the key, the first ones that the target needs pass, at least one.
     const A edge = number_of(filter.key);
     const double mass = mass_of(edge, top), wanted = mass > 0 ? ceil((target - above) / mass) : INFINITY;
     measure([&](A value, int index) { return before(value, index) && value == edge ? 1.0 : 0.0; });
@@ -342,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(Arguments<T> a) {
   row.statistics();
   int token = a.columns - 1;
   double log_prob = NAN, entropy = NAN;
-  if (row.sum > 0) {  // else NaN, +inf, or -inf alone
+  if (row.sum > 0) {  // not so where a logit is NaN or +inf, or all are -inf
     if constexpr (filtered) {
       if (a.top_k > 0) row.keep_top_k(a.top_k);
       if (a.top_p < 1) row.keep_top_p(a.top_p);

@@ -7,11 +7,11 @@
 
 namespace rlhf_lightning {
 
-// (tokens, log_probs, entropy)
+// Returns (tokens, log_probs, entropy).
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sample_tokens(
     const at::Tensor& logits, const at::Tensor& draws, double temperature, int64_t top_k, double top_p);
 
-// What every device's implementation asks of its arguments.
+// The checks of the arguments that the implementations of all devices share.
 void check_sample_tokens(
     const at::Tensor& logits, const at::Tensor& draws, double temperature, int64_t top_k, double top_p);
 

@@ -1,3 +1,4 @@
+// Sampling tokens from CUDA tensors: checks, allocates, sets the device, and launches the kernel of sample_tokens.cu.
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>

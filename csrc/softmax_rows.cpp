@@ -1,3 +1,4 @@
+// How a row's softmax statistics become its results, and saved results its gradient, on the CPU.
 #include "softmax_rows.h"
 
 #include <cmath>

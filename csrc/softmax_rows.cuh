@@ -1,5 +1,5 @@
-// What the CUDA kernels of token_log_probs and of its backward share: the arithmetic of powers of two, 16-byte words
-// from any address, and how rows are cut and given to threads.
+// What the CUDA kernels of token_log_probs and of its backward share: powers of two, loads of 16-byte vectors from any
+// address, and the launch geometry. In names here, a word is a 16-byte vector and a team a group of threads: a warp or a block.
 #pragma once
 
 #include <cmath>
@@ -14,10 +14,10 @@ namespace {
 
 constexpr int kThreads = 256;
 template <typename T>
-constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 2 : 4;  // that many registers are left for a thread
-constexpr int kGroup = 4;            // 16-byte loads of a thread in flight
-constexpr int64_t kPart = 4096;      // 16-byte words of a row that one block takes: 64 KiB
-constexpr int64_t kWarpRow = 1024;   // words of the longest row that one warp takes alone
+constexpr int kBlocksPerMultiprocessor = sizeof(T) == 8 ? 2 : 4;  // the bound on registers a thread
+constexpr int kGroup = 4;            // 16-byte vectors that a thread loads in one iteration
+constexpr int64_t kPart = 4096;      // 16-byte vectors of a row that one block takes: 64 KiB
+constexpr int64_t kWarpRow = 1024;   // 16-byte vectors of the longest row that one warp takes
 constexpr double kLog2 = 0.6931471805599453;
 
 // 2^x for x <= 0 to 2 units in the last place; 0 where that is below the smallest normal number.
@@ -32,7 +32,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 }
 __device__ __forceinline__ double exp2_approx(double x) { return exp2(x); }
 
-// The elements in 16 bytes, which stay whole words in registers until they are widened here.
+// The elements of a 16-byte vector; the registers hold the vector until they are widened here.
 template <typename T>
 __device__ __forceinline__ void widen(const uint4& word, Compute<T> (&values)[kVector<T>]) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -50,8 +50,8 @@ __device__ __forceinline__ void widen(const uint4& word, Compute<T> (&values)[kV
   }
 }
 
-// 16 bytes from any element's address. Where they straddle two aligned words both are loaded, and what is left of them
-// lies in words that hold a part of the 16 bytes.
+// Loads 16 bytes from any element's address. Where they straddle two aligned vectors, it loads both and shifts; it never
+// reads an aligned vector that holds none of the 16 bytes.
 template <bool kAligned, typename T>
 __device__ __forceinline__ uint4 load_word(const T* x) {
   if constexpr (kAligned) return __ldcs(reinterpret_cast<const uint4*>(x));
@@ -80,8 +80,8 @@ struct Rows {
   }
 };
 
-// Words are cut into parts of equal length for one block each: as many as the grid has in y, longer ones for a row that
-// would need more.
+// The parts of a row, of equal length, one block in y of the grid each. A row that would need more than kMostParts gets
+// longer parts.
 inline int64_t parts_of(int64_t words) {
   const int64_t parts = words > kPart ? (words + kPart - 1) / kPart : 1;
   return parts < kMostParts ? parts : kMostParts;
@@ -96,16 +96,15 @@ __device__ __forceinline__ Part part_of_block(int64_t words) {
   return {begin, static_cast<int>(left < length ? left : length)};
 }
 
-// Of a row's elements all but the last few are taken as 16-byte words, counted from its first element. The last of
-// them, up to two words' worth, go one to a thread: no load needs to reach beyond the row's end, wherever in memory it
-// starts.
+// The 16-byte vectors of a row, counted from its first element. The last elements, up to two vectors of them, are left out:
+// they go one to a thread, so that no load reads beyond the row's end, whatever its address.
 template <typename T>
 __host__ __device__ __forceinline__ int64_t words_of(int64_t columns) {
   const int64_t words = columns / kVector<T>;
   return words > 0 ? words - 1 : 0;
 }
 
-// Calls f(a null pointer of this type).
+// Calls f with a null pointer of the element type.
 template <typename F>
 cudaError_t with_type(Element type, const F& f) {
   switch (type) {
@@ -122,7 +121,7 @@ Rows<T> rows_of(const LogitRows& logits) {
           logits.outer_stride,                logits.inner_stride};
 }
 
-// A warp takes a short row alone, and needs no barrier; a long one is cut among blocks.
+// One warp takes a short row, and needs no barrier. A long row goes to blocks: one row in x of the grid, its parts in y.
 template <typename T, typename F>
 cudaError_t with_teams(const LogitRows& logits, const F& f) {
   const int64_t words = words_of<T>(logits.columns), rows = words > kWarpRow ? 1 : kThreads / kWarp;

@@ -1,4 +1,4 @@
-// What token_log_probs and linear_token_log_probs share: rows of logits, their softmax statistics and their gradients.
+// What token_log_probs and linear_token_log_probs share on the CPU: from a row's statistics to its results and gradients.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,8 +7,9 @@
 
 namespace rlhf_lightning {
 
-// What is kept of each row for the backward, all of the outputs' shape and dtype. With p the softmax of x / temperature:
-// log p = (x - shift) / temperature - log_sum. Kept apart because their sum would lose digits where the logits are large.
+// The results of each row, and what the backward needs of it, all of the outputs' shape and dtype. With p the softmax of
+// x / temperature: log p = (x - shift) / temperature - log_sum. Their sum would lose digits where the logits are large, so
+// shift and log_sum are saved apart.
 struct RowResults {
   at::Tensor log_probs;
   at::Tensor entropy;
@@ -16,7 +17,7 @@ struct RowResults {
   at::Tensor log_sum;
 };
 
-// Calls f(kernels of this type, a null pointer of this type).
+// Calls f with the kernels of the type and a null pointer of the type.
 template <typename F>
 void with_softmax_kernels(at::ScalarType type, const F& f) {
   const Kernels& k = kernels();
@@ -33,10 +34,10 @@ RowResults empty_results(at::IntArrayRef sizes, const at::TensorOptions& options
 // One element of a dense tensor of float32 or float64.
 double at_index(const at::Tensor& x, int64_t index);
 
-// Writes the results of one row from its state and the logit of its token.
+// Computes and writes the results of one row from its state and its token's logit.
 void finish_row(const SoftmaxState& state, double token_logit, double temperature, int64_t row, RowResults& results);
 
-// One row's view of the saved results and incoming gradients, each 1-dimensional and of the compute dtype.
+// The incoming gradients and saved results of all rows, in the compute dtype, and what one row needs of them.
 struct RowGradients {
   at::Tensor grad_log_probs, grad_entropy, entropy, shift, log_sum;  // [N]
   double inverse_temperature;

@@ -1,5 +1,4 @@
-// What the CUDA sides of token_log_probs and linear_token_log_probs share: tensors to token_log_probs_launch.h and
-// back.
+// What token_log_probs and linear_token_log_probs share on CUDA tensors: from tensors to token_log_probs_launch.h and back.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,16 +10,16 @@
 
 namespace rlhf_lightning {
 
-// The states of all rows, a part of the columns at a time.
+// Collects the states of all rows, one part of the columns at a time.
 class RowStates {
  public:
-  // Of `rows` rows of logits like `options`, in states_count states a row.
+  // For `rows` rows of logits of `options`, with states_count states a row.
   RowStates(const char* op, const at::TensorOptions& options, int64_t rows, int64_t states_count)
       : op_(op), type_(element_type(c10::typeMetaToScalarType(options.dtype()))), states_count_(states_count),
         states_(at::empty({states_count * rows * softmax_state_bytes(type_)}, options.dtype(at::kByte))),
         token_logits_(at::empty({rows}, options.dtype(type_ == Element::kDouble ? at::kDouble : at::kFloat))) {}
 
-  // The next part; parts come in the order of the vocabulary.
+  // Adds the next part; parts come in the order of the vocabulary.
   void add(const LogitRows& logits, const at::Tensor& tokens, double temperature) {
     auto* here = static_cast<char*>(states_.mutable_data_ptr()) + done_ * logits.count * softmax_state_bytes(type_);
     check_launch(
@@ -48,8 +47,7 @@ class RowStates {
   at::Tensor states_, token_logits_;
 };
 
-// The gradients and saved results of all rows, dense and of the compute dtype; kept alive until the kernels are
-// launched.
+// The gradients and saved results of all rows, dense and of the compute dtype. It keeps them alive until the launch.
 class RowGradientInputs {
  public:
   RowGradientInputs(

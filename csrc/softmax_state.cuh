@@ -1,4 +1,4 @@
-// The softmax statistics of a part of a row, which token_log_probs and sample_tokens gather on the GPU.
+// The softmax statistics of a part of a row, for the CUDA kernels of token_log_probs and sample_tokens.
 #pragma once
 
 #include <cfloat>
@@ -9,13 +9,13 @@ namespace rlhf_lightning {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// Powers of two below this are as good as 2^-inf, which is 0, but can be multiplied by 0.
+// 2^x of an x below this is 0, as of -inf, but this can be multiplied by 0.
 template <typename A>
 constexpr A kLowest = sizeof(A) == 8 ? A(-1100) : A(-300);
 template <typename A>
 constexpr A kSmallest = sizeof(A) == 8 ? A(-DBL_MAX) : A(-FLT_MAX);
 
-// The larger; NaN if either is. fmax would pass over the NaN.
+// The larger of the two, or NaN if either is NaN: fmax would drop the NaN.
 __device__ __forceinline__ float maximum(float a, float b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   float y;
@@ -29,19 +29,19 @@ __device__ __forceinline__ double maximum(double a, double b) { return b > a || 
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
-// With d = log2(e) / temperature * (x - max): the sums of 2^d, and of 2^d * d. Without initialisers, since it lies in
-// shared memory, where nothing is constructed.
+// With d = log2(e) / temperature * (x - max): sum is the sum of 2^d, weighted that of 2^d * d. It has no initialisers,
+// because shared memory runs no constructors.
 template <typename A>
 struct State {
   A max, sum, weighted;
 };
-// Of nothing: finite, so that a part of nothing but -inf has a sum of 0, not NaN.
+// The state of no elements. Its max is finite, so that a part of -inf alone has a sum of 0, not NaN.
 template <typename A>
 __device__ __forceinline__ State<A> empty_state() {
   return {kSmallest<A>, A(0), A(0)};
 }
 
-// States a larger maximum. power_of(d) is 2^d for d <= 0.
+// Rescales the sums to a larger maximum. power_of(d) is 2^d for d <= 0.
 template <typename A, typename F>
 __device__ __forceinline__ void raise(State<A>& state, A max, A scale, const F& power_of) {
   const A d = maximum((state.max - max) * scale, kLowest<A>);

@@ -1,3 +1,4 @@
+// Log-probabilities of tokens and entropy on the CPU, forward and backward: splits the rows over threads.
 #include "token_log_probs.h"
 
 #include <ATen/Parallel.h>
@@ -11,7 +12,7 @@ namespace rlhf_lightning {
 namespace {
 constexpr const char* kName = "token_log_probs";
 
-// Where row i of [..., V] starts, for any strides of the leading dimensions: a slice such as logits[:, :-1] is not copied.
+// Where row i of [..., V] starts, for any strides of the leading dimensions: so a slice such as logits[:, :-1] needs no copy.
 struct RowOffsets {
   explicit RowOffsets(const at::Tensor& x) : sizes(x.sizes().vec()), strides(x.strides().vec()) {}
   int64_t operator()(int64_t row) const {
@@ -45,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_log_probs(
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const T* row = data + offset(i);
-        SoftmaxState whole, at_token;  // of one element: its maximum is the token's logit, in double
+        SoftmaxState whole, at_token;  // at_token is of one element: its max is the token's logit, in double
         kernel.statistics(row + token[i], 1, 1.0, at_token);
         kernel.statistics(row, vocabulary, 1 / temperature, whole);
         finish_row(whole, at_token.max, temperature, i, results);

@@ -1,13 +1,20 @@
-// Softmax statistics and results of rows of logits. With c = log2(e) / temperature, a part of a row is known by
+// Log-probabilities of tokens and entropy from rows of logits: statistics of parts of the rows, then results of the rows.
+//
+// Launch of statistics_kernel: a group of kTeam threads takes one part of one row. Where a row fits one warp (kWarpRow),
+// the group is a warp, and a block takes kThreads / 32 rows in x. Else the group is the block, which takes one row in x
+// and one part of it in y. Each thread loads 16-byte vectors; the group reduces them to one state.
+// Launch of results_kernel: one thread a row.
+//
+// With c = log2(e) / temperature, the state of a part is
 //
 //     max,   sum = sum of 2^d,   weighted = sum of 2^d * d,   d = (x - max) * c
 //
-// and two parts make one: raise both to the larger max, add. log p = (x - max) / temperature - log(sum), and the
-// entropy is log(sum) - log(2) * weighted / sum.
+// Two states merge into one: rescale both to the larger max, and add. Then log p = (x - max) / temperature - log(sum), and
+// the entropy is log(sum) - log(2) * weighted / sum.
 //
-// A row is cut by its length alone, and its elements go to threads by their place in the row alone: its results are
-// the same bits in any batch, at any address and with any stride.
-#undef NDEBUG  // the assertion on tokens stays
+// The length of a row alone decides its parts, and an element's index in the row alone decides its thread: the results
+// are the same bits in any batch, at any address and with any stride.
+#undef NDEBUG  // keep the assertion on tokens
 #include <cassert>
 
 #include "softmax_rows.cuh"
@@ -22,7 +29,7 @@ struct Exp2Approx {
   }
 };
 
-// The largest element of n words; NaN may be passed over, the sum will see it.
+// The largest element of n 16-byte vectors. It may pass over a NaN, which the sum then carries.
 template <typename T, int n>
 __device__ __forceinline__ Compute<T> largest(const uint4 (&words)[n]) {
   Compute<T> tops[n];
@@ -37,7 +44,7 @@ __device__ __forceinline__ Compute<T> largest(const uint4 (&words)[n]) {
   }
   return tops[0];
 }
-// Two 16-bit elements are compared by one instruction, before they are widened; a number is larger than NaN.
+// One instruction compares two 16-bit elements, before they are widened; it takes a number over a NaN.
 template <typename T>
 __device__ __forceinline__ unsigned int larger_pair(unsigned int a, unsigned int b) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -78,7 +85,8 @@ __device__ __forceinline__ float largest<__half, kGroup>(const uint4 (&words)[kG
   return largest_by_pairs<__half>(words);
 }
 
-// Adds n words: one maximum, one rescaling, then a sum and a weighted sum in two threads of addition.
+// Adds n 16-byte vectors to the state: one maximum, one rescaling, then the sum and the weighted sum, each as two
+// independent chains of additions.
 template <typename T, int n>
 __device__ __forceinline__ void add(State<Compute<T>>& state, const uint4 (&words)[n], Compute<T> scale) {
   using A = Compute<T>;
@@ -101,7 +109,7 @@ __device__ __forceinline__ void add(State<Compute<T>>& state, const uint4 (&word
   state.weighted += weighted[0] + weighted[1];
 }
 
-// A word of x and else of impossible tokens, which add nothing.
+// A 16-byte vector of x and otherwise -inf, which adds nothing.
 template <typename T>
 __device__ __forceinline__ uint4 word_of(T x) {
   Pack<T, kVector<T>> pack;
@@ -112,8 +120,8 @@ __device__ __forceinline__ uint4 word_of(T x) {
   return word;
 }
 
-// The team of kTeam threads in which this thread is number `lane` takes words [0, count) of x, kGroup of them at a
-// time, and has the next loads under way while it computes.
+// Adds the 16-byte vectors [0, count) of x. Called by a group of kTeam threads, of which this thread is number `lane`. In each
+// iteration a thread takes kGroup vectors, and loads the next ones while it computes.
 template <int kTeam, bool kAligned, typename T>
 __device__ __forceinline__ void add_words(
     State<Compute<T>>& state, const T* x, int count, int lane, Compute<T> scale) {
@@ -129,7 +137,7 @@ __device__ __forceinline__ void add_words(
   };
   if (kAligned) fetch(0);
   for (int begin = 0; begin < count; begin += kGroup * kTeam) {
-    if (!kAligned) fetch(begin);  // its loads are twice as many: there are no registers to hold the next ones
+    if (!kAligned) fetch(begin);  // twice as many loads leave no registers for the next ones
     uint4 here[kGroup];
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) here[i] = next[i];
@@ -173,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>) statist
   if (blockIdx.y == 0 && column >= 0 && column < rows.columns) token_logits[i] = to_compute(x[column]);
 }
 
-// One thread a row, in double: there is one logarithm in a whole row.
+// One thread a row. In double, which costs little: a row has one logarithm.
 template <typename A>
 __global__ void __launch_bounds__(kThreads) results_kernel(
     const State<A>* states, int64_t states_count, const A* token_logits, const int64_t* tokens, int64_t vocabulary,

@@ -7,7 +7,7 @@
 
 namespace rlhf_lightning {
 
-// (log_probs, entropy, shift, log_sum); the last two are kept for the backward, see RowResults.
+// Returns (log_probs, entropy, shift, log_sum). The last two are saved for the backward, see RowResults.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> token_log_probs(
     const at::Tensor& logits, const at::Tensor& tokens, double temperature);
 

@@ -1,5 +1,8 @@
-// The gradient of rows of logits, a part of the columns at a time, with c = log2(e) / temperature as in
-// token_log_probs.cu.
+// The gradient of rows of logits, for one part of the columns at a time.
+//
+// Launch: as statistics_kernel of token_log_probs.cu. A group of kTeam threads, one warp for short rows and else the block,
+// takes one part of one row; rows lie along x of the grid and parts along y. A thread loads 16-byte vectors of logits and
+// stores their gradients. c = log2(e) / temperature.
 #include "softmax_rows.cuh"
 
 namespace rlhf_lightning {
@@ -30,14 +33,14 @@ struct Gradient {
     const A t = maximum((x - shift) * scale, kLowest<A>);
     return exp2_approx(t) * (offset + slope * t);
   }
-  // 1 - p is taken where it keeps its digits.
+  // Computes 1 - p in the form that keeps its digits.
   __device__ __forceinline__ A at_token(A x) const {
     const A log_p = maximum((x - shift) * inverse_temperature - log_sum, kLowest<A> * A(kLog2));
     return (-g * expm1(log_p) - h * exp(log_p) * (log_p + entropy)) * inverse_temperature;
   }
 };
 
-// Words [0, count) of x to those of out, which is aligned; the two may be the same memory.
+// Maps the 16-byte vectors [0, count) of x to those of out. out is aligned; the two may be the same memory.
 template <int kTeam, bool kAligned, typename T>
 __device__ __forceinline__ void write_words(
     const T* x, T* out, int count, int lane, const Gradient<Compute<T>>& gradient) {
@@ -75,14 +78,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>) gradien
   out += i * out_stride;
   const int64_t token = tokens[i] - rows.first;
   const Gradient<A> gradient(inputs, i, scale, inverse_temperature);
-  // Elements before the first aligned word of out, the words, and the last elements.
+  // The elements before the first aligned vector of out, then the vectors; the last elements follow.
   const int64_t before = (16 - reinterpret_cast<uintptr_t>(out) % 16) % 16 / sizeof(T);
   const int64_t head = before < rows.columns ? before : rows.columns;
   const int64_t words = words_of<T>(rows.columns - head);
   const auto [begin, count] = part_of_block(words);
   x += head + begin * width;
   T* words_out = out + head + begin * width;
-  // The token's element is written last, by the thread that writes its word; the logit may be overwritten then.
+  // The thread that stores the token's vector stores the token's element after it. It reads the logit first, because the
+  // store may overwrite it.
   const int64_t place = token - head - begin * width;
   const bool own = place >= 0 && place < static_cast<int64_t>(count) * width && place / width % kTeam == lane;
   const A token_logit = own ? to_compute(x[place]) : A(0);

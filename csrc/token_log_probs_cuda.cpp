@@ -1,3 +1,5 @@
+// Log-probabilities of tokens and entropy on CUDA tensors: checks, allocates, sets the device, and launches the kernels of
+// token_log_probs.cu and token_log_probs_backward.cu.
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -9,8 +11,8 @@ namespace {
 
 constexpr const char* kName = "token_log_probs";
 
-// [..., V] with any strides of the leading dimensions that come down to two, such as those of logits[:, :-1]; else a
-// copy.
+// [..., V] as rows with an outer and an inner stride. Strides that two numbers cannot describe cost a copy; those of
+// logits[:, :-1] do not.
 struct DenseRows {
   explicit DenseRows(const at::Tensor& logits) : tensor(logits) {
     if (logits.stride(-1) == 1 && describe()) return;

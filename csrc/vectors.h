@@ -1,11 +1,11 @@
-// A few numbers at once: Vec<float> for the instruction set of the including file, and a lone double as Vec<double>.
-// For kernels_impl.h alone, inside its namespace. maximum(a, b) is b if either is NaN, as the x86 instruction has it.
-// stream() writes past the caches, to an address that is a multiple of what it writes; a fence must follow the last one.
+// Vectors of numbers: Vec<float> in the instruction set of the including file, and Vec<double> with a single lane. For
+// kernels_impl.h alone, inside its namespace. maximum(a, b) is b if either is NaN, as in the x86 instruction. stream() is a
+// streaming store, to an address that is a multiple of the vector's size; a fence must follow the last one.
 
 template <typename T>
 struct Vec;
 
-// The last partial vector of a row goes through a small buffer, filled up with `fill`.
+// Loads the last, partial vector of a row through a small buffer, padded with `fill`.
 template <typename V, typename T>
 inline V load_partial(const T* x, int64_t n, T fill) {
   T buffer[V::lanes];
@@ -123,7 +123,7 @@ inline Vec<float> scale(Vec<float> p, Vec<float> n) {
   return {_mm256_andnot_ps(tiny, _mm256_mul_ps(p.v, _mm256_castsi256_ps(power)))};
 }
 
-#else  // whatever the compiler makes of loops of eight
+#else  // plain loops over eight lanes, for the compiler to vectorise
 
 inline float widen(float x) { return x; }
 inline float widen(Bfloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
@@ -131,7 +131,7 @@ inline float widen(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const uint32_t rest = x.bits & 0x7fff;
   if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  // A float with the half's fields has an exponent 112 too small; multiplying by 2^112 also brings subnormals out right.
+  // A float with the half's fields has an exponent 112 too small. Multiplying by 2^112 corrects it, for subnormals too.
   return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));
 }
 inline void narrow(float value, float& out) { out = value; }
@@ -192,7 +192,7 @@ inline Vec<float> maximum(Vec<float> a, Vec<float> b) {
   return Vec<float>::each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
 inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
-inline Vec<float> round(Vec<float> a) {  // to the nearest whole number, for |a| < 2^22: the sum has no bits left for a fraction
+inline Vec<float> round(Vec<float> a) {  // to the nearest integer, for |a| < 2^22: the sum has no bits for a fraction
   return Vec<float>::each([&](int i) { return (a.v[i] + 0x1.8p23f) - 0x1.8p23f; });
 }
 inline Vec<float> scale(Vec<float> p, Vec<float> n) {
@@ -246,9 +246,9 @@ struct Exponential {
 };
 
 #ifdef KERNELS_AVX512
-// A third fewer instructions, at most 1 unit in the last place wrong: exp(rate d) = 2^(k/16) 2^r, with k a whole number,
-// |r| <= 1/32, and rate / log(2) in two parts. Adding 1.5 * 2^19 leaves k in the lowest bits of the sum, whose last four choose
-// among 2^(0/16) ... 2^(15/16); scalef takes the whole part of k/16.
+// A third fewer instructions, and an error of at most 1 unit in the last place: exp(rate d) = 2^(k/16) 2^r, where k is an
+// integer, |r| <= 1/32, and rate / log(2) comes in two parts. Adding 1.5 * 2^19 leaves k in the lowest bits of the sum. The
+// last four bits choose among 2^(0/16) ... 2^(15/16); scalef takes the integer part of k/16.
 template <>
 struct Exponential<float> {
   __m512 high, low, table;
