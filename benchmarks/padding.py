@@ -29,7 +29,7 @@ from rlhf_lightning.data.batching import epoch_batches, make_bins
 from rlhf_lightning.data.records import load_records
 from rlhf_lightning.data.tokenization import Encoder, Example
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
-from rlhf_lightning.models.packing import beginnings
+from rlhf_lightning.models.packed_rows import beginnings
 from rlhf_lightning.models.policy import Policy
 
 WORDS = 512  # of the vocabulary, which every size has; ids are taken to be one of these

@@ -1,10 +1,8 @@
-"""Forward passes without padding, and without computing anything twice: one long row of tokens is given to the trunk.
+"""Forward passes without padding, and without computing anything twice: the trunk gets one long row of tokens.
 
-It has the real tokens of all rows, one row after the other. Rows that begin alike, as both sides of a pair and the
-responses to one prompt do, have that beginning in it once: a causal model makes the same of it in all of them (for
-pairs: Wang & Hegde 2024, arXiv 2410.20305). All layers but attention treat tokens one by one, so the rest is no work
-for them any more. Attention is of rows, and is called once for all rows of similar length: their queries, keys and
-values are put back at their places in rows for it, and what it gives is packed again.
+`packed_rows.PackedRows` makes that row. All layers but attention treat tokens one by one, so they do no work for
+padding and compute a common beginning once. Attention needs rows: for it, the queries, keys and values are copied back
+to rows, rows of similar length share one call, and its output is packed again.
 
 Shapes: ``B`` rows of at most ``S`` tokens, ``N`` in the long row; ``A`` heads of ``D`` numbers.
 """
@@ -12,7 +10,7 @@ Shapes: ``B`` rows of at most ``S`` tokens, ``N`` in the long row; ``A`` heads o
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,174 +18,14 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf_lightning.models.layers import attention_of, nearly_equal
 from rlhf_lightning.models.loading import check_length
+from rlhf_lightning.models.packed_rows import PackedRows, beginnings
 from rlhf_lightning.models.positions import rope_limit
 from rlhf_lightning.models.routers import Routers, routing
 
 _NAME = "rlhf_lightning_packed"
 _OWN = "sdpa"  # the attention that models come with, and the one that is called on the rows
 _WINDOWED = {"full_attention", "sliding_attention"}
-_SIMILAR = 0.75  # of the longest row's length: shorter ones go into the next call; measured in docs/performance.md
 _WORTH = 0.9  # a larger share of the padded rows is not worth the copies that packing makes around attention
-
-
-class Beginnings(NamedTuple):
-    """What rows have in common with others from their first token on; all on the CPU."""
-
-    lengths: Tensor  # [B] int64
-    order: Tensor  # [B] int64, the rows as a dictionary has them
-    shared: Tensor  # [B] int64, in that order: the tokens that a row begins with as the one before it does
-
-    @property
-    def size(self) -> int:
-        """N: the tokens that are left, those of common beginnings counted once."""
-        return int(self.lengths.sum() - self.shared.sum())
-
-
-def beginnings(inputs: Tensor, lengths: Tensor) -> Beginnings:
-    """What right-padded rows begin with alike.
-
-    Args:
-        inputs: token ids ``[B, S]`` int64; or what stands for embeddings, ``[B, S, H]``, of which nothing is known to
-            be alike.
-        lengths: ``[B]`` int64; S where they are larger.
-    """
-    lengths = lengths.cpu().clamp(max=inputs.shape[1])
-    if inputs.dim() == 3:
-        return Beginnings(lengths, torch.arange(len(lengths)), torch.zeros_like(lengths))
-    tokens = inputs.cpu()
-    ids = tokens.numpy().astype(">u4")  # so that bytes are in the order of numbers, which are fast to compare
-    rows = [row[:length].tobytes() for row, length in zip(ids, lengths.tolist(), strict=True)]
-    order = torch.tensor(sorted(range(len(rows)), key=rows.__getitem__), dtype=torch.int64)
-    # No row has more in common with any before it than with the last of them.
-    now, before = order[1:], order[:-1]
-    alike = (tokens[now] == tokens[before]) & (
-        torch.arange(tokens.shape[1]) < torch.minimum(lengths[now], lengths[before])[:, None]
-    )
-    shared = torch.zeros_like(lengths)
-    shared[1:] = alike.cumprod(1).sum(1)
-    return Beginnings(lengths, order, shared)
-
-
-class PackedRows:
-    """Where each token of right-padded rows stands among the ``N`` that the trunk is given.
-
-    Args:
-        found: of the rows; N is at least 1.
-        width: S.
-        device: of the tokens.
-    """
-
-    def __init__(self, found: Beginnings, width: int, device: torch.device) -> None:
-        ends, order, shared = found
-        self.shape = (len(ends), width)
-        first, last = shared[:, None], ends[order, None]  # of a row's own tokens, and the one after them
-        columns = torch.arange(width)
-        own, copied = (columns >= first) & (columns < last), columns < first  # [B, S] in the order of `order`, as below
-        starts = (last - first).cumsum(0) - last
-        at = torch.minimum(columns, (last - 1).clamp(min=0))  # padding is a copy of the last token; nobody sees it
-        owner = torch.where(at >= first, torch.arange(len(ends))[:, None], 0).cummax(0).values
-        slots = torch.empty(self.shape, dtype=torch.int64)
-        slots[order] = starts[owner, 0] + at
-        places = order[:, None] * width + columns
-        self.positions = columns.expand(self.shape)[own][None].to(device)  # [1, N]
-        self._rows = _Copies(slots.view(-1), places[own], places[copied], device)
-
-        by_length = ends.argsort(descending=True, stable=True)
-        self.similar: list[tuple[int, int]] = []  # [n, w] of the rows that are attended to at once
-        attended, begins, size = [], torch.zeros_like(ends), 0
-        for rows in by_length.split(_similar_counts(ends[by_length].tolist())):
-            widest = int(ends[rows[0]])
-            if widest == 0:
-                break
-            self.similar.append((len(rows), widest))
-            attended.append(slots[rows, :widest].reshape(-1))
-            begins[rows] = size + widest * torch.arange(len(rows))
-            size += widest * len(rows)
-        places = begins[order, None] + columns
-        self._attended = _Copies(torch.cat(attended), places[own], places[copied], device)
-        self._masks: dict[tuple[int, int], Tensor] = {}
-
-    @property
-    def slots(self) -> Tensor:
-        """``[B * S]`` int64, which of the N tokens stands at each place of the rows."""
-        return self._rows.slots
-
-    def pack(self, x: Tensor) -> Tensor:
-        """``[B, S, ...]`` -> ``[1, N, ...]``."""
-        return x.flatten(0, 1).index_select(0, self._rows.own)[None]
-
-    def spread(self, x: Tensor) -> Tensor:
-        """``[1, N, ...]`` -> ``[B, S, ...]``, a copy of the row's last token where padding is, without a gradient."""
-        return self._rows.of(x[0]).unflatten(0, self.shape)
-
-    def rows(self, x: Tensor) -> list[Tensor]:
-        """``[1, A, N, D]`` -> ``[n, A, w, D]`` for each of ``similar``."""
-        parts = self._attended.of(x[0].transpose(0, 1)).split([n * w for n, w in self.similar])
-        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.similar, strict=True)]
-
-    def pack_rows(self, parts: list[Tensor]) -> Tensor:
-        """``[n, w, A, D]`` for each of ``similar`` -> ``[1, N, A, D]``."""
-        return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, self._attended.own)[None]
-
-    def window(self, width: int, size: int | None) -> Tensor | None:
-        """What a token of ``width`` sees through a sliding window, ``[1, 1, width, width]`` bool; None: all before."""
-        if size is None or width <= size:
-            return None
-        if (width, size) not in self._masks:
-            columns = torch.arange(width, device=self.positions.device)
-            back = columns[:, None] - columns
-            self._masks[width, size] = ((back >= 0) & (back < size))[None, None]
-        return self._masks[width, size]
-
-
-class _Copies:
-    """M places, each with a copy of one of N tokens.
-
-    Args:
-        slots: ``[M]`` int64, which of the N.
-        own: ``[N]`` int64 in M, a token's own place.
-        copied: ``[K]`` int64 in M, the places of tokens that have their own elsewhere. The rest is padding.
-    """
-
-    def __init__(self, slots: Tensor, own: Tensor, copied: Tensor, device: torch.device) -> None:
-        self.slots, self.own, self.copied = (x.to(device) for x in (slots, own, copied))
-        self.copied_slots = slots[copied].to(device)  # [K] in N
-
-    def of(self, x: Tensor) -> Tensor:
-        """``[N, ...]`` -> ``[M, ...]``."""
-        copies: Tensor = _Copy.apply(x, self)
-        return copies
-
-
-class _Copy(torch.autograd.Function):
-    """`index_select`, but for the gradient: padding has none, and those of copies add up in float32 at least."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, copies: _Copies) -> Tensor:
-        ctx.copies = copies
-        return x.index_select(0, copies.slots)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,), copies = gradients, ctx.copies
-        total = gradient.index_select(0, copies.own)
-        if len(copies.copied):
-            wide = torch.promote_types(gradient.dtype, torch.float32)
-            more = gradient.index_select(0, copies.copied).to(wide)
-            total = total.to(wide).index_add_(0, copies.copied_slots, more).to(gradient.dtype)
-        return total, None
-
-
-def _similar_counts(lengths: list[int]) -> list[int]:
-    """How many of the rows, the longest first, are attended to at once, and how many after them."""
-    counts: list[int] = []
-    widest = 0
-    for length in lengths:
-        if length < _SIMILAR * widest or not counts:
-            counts.append(0)
-            widest = length
-        counts[-1] += 1
-    return counts
 
 
 def packed_attention(

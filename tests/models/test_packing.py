@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 
 import pytest
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 from rlhf_lightning.models.layers import checkpoint_activations
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.models.lora import add_adapter
-from rlhf_lightning.models.packing import PackedRows, beginnings, can_pack
+from rlhf_lightning.models.packing import can_pack
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
 
-CPU = torch.device("cpu")
 LENGTHS = torch.tensor([9, 5, 6, 3])
 PROMPTS = torch.tensor([4, 2, 1, 3])  # the last response is empty
 TOKENS = torch.randint(3, 40, (4, 9), generator=torch.Generator().manual_seed(5))
@@ -127,34 +125,6 @@ def test_what_rows_begin_with_alike_is_computed_once() -> None:
     assert seen_by(policy, layer, TOKENS[[0, 0]], torch.tensor([4, 9]), PROMPTS[:2]) == [(1, 9)]
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_every_token_finds_its_own_state_and_its_gradient(seed: int) -> None:
-    """Of many rows of two words, alike for as long as chance has it: what comes back is what was put in, for each."""
-    draw = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 2, (40, 7), generator=draw)
-    lengths = torch.randint(0 if seed else 1, 9, (40,), generator=draw)  # some are longer than the tokens
-    packed = PackedRows(beginnings(tokens, lengths), 7, lengths.device)
-    ends = lengths.clamp(max=7).tolist()
-    different = {tuple(row[: t + 1]) for row, n in zip(tokens.tolist(), ends, strict=True) for t in range(n)}
-    powers = (tokens + 1) * 3 ** torch.arange(7)
-    states = powers.cumsum(1).double().requires_grad_()  # a number of its own for every beginning
-    one = packed.pack(states[..., None])  # [1, N, 1]
-    assert one.unique().numel() == one.numel() == len(different) == beginnings(tokens, lengths).size
-    attended = packed.pack_rows([rows.transpose(1, 2) for rows in packed.rows(one[:, None])])[..., 0]
-    assert torch.equal(attended, one) and torch.equal(packed.positions[0], positions_of(one[0, :, 0]))
-    found = packed.spread(one)[..., 0]
-    real = torch.arange(7) < lengths[:, None]
-    assert torch.equal(found[real], states[real])
-    (one_gradient,) = torch.autograd.grad((found * real).sum(), one)
-    times = Counter(states[real].tolist())
-    assert one_gradient.flatten().tolist() == [times[state] for state in one.flatten().tolist()]
-
-
-def positions_of(states: Tensor) -> Tensor:
-    """Of the numbers above: how many powers of three are in them, less one."""
-    return (3 ** torch.arange(1, 8) <= 2 * states[:, None] + 1).sum(1) - 1
-
-
 def test_models_that_cannot_be_packed_are_run_padded() -> None:
     policy = policy_of("gemma2")  # its attention caps its scores, which the packed one's does not
     assert not policy.packs
@@ -175,16 +145,6 @@ def test_scores_of_reward_models(tiny_reward_dir: str) -> None:
     got = scalar(TOKENS, LENGTHS)
     scalar.packs = False
     torch.testing.assert_close(got, scalar(TOKENS, LENGTHS), **EXACT)
-
-
-def test_gradients_of_what_many_rows_begin_with_add_up_in_more_than_16_bits() -> None:
-    rows = 600
-    packed = PackedRows(
-        beginnings(torch.zeros(rows, 1, dtype=torch.int64), torch.ones(rows, dtype=torch.int64)), 1, CPU
-    )
-    one = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    torch.cat(packed.rows(one)).sum().backward()
-    assert one.grad is not None and abs(one.grad.item() - rows) <= 2  # 256 where each is rounded on its own
 
 
 @pytest.mark.parametrize("lengths", [[0, 0], [0, 9], [9, 0], [0, 2]])
