@@ -21,7 +21,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 # Imports point down: a unit may import what stands on an earlier line, or beside it.
 LAYERS = (
-    ("errors", "text", "outputs", "functions", "collectives", "batches", "randomness", "ops"),
+    ("errors", "text", "outputs", "collectives", "batches", "randomness", "ops"),
     ("algorithms",),
     ("models", "data"),
     ("rewards", "rollout"),

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rlhf_lightning.batches import Rollout
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.functions import CallFailed, FunctionProcess, call_here, load_function
 from rlhf_lightning.rewards.base import Reward, as_scores, check_scores, quoted
+from rlhf_lightning.rewards.process import CallFailed, FunctionProcess, call_here, load_function
 
 
 class FunctionReward(Reward):

@@ -1,6 +1,7 @@
-"""Python functions that a config names: finding one, calling it here, or in a process that can be ended.
+"""The process in which a user's function runs, and how a function is found by its name and called.
 
-Light to import (no torch): a process for a user's function should load that function's needs and nothing else.
+The process runs this file as a script and never imports ``rlhf_lightning.rewards``. So it loads no torch and no
+transformers, but what the function itself needs.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import InputError
-
-_SERVE = "from rlhf_lightning.functions import serve; serve()"
 
 
 class CallFailed(Exception):
@@ -106,7 +105,8 @@ class FunctionProcess:
         ours, theirs = Pipe()
         paths = [path or os.getcwd() for path in sys.path]
         process = self._process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, str(theirs.fileno()), self.source],
+            # -P: the files beside this one do not stand in for modules of their names.
+            [sys.executable, "-P", __file__, str(theirs.fileno()), self.source],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),
@@ -224,3 +224,7 @@ def _import_file(path: Path) -> Any:
         del sys.modules[name]
         raise
     return module
+
+
+if __name__ == "__main__":
+    serve()

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 
+from rlhf_lightning.rewards.process import FunctionProcess
+
 TRAINING = """
 import sys
-from rlhf_lightning.functions import FunctionProcess
+from rlhf_lightning.rewards.process import FunctionProcess
 FunctionProcess(sys.argv[1] + ":hang").call([], {}, 60.0)
 """
 
@@ -33,3 +35,13 @@ def test_a_killed_training_leaves_no_process_behind(tmp_path):
             return
         time.sleep(0.05)
     raise AssertionError("the function's process is still there")
+
+
+def test_the_process_loads_what_the_function_needs_and_no_more(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def loaded(*names):\n    import sys\n    return [name in sys.modules for name in names]\n"
+    )
+    process = FunctionProcess(f"{tmp_path / 'mine.py'}:loaded")
+    names = ["torch", "transformers", "rlhf_lightning.rewards", "rlhf_lightning.errors"]
+    assert process.call(names, {}, 60.0) == [False, False, False, True]
+    process.stop()
