@@ -96,7 +96,7 @@ def test_the_recipe_follows_configs_and_sizes(tmp_path: Path, monkeypatch: pytes
         ("configs/demo/ppo.yaml", "# a comment\n", False),
         ("configs/demo/ppo.yaml", "more: 1\n", True),
         ("rlhf_lightning/demo/gold.py", "BEST = 5.0\n", True),
-        ("rlhf_lightning/demo/report.py", "BEST = 5.0\n", False),
+        ("rlhf_lightning/demo/results.py", "BEST = 5.0\n", False),
     ):
         before = demo_table.recipe("full")
         with (tmp_path / name).open("a", encoding="utf-8") as file:

@@ -15,8 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rlhf_lightning.callbacks.folders import run_folder, sync_to_disk
 from rlhf_lightning.callbacks.metrics import rewind_loggers
+from rlhf_lightning.callbacks.run_files import run_folder, sync_to_disk
 from rlhf_lightning.collectives import barrier, failing_together
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.export import flush

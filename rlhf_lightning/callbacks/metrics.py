@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from rlhf_lightning.callbacks.folders import append_line, logged_step, rewind_lines
+from rlhf_lightning.callbacks.run_files import append_line, logged_step, rewind_lines
 
 
 class JsonlLogger(Logger):

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch, Rollout, length_mask
-from rlhf_lightning.callbacks.folders import append_line, logged_step, rewind_lines, run_folder
+from rlhf_lightning.callbacks.run_files import append_line, logged_step, rewind_lines, run_folder
 from rlhf_lightning.callbacks.sinks import Sink
 from rlhf_lightning.errors import TrainingDiverged
 from rlhf_lightning.modules.base import RLHFModule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlhf_lightning.cli.arguments import Option
-from rlhf_lightning.cli.layers import Layers
+from rlhf_lightning.cli.config_layers import Layers
 from rlhf_lightning.errors import InputError
 
 _LARGEST = 2**32 - 1  # of numpy's generators

@@ -21,8 +21,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
-from rlhf_lightning.callbacks.export import ModelExport
 from rlhf_lightning.callbacks.metrics import JsonlLogger
+from rlhf_lightning.callbacks.model_export import ModelExport
 from rlhf_lightning.callbacks.progress import RunProgress
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.callbacks.sinks import SinkGuard
@@ -38,15 +38,15 @@ from rlhf_lightning.cli.classes import (
     keys_of,
     resolved,
 )
+from rlhf_lightning.cli.config_layers import Layers, lay
 from rlhf_lightning.cli.configs import no_module, resolve_configs
-from rlhf_lightning.cli.layers import Layers, lay
 from rlhf_lightning.cli.notices import MeasuredRows, Preflight, farewell
 from rlhf_lightning.cli.nulls import refused_values
 from rlhf_lightning.cli.parse_errors import explain
 from rlhf_lightning.cli.predictions import PredictionWriter, inputs_of
 from rlhf_lightning.cli.runs import Run, Wanted, choose, free
 from rlhf_lightning.cli.seeds import follow_seed_everything
-from rlhf_lightning.cli.stages import check_inputs, newer_models, what_to_try
+from rlhf_lightning.cli.stage_inputs import check_inputs, newer_models, what_to_try
 from rlhf_lightning.cli.trainer_options import fit_trainer
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.errors import InputError

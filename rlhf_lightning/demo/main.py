@@ -16,7 +16,7 @@ from rlhf_lightning.errors import CommandParser, InputError
 from rlhf_lightning.text import say
 
 if TYPE_CHECKING:
-    from rlhf_lightning.demo.report import Results
+    from rlhf_lightning.demo.results import Results
     from rlhf_lightning.demo.stages import Size
 
 _R = TypeVar("_R")
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported here, so that --help and wrong options answer at once.
     from rich.console import Console
 
-    from rlhf_lightning.demo.report import terminal_table
+    from rlhf_lightning.demo.results import terminal_table
     from rlhf_lightning.demo.stages import FULL, HACKING, QUICK
 
     size = HACKING if options.hacking else QUICK if options.quick else FULL
@@ -74,7 +74,7 @@ def run(root: Path, size: Size, seed: int, methods: Sequence[str] = DEFAULT) -> 
 
     from rlhf_lightning.data.records import load_records
     from rlhf_lightning.demo import stages
-    from rlhf_lightning.demo.report import Results, read_all_curves, write
+    from rlhf_lightning.demo.results import Results, read_all_curves, write
     from rlhf_lightning.evaluation.compare import Settings, compare
     from rlhf_lightning.rewards.function import FunctionReward
     from rlhf_lightning.rewards.model import ModelReward

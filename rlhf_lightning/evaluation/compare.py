@@ -24,7 +24,7 @@ from rlhf_lightning.data.lengths import surely_over
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.evaluation.metrics import kl_to_reference, mean_and_error, perplexity, repetition
+from rlhf_lightning.evaluation.measures import kl_to_reference, mean_and_error, perplexity, repetition
 from rlhf_lightning.evaluation.winrate import WinRate, length_controlled_win_rate, preferences, win_rate
 from rlhf_lightning.models.loading import (
     check_length,

@@ -25,7 +25,7 @@ from rlhf_lightning.text import plain_warnings, say
 
 if TYPE_CHECKING:
     from rlhf_lightning.evaluation.compare import Comparison
-    from rlhf_lightning.evaluation.report import Report
+    from rlhf_lightning.evaluation.html_report import Report
     from rlhf_lightning.rewards.base import Reward
 
 _EXAMPLE = """example:
@@ -294,7 +294,7 @@ def _write(
     warned: Sequence[str],
     prompts: Asked,
 ) -> None:
-    from rlhf_lightning.evaluation.report import write_report
+    from rlhf_lightning.evaluation.html_report import write_report
 
     out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {
@@ -331,8 +331,8 @@ def _write(
 
 
 def _report(comparison: Comparison, settings: dict[str, str], warned: Sequence[str]) -> Report:
+    from rlhf_lightning.evaluation.html_report import Report
     from rlhf_lightning.evaluation.present import listed, sections
-    from rlhf_lightning.evaluation.report import Report
 
     names = list(comparison.answers)
     told = []

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from rlhf_lightning.evaluation.charts import Estimate, Figure, histogram_chart, interval_chart
 from rlhf_lightning.evaluation.compare import Comparison
-from rlhf_lightning.evaluation.report import Answer, Cell, Interval, Sample, Section, Table, number
+from rlhf_lightning.evaluation.html_report import Answer, Cell, Interval, Sample, Section, Table, number
 from rlhf_lightning.evaluation.svg import COLORS
 from rlhf_lightning.evaluation.winrate import WinRate
 

@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
-from rlhf_lightning.callbacks.export import ModelExport
-from rlhf_lightning.callbacks.folders import append_line, rewind_lines
 from rlhf_lightning.callbacks.metrics import JsonlLogger
+from rlhf_lightning.callbacks.model_export import ModelExport
+from rlhf_lightning.callbacks.run_files import append_line, rewind_lines
 from rlhf_lightning.callbacks.samples import SampleTable, escaped, markdown_table
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.reward_model import RewardModelModule

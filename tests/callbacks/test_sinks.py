@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from small_data import SmallData, train
 
-from rlhf_lightning.callbacks.folders import append_line, rewind_lines
 from rlhf_lightning.callbacks.metrics import JsonlLogger
+from rlhf_lightning.callbacks.run_files import append_line, rewind_lines
 from rlhf_lightning.callbacks.samples import SampleTable, prompts_of
 from rlhf_lightning.callbacks.sinks import Sink, SinkGuard
 from rlhf_lightning.modules.sft import SFTModule

@@ -18,7 +18,7 @@ from rlhf_lightning.demo import report as demo_report
 from rlhf_lightning.demo.stages import HACKING, Size
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.evaluation.compare import Answers, Comparison, Settings
-from rlhf_lightning.evaluation.report import render
+from rlhf_lightning.evaluation.html_report import render
 
 ROOT = Path(__file__).resolve().parents[2]
 MICRO = Size(

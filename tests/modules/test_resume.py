@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from small_data import SmallData, train
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
-from rlhf_lightning.callbacks.export import ModelExport
+from rlhf_lightning.callbacks.model_export import ModelExport
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.dpo import DPOModule

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.batches import DemonstrationBatch, LabelledBatch, PreferenceBatch, length_mask
-from rlhf_lightning.evaluation.metrics import perplexity
+from rlhf_lightning.evaluation.measures import perplexity
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.kto import KTOModule, mismatched

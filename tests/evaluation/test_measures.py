@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from rlhf_lightning.batches import DemonstrationBatch, PromptBatch, Rollout
-from rlhf_lightning.evaluation.metrics import kl_to_reference, mean_and_error, perplexity, repetition
+from rlhf_lightning.evaluation.measures import kl_to_reference, mean_and_error, perplexity, repetition
 from rlhf_lightning.models.policy import Policy
 
 

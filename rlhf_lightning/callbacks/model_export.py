@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.callbacks.card import Card
-from rlhf_lightning.callbacks.folders import run_folder
+from rlhf_lightning.callbacks.run_files import run_folder
 from rlhf_lightning.collectives import failing_together
 from rlhf_lightning.modules.base import RLHFModule
 

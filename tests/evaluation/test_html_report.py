@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_lightning.evaluation.charts import Series, line_chart
-from rlhf_lightning.evaluation.report import (
+from rlhf_lightning.evaluation.html_report import (
     Answer,
     Highlight,
     Interval,

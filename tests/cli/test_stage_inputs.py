@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_lightning.cli import main
 from rlhf_lightning.cli.configs import shipped_configs
-from rlhf_lightning.cli.stages import check_inputs, newer_models, what_to_try
+from rlhf_lightning.cli.stage_inputs import check_inputs, newer_models, what_to_try
 from rlhf_lightning.errors import InputError
 
 ALONE = [name for name in shipped_configs() if "/" not in name and name not in ("lora.yaml", "fsdp.yaml")]

@@ -20,8 +20,8 @@ from rlhf_lightning.evaluation.charts import Figure, Series, line_chart, traject
 from rlhf_lightning.evaluation.compare import Comparison, best_of_name
 from rlhf_lightning.evaluation.curves import Curves, path_over, read_curves, series
 from rlhf_lightning.evaluation.exploitation import warnings
+from rlhf_lightning.evaluation.html_report import Highlight, Report, Section, write_report
 from rlhf_lightning.evaluation.present import sections
-from rlhf_lightning.evaluation.report import Highlight, Report, Section, write_report
 
 # A method's name, and what the comparison calls its policy.
 _POLICIES = {name: best_of_name("sft", BEST_OF) if name == "best_of_n" else name for name in METHODS}
