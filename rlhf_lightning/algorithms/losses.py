@@ -69,8 +69,7 @@ def bradley_terry_loss(
         chosen, rejected: ``[B]`` scores of the two responses.
         margins: ``[B]``, by how much the chosen one should be ahead (Touvron et al. 2023, arXiv 2307.09288, eq. 2);
             None is 0.
-        label_smoothing: the probability that a label is the wrong way round: the loss is then the mean over both
-            labels.
+        label_smoothing: the probability that a label is wrong; the loss is then the mean over both labels.
         centring: weight of ``(chosen + rejected)^2``, which keeps the scores around 0; they are otherwise free up to a
             constant (Eisenstein et al. 2023, arXiv 2312.09244).
 
@@ -97,9 +96,8 @@ def preference_loss(
 
     - ``sigmoid``: ``-log sigmoid(beta h)`` (Rafailov et al. 2023, arXiv 2305.18290, eq. 7); with label smoothing e,
       ``-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)`` (Mitchell 2023, "A note on DPO with noisy preferences").
-    - ``ipo``, ``ipo_sum``: ``(h - 1 / (2 beta))^2`` (Azar et al. 2023, arXiv 2310.12036, eq. 17). The two differ in
-    what
-      the caller passes: for ``ipo`` log-ratios averaged over each response's tokens, for ``ipo_sum`` summed ones.
+    - ``ipo``, ``ipo_sum``: ``(h - 1 / (2 beta))^2`` (Azar et al. 2023, arXiv 2310.12036, eq. 17). The caller passes
+      log-ratios that are averaged over each response's tokens for ``ipo``, and summed over them for ``ipo_sum``.
     - ``hinge``: ``max(0, 1 - beta h)`` (Zhao et al. 2023, arXiv 2305.10425, as in Liu et al. 2023, arXiv 2309.06657).
 
     Args:

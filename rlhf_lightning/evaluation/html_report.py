@@ -89,8 +89,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole page. ``warnings`` open it; ``provenance`` (seed, versions, wall times, command) closes it, as names and
-    values."""
+    """A whole page: ``warnings`` first, and last ``provenance``, seed, versions, wall times and command by name."""
 
     title: str
     summary: str

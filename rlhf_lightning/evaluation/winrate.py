@@ -1,7 +1,6 @@
 """How often one policy's answers are preferred to another's, with intervals, and corrected for length.
 
-Both policies answer the same ``N`` prompts. A preference is 1 where A's answer is better, 0 where B's is, 0.5 for a
-tie.
+Both policies answer the same ``N`` prompts. A preference is 1 where A's answer is better, 0 where B's is, 0.5 at a tie.
 """
 
 from __future__ import annotations

@@ -37,8 +37,7 @@ def note(model: PreTrainedModel, tokens: Tensor) -> None:
 def explain(error: BaseException, where: str, advice: Sequence[str]) -> None:
     """Give an out-of-memory error the words that help: the sizes of the pass, and the options that make it smaller.
 
-    The exception stays the one that torch raised, on the GPU or on the CPU, and so does its place: only its message is
-    another.
+    The exception stays the one that torch raised, on the GPU or on the CPU, with its traceback; its message changes.
 
     Args:
         error: see `errors.out_of_memory`.

@@ -27,8 +27,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         gamma: discount per True step, in [0, 1].
         lam: lambda, in [0, 1]: 0 is the one-step error, 1 the whole discounted sum.
 
-    The value after a row's last True step is 0: a caller that bootstraps a truncated row adds ``gamma * V`` to its last
-    reward.
+    The value after a row's last True step is 0. To bootstrap a truncated row, add ``gamma * V`` to its last reward.
 
     Returns:
         ``(advantages, returns)``, each ``[B, T]`` float32 (float64 if an input is), exactly 0 where the mask is False,

@@ -32,8 +32,7 @@ def linear_token_log_probs(
 
     Returns:
         ``(log_probs, entropy)``, each ``[N]`` float32 (float64 for float64 operands), in nats, both differentiable in
-        ``hidden`` and ``weight`` (once, in reverse mode). The products are computed in the operands' dtype, the rest in
-        float32.
+        ``hidden`` and ``weight`` (once, in reverse mode). Products are in the operands' dtype, the rest in float32.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value, a token outside the vocabulary (on

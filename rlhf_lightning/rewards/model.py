@@ -29,8 +29,7 @@ class ModelReward(Reward):
     """The score that a reward model gives at the last token of prompt + response, minus its mean, over its deviation.
 
     Args:
-        path: a folder saved by the reward model's run, or any ``AutoModelForSequenceClassification`` folder with one
-            label.
+        path: a folder that a reward model's run saved, or an ``AutoModelForSequenceClassification`` with one label.
         micro_batch_tokens: padded tokens in one forward pass at most.
         trust_remote_code: run model code that comes with the weights.
 
