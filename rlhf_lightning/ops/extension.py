@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 import os
+import pkgutil
 from importlib.machinery import EXTENSION_SUFFIXES
 from typing import Any
 
@@ -17,14 +18,10 @@ import torch
 
 from rlhf_lightning.ops import rebuild
 
-OPERATORS = (
-    "gae",
-    "token_log_probs",
-    "linear_token_log_probs",
-    "linear_cross_entropy",
-    "sample_tokens",
-    "clipped_policy_loss",
-    "clipped_value_loss",
+# One file each, beside these.
+_OTHER_FILES = ("checks", "extension", "rebuild")
+OPERATORS = tuple(
+    sorted(file.name for file in pkgutil.iter_modules([str(rebuild.PACKAGE / "ops")]) if file.name not in _OTHER_FILES)
 )
 VARIABLE = "RLHF_LIGHTNING_OPS"
 _CHOICES = ("auto", "native", "reference")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from ops.support import needs_native
 
+from rlhf_lightning import ops
 from rlhf_lightning.ops import extension, rebuild
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -85,6 +91,28 @@ def test_a_library_that_cannot_be_loaded_is_told_in_one_line(monkeypatch):
     build, reason = extension._load()
     assert build is None and "\n" not in reason
     assert reason.endswith(f" (undefined symbol: _ZN2at); build it again: {rebuild.command()}")
+
+
+def schemas() -> list[str]:
+    """The names of the schemas in csrc/registration.cpp, those of backwards left out."""
+    source = (CSRC / "registration.cpp").read_text(encoding="utf-8")
+    return [name for name in re.findall(r'm\.def\(\s*"(\w+)\(', source) if not name.endswith("_backward")]
+
+
+def test_an_operator_is_a_file_an_export_a_schema_and_a_row_of_the_document():
+    assert list(extension.OPERATORS) == sorted(ops.__all__) == sorted(schemas())
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "operators.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(rows[: len(extension.OPERATORS)]) == list(extension.OPERATORS)
+
+
+def test_contributing_names_every_place_of_an_operator():
+    """Of gae, which has all of them: each file of the operators' code that names it outside of comments."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## A new operator")[2].partition("\n## ")[0]
+    listed = {ROOT / name for name in re.findall(r"`((?:csrc|rlhf_lightning)/\S+)`", section)}
+    files = [*CSRC.iterdir(), *(ROOT / "rlhf_lightning" / "ops").glob("*.py")]
+    code = {path: re.sub(r"(//|#).*", "", path.read_text(encoding="utf-8")) for path in files}
+    assert {path for path in files if re.search("gae", code[path], re.IGNORECASE)} == listed
 
 
 def test_status_covers_every_operator():
