@@ -16,6 +16,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import check_choice
+
+ViewKind = Literal["demonstrations", "pairs", "prompts"]
+Beside = Literal["none", "held_out", "all"]
 _B = TypeVar("_B", bound="_Batch")
 
 
@@ -229,8 +233,12 @@ class Rollout(_Batch):
 class View:
     """What a module wants from the DataModule; modules set it as ``data_view``."""
 
-    kind: Literal["demonstrations", "pairs", "prompts"]
+    kind: ViewKind
     steps: int | None = None  # prompts only: serve this many batches, going round the prompts; None: each row once
     labels: bool = False  # pairs only: data of labelled responses will do as well, and is served as LabelledBatch
     # prompts only: beside them, the best response that their rows have, where they have any
-    demonstrations: Literal["none", "held_out", "all"] = "none"
+    demonstrations: Beside = "none"
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, ViewKind)
+        check_choice("demonstrations", self.demonstrations, Beside)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from rlhf_lightning.text import nearest
 
@@ -22,6 +22,21 @@ class TrainingDiverged(RuntimeError):
 
     The command line prints it without a traceback and exits with code 1.
     """
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Refuse a value that is none of a ``Literal``'s.
+
+    Args:
+        name: of the option, for the message.
+        value: what was given.
+        choices: the ``Literal``, of two values or more.
+
+    Raises: InputError with the value and the choices.
+    """
+    *others, last = get_args(choices)
+    if value not in (*others, last):
+        raise InputError(f"{name}: expected {', '.join(others)} or {last}, got {value!r}")
 
 
 def out_of_memory(error: BaseException) -> bool:

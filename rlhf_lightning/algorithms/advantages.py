@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_lightning.algorithms.masked import Reduce, masked_variance
 from rlhf_lightning.batches import length_mask
+from rlhf_lightning.errors import check_choice
 from rlhf_lightning.ops.gae import gae
 
 ScorePosition = Literal["last_token", "after_eos"]
@@ -48,13 +49,12 @@ def token_rewards(
 
     A response without any token gets no reward: there is no action to credit.
     """
+    check_choice("score_position", score_position, ScorePosition)
     rows, width = kl.shape
     present = weights > 0
     steps = lengths
     if score_position == "after_eos":
         steps = lengths + (~truncated & (lengths > 0)).to(lengths.dtype)
-    elif score_position != "last_token":
-        raise ValueError(f"score_position: expected last_token or after_eos, got {score_position!r}")
     steps = torch.where(present, steps, 0)
     dtype = torch.promote_types(kl.dtype, torch.float32)
     rewards = torch.zeros(rows, width + 1, dtype=dtype, device=kl.device)

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import check_choice
+
 Estimator = Literal["k1", "k2", "k3"]
 
 # expm1(20) is 5e8: far past any useful estimate, far below what overflows fp32 when summed.
@@ -33,17 +35,16 @@ def kl_estimate(log_probs: Tensor, reference_log_probs: Tensor, estimator: Estim
     Returns: the same shape. Where d is below -20, k3 goes on as the straight line that touches it there, so that one
     absurd token cannot overflow the sum; value and slope still grow with the distance.
     """
+    check_choice("estimator", estimator, Estimator)
     difference = log_probs - reference_log_probs
     if estimator == "k1":
         return difference
     if estimator == "k2":
         return 0.5 * difference.square()
-    if estimator == "k3":
-        # expm1: near 0, where k3 is d^2 / 2, fp32's exp(-d) - 1 has lost all of it.
-        near = (-difference).clamp(max=_LOG_RATIO_BOUND)
-        beyond = torch.relu(-difference - _LOG_RATIO_BOUND)
-        return torch.expm1(near) - near + math.expm1(_LOG_RATIO_BOUND) * beyond
-    raise ValueError(f"estimator: expected k1, k2 or k3, got {estimator!r}")
+    # expm1: near 0, where k3 is d^2 / 2, fp32's exp(-d) - 1 has lost all of it.
+    near = (-difference).clamp(max=_LOG_RATIO_BOUND)
+    beyond = torch.relu(-difference - _LOG_RATIO_BOUND)
+    return torch.expm1(near) - near + math.expm1(_LOG_RATIO_BOUND) * beyond
 
 
 def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: float, episodes: int) -> float:

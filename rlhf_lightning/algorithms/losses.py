@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from rlhf_lightning.errors import check_choice
+
 PreferenceLoss = Literal["sigmoid", "ipo", "ipo_sum", "hinge"]
 LossNormalisation = Literal["token", "sequence", "constant"]
 
@@ -36,6 +38,7 @@ def token_shares(mask: Tensor, normalisation: LossNormalisation, constant: int) 
         normalisation: which.
         constant: what ``constant`` divides by, usually the most tokens a response may have.
     """
+    check_choice("normalisation", normalisation, LossNormalisation)
     weights = mask.float()
     if normalisation == "token":
         return TokenShares(weights, weights.sum())
@@ -109,6 +112,7 @@ def preference_loss(
 
     Returns: ``[B]``.
     """
+    check_choice("kind", kind, PreferenceLoss)
     assert kind == "sigmoid" or label_smoothing == 0.0, "label smoothing is defined for the sigmoid loss alone"
     ahead = chosen_log_ratios - rejected_log_ratios
     if kind == "sigmoid":

@@ -10,7 +10,7 @@ from rlhf_lightning.data.hints import meant, renaming
 from rlhf_lightning.data.refusals import Refusals
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.values import refused
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_choice
 
 Kind = Literal["demonstrations", "pairs", "labels", "prompts"]
 
@@ -19,6 +19,7 @@ _PAIRS = (("chosen", "rejected"), ("completions", "ratings"), ("completions", "r
 
 def wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int, ...], ...]:
     """Which of the record's responses each example takes; the record has what `check_fit` asks for."""
+    check_choice("kind", kind, Kind)
     if kind == "prompts":
         return ((0,),) if demonstrations and record.responses and not record.form.labelled else ((),)
     return record.pairs if kind == "pairs" else ((0,),)
@@ -35,6 +36,7 @@ def check_fit(records: Sequence[Record], kind: Kind, option: str) -> None:
     Raises:
         InputError: for the first record at fault, with the keys found, what mends it, and how many are like it.
     """
+    check_choice("kind", kind, Kind)
     refusals = Refusals()
     for record in records:
         if (error := _misfit(record, kind, option)) is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_lightning.batches import DemonstrationBatch, LabelledBatch, PreferenceBatch, PromptBatch
 from rlhf_lightning.data.choices import Kind
 from rlhf_lightning.data.tokenization import Example
+from rlhf_lightning.errors import check_choice
 
 Batch = DemonstrationBatch | PreferenceBatch | LabelledBatch | PromptBatch
 
@@ -23,6 +24,7 @@ def collate(
 ) -> Batch:
     """One batch of ``B = len(examples)`` rows; ``columns`` names the columns that a prompt batch carries, and
     ``demonstrations`` says whether it carries the rows' responses."""
+    check_choice("kind", kind, Kind)
     if kind == "pairs":
         return PreferenceBatch(
             chosen=_side(examples, 0, pad_id),
@@ -108,6 +110,7 @@ def _pad(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
 
 def encoding(examples: Sequence[Example], kind: Kind) -> str:
     """Changes when any token of any example changes; demonstrations beside prompts may come and go."""
+    check_choice("kind", kind, Kind)
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:
         for ids in (example.prompt, *(() if kind == "prompts" else example.responses)):

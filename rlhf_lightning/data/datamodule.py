@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from dataclasses import replace
 from datetime import date as Date
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt, restricted_number_type
 from lightning.pytorch import LightningDataModule
@@ -28,8 +28,8 @@ from rlhf_lightning.data.records import Records, load_records
 from rlhf_lightning.data.resuming import check_resumed
 from rlhf_lightning.data.split import split_by_prompt
 from rlhf_lightning.data.summary import counts_text, told
-from rlhf_lightning.data.tokenization import Encoder, Example, TrainOn
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.data.tokenization import Encoder, Example, LongPrompts, LongResponses, TrainOn
+from rlhf_lightning.errors import InputError, check_choice
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.models.template import ChatTemplate, checked_date
 
@@ -82,8 +82,8 @@ class PreferenceDataModule(LightningDataModule):
         batch_tokens: PositiveInt | None = None,
         max_prompt_tokens: PositiveInt | None = 1024,
         max_response_tokens: PositiveInt | None = 1024,
-        long_prompts: Literal["error", "drop", "truncate_left"] = "error",
-        long_responses: Literal["error", "drop"] = "error",
+        long_prompts: LongPrompts = "error",
+        long_responses: LongResponses = "error",
         validation_fraction: Fraction = 0.05,  # type: ignore[valid-type]
         chat: bool = False,
         chat_template: str | None = None,
@@ -96,6 +96,10 @@ class PreferenceDataModule(LightningDataModule):
         seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
+        check_choice("data.long_prompts", long_prompts, LongPrompts)
+        check_choice("data.long_responses", long_responses, LongResponses)
+        check_choice("data.special_tokens", special_tokens, SpecialTokens)
+        check_choice("data.train_on", train_on, TrainOn)
         self.weights = file_weights(path)  # by file, where they are given
         self.path = path if isinstance(path, str) else list(path)
         self.columns = columns

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from rlhf_lightning.data.conversations import Rendered
 from rlhf_lightning.data.hidden import unhidden
+from rlhf_lightning.errors import check_choice
 from rlhf_lightning.models.template import tokens_pattern
 
 SpecialTokens = Literal["text", "tokens"]
@@ -32,6 +33,7 @@ class TextIds:
     """
 
     def __init__(self, tokenizer: Any, special: SpecialTokens = "text") -> None:
+        check_choice("special_tokens", special, SpecialTokens)
         self.tokenizer = tokenizer
         self.special = special
         self._added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}

@@ -24,7 +24,7 @@ from rlhf_lightning.data.lengths import surely_over
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.sequences import Pieces, common_prompt, split
 from rlhf_lightning.data.spelling import count_spelled, without_end
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_choice
 from rlhf_lightning.models.template import ChatTemplate, template_text
 from rlhf_lightning.text import counted, notice
 
@@ -85,10 +85,8 @@ class Encoder:
         date: what ``strftime_now`` says in the template, as YYYY-MM-DD; None for today.
         special_tokens: special tokens that a text spells stay ``text``, or are taken for the ``tokens``.
         train_on: in conversations (`messages`) every turn of the assistant's carries loss, or the last alone.
-        max_prompt_tokens: longest prompt, template included; None for no limit. Of a conversation, all before its last
-            turn is meant.
-        max_response_tokens: longest response, EOS included; None for no limit. Of a conversation, each turn of the
-            assistant's is meant.
+        max_prompt_tokens: of a prompt, template included, or of a conversation before its last turn; None: any number.
+        max_response_tokens: of a response, EOS included, or of each turn of the assistant's; None: any number.
         long_prompts: what to do with longer prompts; ``truncate_left`` keeps BOS and the last tokens.
         long_responses: what to do with longer responses; they are never cut.
         compared: of so many sequences at most, evenly spread, the ids are compared with those of the text as a whole.
@@ -115,6 +113,9 @@ class Encoder:
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no EOS token to end responses with; set eos_token in its folder")
+        check_choice("train_on", train_on, TrainOn)
+        check_choice("long_prompts", long_prompts, LongPrompts)
+        check_choice("long_responses", long_responses, LongResponses)
         self.tokenizer = tokenizer
         self.chat = chat
         self.train_on = train_on
@@ -221,8 +222,7 @@ class Encoder:
     def render(self, record: Record) -> list[Rendered]:
         """The record's responses as texts, each behind its prompt; of a conversation, every turn that is learnt.
 
-        Raises:
-            InputError: see `encode`.
+        Raises: InputError, see `encode`.
         """
         kind: Kind = "demonstrations" if record.form.conversation else "labels"
         choices = [(i,) for i in range(len(record.responses))]

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_choice
 from rlhf_lightning.models.loading import eos_ids, quiet_transformers
 from rlhf_lightning.models.lora import merged
 from rlhf_lightning.models.policy import Policy
@@ -251,6 +251,7 @@ def _make_savable(config: GenerationConfig) -> dict[str, Any]:
 
 
 def _dtype(model: PreTrainedModel, wanted: ExportDtype) -> torch.dtype:
+    check_choice("export_dtype", wanted, ExportDtype)
     return getattr(model, "stored_dtype", model.dtype) if wanted == "auto" else getattr(torch, wanted)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from rlhf_lightning.batches import Rollout
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_choice
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rewards.combined import Combined
 
@@ -41,8 +41,7 @@ class Ensemble(Combined):
         super().__init__(rewards)
         if len(rewards) < 2:
             raise InputError(f"ensemble rewards: expected two or more members, got {len(rewards)}; name more of them")
-        if aggregate not in ("mean", "worst", "deviation", "variance"):
-            raise InputError(f"ensemble aggregate: expected mean, worst, deviation or variance, got {aggregate!r}")
+        check_choice("ensemble aggregate", aggregate, Aggregate)
         if coefficient is not None and aggregate in ("mean", "worst"):
             raise InputError(
                 f"ensemble coefficient: {coefficient} has no effect on aggregate {aggregate}; leave it out, or take "

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.batches import Rollout
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, check_choice
 from rlhf_lightning.rewards.base import Reward, as_scores, check_scores, quoted
 from rlhf_lightning.rewards.process import CallFailed, FunctionProcess, call_here, load_function
+
+OnError = Literal["raise", "skip"]
 
 
 class FunctionReward(Reward):
@@ -45,14 +47,11 @@ class FunctionReward(Reward):
     the prompt and its row.
     """
 
-    def __init__(
-        self, function: str, timeout: float | None = None, on_error: Literal["raise", "skip"] = "raise"
-    ) -> None:
+    def __init__(self, function: str, timeout: float | None = None, on_error: OnError = "raise") -> None:
         super().__init__()
         if timeout is not None and not (timeout > 0 and math.isfinite(timeout)):
             raise InputError(f"reward timeout: expected seconds above 0, got {timeout}; null sets no limit")
-        if on_error not in ("raise", "skip"):
-            raise InputError(f"reward on_error: expected raise or skip, got {on_error!r}")
+        check_choice("reward on_error", on_error, OnError)
         self.source = function
         self.timeout = timeout
         self.may_skip = on_error == "skip"
