@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from steps.training import SIZES
+from harness import clock
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from training.sizes import PROFILED as SIZES
 from training.sizes import save_random
 
 from rlhf_lightning.data.batching import epoch_batches, make_bins
@@ -70,9 +70,8 @@ def seconds(policy: Policy, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) ->
         for packs in spent if number % 2 == 0 else reversed(spent):
             policy.packs = packs
             policy.zero_grad()
-            began = time.perf_counter()
-            policy(*batch).log_probs.sum().backward()
-            spent[packs] += (time.perf_counter() - began) * (number > 0)  # the first one warms up
+            taken = clock.seconds(lambda: policy(*batch).log_probs.sum().backward(), "cpu")  # noqa: B023
+            spent[packs] += taken * (number > 0)  # the first one warms up
     return spent
 
 

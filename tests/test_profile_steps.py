@@ -14,9 +14,14 @@ from rlhf_lightning.ops import clipped_value_loss, linear_cross_entropy, linear_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from steps.clock import Clock, operator, replace_everywhere  # noqa: E402
-from steps.plain import plain_cross_entropy, plain_log_probs  # noqa: E402
-from steps.report import table  # noqa: E402
+from profile_steps import table  # noqa: E402
+from training.steps import (  # noqa: E402
+    OperatorClock,
+    operator,
+    plain_cross_entropy,
+    plain_log_probs,
+    replace_everywhere,
+)
 
 
 def head() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,7 +31,7 @@ def head() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_a_clock_around_an_operator_changes_neither_results_nor_gradients() -> None:
     hidden, weight, tokens = head()
-    clock = Clock()
+    clock = OperatorClock()
     timed = clock.wrap("head", linear_token_log_probs)
     found = []
     for clock.on in (False, True):
@@ -39,7 +44,7 @@ def test_a_clock_around_an_operator_changes_neither_results_nor_gradients() -> N
 
 def test_a_result_without_use_and_an_operand_without_gradient_pass_the_clock() -> None:
     values, old, returns = torch.randn(3, 8)
-    clock = Clock()
+    clock = OperatorClock()
     clock.on = True
     loss, clipped = clock.wrap("loss", clipped_value_loss)(values.requires_grad_(), old, returns, 0.2)
     (grad,) = torch.autograd.grad(loss.sum(), values)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.clock import Meter
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
-from training.meter import Meter
 from training.sizes import PRECISIONS, Size, work
 
 GAMMA, LAM, CLIP, KL_COEF, VALUE_COEF = 1.0, 0.95, 0.2, 0.05, 0.1

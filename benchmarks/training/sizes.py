@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.report import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SMOLLM2 = ROOT / "models" / "smollm2"
 FIRST_WORD = 4  # ids below it are special
 PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "bf16-mixed": "float32"}  # dtype of the weights
@@ -52,6 +52,47 @@ SIZES = {
     "smollm2": Size(576, 1536, 30, 9, 3, 49152, folder=SMOLLM2, learning_rate=_SLOW),
     # Random weights, in a shape between Qwen2.5-1.5B's and SmolLM2-1.7B's.
     "1.5b": Size(2048, 7168, 26, 16, 4, 49152, dtype="bfloat16", learning_rate=_SLOW),
+}
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """A model, and the random batches that `profile_steps.py` and `padding.py` give it."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    precision: str
+    prompt: tuple[int, int]  # tokens, from and to
+    response: tuple[int, int]  # the same; PPO samples as many as its longest
+    rows: dict[str, int]  # of a batch, by task
+    ppo: dict[str, Any]  # options
+
+
+PROFILED = {
+    "16m": Profiled(
+        **{"hidden": 256, "intermediate": 688, "layers": 4, "heads": 4, "kv_heads": 4, "vocabulary": 49152},
+        **{"precision": "32-true", "prompt": (8, 32), "response": (16, 48)},
+        rows={"ppo": 16, "sft": 16, "dpo": 16},
+        ppo={"epochs": 1, "minibatches": 4},
+    ),
+    # The model, batches and lengths of the demo (configs/demo/).
+    "demo": Profiled(
+        **{"hidden": 192, "intermediate": 512, "layers": 2, "heads": 4, "kv_heads": 4, "vocabulary": 768},
+        **{"precision": "32-true", "prompt": (17, 21), "response": (20, 48)},
+        rows={"ppo": 128, "sft": 32, "dpo": 32},
+        ppo={"epochs": 2, "minibatches": 2},
+    ),
+    # SmolLM2-135M's shape, as configs/smollm2/ train it.
+    "smollm2": Profiled(
+        **{"hidden": 576, "intermediate": 1536, "layers": 30, "heads": 9, "kv_heads": 3, "vocabulary": 49152},
+        **{"precision": "bf16-mixed", "prompt": (40, 80), "response": (16, 48)},
+        rows={"ppo": 8, "sft": 16, "dpo": 16},
+        ppo={"epochs": 1, "minibatches": 2, "critic": 4, "micro_batch_tokens": 2048},
+    ),
 }
 
 
