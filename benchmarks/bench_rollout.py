@@ -16,15 +16,16 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from harness import clock, report
 from training import sizes
+from training.ours import examples
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.data.collate import collate
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rollout import NativeEngine, RolloutEngine, Sampling, TransformersEngine
@@ -64,17 +65,6 @@ ENGINES: dict[str, Callable[[], RolloutEngine | Batched]] = {
 }
 
 
-def prompt_batch(folder: Path, device: str) -> PromptBatch:
-    """The folder's prompts."""
-    rows = sizes.work(folder)["prompts"]
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row)] = torch.tensor(row)
-    weights = torch.ones(len(rows))
-    return PromptBatch(tokens, lengths, torch.arange(len(rows)), weights, [""] * len(rows), {}).to(device)
-
-
 def bytes_of_decoding(policy: Policy, prompts: PromptBatch, new_tokens: int) -> float:
     """What the steps after the prefill read: all weights in each, and each row's entries."""
     config, parameter = policy.model.config, next(policy.parameters())
@@ -91,7 +81,9 @@ def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None])
     device = options.device
     folder, size = sizes.prepare(options.size, device), sizes.size_of(options.size, device)
     policy = Policy(load_causal_lm(folder / "policy", dtype=getattr(torch, options.weights))).to(device)
-    tokenizer, prompts = AutoTokenizer.from_pretrained(folder / "policy"), prompt_batch(folder, device)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    kind, rows = examples("ppo", sizes.work(folder))
+    prompts = collate(rows, kind, tokenizer.pad_token_id).to(device)
     engines = {name: ENGINES[name]() for name in options.engines}
     bandwidth = clock.copy_bandwidth(device)
     found: dict[str, Any] = {

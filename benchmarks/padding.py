@@ -22,8 +22,7 @@ import torch
 from harness import clock
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from training.sizes import PROFILED as SIZES
-from training.sizes import save_random
+from training.sizes import PROFILED, save_random
 
 from rlhf_lightning.data.batching import epoch_batches, make_bins
 from rlhf_lightning.data.records import load_records
@@ -78,7 +77,7 @@ def seconds(policy: Policy, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) ->
 def measure(examples: Sequence[Example], size: str, count: int) -> None:
     """Print what each way takes for a few batches, drawn at random as training draws them."""
     with tempfile.TemporaryDirectory() as folder:
-        save_random(SIZES[size], Path(folder))
+        save_random(PROFILED[size][0], Path(folder))
         policy = Policy(load_causal_lm(folder))
     for rows, tokens in BATCHES[:3]:
         drawn = epoch_batches(make_bins(examples, rows, tokens), seed=0, epoch=0)[:count]
@@ -93,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="a model's folder")
     parser.add_argument("--data", nargs="+", required=True, help="files of pairs")
-    parser.add_argument("--size", choices=SIZES, help="time passes of a model of this size")
+    parser.add_argument("--size", choices=PROFILED, help="time passes of a model of this size")
     parser.add_argument("--batches", type=int, default=4, help="to time")
     options = parser.parse_args()
     encoder = Encoder(load_tokenizer(options.tokenizer), max_prompt_tokens=2048, max_response_tokens=2048)

@@ -22,13 +22,12 @@ import argparse
 import statistics
 import tempfile
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from harness import report
 from harness.worker import once
-from training.sizes import PROFILED, Profiled, save_random
+from training.sizes import PROFILED, save_random
 
 from rlhf_lightning.ops import extension
 
@@ -36,16 +35,17 @@ WAYS = ("native", "reference", "plain")
 STEADY = 0.1  # by so much clocked and bare steps may differ
 
 
-def measure(options: argparse.Namespace, size: Profiled) -> dict[str, Any]:
+def measure(options: argparse.Namespace, ppo: dict[str, Any]) -> dict[str, Any]:
     """Every way's times; the rounds go there and back, so that a machine that slows down slows all of them."""
     rounds: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
-        save_random(size, Path(folder))
-        question = {"task": options.task, "size": vars(size), "folder": folder, "steps": options.steps}
+        save_random(PROFILED[options.size][0], Path(folder))
+        question = {name: getattr(options, name) for name in ("task", "size", "precision", "steps", "threads")}
+        question |= {"ppo": ppo, "folder": folder}
         for number in range(options.rounds):
             for way in WAYS if number % 2 == 0 else reversed(WAYS):
                 ops = {extension.VARIABLE: "native" if way == "native" else "reference"}
-                asked = {**question, "way": way, "threads": options.threads}
+                asked = {**question, "way": way}
                 rounds[way].append(once("training.steps", asked, threads=options.threads, environment=ops))
     return {way: merged(parts) for way, parts in rounds.items()}
 
@@ -180,12 +180,19 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, help="of PPO's rollouts (default: no filter)")
     parser.add_argument("--top-p", type=float)
     options = parser.parse_args()
-    size = PROFILED[options.size]
+    if options.rounds * options.steps < 2:
+        parser.error("--rounds, --steps: quartiles need two bare steps of each way at least")
+    size, precision, ppo = PROFILED[options.size]
+    options.precision = options.precision or precision
     filters = {name: value for name in ("top_k", "top_p") if (value := getattr(options, name)) is not None}
-    size = replace(size, precision=options.precision or size.precision, ppo={**size.ppo, **filters})
-    named, steps = {"name": options.size, **vars(size)}, options.rounds * options.steps
-    facts = {**report.about("cpu", options.threads), "task": options.task, "size": named, "steps": steps}
-    ways = measure(options, size)
+    ppo = {**ppo, "minibatches": size.minibatches, **filters}
+    shape = ("hidden", "intermediate", "layers", "heads", "kv_heads", "vocabulary")
+    told = {"name": options.size, **{name: getattr(size, name) for name in shape}, "precision": options.precision}
+    told |= {"prompt": size.prompt, "response": size.response, "ppo": ppo}
+    told |= {"rows": {"ppo": size.prompts, "sft": size.rows, "dpo": size.rows}}
+    steps = options.rounds * options.steps
+    facts = {**report.about("cpu", options.threads), "task": options.task, "size": told, "steps": steps}
+    ways = measure(options, ppo)
     print("\n".join(table(ways)))
     if options.json:
         report.write({"about": facts, "ways": ways}, options.json, page(facts, ways, options.json))

@@ -78,6 +78,8 @@ def test_every_side_does_the_same_work_and_missing_peers_are_named(
     results = json.loads(target.read_text(encoding="utf-8"))
     page = target.with_suffix(".md").read_text(encoding="utf-8")
 
+    committed = next((ROOT / "benchmarks" / "results").glob("training_ppo_16m_*.json"))
+    assert set(results) == set(json.loads(committed.read_text(encoding="utf-8")))
     assert [results[key] for key in ("task", "size", "device")] == ["ppo", "tiny", "cpu"]
     assert set(results["ours"]) == {"seconds", "peak_mb"} and min(results["ours"].values()) > 0
     assert set(results["peers"]) == set(results["ratio"]) == {"plain PyTorch"}

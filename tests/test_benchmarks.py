@@ -218,7 +218,7 @@ def test_goals() -> None:
     case = case_of("gae", goals={cases.LIMIT: 2.0, cases.TRL_LOOP: 100.0, cases.VERL_LOOP: 10.0}, memory_goal=1.0)
     times = {OURS: [1.0] * 4, cases.LIMIT: [0.6] * 4, cases.TRL_LOOP: [99.0] * 4}
     case = cases.replace(case, peers=(cases.TRL_LOOP, cases.VERL_LOOP))
-    row = measure._row(case, "cpu", times, {OURS: 0.5, cases.TRL_LOOP: 3.0}, {}, {cases.VERL_LOOP: "not installed"})
+    row = report.as_row(case, "cpu", times, {OURS: 0.5, cases.TRL_LOOP: 3.0}, {}, {cases.VERL_LOOP: "not installed"})
     met = {goal["against"]: goal["met"] for goal in row["goals"]}
     assert met == {cases.LIMIT: True, cases.TRL_LOOP: False, cases.VERL_LOOP: None, "memory": True}
     shown = report.block(row)
@@ -240,7 +240,7 @@ def assert_published(results: dict) -> None:
 def test_the_json_has_rows_of_seven_keys_and_the_details_beside(tmp_path: Path) -> None:
     times = {OURS: [1.0] * 4, cases.LIMIT: [0.5] * 4, cases.TRL_LOOP: [2.0] * 4}
     case = cases.replace(case_of("gae"), peers=(cases.TRL_LOOP,))
-    row = measure._row(case, "cpu", times, {OURS: 0.5, cases.TRL_LOOP: 3.0}, {}, {})
+    row = report.as_row(case, "cpu", times, {OURS: 0.5, cases.TRL_LOOP: 3.0}, {}, {})
     about = {**harness_report.about("cpu", 1), "quick": True, "peers": {}}
     results = {"about": about, "rows": [row], "missing": {}, "sweeps": [row, row]}
     report.write(results, tmp_path / "found.json", [])

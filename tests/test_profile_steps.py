@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,12 @@ from rlhf_lightning.ops import clipped_value_loss, linear_cross_entropy, linear_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import profile_steps  # noqa: E402
 from profile_steps import table  # noqa: E402
+from training.sizes import SIZES, save_random  # noqa: E402
 from training.steps import (  # noqa: E402
     OperatorClock,
+    RandomBatches,
     operator,
     plain_cross_entropy,
     plain_log_probs,
@@ -141,3 +146,37 @@ def test_a_way_whose_clocked_and_bare_steps_differ_is_called_unsteady() -> None:
     assert found["gae"] == ["1", "9.50 (10.0%)", "21.00 (20.0%)", "20.00 (unsteady)", "+11%", "unsteady"]
     assert found["the native step gained"] == ["", "+10%", "unsteady"]
     assert found["clocked step, ms"] == ["95", "105", "100 (unsteady)"]
+
+
+@pytest.mark.parametrize(("task", "size"), [("ppo", "16m"), ("dpo", "demo")])
+def test_the_file_has_the_form_of_the_committed_ones_and_says_which_filter(
+    task: str, size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = {name: way([90.0] * 4, [95.0] * 4, 9.5) for name in profile_steps.WAYS}
+    given: list[dict] = []
+    monkeypatch.setattr(profile_steps, "measure", lambda options, ppo: given.append(ppo) or ways)
+    target = tmp_path / "profile.json"
+    command = ["profile_steps.py", "--task", task, "--size", size, "--json", str(target)]
+    (committed,) = (ROOT / "benchmarks" / "results").glob(f"profile_{task}_{size}_*.json")
+    wanted = json.loads(committed.read_text(encoding="utf-8"))
+    for more in ([], ["--top-k", "50"]):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        profile_steps.main()
+        found = json.loads(target.read_text(encoding="utf-8"))
+        assert set(found) == set(wanted) and set(found["about"]) == set(wanted["about"])
+        ppo = {**wanted["about"]["size"]["ppo"], **({"top_k": 50} if more else {})}
+        assert found["about"]["size"] == {**wanted["about"]["size"], "ppo": ppo} and given[-1] == ppo
+        assert (
+            f"A Llama of random weights, {found['about']['size']['layers']} layers"
+            in target.with_suffix(".md").read_text()
+        )
+
+
+@pytest.mark.parametrize("task", ["ppo", "sft", "dpo"])
+def test_batches_are_random_and_fresh_in_every_step(task: str, tmp_path: Path) -> None:
+    size = replace(SIZES["tiny"], prompts=3, rows=4)
+    save_random(size, tmp_path)
+    first, second = RandomBatches(str(tmp_path), task, size, 2).batches
+    assert len(first) == len(second) == (3 if task == "ppo" else 4)
+    sides = [batch.chosen if task == "dpo" else batch for batch in (first, second)]
+    assert sides[0].tokens.shape != sides[1].tokens.shape or not torch.equal(sides[0].tokens, sides[1].tokens)

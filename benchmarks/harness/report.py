@@ -23,7 +23,7 @@ FAILED, NO_PEER = 1, 3  # exit codes, beside 0
 BESIDE = "write the numbers here, and a page beside it"
 CODES = """\
 Exit codes: 0 all that was asked for was measured; 1 ours could not be; 2 the options are wrong; 3 ours was, but a peer
-that was asked for could not run. The results are written in any case, and a peer that is missing is named with the
+that was asked for could not run. What was measured is written in any case, and a peer that is missing named with the
 reason."""
 # One colour for each of few lines, told apart by markers too; ours is the strongest.
 STYLES = (("#1b5e9c", "o"), ("#d1782c", "s"), ("#5f9e6e", "^"), ("#8c6bb1", "D"))

@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import importlib.metadata
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from operators import cases, sides
 from operators.cases import BACKWARD, BOTH, ENTRANTS, FORWARD, LIMIT, OURS, TRL_LOOP, VERL_LOOP, Case
 from operators.inputs import TOLERANCE, Inputs, allocate, errors
+from operators.report import as_row
 
 WARM_UP = 2
 LOOPS = (TRL_LOOP, VERL_LOOP)  # thousands of launches: on a GPU they are timed as they are used, not in a graph
@@ -255,8 +256,8 @@ def measure(case: Case, workers: Workers, rounds: int, least: int, seed: int) ->
     taking_part: dict[str, Worker] = {}
     samples: dict[str, int] = {}
     times: dict[str, list[float]] = {}
-    memory: dict[str, float | None] = {}
-    errors: dict[str, dict[str, float]] = {}
+    held: dict[str, float | None] = {}
+    wrong: dict[str, dict[str, float]] = {}
     not_timed: dict[str, str] = {}
 
     def attempt(name: str, **question: Any) -> dict[str, Any] | None:
@@ -275,10 +276,10 @@ def measure(case: Case, workers: Workers, rounds: int, least: int, seed: int) ->
         prepared = attempt(name, do="prepare", case=dataclasses.asdict(case), seed=seed)
         if prepared is None:
             continue
-        errors[name] = prepared["errors"]
+        wrong[name] = prepared["errors"]
         samples[name] = max(-(-least // rounds), min(40, int(BUDGET_MS / max(prepared["estimate_ms"], 1e-3))))
-        held = attempt(name, do="memory")
-        memory[name] = held["mb"] if held else None
+        found = attempt(name, do="memory")
+        held[name] = found["mb"] if found else None
     for turn in range(rounds):
         for name in list(taking_part):
             timed = attempt(name, do="time", seed=seed + 1 + turn, samples=samples[name])
@@ -289,60 +290,7 @@ def measure(case: Case, workers: Workers, rounds: int, least: int, seed: int) ->
         first = attempt(OURS, do="first calls", samples=FIRST_CALLS)
     for name in list(taking_part):
         attempt(name, do="drop")
-    row = _row(case, workers.device, times, memory, errors, not_timed)
+    row = as_row(case, workers.device, times, held, wrong, not_timed)
     if first is not None:
         row["first_call_ms"] = statistics.median(first["ms"])
     return row
-
-
-def _row(
-    case: Case,
-    device: str,
-    times: dict[str, list[float]],
-    memory: dict[str, float | None],
-    errors: dict[str, dict[str, float]],
-    not_timed: dict[str, str],
-) -> dict[str, Any]:
-    median = {name: statistics.median(of_entrant) for name, of_entrant in times.items()}
-    peers = {name: median[name] for name in case.peers if name in median}
-    row: dict[str, Any] = {
-        "operator": case.operator,
-        "shape": case.shape,
-        "dtype": case.dtype,
-        "pass": case.passes,
-        "ours_ms": median.get(OURS),
-        "limit_ms": median.get(LIMIT),
-        "peers": peers,
-        "environment": case.environment,
-        "limit_does": cases.work(case, device),
-        "ours_mb": memory.get(OURS),
-        "peers_mb": {name: memory[name] for name in peers},
-        "quartiles_ms": {name: _quartiles(times[name]) for name in median},
-        "samples": {name: len(times[name]) for name in median},
-        "errors": {name: errors[name] for name in median if errors.get(name)},
-        "not_timed": not_timed,
-    }
-    row["goals"] = list(_goals(case, row))
-    return row
-
-
-def _quartiles(times: list[float]) -> list[float]:
-    lower, _, upper = statistics.quantiles(times, n=4)
-    return [lower, upper]
-
-
-def _goals(case: Case, row: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """Each goal with what was reached: None where there was nothing to compare."""
-    ours = row["ours_ms"]
-    for name, goal in case.goals.items():
-        other = row["limit_ms"] if name == LIMIT else row["peers"].get(name)
-        if not ours or not other:
-            yield {"against": name, "goal": goal, "reached": None, "met": None}
-        elif name == LIMIT:
-            yield {"against": name, "goal": goal, "reached": ours / other, "met": ours / other <= goal}
-        else:
-            yield {"against": name, "goal": goal, "reached": other / ours, "met": other / ours >= goal}
-    if case.memory_goal is not None:
-        reached = row["ours_mb"]
-        met = None if reached is None else reached <= case.memory_goal
-        yield {"against": "memory", "goal": case.memory_goal, "reached": reached, "met": met}

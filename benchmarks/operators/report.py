@@ -1,14 +1,16 @@
-"""The results for people: the table on the terminal, the JSON, the page, the plots."""
+"""A row of the results, and the results for people: the table on the terminal, the JSON, the page, the plots."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from harness import report
 from harness.report import STYLES, number
 
-from operators.cases import LIMIT
+from operators.cases import LIMIT, OURS, Case, work
 
 # The keys of a row in the JSON; what else is known of it is in the list beside, at the same index.
 ROW = ("operator", "shape", "dtype", "pass", "ours_ms", "limit_ms", "peers")
@@ -26,6 +28,60 @@ such memory, each page given by the system anew, as peers get theirs in every ca
 GPU_NOTES = """\
 GAE and the losses are captured in CUDA graphs, on inputs that together exceed the L2 cache, and so are their copies;
 the Python loops are timed as they are used, launch by launch."""
+
+
+def as_row(
+    case: Case,
+    device: str,
+    times: dict[str, list[float]],
+    held: dict[str, float | None],
+    errors: dict[str, dict[str, float]],
+    not_timed: dict[str, str],
+) -> dict[str, Any]:
+    """One row of the results: medians of the ``times``, MiB ``held``, goals, and why an entrant was not timed."""
+    median = {name: statistics.median(of_entrant) for name, of_entrant in times.items()}
+    peers = {name: median[name] for name in case.peers if name in median}
+    row: dict[str, Any] = {
+        "operator": case.operator,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "pass": case.passes,
+        "ours_ms": median.get(OURS),
+        "limit_ms": median.get(LIMIT),
+        "peers": peers,
+        "environment": case.environment,
+        "limit_does": work(case, device),
+        "ours_mb": held.get(OURS),
+        "peers_mb": {name: held[name] for name in peers},
+        "quartiles_ms": {name: _quartiles(times[name]) for name in median},
+        "samples": {name: len(times[name]) for name in median},
+        "errors": {name: errors[name] for name in median if errors.get(name)},
+        "not_timed": not_timed,
+    }
+    row["goals"] = list(_goals(case, row))
+    return row
+
+
+def _quartiles(times: list[float]) -> list[float]:
+    lower, _, upper = statistics.quantiles(times, n=4)
+    return [lower, upper]
+
+
+def _goals(case: Case, row: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Each goal with what was reached: None where there was nothing to compare."""
+    ours = row["ours_ms"]
+    for name, goal in case.goals.items():
+        other = row["limit_ms"] if name == LIMIT else row["peers"].get(name)
+        if not ours or not other:
+            yield {"against": name, "goal": goal, "reached": None, "met": None}
+        elif name == LIMIT:
+            yield {"against": name, "goal": goal, "reached": ours / other, "met": ours / other <= goal}
+        else:
+            yield {"against": name, "goal": goal, "reached": other / ours, "met": other / ours >= goal}
+    if case.memory_goal is not None:
+        reached = row["ours_mb"]
+        met = None if reached is None else reached <= case.memory_goal
+        yield {"against": "memory", "goal": case.memory_goal, "reached": reached, "met": met}
 
 
 def title(row: dict[str, Any]) -> str:

@@ -141,7 +141,7 @@ def run(
     module.meter = meter
     trainer = make_trainer(task, LIGHTNING[precision], Ends(meter), device)
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    trainer.fit(module, datamodule=Same(tokenizer, *examples(task, folder), meter.total))
+    trainer.fit(module, datamodule=Same(tokenizer, *examples(task, work(folder)), meter.total))
     names = ("policy", "reference", "critic", "reward", "scalar")
     models = [model for name in names if (model := getattr(module, name, None)) is not None]
     return meter.result(models, trainer.optimizers[0])
@@ -164,11 +164,11 @@ def make_trainer(task: str, precision: Any, callback: Callback, device: str = "c
     )
 
 
-def examples(task: str, folder: Path) -> tuple[Kind, list[Example]]:
-    """The folder's rows as the library's own data module holds them."""
+def examples(task: str, rows: dict[str, Any]) -> tuple[Kind, list[Example]]:
+    """The task's part of the work's ``rows``, as the library's own data module holds them."""
     kind, name = KINDS[task]
-    rows = [[row] for row in work(folder)[name]] if task == "ppo" else work(folder)[name]
-    return kind, [_example(number, *row) for number, row in enumerate(rows)]
+    parts = [[row] for row in rows[name]] if task == "ppo" else rows[name]
+    return kind, [_example(number, *row) for number, row in enumerate(parts)]
 
 
 def _example(number: int, prompt: list[int], *responses: list[int]) -> Example:

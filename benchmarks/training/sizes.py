@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,43 +55,20 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class Profiled:
-    """A model, and the random batches that `profile_steps.py` and `padding.py` give it."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    precision: str
-    prompt: tuple[int, int]  # tokens, from and to
-    response: tuple[int, int]  # the same; PPO samples as many as its longest
-    rows: dict[str, int]  # of a batch, by task
-    ppo: dict[str, Any]  # options
-
-
-PROFILED = {
-    "16m": Profiled(
-        **{"hidden": 256, "intermediate": 688, "layers": 4, "heads": 4, "kv_heads": 4, "vocabulary": 49152},
-        **{"precision": "32-true", "prompt": (8, 32), "response": (16, 48)},
-        rows={"ppo": 16, "sft": 16, "dpo": 16},
-        ppo={"epochs": 1, "minibatches": 4},
-    ),
+# What `profile_steps.py` trains: a size, Lightning's precision, and further options of PPO.
+PROFILED: dict[str, tuple[Size, str, dict[str, Any]]] = {
+    "16m": (replace(SIZES["16m"], response=(16, 48)), "32-true", {"epochs": 1}),
     # The model, batches and lengths of the demo (configs/demo/).
-    "demo": Profiled(
-        **{"hidden": 192, "intermediate": 512, "layers": 2, "heads": 4, "kv_heads": 4, "vocabulary": 768},
-        **{"precision": "32-true", "prompt": (17, 21), "response": (20, 48)},
-        rows={"ppo": 128, "sft": 32, "dpo": 32},
-        ppo={"epochs": 2, "minibatches": 2},
+    "demo": (
+        Size(192, 512, 2, 4, 4, 768, prompts=128, prompt=(17, 21), minibatches=2, rows=32, response=(20, 48)),
+        "32-true",
+        {"epochs": 2},
     ),
     # SmolLM2-135M's shape, as configs/smollm2/ train it.
-    "smollm2": Profiled(
-        **{"hidden": 576, "intermediate": 1536, "layers": 30, "heads": 9, "kv_heads": 3, "vocabulary": 49152},
-        **{"precision": "bf16-mixed", "prompt": (40, 80), "response": (16, 48)},
-        rows={"ppo": 8, "sft": 16, "dpo": 16},
-        ppo={"epochs": 1, "minibatches": 2, "critic": 4, "micro_batch_tokens": 2048},
+    "smollm2": (
+        replace(SIZES["smollm2"], prompts=8, prompt=(40, 80), minibatches=2, response=(16, 48)),
+        "bf16-mixed",
+        {"epochs": 1, "critic": 4, "micro_batch_tokens": 2048},
     ),
 }
 
@@ -104,7 +81,7 @@ def size_of(name: str, device: str) -> Size:
     larger: dict[str, Any] = {"prompts": 128, "prompt": (32, 128), "new_tokens": 512, "rows": 64, "response": (64, 512)}
     if name == "1.5b":  # more would not fit on a GPU of 141 GB, on either side
         larger |= {"rows": 16, "micro_rows": 8}
-    return Size(**{**vars(size), **larger})
+    return replace(size, **larger)
 
 
 def prepare(name: str, device: str) -> Path:
@@ -130,7 +107,7 @@ def fill(size: Size, folder: Path) -> None:
     else:
         raise SystemExit(f"{size.folder.relative_to(ROOT)} is not there: make it with `make smollm2`")
     _save_reward(size, folder)
-    (folder / "work.json").write_text(json.dumps(_work(size)))
+    (folder / "work.json").write_text(json.dumps(draw_work(size)))
 
 
 def work(folder: Path) -> dict[str, Any]:
@@ -180,8 +157,9 @@ def _save_reward(size: Size, folder: Path) -> None:
     AutoTokenizer.from_pretrained(folder / "policy").save_pretrained(folder / "reward")
 
 
-def _work(size: Size) -> dict[str, Any]:
-    draw = torch.Generator().manual_seed(2)
+def draw_work(size: Size, seed: int = 2) -> dict[str, Any]:
+    """New rows, as `work` has them."""
+    draw = torch.Generator().manual_seed(seed)
 
     def lengths(bounds: tuple[int, int], count: int) -> list[int]:
         return torch.randint(bounds[0], bounds[1] + 1, (count,), generator=draw).tolist()

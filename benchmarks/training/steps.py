@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +23,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch
+from rlhf_lightning.data.collate import collate
 from rlhf_lightning.ops import extension
-from training.ours import make_bare_module, make_trainer
-from training.sizes import Profiled
+from training.ours import examples, make_bare_module, make_trainer
+from training.sizes import PROFILED, Size, draw_work
 
 WARM_UP = 2
 
@@ -37,18 +36,20 @@ def serve() -> Serve:
     return {}, answer
 
 
-def answer(task: str, size: dict[str, Any], folder: str, way: str, steps: int, threads: int) -> Answer:
-    """The times of ``steps`` bare steps, and of the operators in as many others; ``size``: a `Profiled`'s."""
+def answer(
+    task: str, size: str, precision: str, ppo: dict[str, Any], folder: str, way: str, steps: int, threads: int
+) -> Answer:
+    """The times of ``steps`` bare steps, and of the operators in as many others; ``ppo``: further options of it."""
     torch.set_num_threads(threads)
-    chosen, clock = Profiled(**size), OperatorClock()
+    chosen, clock = PROFILED[size][0], OperatorClock()
     plain = {"linear_token_log_probs": plain_log_probs(task == "ppo"), "linear_cross_entropy": plain_cross_entropy}
     for name in extension.OPERATORS:
         original = operator(name)
         replace_everywhere(original, clock.wrap(name, plain.get(name, original) if way == "plain" else original))
     count, timer = WARM_UP + 2 * steps, Steps(clock)
-    options = {"iterations": count, "max_new_tokens": chosen.response[1], **chosen.ppo} if task == "ppo" else {}
-    module, batches = make_bare_module(task, folder, **options), RandomBatches(Path(folder), task, chosen, count)
-    make_trainer(task, chosen.precision, timer).fit(module, datamodule=batches)
+    options = {"iterations": count, "max_new_tokens": chosen.new_tokens, **ppo} if task == "ppo" else {}
+    module, batches = make_bare_module(task, folder, **options), RandomBatches(folder, task, chosen, count)
+    make_trainer(task, precision, timer).fit(module, datamodule=batches)
     return {
         "step_ms": timer.bare,
         "clocked_step_ms": timer.clocked,
@@ -87,34 +88,14 @@ class Steps(Callback):
 class RandomBatches(LightningDataModule):
     """``count`` batches of random tokens and lengths, fresh in every step."""
 
-    def __init__(self, folder: Path, task: str, size: Profiled, count: int) -> None:
+    def __init__(self, folder: str, task: str, size: Size, count: int) -> None:
         super().__init__()
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        self.task, self.size = task, size
-        self.draw = torch.Generator().manual_seed(1)
-        self.batches = [self._batch(number) for number in range(count)]
+        drawn = [examples(task, draw_work(size, seed)) for seed in range(count)]
+        self.batches = [collate(rows, kind, self.tokenizer.pad_token_id) for kind, rows in drawn]
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.batches, batch_size=None)
-
-    def _lengths(self, bounds: tuple[int, int]) -> Tensor:
-        return torch.randint(bounds[0], bounds[1] + 1, (self.size.rows[self.task],), generator=self.draw)
-
-    def _tokens(self, lengths: Tensor) -> Tensor:
-        shape = (len(lengths), int(lengths.max()))
-        return torch.randint(4, self.size.vocabulary, shape, generator=self.draw)
-
-    def _batch(self, number: int) -> Any:
-        prompts, rows = self._lengths(self.size.prompt), self.size.rows[self.task]
-        weights = torch.ones(rows)
-        if self.task == "ppo":
-            numbers = number * rows + torch.arange(rows)
-            return PromptBatch(self._tokens(prompts), prompts, numbers, weights, [""] * rows, {})
-        sides = []
-        for _ in range(1 if self.task == "sft" else 2):
-            lengths = prompts + self._lengths(self.size.response)
-            sides.append(DemonstrationBatch(self._tokens(lengths), lengths, prompts, weights))
-        return sides[0] if self.task == "sft" else PreferenceBatch(*sides, torch.zeros(rows), weights)
 
 
 # The clock

@@ -73,17 +73,26 @@ def _scalar(folder: Path | str, dtype: torch.dtype) -> Any:
 # PPO, of TRL 1.12.0
 
 
-def configured(**options: Any) -> Any:
-    """TRL's options for PPO, those that all comparisons share among them."""
-    from trl.experimental.ppo import PPOConfig
+def _ppo_trainer(
+    models: tuple[Any, ...], tokenizer: Any, prompts: list[list[int]], callback: TrainerCallback, **options: Any
+) -> Any:
+    """Of policy, reference, reward model and critic, with the settings that all comparisons share."""
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     shared = {"temperature": 1.0, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "gamma": 1.0, "lam": 0.95}
-    return PPOConfig(**shared, whiten_rewards=False, num_sample_generations=0, **QUIET, **options)
+    optimizers = options.pop("optimizers", (None, None))
+    names = ("model", "ref_model", "reward_model", "value_model")
+    return PPOTrainer(
+        args=PPOConfig(**shared, whiten_rewards=False, num_sample_generations=0, **QUIET, **options),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"input_ids": prompts}),
+        optimizers=optimizers,
+        callbacks=[callback],
+        **dict(zip(names, models, strict=True)),
+    )
 
 
 def _ppo(task: str, size: Size, folder: Path, dtype: torch.dtype, meter: Meter, options: dict[str, Any]) -> Any:
-    from trl.experimental.ppo import PPOTrainer
-
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
     # A pad of its own, outside the vocabulary, as TRL's own script adds one: a sampled id that is also the pad's would
     # be taken for the end of the response. It never reaches a model.
@@ -91,34 +100,19 @@ def _ppo(task: str, size: Size, folder: Path, dtype: torch.dtype, meter: Meter, 
     policy, reference = (_causal(folder / "policy", dtype) for _ in range(2))
     critic, reward = (_scalar(folder / "reward", dtype) for _ in range(2))
     micro = size.micro_rows or size.prompts
-    trainer = PPOTrainer(
-        args=configured(
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=size.prompts // micro,
-            local_rollout_forward_batch_size=size.prompts,
-            num_mini_batches=size.minibatches,
-            num_ppo_epochs=1,
-            total_episodes=size.prompts * meter.total,
-            response_length=size.new_tokens,
-            stop_token=None,
-            kl_coef=0.05,
-            **options,
-        ),
-        processing_class=tokenizer,
-        model=policy,
-        ref_model=reference,
-        reward_model=reward,
-        value_model=critic,
-        train_dataset=Dataset.from_dict({"input_ids": work(folder)["prompts"]}),
-        callbacks=[Ends(meter)],
-    )
+    models = (policy, reference, reward, critic)
+    options |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": size.prompts // micro}
+    options |= {"local_rollout_forward_batch_size": size.prompts, "num_mini_batches": size.minibatches}
+    options |= {"num_ppo_epochs": 1, "total_episodes": size.prompts * meter.total, "response_length": size.new_tokens}
+    options |= {"stop_token": None, "kl_coef": 0.05}
+    trainer = _ppo_trainer(models, tokenizer, work(folder)["prompts"], Ends(meter), **options)
     # TRL takes the option for the passes of the whole batch, accelerate for those of an optimizer step. Accelerate
     # would also step after every pass once the loader's last batch is out, which the only one always is.
     accumulation = trainer.accelerator.gradient_state.plugin_kwargs
     accumulation["num_steps"] = max(1, size.prompts // size.minibatches // micro)
     accumulation["sync_with_dataloader"] = False
     _watch_ppo(trainer, meter)
-    return trainer, (policy, reference, critic, reward)
+    return trainer, models
 
 
 def _watch_ppo(trainer: Any, meter: Meter) -> None:
@@ -246,8 +240,6 @@ def demo(**settings: Any) -> dict[str, Any]:
     ``settings``: the folders ``policy`` and ``reward``, the token ids of ``prompts``, the numbers of the config, and
     ``out``, the folder whose ``model`` is the trained one.
     """
-    from trl.experimental.ppo import PPOTrainer
-
     torch.set_num_threads(settings["threads"])
     out = Path(settings["out"])
     tokenizer = AutoTokenizer.from_pretrained(settings["policy"], padding_side="left")
@@ -257,30 +249,25 @@ def demo(**settings: Any) -> dict[str, Any]:
     groups = [{"params": list(m.parameters()), "lr": r} for m, r in zip((policy, critic), rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
     curve = Curve()
-    trainer = PPOTrainer(
-        args=configured(
-            output_dir=str(out / "trainer"),
-            per_device_train_batch_size=settings["rows"],
-            gradient_accumulation_steps=1,
-            local_rollout_forward_batch_size=settings["rows"],
-            num_mini_batches=settings["minibatches"],
-            num_ppo_epochs=settings["epochs"],
-            total_episodes=settings["rows"] * settings["iterations"],
-            response_length=settings["max_new_tokens"],
-            stop_token="eos",
-            kl_coef=settings["kl_coef"],
-            use_cpu=True,
-            bf16=False,
-            seed=settings["seed"],
-        ),
-        processing_class=tokenizer,
-        model=policy,
-        ref_model=reference,
-        reward_model=reward,
-        value_model=critic,
-        train_dataset=Dataset.from_dict({"input_ids": settings["prompts"]}),
+    trainer = _ppo_trainer(
+        (policy, reference, reward, critic),
+        tokenizer,
+        settings["prompts"],
+        curve,
+        output_dir=str(out / "trainer"),
+        per_device_train_batch_size=settings["rows"],
+        gradient_accumulation_steps=1,
+        local_rollout_forward_batch_size=settings["rows"],
+        num_mini_batches=settings["minibatches"],
+        num_ppo_epochs=settings["epochs"],
+        total_episodes=settings["rows"] * settings["iterations"],
+        response_length=settings["max_new_tokens"],
+        stop_token="eos",
+        kl_coef=settings["kl_coef"],
+        use_cpu=True,
+        bf16=False,
+        seed=settings["seed"],
         optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
-        callbacks=[curve],
     )
     trainer.train()
     policy.generation_config.eos_token_id = tokenizer.eos_token_id
