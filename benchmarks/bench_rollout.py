@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from harness import clock, report
 from training import sizes
+from training.limits import decoding_bytes
 from training.ours import examples
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -72,8 +73,7 @@ def bytes_of_decoding(policy: Policy, prompts: PromptBatch, new_tokens: int) -> 
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     entry = 2 * config.num_hidden_layers * config.num_key_value_heads * width * parameter.element_size()
     weights = sum(p.nbytes for p in policy.parameters())
-    entries = sum(int(prompts.lengths.sum()) + len(prompts) * step for step in range(1, new_tokens))
-    return (new_tokens - 1) * weights + entry * entries
+    return decoding_bytes(weights, entry, prompts.lengths.tolist(), new_tokens)
 
 
 def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:

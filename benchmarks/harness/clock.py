@@ -188,6 +188,15 @@ class Meter:
         yield
         self._now[name] += now(self.device) - began
 
+    def clocked(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """The function, its seconds counted as the phase's."""
+
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return inside
+
     def phase_to_the_end(self, name: str) -> None:
         """What is left of this step is the phase's; a phase that is open already stays."""
         if self._open is None:

@@ -9,6 +9,7 @@ and cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,14 @@ def _decoding(machine: Machine, size: Size, prompts: list[int]) -> float:
         return steps * (machine.trunk(len(prompts)) + machine.logits(len(prompts)))
     width = machine.head.element_size()
     entry = 2 * size.layers * size.kv_heads * (size.hidden // size.heads) * width  # of a token, keys and values
-    cached = sum(steps * length + steps * (steps + 1) // 2 for length in prompts) * entry
-    return float(steps * (machine.trunk_bytes + machine.head.nbytes) + cached) / machine.bytes_a_second
+    weights = machine.trunk_bytes + machine.head.nbytes
+    return decoding_bytes(weights, entry, prompts, size.new_tokens) / machine.bytes_a_second
+
+
+def decoding_bytes(weights: int, entry: int, prompts: Sequence[int], new_tokens: int) -> float:
+    """What the steps after the prefill read: all ``weights`` in each, and the ``entry`` of every token before it."""
+    steps = new_tokens - 1
+    return float(steps * weights + entry * sum(steps * length + steps * (steps + 1) // 2 for length in prompts))
 
 
 def _step(machine: Machine, models: int) -> float:

@@ -52,12 +52,13 @@ class MeteredPPO(PPOModule):
             model.forward = self._clocked(forward, phase)
 
     def _clocked(self, forward: Any, phase: str) -> Any:
+        without_gradients = self.meter.clocked(forward, phase)
+
         def clocked(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled():
-                self.meter.phase_to_the_end("update")  # from the first pass with gradients
-                return forward(*args, **kwargs)
-            with self.meter.phase(phase):
-                return forward(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                return without_gradients(*args, **kwargs)
+            self.meter.phase_to_the_end("update")  # from the first pass with gradients
+            return forward(*args, **kwargs)
 
         return clocked
 
@@ -85,13 +86,7 @@ class Supervised:
         super().configure_model()  # type: ignore[misc]
         reference = getattr(self, "reference", None)
         if reference is not None and "forward" not in vars(reference):
-            forward = reference.forward
-
-            def clocked(*args: Any, **kwargs: Any) -> Any:
-                with self.meter.phase("reference"):
-                    return forward(*args, **kwargs)
-
-            reference.forward = clocked
+            reference.forward = self.meter.clocked(reference.forward, "reference")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         sides = (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch,)

@@ -129,14 +129,13 @@ def _watch_ppo(trainer: Any, meter: Meter) -> None:
 
     def passes(model: Any, *args: Any) -> Any:
         if model is trainer.ref_model:
-            with meter.phase("reference"):
-                return forward(model, *args)
+            return meter.clocked(forward, "reference")(model, *args)
         meter.phase_to_the_end("update")  # from its first pass
         return forward(model, *args)
 
     def scores(model: Any, *args: Any) -> Any:
-        with meter.phase("reward" if model is trainer.reward_model else "critic"):
-            return get_reward(model, *args)
+        name = "reward" if model is trainer.reward_model else "critic"
+        return meter.clocked(get_reward, name)(model, *args)
 
     ppo_trainer.batch_generation, ppo_trainer.forward, ppo_trainer.get_reward = generation, passes, scores
     trainer.optimizer.optimizer.register_step_post_hook(lambda *_: meter.add(optimizer_steps=1))
@@ -199,21 +198,12 @@ def _supervised(task: str, size: Size, folder: Path, dtype: torch.dtype, meter: 
         **more,
     )
     if more:
-        _watch_reference(trainer.accelerator.unwrap_model(trainer.ref_model), meter)
+        reference = trainer.accelerator.unwrap_model(trainer.ref_model)
+        reference.forward = meter.clocked(reference.forward, "reference")
     return trainer, [model, *more.values()]
 
 
 NAMES = {"sft": "policy", "reward_model": "reward", "dpo": "policy"}  # of the model's folder
-
-
-def _watch_reference(reference: Any, meter: Meter) -> None:
-    forward = reference.forward
-
-    def clocked(*args: Any, **kwargs: Any) -> Any:
-        with meter.phase("reference"):
-            return forward(*args, **kwargs)
-
-    reference.forward = clocked
 
 
 # PPO on the demo's models and prompts, for `demo_against_trl.py`
