@@ -14,19 +14,19 @@ table, and after every rollout writes FILE and a page beside it.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import provenance
 import torch
+from harness import clock, report
 from training import sizes
+from training.limits import decoding_bytes
+from training.ours import examples
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.data.collate import collate
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rollout import NativeEngine, RolloutEngine, Sampling, TransformersEngine
@@ -66,33 +66,6 @@ ENGINES: dict[str, Callable[[], RolloutEngine | Batched]] = {
 }
 
 
-def prompt_batch(folder: Path, device: torch.device) -> PromptBatch:
-    """The folder's prompts."""
-    rows = sizes.work(folder)["prompts"]
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row)] = torch.tensor(row)
-    weights = torch.ones(len(rows))
-    return PromptBatch(tokens, lengths, torch.arange(len(rows)), weights, [""] * len(rows), {}).to(device)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes."""
-    source = torch.ones(2**26 if device.type == "cpu" else 2**29, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / min(seconds(device, lambda: target.copy_(source)) for _ in range(6))
-
-
-def seconds(device: torch.device, function: Callable[[], Any]) -> float:
-    """Of one call, the device's work included."""
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def bytes_of_decoding(policy: Policy, prompts: PromptBatch, new_tokens: int) -> float:
     """What the steps after the prefill read: all weights in each, and each row's entries."""
     config, parameter = policy.model.config, next(policy.parameters())
@@ -100,18 +73,19 @@ def bytes_of_decoding(policy: Policy, prompts: PromptBatch, new_tokens: int) -> 
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     entry = 2 * config.num_hidden_layers * config.num_key_value_heads * width * parameter.element_size()
     weights = sum(p.nbytes for p in policy.parameters())
-    entries = sum(int(prompts.lengths.sum()) + len(prompts) * step for step in range(1, new_tokens))
-    return (new_tokens - 1) * weights + entry * entries
+    return decoding_bytes(weights, entry, prompts.lengths.tolist(), new_tokens)
 
 
 def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
     """Seconds of every repeat by engine, and the limit; ``keep`` is given all there is after every timed rollout."""
-    device = torch.device(options.device)
-    folder, size = sizes.prepare(options.size, options.device), sizes.size_of(options.size, options.device)
+    device = options.device
+    folder, size = sizes.prepare(options.size, device), sizes.size_of(options.size, device)
     policy = Policy(load_causal_lm(folder / "policy", dtype=getattr(torch, options.weights))).to(device)
-    tokenizer, prompts = AutoTokenizer.from_pretrained(folder / "policy"), prompt_batch(folder, device)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    kind, rows = examples("ppo", sizes.work(folder))
+    prompts = collate(rows, kind, tokenizer.pad_token_id).to(device)
     engines = {name: ENGINES[name]() for name in options.engines}
-    bandwidth = copy_bandwidth(device)
+    bandwidth = clock.copy_bandwidth(device)
     found: dict[str, Any] = {
         "rows": len(prompts),
         "new_tokens": size.new_tokens,
@@ -124,7 +98,7 @@ def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None])
     for repeat in range(options.repeats + 1):
         for name, engine in engines.items():
             sampling = Sampling(max_new_tokens=size.new_tokens, eos_ids=[], iteration=repeat)
-            taken = seconds(device, lambda: engine.rollout(policy, prompts, tokenizer, sampling))  # noqa: B023
+            taken = clock.seconds(lambda: engine.rollout(policy, prompts, tokenizer, sampling), device)  # noqa: B023
             if repeat == 0:
                 found["first_seconds"][name] = taken
             else:
@@ -134,29 +108,26 @@ def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None])
 
 def table(found: dict[str, Any]) -> list[str]:
     """Markdown, a line an engine."""
-    head = ("engine", "seconds", "tokens a second", "share of the limit", "first rollout, seconds")
-    lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * 4 + "|"]
+    rows = [["engine", "seconds", "tokens a second", "share of the limit", "first rollout, seconds"]]
     for name, times in found["seconds"].items():
         middle = statistics.median(times)
         rate, share = found["rows"] * found["new_tokens"] / middle, found["limit_seconds"] / middle
-        lines.append(f"| {name} | {middle:.3f} | {rate:,.0f} | {share:.0%} | {found['first_seconds'][name]:.2f} |")
-    return lines
+        rows.append([name, f"{middle:.3f}", f"{rate:,.0f}", f"{share:.0%}", f"{found['first_seconds'][name]:.2f}"])
+    return report.markdown(rows)
 
 
 def main() -> None:
     """Measures, prints, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
+    report.add_device(parser)
     parser.add_argument("--size", choices=sizes.SIZES, default="16m")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--weights", choices=["float32", "bfloat16"], help="default: by device")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["native", "generate"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write the numbers here, and a page beside it")
     options = parser.parse_args()
     options.weights = options.weights or ("float32" if options.device == "cpu" else "bfloat16")
     torch.set_num_threads(options.threads)
-    about, lines = provenance.about(options.device, options.threads), [""]
+    about, lines = report.about(options.device, options.threads), [""]
 
     def keep(found: dict[str, Any]) -> None:
         what = f"{options.size}, {found['rows']} rows of {found['new_tokens']} new tokens, weights in "
@@ -164,10 +135,8 @@ def main() -> None:
         what += f"{found['limit_seconds']:.3f} s at least."
         lines[:] = [what, "", *table(found)]
         if options.json:
-            page = [f"# Rollouts: {options.size}", "", *provenance.header(about, options.json), *lines, ""]
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps({"about": about, "size": options.size, **found}, indent=1) + "\n")
-            options.json.with_suffix(".md").write_text("\n".join(page))
+            page = [f"# Rollouts: {options.size}", "", *report.header(about, options.json), *lines]
+            report.write({"about": about, "size": options.size, **found}, options.json, page)
 
     measure(options, keep)
     print("\n".join(lines))

@@ -8,8 +8,8 @@ sides in turns. Prints a table, where the time goes and how far that is from wha
 and beside it a page with the same facts (.md). With ``--only`` and a FILE that is there, the new rounds are added to
 it, so that a machine that is free for a minute at a time can measure one side at a time.
 
-The peers are set up by ``python benchmarks/peers/install.py``; one that is not there is named with the reason. The exit
-code is 1 if ours failed or the sides did not do the same work.
+The peers are set up by ``python benchmarks/peers/install.py``; one that is not there is named with the reason. Sides
+that did not do the same work count as ours failing.
 """
 
 from __future__ import annotations
@@ -20,41 +20,41 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import provenance
 import torch
-from training import report
-from training.entrants import ENTRANTS, OURS
-from training.rounds import Failed, limits, measure, summary
+from harness import report
+from harness.worker import Refused
+from training.report import breakdown, closing, summary, table, write
+from training.sides import ENTRANTS, LIMITS, OURS, measure
 from training.sizes import PRECISIONS, SIZES, TASKS, prepare
 
-LIMITS = "limits"
 MACHINE = ("cpu", "cores", "threads", "torch", "gpu", "cuda")
 SAME = ("task", "size", "device", "precision", "compile")  # for runs that are put in one file
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(f"{__doc__}\n{report.CODES}")
+    report.add_device(parser)
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--size", choices=tuple(SIZES), required=True, help="tiny: does the benchmark itself work?")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--precision", choices=PRECISIONS, help="of weights and all, or autocast's, on all sides (default: by device)"
     )
     parser.add_argument("--compile", action="store_true", help="layers made by torch.compile, on both sides")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="+", choices=(*ENTRANTS, LIMITS), metavar="SIDE")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side")
     parser.add_argument("--warm-up", type=int, default=2, help="steps of a process that are not timed")
     parser.add_argument("--timed", type=int, default=5)
     parser.add_argument("--apart", type=int, default=2, help="further steps, timed by phase")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    if chosen.compile and chosen.task == "ppo":
+        parser.error("--compile: TRL's PPO has no such option")
+    return chosen
 
 
 def start(chosen: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
     """Results without runs; those of FILE where they are to be added to."""
-    facts = provenance.about(chosen.device, chosen.threads)
+    facts = report.about(chosen.device, chosen.threads)
     command = facts.pop("command")
     fresh = {
         **{key: work[key] for key in SAME},
@@ -77,13 +77,10 @@ def take_part(
     name: str, work: dict[str, Any], folder: Path, steps: tuple[int, int, int], results: dict[str, Any]
 ) -> None:
     """One process of a side, added to the results; or why there is none."""
-    reason = ENTRANTS[name].missing()
     try:
-        if reason is not None:
-            raise Failed(reason)
         run = measure(name, work, folder, steps)
-    except Failed as failure:
-        results["missing"][name] = str(failure)
+    except Refused as refused:
+        results["missing"][name] = str(refused)
         return
     results["missing"].pop(name, None)
     results["versions"][name] = run.pop("versions")
@@ -94,7 +91,7 @@ def keep(results: dict[str, Any], path: Path | None) -> None:
     """What is known by now, also on disk: a later process may fail, or take the time that was left."""
     summary(results)
     if path:
-        report.write(results, path)
+        write(results, path)
 
 
 def main() -> int:
@@ -103,9 +100,6 @@ def main() -> int:
         print("bench_training: no GPU that torch can use", file=sys.stderr)
         return 1
     precision = chosen.precision or ("float32" if chosen.device == "cpu" else "bfloat16")
-    if chosen.compile and chosen.task == "ppo":
-        print("bench_training: --compile: TRL's PPO has no such option", file=sys.stderr)
-        return 1
     names = ("task", "size", "device", "threads", "compile")
     work = {"precision": precision, **{key: getattr(chosen, key) for key in names}}
     results = start(chosen, work)
@@ -118,12 +112,16 @@ def main() -> int:
             take_part(name, {**work, "seed": chosen.seed + number}, folder, steps, results)
             keep(results, chosen.json)
     if LIMITS in wanted:
-        results["limits"] = limits(work, folder)
+        try:
+            results["limits"] = measure(LIMITS, work, folder, steps)
+        except Refused as refused:
+            results["missing"][LIMITS] = str(refused)
     keep(results, chosen.json)
-    for rows in (report.table(results), report.breakdown(results)):
+    for rows in (table(results), breakdown(results)):
         print(report.terminal(rows), end="\n\n")
-    print(report.closing(results, chosen.json))
-    return 1 if OURS in results["missing"] or not results["same_work"] else 0
+    print(closing(results, chosen.json))
+    ours_failed = OURS in results["missing"] or not results["same_work"]
+    return report.exit_code(ours_failed, [name for name in sides if name in results["missing"] and name != OURS])
 
 
 if __name__ == "__main__":

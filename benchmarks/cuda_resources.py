@@ -24,11 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import provenance
 import torch
+from harness import report
+from harness.report import ROOT
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 ARCHITECTURES = ("80", "90", "100")
 
@@ -229,7 +229,7 @@ def main() -> int:
             print("no cuobjdump or no nvdisasm: the machine code is not read", file=sys.stderr)
     version = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release [\d.]+, V([\d.]+)", version)
-    facts = provenance.about("cpu", torch.get_num_threads())
+    facts = report.about("cpu", torch.get_num_threads())
     commit = facts["commit"] + (" and changes not yet committed" if facts["changed"] else "")
     text = (
         f"nvcc {release[1] if release else 'of unknown version'}, `{' '.join(nvcc_flags())}`, commit {commit}, "

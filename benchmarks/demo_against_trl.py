@@ -14,13 +14,10 @@ FILE, and beside it a page (.md) and a plot (.png). A seed that is in FILE alrea
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import textwrap
 import time
@@ -28,12 +25,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import provenance
 import torch
 import yaml
-from installed import INSTALLED
-from operators.plots import STYLES
-from training.entrants import ENTRANTS, TRL_PPO
+from harness import report
+from harness.report import ROOT, STYLES
+from harness.worker import Refused, once
+from peers.install import missing
+from training.sides import ENTRANTS, TRL_PPO
 
 from rlhf_lightning.data.batching import prompt_batches
 from rlhf_lightning.data.records import load_records
@@ -43,13 +41,13 @@ from rlhf_lightning.evaluation.curves import read_curves
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.rewards import FunctionReward, ModelReward
 
-HERE = Path(__file__).resolve().parent
-CONFIG = yaml.safe_load((HERE.parent / "configs" / "demo" / "ppo.yaml").read_text(encoding="utf-8"))
+CONFIG = yaml.safe_load((ROOT / "configs" / "demo" / "ppo.yaml").read_text(encoding="utf-8"))
 # Both sides learn from the bare score of the reward model.
 BARE = ("--model.missing_eos_penalty", "0", "--model.length_threshold", "0", "--model.length_penalty", "0")
 BIN = 0.5  # nats
 LAST = 10  # iterations
 OURS, TRL = "ours", TRL_PPO
+FOLDER = ENTRANTS[TRL].folder
 
 
 def run(seed: int, root: Path, size: stages.Size, threads: int) -> dict[str, Any]:
@@ -67,7 +65,7 @@ def run(seed: int, root: Path, size: stages.Size, threads: int) -> dict[str, Any
     stages.train("ppo", folder, size, seed)
     seconds[OURS] = time.monotonic() - began
     began = time.monotonic()
-    _train_trl(root, settings)
+    theirs = once("training.trl_sides", settings, threads=threads, folder=FOLDER)["curve"]
     seconds[TRL] = time.monotonic() - began
     ours = read_curves(root / "ppo" / "metrics.jsonl")
     curves = {
@@ -75,7 +73,7 @@ def run(seed: int, root: Path, size: stages.Size, threads: int) -> dict[str, Any
             {"score": score, "kl": kl}
             for score, kl in zip(ours["objective/scores"][1], ours["objective/kl"][1], strict=True)
         ],
-        TRL: json.loads((root / "trl" / "curve.json").read_text()),
+        TRL: theirs,
     }
     held_out = compare(
         {"sft": folder.model("sft"), OURS: folder.model("ppo"), TRL: root / "trl" / "model"},
@@ -143,36 +141,25 @@ def _settings(folder: stages.Folder, size: stages.Size, seed: int, threads: int)
     }
 
 
-def _train_trl(root: Path, settings: dict[str, Any]) -> None:
-    (root / "trl").mkdir(parents=True)
-    path = root / "trl" / "settings.json"
-    path.write_text(json.dumps(settings))
-    folders = [str(INSTALLED / "trl_ppo"), str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": str(settings["threads"])}
-    done = subprocess.run([sys.executable, "-m", "training.trl_demo", str(path)], env=variables, capture_output=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{TRL} failed: {done.stderr.decode()[-2000:]}")
-
-
-def page(results: dict[str, Any], path: Path, picture: Path | None) -> str:
+def page(results: dict[str, Any], path: Path, picture: Path | None) -> list[str]:
     """The facts of the JSON in Markdown."""
     facts = {**results["about"], "command": results["about"]["command"].replace("\n", "\n    ")}
-    text = ["# Our PPO and TRL 1.12.0's on the demo task", "", *provenance.header(facts, path)]
+    text = ["# Our PPO and TRL 1.12.0's on the demo task", "", *report.header(facts, path)]
     text += [textwrap.fill(f"Size: {results['size']}. {NOTES}", 120), "", *DIFFERENCES, ""]
     head = ["seed", "equal KL: ours less TRL's (bins)", f"ours, last {LAST}", f"TRL, last {LAST}"]
     head += ["ours held out", "TRL held out"]
-    text += [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    rows = [head]
     for seed, found in results["seeds"].items():
         equal = found["at_equal_kl"]
         cells = [f"{equal['difference']:+.3f} ({equal['bins']})" if equal["bins"] else "no common bin"]
         for kind, keys in (("last", ("score", "kl", "objective")), ("held_out", ("proxy", "kl", "gold"))):
             cells += [" / ".join(f"{found[kind][name][key]:.2f}" for key in keys) for name in (OURS, TRL)]
-        text.append(f"| {seed} | {' | '.join(cells)} |")
-    text += ["", *(f"- {line}" for line in verdict(results)), ""]
+        rows.append([seed, *cells])
+    text += [*report.markdown(rows), "", *(f"- {line}" for line in verdict(results)), ""]
     if picture:
         text += ["Points: iterations. Lines: means of the bins that both sides visited.", ""]
-        text += [f"![Score against KL, a panel for each seed]({picture.name})", ""]
-    return "\n".join(text)
+        text += [f"![Score against KL, a panel for each seed]({picture.name})"]
+    return text
 
 
 def verdict(results: dict[str, Any]) -> list[str]:
@@ -200,13 +187,7 @@ def _gain(sides: dict[str, dict[str, float]], key: str) -> float:
 
 def draw(results: dict[str, Any], path: Path) -> Path | None:
     """Score against KL, a panel for each seed; None where matplotlib is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("no plots: matplotlib is missing; run: pip install 'rlhf-lightning[plot]'", file=sys.stderr)
+    if (pyplot := report.pyplot()) is None:
         return None
     seeds = results["seeds"]
     columns = min(3, len(seeds))
@@ -242,27 +223,17 @@ def draw(results: dict[str, Any], path: Path) -> Path | None:
     return picture
 
 
-def write(results: dict[str, Any], path: Path) -> None:
-    """The JSON at ``path``; the page and the plot beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(page(results, path, draw(results, path)), encoding="utf-8")
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(f"{__doc__}\n{report.CODES}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--quick", action="store_true", help="the demo's reduced size")
     parser.add_argument("--out", type=Path, default=Path("runs/against_trl"))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     chosen = parser.parse_args()
-    if reason := ENTRANTS[TRL].missing():
-        print(f"demo_against_trl: {TRL} is {reason}", file=sys.stderr)
-        return 1
+    if reason := missing(FOLDER):
+        return report.exit_code(False, [f"{TRL} ({reason})"])
     torch.set_num_threads(chosen.threads)
     size = "quick" if chosen.quick else "full"
-    facts = provenance.about("cpu", chosen.threads)
+    facts = report.about("cpu", chosen.threads)
     results: dict[str, Any] = {"about": facts, "size": size, "seeds": {}}
     if chosen.json and chosen.json.exists():
         old = json.loads(chosen.json.read_text(encoding="utf-8"))
@@ -275,12 +246,16 @@ def main() -> int:
         found = results["seeds"].get(str(seed))
         if found is None:
             sizes = stages.QUICK if chosen.quick else stages.FULL
-            found = run(seed, chosen.out / str(seed), sizes, chosen.threads)
+            try:
+                found = run(seed, chosen.out / str(seed), sizes, chosen.threads)
+            except Refused as refused:  # by TRL's process, the only one
+                return report.exit_code(False, [f"{TRL} ({refused})"])
             results["seeds"][str(seed)], results["about"] = found, facts
         for seen in results["seeds"].values():
             seen.update(compared(seen["curves"]))
         if chosen.json:
-            write(results, chosen.json)
+            chosen.json.parent.mkdir(parents=True, exist_ok=True)
+            report.write(results, chosen.json, page(results, chosen.json, draw(results, chosen.json)))
         print(f"seed {seed}: {json.dumps(found['at_equal_kl'])}", flush=True)
     print("\n".join(verdict(results)))
     return 0

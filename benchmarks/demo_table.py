@@ -28,9 +28,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import provenance
 import yaml
-from provenance import ROOT
+from harness import report
+from harness.report import ROOT
 
 from rlhf_lightning.demo import stages
 
@@ -86,14 +86,14 @@ def run(size: str, seed: int, threads: int) -> dict[str, Any]:
             if process.returncode != 0:
                 output.seek(0)
                 raise SystemExit(f"{' '.join(arguments)} failed:\n{output.read()[-2000:]}")
-        report = json.loads(Path(folder, "demo", "report.json").read_text(encoding="utf-8"))
-    kept = {key: report[key] for key in ("warnings", "sft", "reward_model", "ppo", "dpo")}
+        told = json.loads(Path(folder, "demo", "report.json").read_text(encoding="utf-8"))
+    kept = {key: told[key] for key in ("warnings", "sft", "reward_model", "ppo", "dpo")}
     return {**kept, "cpu_seconds": round(used.ru_utime, 1)}
 
 
 def keep(results: dict[str, Any], path: Path, name: str, found: dict[str, Any]) -> None:
     """Put one result into the file, whole or not at all."""
-    facts = provenance.about("cpu", 1)
+    facts = report.about("cpu", 1)
     own = {key: facts[key] for key in ("date", "commit", "changed", "cpu", "cores", "python", "torch")}
     with _written:
         results["runs"][name] = {"recipe": results["recipe"][name.split()[0]], **own, **found}

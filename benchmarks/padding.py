@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from steps.training import SIZES
+from harness import clock
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from training.sizes import save_random
+from training.sizes import PROFILED, save_random
 
 from rlhf_lightning.data.batching import epoch_batches, make_bins
 from rlhf_lightning.data.records import load_records
@@ -70,16 +69,15 @@ def seconds(policy: Policy, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) ->
         for packs in spent if number % 2 == 0 else reversed(spent):
             policy.packs = packs
             policy.zero_grad()
-            began = time.perf_counter()
-            policy(*batch).log_probs.sum().backward()
-            spent[packs] += (time.perf_counter() - began) * (number > 0)  # the first one warms up
+            taken = clock.seconds(lambda: policy(*batch).log_probs.sum().backward(), "cpu")  # noqa: B023
+            spent[packs] += taken * (number > 0)  # the first one warms up
     return spent
 
 
 def measure(examples: Sequence[Example], size: str, count: int) -> None:
     """Print what each way takes for a few batches, drawn at random as training draws them."""
     with tempfile.TemporaryDirectory() as folder:
-        save_random(SIZES[size], Path(folder))
+        save_random(PROFILED[size][0], Path(folder))
         policy = Policy(load_causal_lm(folder))
     for rows, tokens in BATCHES[:3]:
         drawn = epoch_batches(make_bins(examples, rows, tokens), seed=0, epoch=0)[:count]
@@ -94,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="a model's folder")
     parser.add_argument("--data", nargs="+", required=True, help="files of pairs")
-    parser.add_argument("--size", choices=SIZES, help="time passes of a model of this size")
+    parser.add_argument("--size", choices=PROFILED, help="time passes of a model of this size")
     parser.add_argument("--batches", type=int, default=4, help="to time")
     options = parser.parse_args()
     encoder = Encoder(load_tokenizer(options.tokenizer), max_prompt_tokens=2048, max_response_tokens=2048)

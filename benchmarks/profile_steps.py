@@ -11,128 +11,43 @@ Trains the real module with Lightning's Trainer on random weights and tokens, ea
 
 Steps are timed bare, and in between the same number with a clock around each operator's forward and backward. All times
 are wall times: the median of the steps after two to warm up, with the first and third quartile of the bare ones.
+
+``--top-k`` and ``--top-p`` give PPO's rollouts a filter. The rule by which sampling got an operator: it takes 5% or
+more of a PPO step, as plain PyTorch writes it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from dataclasses import replace
+import textwrap
 from pathlib import Path
 from typing import Any
 
-import provenance
-import torch
-from lightning.pytorch import Callback, Trainer
-from steps.clock import Clock, operator, replace_everywhere
-from steps.plain import plain_cross_entropy, plain_log_probs
-from steps.report import WAYS, page, table
-from steps.training import SIZES, RandomBatches, Size, make_module
-from training.sizes import save_random
+from harness import report
+from harness.worker import once
+from training.sizes import PROFILED, save_random
 
 from rlhf_lightning.ops import extension
 
-WARM_UP = 2
+WAYS = ("native", "reference", "plain")
+STEADY = 0.1  # by so much clocked and bare steps may differ
 
 
-# One way, in a process of its own
-
-
-class Steps(Callback):
-    """Times the steps, every second one with the clock on."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.bare: list[float] = []
-        self.phases: list[dict[str, float]] = []
-        self.clocked: list[float] = []
-        self.operators: list[dict[str, dict[str, float]]] = []
-
-    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        self.clock.restart()
-        self.clock.on = batch_idx >= WARM_UP and (batch_idx - WARM_UP) % 2 == 1
-        self.began = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        took = 1e3 * (time.perf_counter() - self.began)
-        if self.clock.on:
-            self.clocked.append(took)
-            self.operators.append({name: dict(spent) for name, spent in self.clock.spent.items()})
-        elif batch_idx >= WARM_UP:
-            self.bare.append(took)
-            seconds = getattr(module, "phase_seconds", {})
-            self.phases.append({name: 1e3 * value for name, value in seconds.items()})
-
-
-def work(task: str, size: Size, folder: Path, way: str, steps: int) -> dict[str, Any]:
-    """The times of ``steps`` bare steps, and of the operators in as many others."""
-    clock = Clock()
-    plain = {"linear_token_log_probs": plain_log_probs(task == "ppo"), "linear_cross_entropy": plain_cross_entropy}
-    for name in extension.OPERATORS:
-        original = operator(name)
-        chosen = plain.get(name, original) if way == "plain" else original
-        replace_everywhere(original, clock.wrap(name, chosen))
-    count = WARM_UP + 2 * steps
-    timer = Steps(clock)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        precision=size.precision,
-        gradient_clip_val=None if task == "ppo" else 1.0,
-        logger=False,
-        callbacks=[timer],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(make_module(task, size, folder, count), datamodule=RandomBatches(folder, task, size, count))
-    return {
-        "step_ms": timer.bare,
-        "clocked_step_ms": timer.clocked,
-        "peak_mib": [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024],
-        "phases": timer.phases,
-        "operators": timer.operators,
-    }
-
-
-# All ways
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def measure(options: argparse.Namespace, ppo: dict[str, Any]) -> dict[str, Any]:
     """Every way's times; the rounds go there and back, so that a machine that slows down slows all of them."""
     rounds: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
-        save_random(SIZES[options.size], Path(folder))
+        save_random(PROFILED[options.size][0], Path(folder))
+        question = {name: getattr(options, name) for name in ("task", "size", "precision", "steps", "threads")}
+        question |= {"ppo": ppo, "folder": folder}
         for number in range(options.rounds):
             for way in WAYS if number % 2 == 0 else reversed(WAYS):
-                rounds[way].append(run(options, way, Path(folder)))
+                ops = {extension.VARIABLE: "native" if way == "native" else "reference"}
+                asked = {**question, "way": way}
+                rounds[way].append(once("training.steps", asked, threads=options.threads, environment=ops))
     return {way: merged(parts) for way, parts in rounds.items()}
-
-
-def run(options: argparse.Namespace, way: str, folder: Path) -> dict[str, Any]:
-    """What `work` measures, in a process of its own."""
-    command = [sys.executable, __file__, "--task", options.task, "--size", options.size, "--way", way]
-    command += ["--precision", options.precision, "--threads", str(options.threads), "--steps", str(options.steps)]
-    path = folder / "measured.json"
-    done = subprocess.run(
-        [*command, "--model", str(folder), "--json", str(path)],
-        env={**os.environ, extension.VARIABLE: "native" if way == "native" else "reference"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{way} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    measured: dict[str, Any] = json.loads(path.read_text())
-    return measured
 
 
 def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -152,35 +67,135 @@ def medians(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
+# The results for people
+
+
+def quartiles(times: list[float]) -> tuple[float, float, float]:
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return low, middle, high
+
+
+def spent(way: dict[str, Any], name: str) -> float:
+    taken = way["operators"].get(name, {"forward_ms": 0.0, "backward_ms": 0.0})
+    return taken["forward_ms"] + taken["backward_ms"]
+
+
+def steady(way: dict[str, Any]) -> bool:
+    """Whether the steps with the clock on took what the bare ones took: else shares of a step say nothing."""
+    bare, clocked = statistics.median(way["step_ms"]), statistics.median(way["clocked_step_ms"])
+    return max(bare, clocked) <= (1 + STEADY) * min(bare, clocked)
+
+
+def share(ms: float, ways: dict[str, Any], *names: str) -> float | None:
+    """``ms`` over the clocked steps of the last of ``names``; None where one of these ways was unsteady."""
+    if not all(steady(ways[name]) for name in names):
+        return None
+    return ms / statistics.median(ways[names[-1]]["clocked_step_ms"])
+
+
+def gain(part: float | None, noise: float) -> str:
+    """A gain in words: nothing below 1%, or below what steps differ by themselves."""
+    if part is None:
+        return "unsteady"
+    return "nothing" if abs(part) < max(0.01, noise) else f"{100 * part:+.0f}%"
+
+
+def noise(times: list[float]) -> float:
+    """Half the distance of the quartiles, relative to the median."""
+    low, middle, high = quartiles(times)
+    return (high - low) / 2 / middle
+
+
+def step_gain(ways: dict[str, Any], before: str) -> str:
+    """By how much the native step is shorter: from bare steps alone."""
+    was, native = ways[before], ways["native"]
+    if not (steady(was) and steady(native)):
+        return "unsteady"
+    part = 1 - statistics.median(native["step_ms"]) / statistics.median(was["step_ms"])
+    return gain(part, max(noise(was["step_ms"]), noise(native["step_ms"])))
+
+
+def saved(ways: dict[str, Any], before: str, name: str) -> str:
+    """What the native operator saves of a step: from clocked steps alone."""
+    part = share(spent(ways[before], name) - spent(ways["native"], name), ways, "native", before)
+    return gain(part, noise(ways[before]["clocked_step_ms"]))
+
+
+def table(ways: dict[str, Any]) -> list[str]:
+    """Markdown: the steps, and the operators in them."""
+    steps = {way: quartiles(ways[way]["step_ms"]) for way in WAYS}
+    clocked = {way: statistics.median(ways[way]["clocked_step_ms"]) for way in WAYS}
+    marks = {way: "" if steady(ways[way]) else " (unsteady)" for way in WAYS}
+    native = steps["native"][1]
+    rows = [
+        ["", *WAYS],
+        ["step, ms", *(f"{middle:.0f} ({low:.0f} to {high:.0f})" for low, middle, high in steps.values())],
+        ["clocked step, ms", *(f"{clocked[way]:.0f}{marks[way]}" for way in WAYS)],
+        ["times native", *(f"{middle / native:.2f}" for _, middle, _ in steps.values())],
+        ["the native step gained", "", *(step_gain(ways, before) for before in WAYS[1:])],
+    ]
+    for phase in ways["native"]["phases_ms"]:
+        rows.append([f"{phase}, ms", *(f"{ways[way]['phases_ms'][phase]:.0f}" for way in WAYS)])
+    rows.append(["peak, MiB", *(f"{ways[way]['peak_mib']:.0f}" for way in WAYS)])
+    parts = [["operator", "calls", *(f"{way}, ms" for way in WAYS), *(f"saved over {way}" for way in WAYS[1:])]]
+    for name, taken in ways["native"]["operators"].items():
+        times = []
+        for way in WAYS:
+            part = share(spent(ways[way], name), ways, way)
+            times.append(f"{spent(ways[way], name):.2f} ({'unsteady' if part is None else f'{100 * part:.1f}%'})")
+        parts.append([name, f"{taken['calls']:.0f}", *times, *(saved(ways, before, name) for before in WAYS[1:])])
+    rest = [clocked[way] - sum(spent(ways[way], name) for name in ways[way]["operators"]) for way in WAYS]
+    parts.append(["all else", "", *(f"{ms:.0f}" for ms in rest), *[""] * len(WAYS[1:])])
+    return [*report.markdown(rows), "", *report.markdown(parts)]
+
+
+def page(facts: dict[str, Any], ways: dict[str, Any], path: Path) -> list[str]:
+    """The table in Markdown, with what it needs to be understood."""
+    size, task = facts["size"], facts["task"]
+    responses = f"{size['response'][1]}" if task == "ppo" else f"{size['response'][0]} to {size['response'][1]}"
+    what = (
+        f"A Llama of random weights, {size['layers']} layers of width {size['hidden']}, vocabulary "
+        f"{size['vocabulary']}, {size['precision']}; {size['rows'][task]} {'pairs' if task == 'dpo' else 'rows'} a "
+        f"step, prompts of {size['prompt'][0]} to {size['prompt'][1]} tokens, responses of {responses}. Milliseconds: "
+        f"the median of {facts['steps']} bare steps and, in brackets, their quartiles. As many others are clocked: "
+        "an operator's forward and backward together, and its share of the median clocked step. `native`: as "
+        "installed; `reference`: the operators in plain PyTorch; `plain`: those, and the head as people write it, with "
+        "all logits of the responses held. What the native step gained is from bare steps alone; what an operator "
+        "saved of the step, in the last columns, from clocked ones alone; what is less than 1%, or less than steps "
+        f"differ by themselves, is nothing. Where bare and clocked steps of a way differ by more than {STEADY:.0%}, "
+        "the run was unsteady and no share is told. `peak` is the process's largest resident memory, PyTorch and model "
+        "included."
+    )
+    title = f"# The operators in a whole {task.upper()} step: {size['name']}"
+    return [title, "", *report.header(facts, path), textwrap.fill(what, 120), "", *table(ways)]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
     parser.add_argument("--task", choices=("ppo", "sft", "dpo"), required=True)
-    parser.add_argument("--size", choices=SIZES, default="16m")
+    parser.add_argument("--size", choices=PROFILED, default="16m")
     parser.add_argument("--precision", help="of Lightning's Trainer; the size's own by default")
     parser.add_argument("--steps", type=int, default=4, help="bare steps of a process; as many with the clock on")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each way")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write the numbers here, and a page beside it")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)  # a process of its own for one of them
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--top-k", type=int, help="of PPO's rollouts (default: no filter)")
+    parser.add_argument("--top-p", type=float)
     options = parser.parse_args()
-    chosen = SIZES[options.size]
-    options.precision = options.precision or chosen.precision
-    chosen = replace(chosen, precision=options.precision)
-    if options.way:
-        torch.set_num_threads(options.threads)
-        measured = work(options.task, chosen, options.model, options.way, options.steps)
-        options.json.write_text(json.dumps(measured))
-        return
-    size = {"name": options.size, **vars(chosen)}
+    if options.rounds * options.steps < 2:
+        parser.error("--rounds, --steps: quartiles need two bare steps of each way at least")
+    size, precision, ppo = PROFILED[options.size]
+    options.precision = options.precision or precision
+    filters = {name: value for name in ("top_k", "top_p") if (value := getattr(options, name)) is not None}
+    ppo = {**ppo, "minibatches": size.minibatches, **filters}
+    shape = ("hidden", "intermediate", "layers", "heads", "kv_heads", "vocabulary")
+    told = {"name": options.size, **{name: getattr(size, name) for name in shape}, "precision": options.precision}
+    told |= {"prompt": size.prompt, "response": size.response, "ppo": ppo}
+    told |= {"rows": {"ppo": size.prompts, "sft": size.rows, "dpo": size.rows}}
     steps = options.rounds * options.steps
-    facts = {**provenance.about("cpu", options.threads), "task": options.task, "size": size, "steps": steps}
-    ways = measure(options)
+    facts = {**report.about("cpu", options.threads), "task": options.task, "size": told, "steps": steps}
+    ways = measure(options, ppo)
     print("\n".join(table(ways)))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"about": facts, "ways": ways}, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(page(facts, ways, options.json))
+        report.write({"about": facts, "ways": ways}, options.json, page(facts, ways, options.json))
 
 
 if __name__ == "__main__":

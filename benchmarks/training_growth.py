@@ -11,21 +11,18 @@ largest: 1 is linear.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import provenance
-import torch
-from operators.report import number
+from harness import report
+from harness.report import number
+from harness.worker import Refused
+from training.sides import measure_point
 
-HERE = Path(__file__).resolve().parent
 BASE = {"prompts": 16, "vocabulary": 8192, "new_tokens": 48}
 AXES = {
     "prompts": (8, 16, 32, 64),
@@ -35,28 +32,15 @@ AXES = {
 LINES = {"seconds": "seconds a step", "activations_mb": "activations of the update, MB"}
 
 
-def measure(point: dict[str, int], device: str, threads: int) -> dict[str, Any]:
-    """One point, in a process of its own."""
-    path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "point.json"
-        command = [sys.executable, "-m", "training.point", json.dumps(point), device, str(threads), folder, str(target)]
-        variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise SystemExit(f"{point} failed: {done.stderr.strip()[-2000:]}")
-        return {**point, **json.loads(target.read_text())}
-
-
 def exponent(points: list[dict[str, Any]], axis: str, line: str) -> float:
     """The slope between the two largest points, in logarithms."""
     first, second = points[-2:]
     return math.log(second[line] / first[line]) / math.log(second[axis] / first[axis])
 
 
-def page(results: dict[str, Any], path: Path, picture: Path | None) -> str:
+def page(results: dict[str, Any], path: Path, picture: Path | None) -> list[str]:
     """The facts of the JSON in Markdown."""
-    text = ["# How a PPO step of ours grows", "", *provenance.header(results["about"], path)]
+    text = ["# How a PPO step of ours grows", "", *report.header(results["about"], path)]
     text += [
         f"A Llama of 2 layers of width 128, float32, prompts of 8 to 32 tokens; where nothing else is said "
         f"{BASE['prompts']} prompts, vocabulary {BASE['vocabulary']} and {BASE['new_tokens']} new tokens. Policy, "
@@ -64,23 +48,16 @@ def page(results: dict[str, Any], path: Path, picture: Path | None) -> str:
         "",
     ]
     for axis, points in results["axes"].items():
-        text += [f"| {axis} | " + " | ".join(LINES.values()) + " |", "|---:|" + "---:|" * len(LINES)]
-        text += [f"| {point[axis]} | " + " | ".join(number(point[line]) for line in LINES) + " |" for point in points]
-        text += ["| exponent | " + " | ".join(f"{exponent(points, axis, line):.2f}" for line in LINES) + " |", ""]
-    if picture:
-        text += [f"![Time and activations against size]({picture.name})", ""]
-    return "\n".join(text)
+        rows = [[axis, *LINES.values()]]
+        rows += [[f"{point[axis]}", *(number(point[line]) for line in LINES)] for point in points]
+        rows.append(["exponent", *(f"{exponent(points, axis, line):.2f}" for line in LINES)])
+        text += [*report.markdown(rows, left=0), ""]
+    return [*text, f"![Time and activations against size]({picture.name})"] if picture else text
 
 
 def draw(results: dict[str, Any], path: Path) -> Path | None:
     """The plot, where matplotlib is installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("no plots: matplotlib is missing; run: pip install 'rlhf-lightning[plot]'", file=sys.stderr)
+    if (pyplot := report.pyplot()) is None:
         return None
     axes = results["axes"]
     figure, panels = pyplot.subplots(len(LINES), len(axes), figsize=(4 * len(axes), 6), squeeze=False)
@@ -88,8 +65,7 @@ def draw(results: dict[str, Any], path: Path) -> Path | None:
         for column, (axis, points) in enumerate(axes.items()):
             panel = panels[row][column]
             panel.plot([p[axis] for p in points], [p[line] for p in points], "o-", color="#1f77b4")
-            panel.set_xlabel(axis.replace("_", " "))
-            panel.set_ylabel(label)
+            panel.set(xlabel=axis.replace("_", " "), ylabel=label)
             panel.set_xlim(left=0)
             panel.locator_params(axis="x", nbins=5)
             panel.set_ylim(bottom=0)
@@ -101,25 +77,27 @@ def draw(results: dict[str, Any], path: Path) -> Path | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = report.parser(__doc__)
+    report.add_device(parser)
     parser.add_argument("--axis", nargs="+", choices=tuple(AXES), default=tuple(AXES))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    results: dict[str, Any] = {"about": provenance.about(chosen.device, chosen.threads), "axes": {}}
+    results: dict[str, Any] = {"about": report.about(chosen.device, chosen.threads), "axes": {}}
     if chosen.json and chosen.json.exists():
         results["axes"] = json.loads(chosen.json.read_text(encoding="utf-8"))["axes"]
     for axis in chosen.axis:
-        points = [measure({**BASE, axis: value}, chosen.device, chosen.threads) for value in AXES[axis]]
-        results["axes"][axis] = points
-        for point in points:
-            print(f"{axis} {point[axis]}: " + ", ".join(f"{label} {number(point[k])}" for k, label in LINES.items()))
+        points = results["axes"][axis] = []
+        for value in AXES[axis]:
+            point = {**BASE, axis: value}
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    points.append({**point, **measure_point(point, chosen.device, chosen.threads, folder)})
+                except Refused as refused:
+                    raise SystemExit(f"{point}: {refused}") from None
+            print(f"{axis} {value}: " + ", ".join(f"{label} {number(points[-1][k])}" for k, label in LINES.items()))
         print("exponents: " + ", ".join(f"{line} {exponent(points, axis, line):.2f}" for line in LINES), flush=True)
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        chosen.json.with_suffix(".md").write_text(page(results, chosen.json, draw(results, chosen.json)))
+        report.write(results, chosen.json, page(results, chosen.json, draw(results, chosen.json)))
     return 0
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -19,17 +16,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_training  # noqa: E402
-from training import meter, ours, plain_ppo, rounds, sizes  # noqa: E402
+from harness import memory  # noqa: E402
+from harness.clock import Meter  # noqa: E402
+from training import ours, plain_ppo, report, sizes  # noqa: E402
 
 
 def test_state_is_counted_from_shapes() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 3))
     model[1].weight = torch.nn.Parameter(model[0].weight.detach().T)  # shares its storage
     optimizer = torch.optim.AdamW(model[0].parameters())
-    assert meter.state_bytes([model], optimizer) == {"models": 4 * (12 + 4 + 3), "gradients": 4 * 16, "optimizer": 0}
+    assert memory.state_bytes([model], optimizer) == {"models": 4 * (12 + 4 + 3), "gradients": 4 * 16, "optimizer": 0}
     model[0](torch.ones(3)).sum().backward()
     optimizer.step()
-    assert meter.state_bytes([model], optimizer)["optimizer"] == 2 * 4 * 16 + 2 * 4  # two moments, and a step each
+    assert memory.state_bytes([model], optimizer)["optimizer"] == 2 * 4 * 16 + 2 * 4  # two moments, and a step each
 
 
 def test_different_work_is_found() -> None:
@@ -40,11 +39,11 @@ def test_different_work_is_found() -> None:
         return {"seconds": seconds, "work": [step], "phases": [{"update": 1.0}], **held}
 
     results = {"runs": {"ours": [run(5.0, [1.0, 3.0]), run(5.0, [2.0])], "peer": [run(5.0, [8.0])]}}
-    rounds.summary(results)
+    report.summary(results)
     assert results["ours"] == {"seconds": 2.0, "peak_mb": 50.0}
     assert results["ratio"] == {"peer": {"time": 4.0, "memory": 1.0}} and results["same_work"]
     results["runs"]["peer"] = [run(6.0, [8.0])]
-    rounds.summary(results)
+    report.summary(results)
     assert not results["same_work"]
 
 
@@ -54,7 +53,7 @@ def test_the_plain_loop_learns_the_same_in_smaller_passes(tmp_path: Path) -> Non
     sizes.fill(whole, tmp_path)
     cut = replace(whole, micro_rows=1)
     found = [
-        plain_ppo.run("ppo", size, tmp_path, "cpu", "float32", meter.Meter("cpu", 1, 1, 1), seed=0)["work"]
+        plain_ppo.run("ppo", size, tmp_path, "cpu", "float32", Meter("cpu", 1, 1, 1), seed=0)["work"]
         for size in (whole, cut)
     ]
     assert [step["optimizer_steps"] for step in found[1]] == [4.0] * 3
@@ -64,23 +63,29 @@ def test_the_plain_loop_learns_the_same_in_smaller_passes(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_every_side_does_the_same_work_and_missing_peers_are_named(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
+def test_every_side_does_the_same_work_and_missing_peers_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "out" / "ppo.json"
-    command = [sys.executable, "benchmarks/bench_training.py", "--task", "ppo", "--size", "tiny", "--threads", "1"]
-    command += ["--rounds", "1", "--warm-up", "1", "--timed", "2", "--apart", "1", "--json", str(target)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(sizes, "ROOT", tmp_path)
+    monkeypatch.setattr("peers.install.INSTALLED", tmp_path / "peers")
+    options = ["--task", "ppo", "--size", "tiny", "--threads", "1", "--rounds", "1", "--json", str(target)]
+    options += ["--warm-up", "1", "--timed", "2", "--apart", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench_training.py", *options])
+    assert bench_training.main() == 3  # all but TRL, which was asked for
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "asked for, and could not run: TRL 1.12.0 PPO"
     results = json.loads(target.read_text(encoding="utf-8"))
     page = target.with_suffix(".md").read_text(encoding="utf-8")
 
+    committed = next((ROOT / "benchmarks" / "results").glob("training_ppo_16m_*.json"))
+    assert set(results) == set(json.loads(committed.read_text(encoding="utf-8")))
     assert [results[key] for key in ("task", "size", "device")] == ["ppo", "tiny", "cpu"]
     assert set(results["ours"]) == {"seconds", "peak_mb"} and min(results["ours"].values()) > 0
     assert set(results["peers"]) == set(results["ratio"]) == {"plain PyTorch"}
     assert set(results["ratio"]["plain PyTorch"]) == {"time", "memory"}
     assert results["same_work"] and results["work"]["ours"] == {"new_tokens": 40.0, "optimizer_steps": 4.0}
-    assert "peers/install.py trl_ppo" in results["missing"]["TRL 1.12.0 PPO"] and "TRL 1.12.0 PPO" in done.stdout
+    assert "peers/install.py trl_ppo" in results["missing"]["TRL 1.12.0 PPO"] and "TRL 1.12.0 PPO" in said.out
     parts = ("rollout", "reference", "reward", "critic", "update")
     assert all(results["breakdown"]["ours"][part] > 0 for part in (*parts, "other"))
     assert all(results["limits"]["seconds"][part] > 0 for part in parts)
@@ -104,7 +109,7 @@ def test_the_plain_loops_passes_see_each_steps_weights_under_autocast(tmp_path: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plain_ppo, "response_log_probs", noted)
-        plain_ppo.run("ppo", size, tmp_path, "cpu", "bf16-mixed", meter.Meter("cpu", 0, 1, 0), seed=0)
+        plain_ppo.run("ppo", size, tmp_path, "cpu", "bf16-mixed", Meter("cpu", 0, 1, 0), seed=0)
     assert len(seen) == 2 and not torch.equal(*seen)
 
 
@@ -114,7 +119,7 @@ def test_the_plain_loops_passes_see_each_steps_weights_under_autocast(tmp_path: 
 def test_supervised_steps_are_counted(task: str, precision: str, tmp_path: Path) -> None:
     size = sizes.SIZES["tiny"]
     sizes.fill(size, tmp_path)
-    seen = meter.Meter("cpu", 1, 2, 1, rest="update")
+    seen = Meter("cpu", 1, 2, 1, rest="update")
     measured = ours.run(task, size, tmp_path, "cpu", precision, seen, seed=0)
     rows = sizes.work(tmp_path)
     if task == "sft":
@@ -135,8 +140,8 @@ def test_runs_of_another_gpu_are_not_added(tmp_path: Path, monkeypatch: pytest.M
     fresh = bench_training.start(chosen, work)
     bench_training.keep(fresh, target)
     assert bench_training.start(chosen, work)["runs"] == {}
-    about = bench_training.provenance.about
-    monkeypatch.setattr(bench_training.provenance, "about", lambda *given: {**about(*given), "gpu": "another"})
+    about = bench_training.report.about
+    monkeypatch.setattr(bench_training.report, "about", lambda *given: {**about(*given), "gpu": "another"})
     with pytest.raises(SystemExit, match="another machine"):
         bench_training.start(chosen, work)
 
@@ -172,10 +177,10 @@ def test_finished_seeds_are_compared_anew_from_their_curves(tmp_path: Path, monk
         return {"curves": {script.OURS: better, script.TRL: curve}, "held_out": ends, "at_equal_kl": "of another day"}
 
     target = tmp_path / "against.json"
-    about = {**script.provenance.about("cpu", 1), "command": "python one\npython two"}
+    about = {**script.report.about("cpu", 1), "command": "python one\npython two"}
     results = {"about": about, "size": "full", "seeds": {"0": seed(0.1), "1": seed(0.3)}}
     target.write_text(json.dumps(results))
-    monkeypatch.setattr(script.ENTRANTS[script.TRL].__class__, "missing", lambda self: None)
+    monkeypatch.setattr(script, "missing", lambda folder: None)
     monkeypatch.setattr(sys, "argv", ["demo_against_trl.py", "--seeds", "0", "1", "--json", str(target)])
     assert script.main() == 0
     found = json.loads(target.read_text(encoding="utf-8"))

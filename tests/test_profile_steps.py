@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,17 @@ from rlhf_lightning.ops import clipped_value_loss, linear_cross_entropy, linear_
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from steps.clock import Clock, operator, replace_everywhere  # noqa: E402
-from steps.plain import plain_cross_entropy, plain_log_probs  # noqa: E402
-from steps.report import table  # noqa: E402
+import profile_steps  # noqa: E402
+from profile_steps import table  # noqa: E402
+from training.sizes import SIZES, save_random  # noqa: E402
+from training.steps import (  # noqa: E402
+    OperatorClock,
+    RandomBatches,
+    operator,
+    plain_cross_entropy,
+    plain_log_probs,
+    replace_everywhere,
+)
 
 
 def head() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,7 +36,7 @@ def head() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_a_clock_around_an_operator_changes_neither_results_nor_gradients() -> None:
     hidden, weight, tokens = head()
-    clock = Clock()
+    clock = OperatorClock()
     timed = clock.wrap("head", linear_token_log_probs)
     found = []
     for clock.on in (False, True):
@@ -39,7 +49,7 @@ def test_a_clock_around_an_operator_changes_neither_results_nor_gradients() -> N
 
 def test_a_result_without_use_and_an_operand_without_gradient_pass_the_clock() -> None:
     values, old, returns = torch.randn(3, 8)
-    clock = Clock()
+    clock = OperatorClock()
     clock.on = True
     loss, clipped = clock.wrap("loss", clipped_value_loss)(values.requires_grad_(), old, returns, 0.2)
     (grad,) = torch.autograd.grad(loss.sum(), values)
@@ -136,3 +146,37 @@ def test_a_way_whose_clocked_and_bare_steps_differ_is_called_unsteady() -> None:
     assert found["gae"] == ["1", "9.50 (10.0%)", "21.00 (20.0%)", "20.00 (unsteady)", "+11%", "unsteady"]
     assert found["the native step gained"] == ["", "+10%", "unsteady"]
     assert found["clocked step, ms"] == ["95", "105", "100 (unsteady)"]
+
+
+@pytest.mark.parametrize(("task", "size"), [("ppo", "16m"), ("dpo", "demo")])
+def test_the_file_has_the_form_of_the_committed_ones_and_says_which_filter(
+    task: str, size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = {name: way([90.0] * 4, [95.0] * 4, 9.5) for name in profile_steps.WAYS}
+    given: list[dict] = []
+    monkeypatch.setattr(profile_steps, "measure", lambda options, ppo: given.append(ppo) or ways)
+    target = tmp_path / "profile.json"
+    command = ["profile_steps.py", "--task", task, "--size", size, "--json", str(target)]
+    (committed,) = (ROOT / "benchmarks" / "results").glob(f"profile_{task}_{size}_*.json")
+    wanted = json.loads(committed.read_text(encoding="utf-8"))
+    for more in ([], ["--top-k", "50"]):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        profile_steps.main()
+        found = json.loads(target.read_text(encoding="utf-8"))
+        assert set(found) == set(wanted) and set(found["about"]) == set(wanted["about"])
+        ppo = {**wanted["about"]["size"]["ppo"], **({"top_k": 50} if more else {})}
+        assert found["about"]["size"] == {**wanted["about"]["size"], "ppo": ppo} and given[-1] == ppo
+        assert (
+            f"A Llama of random weights, {found['about']['size']['layers']} layers"
+            in target.with_suffix(".md").read_text()
+        )
+
+
+@pytest.mark.parametrize("task", ["ppo", "sft", "dpo"])
+def test_batches_are_random_and_fresh_in_every_step(task: str, tmp_path: Path) -> None:
+    size = replace(SIZES["tiny"], prompts=3, rows=4)
+    save_random(size, tmp_path)
+    first, second = RandomBatches(str(tmp_path), task, size, 2).batches
+    assert len(first) == len(second) == (3 if task == "ppo" else 4)
+    sides = [batch.chosen if task == "dpo" else batch for batch in (first, second)]
+    assert sides[0].tokens.shape != sides[1].tokens.shape or not torch.equal(sides[0].tokens, sides[1].tokens)

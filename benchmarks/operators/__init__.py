@@ -1,1 +1,1 @@
-"""The stages of ``bench_operators.py``: cases, inputs, entrants, clock, worker, rounds, report, plots."""
+"""The stages of ``bench_operators.py``: cases, inputs, sides, measure, report."""

@@ -1,14 +1,16 @@
-"""The results for people: the table on the terminal, the JSON, the page."""
+"""A row of the results, and the results for people: the table on the terminal, the JSON, the page, the plots."""
 
 from __future__ import annotations
 
-import json
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import provenance
+from harness import report
+from harness.report import STYLES, number
 
-from operators.cases import LIMIT
+from operators.cases import LIMIT, OURS, Case, work
 
 # The keys of a row in the JSON; what else is known of it is in the list beside, at the same index.
 ROW = ("operator", "shape", "dtype", "pass", "ours_ms", "limit_ms", "peers")
@@ -28,17 +30,64 @@ GAE and the losses are captured in CUDA graphs, on inputs that together exceed t
 the Python loops are timed as they are used, launch by launch."""
 
 
+def as_row(
+    case: Case,
+    device: str,
+    times: dict[str, list[float]],
+    held: dict[str, float | None],
+    errors: dict[str, dict[str, float]],
+    not_timed: dict[str, str],
+) -> dict[str, Any]:
+    """One row of the results: medians of the ``times``, MiB ``held``, goals, and why an entrant was not timed."""
+    median = {name: statistics.median(of_entrant) for name, of_entrant in times.items()}
+    peers = {name: median[name] for name in case.peers if name in median}
+    row: dict[str, Any] = {
+        "operator": case.operator,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "pass": case.passes,
+        "ours_ms": median.get(OURS),
+        "limit_ms": median.get(LIMIT),
+        "peers": peers,
+        "environment": case.environment,
+        "limit_does": work(case, device),
+        "ours_mb": held.get(OURS),
+        "peers_mb": {name: held[name] for name in peers},
+        "quartiles_ms": {name: _quartiles(times[name]) for name in median},
+        "samples": {name: len(times[name]) for name in median},
+        "errors": {name: errors[name] for name in median if errors.get(name)},
+        "not_timed": not_timed,
+    }
+    row["goals"] = list(_goals(case, row))
+    return row
+
+
+def _quartiles(times: list[float]) -> list[float]:
+    lower, _, upper = statistics.quantiles(times, n=4)
+    return [lower, upper]
+
+
+def _goals(case: Case, row: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Each goal with what was reached: None where there was nothing to compare."""
+    ours = row["ours_ms"]
+    for name, goal in case.goals.items():
+        other = row["limit_ms"] if name == LIMIT else row["peers"].get(name)
+        if not ours or not other:
+            yield {"against": name, "goal": goal, "reached": None, "met": None}
+        elif name == LIMIT:
+            yield {"against": name, "goal": goal, "reached": ours / other, "met": ours / other <= goal}
+        else:
+            yield {"against": name, "goal": goal, "reached": other / ours, "met": other / ours >= goal}
+    if case.memory_goal is not None:
+        reached = row["ours_mb"]
+        met = None if reached is None else reached <= case.memory_goal
+        yield {"against": "memory", "goal": case.memory_goal, "reached": reached, "met": met}
+
+
 def title(row: dict[str, Any]) -> str:
     shape = " ".join(f"{name}={size}" for name, size in row["shape"].items())
     environment = "".join(f", {name}={value}" for name, value in row["environment"].items())
     return f"{row['operator']}, {shape}, {row['dtype']}, {row['pass']}{environment}"
-
-
-def number(value: float | None) -> str:
-    """Three digits, however large."""
-    if value is None:
-        return "-"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def lines(row: dict[str, Any]) -> list[dict[str, str]]:
@@ -101,9 +150,7 @@ def line(row: dict[str, Any]) -> str:
 def closing(results: dict[str, Any], path: Path | None) -> str:
     goals = [goal["met"] for row in results["rows"] for goal in row["goals"]]
     text = [f"goals: {goals.count(True)} met, {goals.count(False)} missed, {goals.count(None)} not measured"]
-    text += [f"missing: {name}: {reason}" for name, reason in results["missing"].items()]
-    text.append(f"written: {path} and the page beside it" if path else "nothing written: not the whole, and no --json")
-    return "\n".join(text)
+    return "\n".join([*text, *report.closing(results["missing"], path, "not the whole, and no --json")])
 
 
 def published(results: dict[str, Any]) -> dict[str, Any]:
@@ -120,18 +167,16 @@ def published(results: dict[str, Any]) -> dict[str, Any]:
 
 def write(results: dict[str, Any], path: Path, pictures: list[Path]) -> None:
     """The JSON at ``path``, the page beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(published(results), indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(page(results, path, pictures), encoding="utf-8")
+    report.write(published(results), path, page(results, path, pictures))
 
 
-def page(results: dict[str, Any], path: Path, pictures: list[Path]) -> str:
+def page(results: dict[str, Any], path: Path, pictures: list[Path]) -> list[str]:
     """The facts of the JSON in Markdown."""
     facts = results["about"]
     text = [
         f"# The operators on {'a GPU' if 'gpu' in facts else 'a CPU'}",
         "",
-        *provenance.header(facts, path),
+        *report.header(facts, path),
         "Peers: " + (", ".join(sorted(set(facts["peers"].values()))) or "none") + ".",
         "",
     ]
@@ -153,4 +198,78 @@ def page(results: dict[str, Any], path: Path, pictures: list[Path]) -> str:
         text += [f"![Time and memory against size: {picture.stem}]({picture.name})", ""]
     if not pictures:
         text += ["No plots: matplotlib is not installed (the extra `plot`), or the sweeps were left out.", ""]
-    return "\n".join(text)
+    return text
+
+
+# Time and memory against N, V and T, one picture an operator
+
+
+def draw(results: dict[str, Any], path: Path) -> list[Path]:
+    """The pictures written beside ``path``; none where matplotlib is not installed or nothing was swept."""
+    if (pyplot := report.pyplot()) is None:
+        return []
+    operators = dict.fromkeys(row["operator"] for row in results["sweeps"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return [_picture(pyplot, operator, results, path) for operator in operators]
+
+
+def _picture(pyplot: Any, operator: str, results: dict[str, Any], path: Path) -> Path:
+    rows = [row for row in results["sweeps"] if row["operator"] == operator]
+    sizes = [size for size in rows[0]["shape"] if len({row["shape"][size] for row in rows}) > 1]
+    figure, axes = pyplot.subplots(2, len(sizes), figsize=(5.2 * len(sizes) + 0.6, 6.6), squeeze=False)
+    for column, size in enumerate(sizes):
+        points = _points(rows, size)
+        fixed = ", ".join(f"{name} = {value}" for name, value in points[0]["shape"].items() if name != size)
+        axes[0, column].set_title(f"against {size}  ({fixed})", fontsize=11)
+        _lines(axes[0, column], points, size, "ms")
+        _lines(axes[1, column], points, size, "mb")
+        axes[0, column].set_yscale("log")
+        axes[1, column].set_yscale("symlog", linthresh=1.0)  # linear from 0 to 1, where a logarithm has no place for 0
+        axes[1, column].set_ylim(0, max(1.0, 1.3 * axes[1, column].get_ylim()[1]))
+        for axis, label in zip(axes[:, column], ("milliseconds", "MiB beyond inputs and results"), strict=True):
+            axis.set_xlabel(size)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks([point["shape"][size] for point in points])
+            axis.set_xticklabels([f"{point['shape'][size]}" for point in points])
+            axis.minorticks_off()
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_ylabel(label if column == 0 else "")
+            axis.grid(True, color="#dddddd", linewidth=0.6)
+            axis.spines[["top", "right"]].set_visible(False)
+    facts = results["about"]
+    machine = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.suptitle(f"{operator}, {rows[0]['dtype']}, {rows[0]['pass']}", fontsize=13, y=0.985)
+    figure.legend(handles, labels, loc="upper center", ncol=len(labels), frameon=False, bbox_to_anchor=(0.5, 0.955))
+    figure.text(
+        0.5, 0.008, f"{machine}, torch {facts['torch']}, {facts['date']}", ha="center", color="#666666", fontsize=8
+    )
+    figure.tight_layout(rect=(0, 0.025, 1, 0.915))
+    target = path.with_name(f"{path.stem}_{operator}.png")
+    figure.savefig(target, dpi=130)
+    pyplot.close(figure)
+    return target
+
+
+def _points(rows: list[dict[str, Any]], size: str) -> list[dict[str, Any]]:
+    """The rows along which ``size`` alone varies: all but the most frequent value of each other size are left out."""
+    others = [name for name in rows[0]["shape"] if name != size]
+    usual = {name: max(values := [row["shape"][name] for row in rows], key=values.count) for name in others}
+    along = [row for row in rows if all(row["shape"][name] == usual[name] for name in others)]
+    return sorted(along, key=lambda row: row["shape"][size])
+
+
+def _lines(axis: Any, points: list[dict[str, Any]], size: str, kind: str) -> None:
+    names, peers = ["ours", *points[0]["peers"]], {"ms": "peers", "mb": "peers_mb"}[kind]
+    for name, (colour, marker) in zip(names, STYLES, strict=False):
+        along = [
+            (point["shape"][size], value)
+            for point in points
+            if (value := point[f"ours_{kind}"] if name == "ours" else point[peers].get(name)) is not None
+        ]
+        if along:
+            axis.plot(*zip(*along, strict=True), color=colour, marker=marker, markersize=5, label=name)
+    if kind == "ms":
+        limits = [(point["shape"][size], point["limit_ms"]) for point in points if point["limit_ms"]]
+        if limits:
+            axis.plot(*zip(*limits, strict=True), color="#333333", linestyle=":", label=f"{LIMIT} of the machine")

@@ -24,6 +24,16 @@ FOR = {"cpu": ("trl", "trl_ppo", "verl"), "cuda": ("trl", "trl_ppo", "verl", "li
 WITHOUT_KERNELS = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", "FLASH_ATTENTION_FORCE_BUILD": "TRUE"}
 
 
+def missing(folder: str | None) -> str | None:
+    """Why there is nothing to start in the peer's folder; None where there is, or where no folder is asked for."""
+    if folder is None or (INSTALLED / folder).is_dir():
+        return None
+    reason = INSTALLED / f"{folder}.failed"
+    if reason.exists():
+        return "not installed: " + reason.read_text(encoding="utf-8").strip()
+    return f"not installed: python benchmarks/peers/install.py {folder}"
+
+
 def install(name: str) -> str | None:
     """None, or the reason why ``build/peers/name`` could not be made."""
     target, note = INSTALLED / name, INSTALLED / f"{name}.failed"

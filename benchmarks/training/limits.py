@@ -1,7 +1,5 @@
 """The least that a step of ours can take on this machine: its bare matrix products, and the bytes it must move.
 
-    python -m training.limits TASK SIZE DEVICE PRECISION THREADS FOLDER OUT
-
 Measured by the products of the model's own shapes, on no padding and on a pair's prompt once, each layer with weights
 of its own and into results that are already there; backward passes as two products each; the optimizer's step at the
 bandwidth of a copy (parameter, gradient and two moments in; parameter and moments out). Attention's own products, norms
@@ -11,20 +9,15 @@ and cache.
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import clock
 from torch import Tensor
 
-from training.sizes import PRECISIONS, Size, size_of, work
-
-REPEATS = 5
+from training.sizes import PRECISIONS, Size, work
 
 
 class Machine:
@@ -39,7 +32,7 @@ class Machine:
         shapes += [(size.intermediate, size.hidden)] * 2 + [(size.hidden, size.intermediate)]
         self.layers = [self._random(*shape) for _ in range(size.layers) for shape in shapes]
         self.head = self._random(size.vocabulary, size.hidden)
-        self.bytes_a_second = self._bandwidth()
+        self.bytes_a_second = clock.copy_bandwidth(device)
 
     @property
     def trunk_bytes(self) -> int:
@@ -70,23 +63,7 @@ class Machine:
                 torch.mm(results[weight.shape], weight, out=back[weight.shape])
                 torch.mm(results[weight.shape].T, inputs[weight.shape], out=grads[weight.shape])
 
-        return self._seconds(run)
-
-    def _bandwidth(self) -> float:
-        elements = 1 << (28 if self.device != "cpu" else 25)
-        source = torch.ones(elements, device=self.device)
-        target = torch.zeros_like(source)
-        return 2 * source.nbytes / self._seconds(lambda: target.copy_(source))
-
-    def _seconds(self, call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(REPEATS + 1):
-            began = time.perf_counter()
-            call()
-            if self.device != "cpu":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-        return statistics.median(times[1:])
+        return clock.median_seconds(run, self.device)
 
     def _random(self, rows: int, columns: int) -> Tensor:
         return (0.05 * torch.randn(rows, columns, device=self.device)).to(self.dtype)
@@ -96,7 +73,7 @@ class Machine:
         return {"device": self.device, "dtype": self.dtype}
 
 
-def of_ppo(machine: Machine, size: Size, rows: dict[str, Any]) -> dict[str, float]:
+def _of_ppo(machine: Machine, size: Size, rows: dict[str, Any]) -> dict[str, float]:
     """Seconds by phase."""
     prompts = [len(row) for row in rows["prompts"]]
     count, answered = len(prompts), len(prompts) * size.new_tokens
@@ -122,15 +99,21 @@ def _decoding(machine: Machine, size: Size, prompts: list[int]) -> float:
         return steps * (machine.trunk(len(prompts)) + machine.logits(len(prompts)))
     width = machine.head.element_size()
     entry = 2 * size.layers * size.kv_heads * (size.hidden // size.heads) * width  # of a token, keys and values
-    cached = sum(steps * length + steps * (steps + 1) // 2 for length in prompts) * entry
-    return float(steps * (machine.trunk_bytes + machine.head.nbytes) + cached) / machine.bytes_a_second
+    weights = machine.trunk_bytes + machine.head.nbytes
+    return decoding_bytes(weights, entry, prompts, size.new_tokens) / machine.bytes_a_second
+
+
+def decoding_bytes(weights: int, entry: int, prompts: Sequence[int], new_tokens: int) -> float:
+    """What the steps after the prefill read: all ``weights`` in each, and the ``entry`` of every token before it."""
+    steps = new_tokens - 1
+    return float(steps * weights + entry * sum(steps * length + steps * (steps + 1) // 2 for length in prompts))
 
 
 def _step(machine: Machine, models: int) -> float:
     return models * 7 * machine.parameters() * machine.trained.itemsize / machine.bytes_a_second
 
 
-def of_supervised(task: str, machine: Machine, rows: dict[str, Any]) -> dict[str, float]:
+def _of_supervised(task: str, machine: Machine, rows: dict[str, Any]) -> dict[str, float]:
     """Seconds of a step of SFT, of a reward model or of DPO, by phase."""
     if task == "sft":
         answered = sum(len(response) for _, response in rows["demonstrations"])
@@ -147,15 +130,10 @@ def of_supervised(task: str, machine: Machine, rows: dict[str, Any]) -> dict[str
     return {"reference": machine.trunk(tokens) + machine.logits(answered), "update": update}
 
 
-def main() -> None:
-    task, name, device, precision, threads, folder, out = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    size, rows = size_of(name, device), work(Path(folder))
+def of(task: str, size: Size, folder: Path, device: str, precision: str) -> dict[str, Any]:
+    """Seconds by phase, and the bandwidth of a copy."""
+    rows = work(folder)
     products = torch.float32 if precision == "float32" else torch.bfloat16
     machine = Machine(size, device, products, getattr(torch, PRECISIONS[precision]))
-    found = of_ppo(machine, size, rows) if task == "ppo" else of_supervised(task, machine, rows)
-    Path(out).write_text(json.dumps({"seconds": found, "copy_gb_a_second": machine.bytes_a_second / 1e9}))
-
-
-if __name__ == "__main__":
-    main()
+    found = _of_ppo(machine, size, rows) if task == "ppo" else _of_supervised(task, machine, rows)
+    return {"seconds": found, "copy_gb_a_second": machine.bytes_a_second / 1e9}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.clock import Meter
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,8 +19,7 @@ from rlhf_lightning.data.forms import PromptAlone
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Example
 from rlhf_lightning.modules import DPOModule, PPOModule, RewardModelModule, SFTModule
-from rlhf_lightning.rewards import ModelReward
-from training.meter import Meter
+from rlhf_lightning.rewards import ModelReward, Reward
 from training.sizes import Size, work
 
 
@@ -28,7 +28,6 @@ class Ends(Callback):
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
-        self.update: Any = None
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         optimizer = trainer.optimizers[0]
@@ -36,9 +35,6 @@ class Ends(Callback):
         self.meter.begin()
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.update is not None:
-            self.update.__exit__(None, None, None)
-            self.update = None
         self.meter.step_ended()
 
 
@@ -46,7 +42,6 @@ class MeteredPPO(PPOModule):
     """PPO whose responses all have ``max_new_tokens`` tokens, with clocks around its parts."""
 
     meter: Meter
-    ends: Ends
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -57,14 +52,13 @@ class MeteredPPO(PPOModule):
             model.forward = self._clocked(forward, phase)
 
     def _clocked(self, forward: Any, phase: str) -> Any:
+        without_gradients = self.meter.clocked(forward, phase)
+
         def clocked(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled():
-                if self.ends.update is None:  # from the first pass with gradients to the end of the step
-                    self.ends.update = self.meter.phase("update")
-                    self.ends.update.__enter__()
-                return forward(*args, **kwargs)
-            with self.meter.phase(phase):
-                return forward(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                return without_gradients(*args, **kwargs)
+            self.meter.phase_to_the_end("update")  # from the first pass with gradients
+            return forward(*args, **kwargs)
 
         return clocked
 
@@ -87,19 +81,12 @@ class Supervised:
     """Notes the loss and the tokens of each step; put before a module's class."""
 
     meter: Meter
-    ends: Ends
 
     def configure_model(self) -> None:
         super().configure_model()  # type: ignore[misc]
         reference = getattr(self, "reference", None)
         if reference is not None and "forward" not in vars(reference):
-            forward = reference.forward
-
-            def clocked(*args: Any, **kwargs: Any) -> Any:
-                with self.meter.phase("reference"):
-                    return forward(*args, **kwargs)
-
-            reference.forward = clocked
+            reference.forward = self.meter.clocked(reference.forward, "reference")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         sides = (batch.chosen, batch.rejected) if isinstance(batch, PreferenceBatch) else (batch,)
@@ -145,34 +132,38 @@ def run(
     from transformers import AutoTokenizer
 
     warnings.filterwarnings("ignore")
-    module = MAKERS[task](size, folder, meter, seed, **options)
-    ends = Ends(meter)
-    module.meter, module.ends = meter, ends
-    trainer = Trainer(
-        accelerator="cpu" if device == "cpu" else "gpu",
-        devices=1,
-        max_epochs=1,
-        precision=LIGHTNING[precision],
-        gradient_clip_val=None if task == "ppo" else 1.0,  # the Hugging Face trainer's default
-        logger=False,
-        callbacks=[ends],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    module = make_module(task, size, folder, meter, seed, **options)
+    module.meter = meter
+    trainer = make_trainer(task, LIGHTNING[precision], Ends(meter), device)
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    trainer.fit(module, datamodule=Same(tokenizer, *examples(task, folder), meter.total))
+    trainer.fit(module, datamodule=Same(tokenizer, *examples(task, work(folder)), meter.total))
     names = ("policy", "reference", "critic", "reward", "scalar")
     models = [model for name in names if (model := getattr(module, name, None)) is not None]
     return meter.result(models, trainer.optimizers[0])
 
 
-def examples(task: str, folder: Path) -> tuple[Kind, list[Example]]:
-    """The folder's rows as the library's own data module holds them."""
+def make_trainer(task: str, precision: Any, callback: Callback, device: str = "cpu") -> Trainer:
+    """Lightning's, for one epoch, with nothing beside the steps; ``precision`` is its own name for it."""
+    return Trainer(
+        accelerator="cpu" if device == "cpu" else "gpu",
+        devices=1,
+        max_epochs=1,
+        precision=precision,
+        gradient_clip_val=None if task == "ppo" else 1.0,  # the Hugging Face trainer's default
+        logger=False,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def examples(task: str, rows: dict[str, Any]) -> tuple[Kind, list[Example]]:
+    """The task's part of the work's ``rows``, as the library's own data module holds them."""
     kind, name = KINDS[task]
-    rows = [[row] for row in work(folder)[name]] if task == "ppo" else work(folder)[name]
-    return kind, [_example(number, *row) for number, row in enumerate(rows)]
+    parts = [[row] for row in rows[name]] if task == "ppo" else rows[name]
+    return kind, [_example(number, *row) for number, row in enumerate(parts)]
 
 
 def _example(number: int, prompt: list[int], *responses: list[int]) -> Example:
@@ -181,41 +172,44 @@ def _example(number: int, prompt: list[int], *responses: list[int]) -> Example:
     return Example(encoded[0], tuple(encoded[1:]), margin=0.0, weight=1.0, row=number, record=record)
 
 
-def _ppo(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> Any:
-    return MeteredPPO(
-        str(folder / "policy"),
-        ModelReward(str(folder / "reward")),
-        **{
-            "learning_rate": size.learning_rate["ppo"],
-            "adam_eps": 1e-8,
-            "iterations": meter.total,
-            "epochs": 1,
-            "minibatches": size.minibatches,
-            "max_new_tokens": size.new_tokens,
-            "kl_coef": 0.05,
-            "old_log_probs": "rollout",
-            "max_grad_norm": None,
-            "seed": seed,
-            **options,
-        },
-    )
+def make_module(task: str, size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> Any:
+    """The metered module; ``options`` are further ones of it."""
+    options = {"learning_rate": size.learning_rate[task], **options}
+    if task == "sft":
+        return MeteredSFT(str(folder / "policy"), **options)
+    if task == "dpo":
+        return MeteredDPO(str(folder / "policy"), **options)
+    if task == "reward_model":
+        return MeteredRewardModel(str(folder / "reward"), head="trained", normalise="none", **options)
+    numbers = {
+        "adam_eps": 1e-8,
+        "iterations": meter.total,
+        "epochs": 1,
+        "minibatches": size.minibatches,
+        "max_new_tokens": size.new_tokens,
+        "kl_coef": 0.05,
+        "old_log_probs": "rollout",
+        "max_grad_norm": None,
+        "seed": seed,
+    }
+    return MeteredPPO(str(folder / "policy"), ModelReward(str(folder / "reward")), **{**numbers, **options})
 
 
-def _sft(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> Any:
-    return MeteredSFT(str(folder / "policy"), learning_rate=size.learning_rate["sft"], **options)
+class EvenTokens(Reward):
+    """The share of tokens with an even id: costs nothing."""
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        return (rollout.tokens % 2 == 0).float().mean(dim=1)
 
 
-def _reward_model(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> Any:
-    rate = size.learning_rate["reward_model"]
-    return MeteredRewardModel(str(folder / "reward"), head="trained", normalise="none", learning_rate=rate, **options)
-
-
-def _dpo(size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> Any:
-    return MeteredDPO(str(folder / "policy"), learning_rate=size.learning_rate["dpo"], **options)
+def make_bare_module(task: str, folder: Path | str, **options: Any) -> Any:
+    """A module that no meter sees; PPO's reward costs nothing. ``options`` are those of the module."""
+    if task == "ppo":
+        return PPOModule(str(folder), EvenTokens(), **options)
+    return {"sft": SFTModule, "dpo": DPOModule}[task](str(folder), **options)
 
 
 LIGHTNING: dict[str, Any] = {"float32": "32-true", "bfloat16": "bf16-true", "bf16-mixed": "bf16-mixed"}
-MAKERS = {"ppo": _ppo, "sft": _sft, "reward_model": _reward_model, "dpo": _dpo}
 KINDS: dict[str, tuple[Kind, str]] = {
     "ppo": ("prompts", "prompts"),
     "sft": ("demonstrations", "demonstrations"),

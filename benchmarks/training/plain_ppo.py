@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.clock import Meter
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
-from training.meter import Meter
 from training.sizes import PRECISIONS, Size, work
 
 GAMMA, LAM, CLIP, KL_COEF, VALUE_COEF = 1.0, 0.95, 0.2, 0.05, 0.1
@@ -43,9 +44,7 @@ def run(task: str, size: Size, folder: Path, device: str, precision: str, meter:
     )
     rows = work(folder)["prompts"]
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    prompts = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64, device=device)
-    for number, row in enumerate(rows):
-        prompts[number, : len(row)] = torch.tensor(row)
+    prompts = pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
     # Passes are under it, one at a time: autocast's copies of weights must not outlive an optimizer's step.
     autocast = partial(torch.autocast, device, torch.bfloat16, enabled=precision == "bf16-mixed")
     meter.begin()

@@ -1,20 +1,81 @@
-"""The results for people: the table on the terminal, the JSON, the page."""
+"""What the rounds together say, and the results for people: the table on the terminal, the JSON, the page."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import textwrap
 from pathlib import Path
 from typing import Any
 
-import provenance
-from operators.report import number
+from harness import report
+from harness.report import markdown, number
 
-from training.entrants import OURS, PLAIN
+from training.sides import OURS, PLAIN
 from training.sizes import Size, size_of
+
+COUNTS = ("new_tokens", "tokens", "optimizer_steps")  # of a step: the same on every side
 
 GOALS = {"ppo": {"cpu": (3.0, 3.0), "cuda": (5.0, None)}}
 SUPERVISED_GOAL = (1.5, 1.0)
+
+
+def summary(results: dict[str, Any]) -> None:
+    """Fills in all that follows from ``runs``: medians, ratios, the work, the quality and the breakdown."""
+    runs = {name: found for name, found in results["runs"].items() if found}
+    rows = {name: _row(found) for name, found in runs.items()}
+    results["ours"] = rows.get(OURS)
+    results["peers"] = {name: row for name, row in rows.items() if name != OURS}
+    results["ratio"] = {name: _ratio(row, rows[OURS]) for name, row in results["peers"].items() if OURS in rows}
+    results["work"] = {name: _work(found) for name, found in runs.items()}
+    results["same_work"] = len({json.dumps(done, sort_keys=True) for done in results["work"].values()}) <= 1
+    results["quality"] = {name: _quality(found) for name, found in runs.items()}
+    results["memory"] = {name: _held(found) for name, found in runs.items()}
+    steps = {name: memory["step"] for name, memory in results["memory"].items()}
+    results["step_memory_ratio"] = {
+        name: step / steps[OURS] for name, step in steps.items() if name != OURS and OURS in steps
+    }
+    results["breakdown"] = {name: _phases(found) for name, found in runs.items()}
+
+
+def _row(runs: list[dict[str, Any]]) -> dict[str, float]:
+    seconds = statistics.median(second for run in runs for second in run["seconds"])
+    return {"seconds": seconds, "peak_mb": statistics.median(run["peak_mb"] for run in runs)}
+
+
+def _ratio(peer: dict[str, float], ours: dict[str, float]) -> dict[str, float]:
+    return {"time": peer["seconds"] / ours["seconds"], "memory": peer["peak_mb"] / ours["peak_mb"]}
+
+
+def _work(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """What each step did; a list where steps differ, which no two sides will then have in common."""
+    steps = [step for run in runs for step in run["work"]]
+    counts = {name: sorted({step[name] for step in steps if name in step}) for name in COUNTS}
+    return {name: found[0] if len(found) == 1 else found for name, found in counts.items() if found}
+
+
+def _quality(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Score and KL (or the loss) over the first and the last quarter of the steps."""
+    names = [name for name in runs[0]["work"][0] if name not in COUNTS]
+    quality = {}
+    for name in names:
+        values = [[step[name] for step in run["work"]] for run in runs]
+        quarter = max(1, len(values[0]) // 4)
+        quality[f"{name}, first"] = statistics.fmean(value for run in values for value in run[:quarter])
+        quality[f"{name}, last"] = statistics.fmean(value for run in values for value in run[-quarter:])
+    return quality
+
+
+def _held(runs: list[dict[str, Any]]) -> dict[str, float]:
+    libraries = statistics.median(run["libraries_mb"] for run in runs)
+    peak = statistics.median(run["peak_mb"] for run in runs)
+    reserved = statistics.median(run.get("reserved_mb", 0.0) for run in runs)
+    return {**runs[0]["state_mb"], "libraries": libraries, "step": peak - libraries, "reserved": reserved}
+
+
+def _phases(runs: list[dict[str, Any]]) -> dict[str, float]:
+    steps = [step for run in runs for step in run["phases"]]
+    return {name: statistics.median(step.get(name, 0.0) for step in steps) for name in (steps[0] if steps else ())}
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
@@ -71,46 +132,26 @@ def breakdown(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def markdown(rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return [lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]]
-
-
-def terminal(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
 def closing(results: dict[str, Any], path: Path | None) -> str:
     said = verdicts(results)
     if not results["same_work"]:
         said.append(f"NOT THE SAME WORK: {results['work']}")
-    said += [f"missing: {name}: {reason}" for name, reason in results["missing"].items()]
-    said.append(f"written: {path} and the page beside it" if path else "nothing written: no --json")
-    return "\n".join(said)
+    return "\n".join([*said, *report.closing(results["missing"], path)])
 
 
 def write(results: dict[str, Any], path: Path) -> None:
     """The JSON at ``path``, the page beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(page(results, path), encoding="utf-8")
+    report.write(results, path, page(results, path))
 
 
-def page(results: dict[str, Any], path: Path) -> str:
+def page(results: dict[str, Any], path: Path) -> list[str]:
     """The facts of the JSON in Markdown."""
     facts, size = results["about"], size_of(results["size"], results["device"])
     versions = {f"{name} {version}" for found in results["versions"].values() for name, version in found.items()}
-    text = [
+    return [
         f"# {TITLES[results['task']]}, {results['size']}, {'a CPU' if results['device'] == 'cpu' else 'a GPU'}",
         "",
-        *provenance.header({**facts, "command": "\n    ".join(facts["commands"])}, path),
+        *report.header({**facts, "command": "\n    ".join(facts["commands"])}, path),
         f"{', '.join(sorted(versions))}.",
         "",
         textwrap.fill(_what(results, size), 120),
@@ -134,9 +175,7 @@ def page(results: dict[str, Any], path: Path) -> str:
         *markdown(_memory(results)),
         "",
         textwrap.fill(MEMORY, 120),
-        "",
     ]
-    return "\n".join(text)
 
 
 def _memory(results: dict[str, Any]) -> list[list[str]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness.report import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SMOLLM2 = ROOT / "models" / "smollm2"
 FIRST_WORD = 4  # ids below it are special
 PRECISIONS = {"float32": "float32", "bfloat16": "bfloat16", "bf16-mixed": "float32"}  # dtype of the weights
@@ -55,6 +55,24 @@ SIZES = {
 }
 
 
+# What `profile_steps.py` trains: a size, Lightning's precision, and further options of PPO.
+PROFILED: dict[str, tuple[Size, str, dict[str, Any]]] = {
+    "16m": (replace(SIZES["16m"], response=(16, 48)), "32-true", {"epochs": 1}),
+    # The model, batches and lengths of the demo (configs/demo/).
+    "demo": (
+        Size(192, 512, 2, 4, 4, 768, prompts=128, prompt=(17, 21), minibatches=2, rows=32, response=(20, 48)),
+        "32-true",
+        {"epochs": 2},
+    ),
+    # SmolLM2-135M's shape, as configs/smollm2/ train it.
+    "smollm2": (
+        replace(SIZES["smollm2"], prompts=8, prompt=(40, 80), minibatches=2, response=(16, 48)),
+        "bf16-mixed",
+        {"epochs": 1, "critic": 4, "micro_batch_tokens": 2048},
+    ),
+}
+
+
 def size_of(name: str, device: str) -> Size:
     """On a GPU a step has the rows of one: 128 prompts, 512 new tokens."""
     size = SIZES[name]
@@ -63,7 +81,7 @@ def size_of(name: str, device: str) -> Size:
     larger: dict[str, Any] = {"prompts": 128, "prompt": (32, 128), "new_tokens": 512, "rows": 64, "response": (64, 512)}
     if name == "1.5b":  # more would not fit on a GPU of 141 GB, on either side
         larger |= {"rows": 16, "micro_rows": 8}
-    return Size(**{**vars(size), **larger})
+    return replace(size, **larger)
 
 
 def prepare(name: str, device: str) -> Path:
@@ -89,7 +107,7 @@ def fill(size: Size, folder: Path) -> None:
     else:
         raise SystemExit(f"{size.folder.relative_to(ROOT)} is not there: make it with `make smollm2`")
     _save_reward(size, folder)
-    (folder / "work.json").write_text(json.dumps(_work(size)))
+    (folder / "work.json").write_text(json.dumps(draw_work(size)))
 
 
 def work(folder: Path) -> dict[str, Any]:
@@ -139,8 +157,9 @@ def _save_reward(size: Size, folder: Path) -> None:
     AutoTokenizer.from_pretrained(folder / "policy").save_pretrained(folder / "reward")
 
 
-def _work(size: Size) -> dict[str, Any]:
-    draw = torch.Generator().manual_seed(2)
+def draw_work(size: Size, seed: int = 2) -> dict[str, Any]:
+    """New rows, as `work` has them."""
+    draw = torch.Generator().manual_seed(seed)
 
     def lengths(bounds: tuple[int, int], count: int) -> list[int]:
         return torch.randint(bounds[0], bounds[1] + 1, (count,), generator=draw).tolist()

@@ -127,6 +127,18 @@ def test_a_failing_stage_stops_no_other_and_the_exit_code_tells(monkeypatch, tmp
     assert run(monkeypatch, tmp_path, ["print('fine')"]) == 0
 
 
+def test_the_benchmark_may_lack_its_peers_and_nothing_else(monkeypatch, tmp_path):
+    fine = {s.name: s.fine for s in check.plan(facts())}
+    assert fine.pop("benchmark") == (0, 3) and set(fine.values()) == {(0,)}
+    stages = [
+        check.Stage("ends", [sys.executable, "-c", f"raise SystemExit({code})"], 20, fine=(0, 3)) for code in (3, 1)
+    ]
+    monkeypatch.setattr(check, "FOLDER", tmp_path)
+    for stage in stages:
+        stage.run(time.monotonic() + 20)
+    assert [stage.result for stage in stages] == ["ok", "FAILED: exit code 1"]
+
+
 def test_a_stage_that_hangs_is_stopped_with_its_children(monkeypatch, tmp_path, capfd):
     began = time.monotonic()
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"

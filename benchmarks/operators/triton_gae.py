@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from operators.inputs import GAMMA, LAM, Inputs
-from operators.torch_peers import Forward
 
 _ROWS = 32  # of one program, which is one warp
 
@@ -40,15 +39,12 @@ def _gae(
         tl.store(returns + at, tl.where(counted, advantage + value, 0.0), mask=inside)
 
 
-def thread_per_row(inputs: Inputs) -> Forward:
+def gae(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Advantages and returns."""
     rewards, values, mask = inputs["rewards"], inputs["values"], inputs["mask"]
     rows, length = rewards.shape
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    bits = mask.view(torch.uint8)
     grid = (triton.cdiv(rows, _ROWS),)
-
-    def forward() -> dict[str, torch.Tensor]:
-        advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-        bits = mask.view(torch.uint8)
-        _gae[grid](rewards, values, bits, advantages, returns, rows, length, GAMMA, GAMMA * LAM, _ROWS, num_warps=1)
-        return {"advantages": advantages, "returns": returns}
-
-    return forward
+    _gae[grid](rewards, values, bits, advantages, returns, rows, length, GAMMA, GAMMA * LAM, _ROWS, num_warps=1)
+    return {"advantages": advantages, "returns": returns}

@@ -1,1 +1,0 @@
-"""The stages of ``profile_steps.py``: what is trained, the clock, the head as people write it, the report."""
