@@ -43,6 +43,8 @@ def checked_messages(value: Any, where: str, key: str, context: int = 0) -> tupl
     Raises:
         InputError: an unknown role, a content that is no text, or a message with a part that is not read.
     """
+    if isinstance(value, dict):
+        raise refused(where, key, "must be a list of messages, got an object; write one with role and content a turn")
     items = enumerate(checked_list(value, where, key))
     messages = [_message(item, where, f"{key}[{i}]", i >= context) for i, item in items]
     if not messages:
@@ -52,6 +54,8 @@ def checked_messages(value: Any, where: str, key: str, context: int = 0) -> tupl
 
 def checked_prompt(value: Any, where: str, key: str) -> Prompt:
     """A prompt as text that is not empty, or as messages: up to the one to answer, or to the answer's beginning."""
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
     if isinstance(value, list):
         messages = checked_messages(value, where, key, context=len(value))
         if all(message.role == "assistant" for message in messages):
@@ -103,6 +107,9 @@ def _message(item: Any, where: str, at: str, learnt: bool) -> Message:
         raise refused(where, at, f"must be an object with role and content, got {kind_of(item)}")
     speaker, text = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     more = {name: value for name, value in item.items() if name not in (speaker, text) and value is not None}
+    for name in ("tool_calls", _CALL):  # where tables have text for a list
+        if isinstance(more.get(name), str) and more[name].strip():
+            more[name] = _from_json(more[name], where, f"{at}.{name}")
     if not more.get("tool_calls", True):  # an empty list says that no tool is called
         del more["tool_calls"]
     if _CALL in more:
