@@ -18,9 +18,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.batches import View
 from rlhf_lightning.data.advice import for_training, repeating
-from rlhf_lightning.data.choices import Kind
+from rlhf_lightning.data.choices import Kind, check_fit
 from rlhf_lightning.data.collate import encoding
 from rlhf_lightning.data.columns import Columns
+from rlhf_lightning.data.hints import COLUMNS
 from rlhf_lightning.data.ids import SpecialTokens
 from rlhf_lightning.data.loader import Loader
 from rlhf_lightning.data.mixing import check_weights, file_weights
@@ -183,8 +184,11 @@ class PreferenceDataModule(LightningDataModule):
         if stage == "predict":
             self.train, self.held_out = [], self._encode(encoder, records, "answer", every_row=True)
             return self
+        if stage == "fit" or self.val_path is None:  # before the split: the rows at fault are counted in the files
+            check_fit(records.rows, self.kind, COLUMNS, records.read)
         if self.val_path is not None:
             held_out = load_records(self.val_path, columns=names)
+            check_fit(held_out.rows, self.kind, COLUMNS, held_out.read)
             if stage != "fit":
                 self.dropped, self._read_noted = Counter(), Counter()  # of rows to train on, which are not used
             self.dropped.update(held_out.dropped)

@@ -353,3 +353,18 @@ def test_several_turns_reach_the_batches_with_their_mask(tmp_path):
         for row, prompt, mask in zip(batch.tokens, batch.prompt_lengths.tolist(), batch.spoken, strict=True)
     ]
     assert said == ["fine<|im_end|>fine<|im_end|>", "fine<|im_end|>"]
+
+
+@pytest.mark.parametrize("held_out", ["validation_fraction", "val_path"])
+def test_rows_at_fault_are_counted_in_the_file_and_not_in_a_part_of_it(tmp_path, held_out):
+    question, answer = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+    rows = [{"messages": [{**question, "content": f"q{i}"}]} for i in range(8)]
+    rows += [{"messages": [question, answer]}, {"messages": [question, {**answer, "content": ""}]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "whole.jsonl").write_text(json.dumps(rows[8]) + "\n")
+    path = str(tmp_path / "rows.jsonl")
+    options = {"validation_fraction": 0.5}
+    if held_out == "val_path":
+        options, path = {"val_path": path}, str(tmp_path / "whole.jsonl")
+    with pytest.raises(InputError, match=r"rows.jsonl:1: .* ends with the user's turn; .* \(8 of 10 rows have this\)$"):
+        make_data(path, **options).prepare(View("demonstrations"), make_tokenizer())
