@@ -24,7 +24,7 @@ from rlhf_lightning.data.columns import Columns
 from rlhf_lightning.data.hints import COLUMNS
 from rlhf_lightning.data.ids import SpecialTokens
 from rlhf_lightning.data.loader import Loader
-from rlhf_lightning.data.mixing import check_weights, file_weights
+from rlhf_lightning.data.mixing import asked_again, check_weights, file_weights
 from rlhf_lightning.data.records import Records, load_records
 from rlhf_lightning.data.resuming import check_resumed
 from rlhf_lightning.data.split import split_by_prompt
@@ -219,6 +219,8 @@ class PreferenceDataModule(LightningDataModule):
         self._tell_spelled(encoder)
         losses = encoder.conversations.losses if encoder.conversations is not None else []
         looks = for_training(records.rows, self.kind == "labels") if stage == "fit" else repeating(held_out.rows)
+        if stage == "fit" and view.steps is not None:
+            looks += asked_again(self.train, self.weights, self.batch_size)
         for line in [*losses, *looks]:
             rank_zero_warn(f"data: {line}")
         rank_zero_info(self.summary(), extra={"in_preflight": True})
