@@ -66,7 +66,7 @@ class PreferenceDataModule(LightningDataModule):
         chat_template_name: which of the tokenizer's named chat templates to use; the one named default if not given.
         chat_template_kwargs: variables of the chat template, as ``{enable_thinking: false}``.
         date: the day that a chat template with a clock says it is, as 2026-01-31; the day of the run's start if not
-            given, also where the run is resumed.
+            given, also where the run is resumed or its checkpoint measured.
         special_tokens: special tokens that texts spell are letters (``text``), or are taken for the ``tokens``, as in
             prompts that a chat template was applied to already.
         train_on: of conversations (``messages``) every turn of the assistant's carries loss, or the last alone.
@@ -131,7 +131,7 @@ class PreferenceDataModule(LightningDataModule):
         self.noted: Counter[str] = Counter()  # rows that are there, and otherwise than one would expect
         self.template: ChatTemplate | None = None  # what chats are rendered with
         self._read_noted: Counter[str] = Counter()  # of these, what reading told
-        self._fingerprint = self._encoding = ""
+        self._fingerprint = self._encoding = self._stage = ""
         self._resumed: dict[str, Any] | None = None
 
     # -- what Lightning calls ------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class PreferenceDataModule(LightningDataModule):
 
         Returns: itself.
         """
-        self.view = view
+        self.view, self._stage = view, stage
         self.answering = stage == "predict"
         self.kind = "prompts" if stage == "predict" else view.kind
         if tokenizer is not None:
@@ -258,26 +258,26 @@ class PreferenceDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Checks that the data and the options that make the batches are still those of the checkpoint.
 
-        Chats are rendered with the date of the checkpoint, unless another was given.
+        Chats are rendered with the date of the checkpoint, unless another was given; also where nothing is trained.
 
         Raises:
             InputError: they changed, so the checkpoint's batch numbers would mean other rows.
         """
         self._resumed = state_dict
         then = state_dict.get("date")
-        dated = self.template is not None and self.template.dated
-        if self._fingerprint and then is not None and not (dated or self._date_given):
-            self.date = then  # a reward model's chat template may have a clock
-        if self._fingerprint and dated and then is not None and then != self.date:
-            if self._date_given:
-                raise InputError(
-                    f"data.date: the checkpoint was made with {then}, now it is {self.date}; set it back to resume, or "
-                    "start a new run from the exported model"
-                )
-            assert self.view is not None
-            self.date = then
-            self.prepare(self.view)
-        elif self._fingerprint:
+        if then is None or then == self.date:
+            pass
+        elif not self._date_given:
+            self.date = then  # also for a reward model's chat template, which may have a clock
+            if self.template is not None and self.template.dated and self.view is not None:
+                self.prepare(self.view, stage=self._stage)
+                return
+        elif self._fingerprint and self.template is not None and self.template.dated:
+            raise InputError(
+                f"data.date: the checkpoint was made with {then}, now it is {self.date}; set it back to resume, or "
+                "start a new run from the exported model"
+            )
+        if self._fingerprint:
             self._check_resumed()
 
     # -- how it is done ------------------------------------------------------------------------------------------------

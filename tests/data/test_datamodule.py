@@ -273,6 +273,15 @@ def test_the_date_of_a_run_is_that_of_its_checkpoint(tmp_path):
     assert resumed.date != "2001-02-03"
     resumed.load_state_dict(first.state_dict())
     assert resumed.date == "2001-02-03" and resumed.train[0].prompt.tolist() == first.train[0].prompt.tolist()
+    for stage in ("validate", "test", "predict"):  # where nothing is trained, and no run's config gives the date
+        measured = make_data(path, **{**options, "val_path": path}).prepare(View("demonstrations"), stage=stage)
+        answering = [len(measured.train), len(measured.held_out), measured.answering]
+        measured.load_state_dict(first.state_dict())
+        assert first.tokenizer.decode(measured.held_out[0].prompt).startswith("2001-02-03<|im_start|>")
+        assert [len(measured.train), len(measured.held_out), measured.answering] == answering
+        given = make_data(path, **{**options, "val_path": path, "date": "2001-02-04"})
+        given.prepare(View("demonstrations"), stage=stage).load_state_dict(first.state_dict())
+        assert first.tokenizer.decode(given.held_out[0].prompt).startswith("2001-02-04<|im_start|>")
     other = make_data(path, date="2001-02-04", **options).prepare(View("demonstrations"))
     with pytest.raises(InputError, match=r"data.date: the checkpoint was made with 2001-02-03, now it is 2001-02-04"):
         other.load_state_dict(first.state_dict())
