@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_lightning.data.hidden import hide, shown, unhidden
 from rlhf_lightning.data.reading import Reading, is_silent, left_out
 from rlhf_lightning.data.rows import Record
+from rlhf_lightning.data.skeletons import Place, Skeletons
 from rlhf_lightning.data.spelling import without_end
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.template import MARK, ChatTemplate, TemplateRefuses
@@ -78,6 +79,7 @@ class _Chat:
     first: int  # of the response's messages
     prefill: str | None  # what the first of them begins with, and the prompt ends with
     hidden: dict[str, str]
+    rendered: dict[Place, str] = field(default_factory=dict)  # of its beginnings, what is known already
 
     @property
     def where(self) -> str:
@@ -101,6 +103,7 @@ class Conversations:
         self._roles: dict[str, str] = {}  # how a role that steers is given: as it is, as "system", or in the user's
         self._has_tools: bool | None = None
         self._reading = Reading(template, self.noted)
+        self._skeletons = Skeletons(template)
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -143,6 +146,9 @@ class Conversations:
         self.noted[OPENING] += len(spoken) - len(asked)
         if not asked:
             raise InputError(f"{record.where}: the assistant's turns answer no message; put the user's before them")
+        if not (chat.tools or chat.hidden or chat.prefill):
+            places = [place for i in asked for place in ((i, True), (i + 1, False))]
+            chat.rendered = self._skeletons.renderings(chat.messages[: asked[-1] + 1], places)
         turns = [self._turn(chat, i) for i in asked]
         self._reading.check(chat.where, chat.messages[: asked[-1] + 1], chat.tools, asked)
         last = turns[-1].whole
@@ -233,6 +239,8 @@ class Conversations:
     def _prompt_text(self, chat: _Chat, turn: int) -> str:
         """What asks for message ``turn``."""
         before = chat.messages[:turn]
+        if (known := chat.rendered.get((turn, True))) is not None:
+            return known
         if chat.prefill is None or turn != chat.first:
             return self._render(chat, before, generation_prompt=True)
         begun = self._render(chat, [*before, {"role": "assistant", "content": chat.prefill}])
@@ -243,7 +251,8 @@ class Conversations:
 
     def _turn(self, chat: _Chat, turn: int) -> _Turn:
         prompt = asking = self._prompt_text(chat, turn)
-        whole = self._render(chat, chat.messages[: turn + 1])
+        known = chat.rendered.get((turn + 1, False))
+        whole = self._render(chat, chat.messages[: turn + 1]) if known is None else known
         self._check_hidden(chat, whole, turn + 1)
         start = shown(prompt, whole, chat.hidden)
         if start is None:
