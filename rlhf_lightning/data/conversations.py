@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,8 @@ ENDED = "response that spells the token that ends it, taken once"
 SILENT = "empty turn of the assistant's, not learnt"
 OPENING = "opening turn of the assistant's, not learnt, as no message asks for it"
 APART = "conversation in one sequence a turn, as the chat template changes earlier ones"
+
+_ASKED = tuple(2**power for power in range(4, 30))  # turns before which it is asked whether the prompt is too long
 
 # A part of a response between marks, as reasoning is: <think>...</think>, [THINK]...[/THINK].
 _PART = re.compile(r"([<\[])(\w+)([>\]])(.*?)(\1/\2\3)", re.S)
@@ -92,10 +95,14 @@ class Conversations:
     Args:
         template: the chat template.
         special: pattern of the special tokens that stay text where a user's text spells them; None for none.
+        too_long: whether a prompt is so long that it will be refused or dropped.
     """
 
-    def __init__(self, template: ChatTemplate, special: Any | None) -> None:
+    def __init__(
+        self, template: ChatTemplate, special: Any | None, too_long: Callable[[str], bool] = lambda prompt: False
+    ) -> None:
         self.template = template
+        self._too_long = too_long
         self.special = special
         self.noted: Counter[str] = Counter()
         self.turns = 0  # of the assistant's that were looked for in what the template renders
@@ -149,7 +156,13 @@ class Conversations:
         if not (chat.tools or chat.hidden or chat.prefill):
             places = [place for i in asked for place in ((i, True), (i + 1, False))]
             chat.rendered = self._skeletons.renderings(chat.messages[: asked[-1] + 1], places)
-        turns = [self._turn(chat, i) for i in asked]
+        turns: list[_Turn] = []
+        for number, i in enumerate(asked):
+            # A turn is rendered with all before it. Behind a prompt that will be refused, only the last is looked at.
+            if number in _ASKED and self._too_long(turns[-1].prompt):
+                turns.append(self._turn(chat, asked[-1]))
+                break
+            turns.append(self._turn(chat, i))
         self._reading.check(chat.where, chat.messages[: asked[-1] + 1], chat.tools, asked)
         last = turns[-1].whole
         if all(turn.ended and last.startswith(turn.whole[: turn.end]) for turn in turns[:-1]):

@@ -9,6 +9,7 @@ import templates
 from chat_tokenizer import make_tokenizer
 from chats import PAIR, TALK, messages, talk
 
+from rlhf_lightning.data import conversations
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.skeletons import Skeletons
 from rlhf_lightning.data.tokenization import Encoder
@@ -102,3 +103,29 @@ def test_rows_of_plain_words_take_far_fewer_renderings(name, most, monkeypatch):
         counts.append(0)
         encoded(ALL[name], records)
     assert counts[0] < most * counts[1] and counts[1] >= 6 * 40
+
+
+@pytest.mark.parametrize("long_prompts", ["drop", "error"])
+@pytest.mark.parametrize("name", ["CHATML", "SINCE_QUERY", "DROPS"])
+def test_behind_a_prompt_that_is_too_long_only_the_last_turn_is_rendered(name, long_prompts, monkeypatch):
+    tokenizer, outcomes, counts, plain = make_tokenizer(), [], [], ChatTemplate.render
+    tokenizer.chat_template = ALL[name]
+
+    def counting(self, *arguments, **options):
+        counts[-1] += 1
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render", counting)
+    long = talk(*((role, f"fine {i}") for i in range(100) for role in ("user", "assistant")))
+    short = talk(("user", "hello"), ("assistant", "fine"))
+    for asked in (conversations._ASKED, ()):
+        monkeypatch.setattr(conversations, "_ASKED", asked)
+        counts.append(0)
+        encoder = Encoder(tokenizer, max_prompt_tokens=150, long_prompts=long_prompts)
+        try:
+            examples, dropped = encoder.encode([long, short], "demonstrations")
+            outcomes.append(([(e.prompt.tolist(), e.responses[0].tolist()) for e in examples], dropped))
+        except InputError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1] and (len(outcomes[0][0]) > 0 if long_prompts == "drop" else "150" in outcomes[0])
+    assert counts[0] < 60 < 200 <= counts[1]
