@@ -49,3 +49,12 @@ SINCE_QUERY = (
     "{%- else %}{{- '<|im_start|>assistant\n' + text }}{%- endif %}{{- '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
+# As gpt-oss' Harmony: the last answer ends in another token than earlier ones, the generation prompt in the role.
+HARMONY = (
+    "{% for m in messages %}{% if m.role != 'assistant' %}{{ '<|im_start|>' + m.role + '<s>' + m.content + '<s>' }}"
+    "{% elif loop.last and not add_generation_prompt %}"
+    "{% if m.thinking %}{{ '<|im_start|>assistant analysis<s>' + m.thinking + '<s>' }}{% endif %}"
+    "{{ '<|im_start|>assistant final<s>' + m.content + '<|im_end|>' }}"
+    "{% else %}{{ '<|im_start|>assistant final<s>' + m.content + '<s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)

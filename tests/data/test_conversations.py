@@ -219,15 +219,29 @@ def test_rows_of_one_prompt_and_other_columns_are_both_asked(tokenizer):
     assert len(Encoder(tokenizer).encode(rows, "prompts", every_row=True)[0]) == 3
 
 
+def test_earlier_turns_of_a_response_that_end_in_another_token_are_learnt_without_it(tokenizer):
+    answer = messages(("assistant", "fine"), ("user", "fine?"), ("assistant", "thank you"))
+    record = Record(messages(("user", "hello")), (answer, "fine"), ((0, 1),), "rows.jsonl:1", PAIR)
+    tokenizer_of = make_tokenizer()
+    tokenizer_of.chat_template = templates.HARMONY
+    encoder = Encoder(tokenizer_of)
+    (example,), _ = encoder.encode([record], "pairs")
+    assert tokenizer.decode(example.prompt) == "<|im_start|>user<s>hello<s><|im_start|>assistant"
+    assert learnt(tokenizer, example) == [" final<s>fine", " final<s>thank you<|im_end|>"]
+    assert learnt(tokenizer, example, 1) == [" final<s>fine<|im_end|>"]
+    turns = [("user", "hello"), *((m.role, m.content) for m in answer)]
+    assert ids(example) == rendered(tokenizer, templates.HARMONY, turns)
+    note = "earlier turn of a response, learnt without its end, which the chat template writes with another token"
+    assert encoder.noted == {note: 1}
+
+
 def test_an_earlier_turn_is_not_ended_by_a_later_ones_end(tokenizer):
-    # The last turn ends in EOS, earlier ones in another token, as in Harmony.
-    harmony = templates.CHATML.replace(
-        "'<|im_end|>\n' }}", "('<|im_end|>' if m.role == 'assistant' and loop.last else '<s>') }}"
-    )
+    # Of the earlier turn neither the words nor an end are there.
+    changed = templates.HARMONY.replace("final<s>' + m.content + '<s>'", "final<s>' + m.content | upper + '<s>'")
     answer = messages(("assistant", "fine"), ("user", "and?"), ("assistant", "thank you"))
     record = Record(messages(("user", "hello")), (answer, "fine"), ((0, 1),), "rows.jsonl:1", PAIR)
-    with pytest.raises(InputError, match=r"rows.jsonl:1: the assistant's earlier turn.* cannot be found"):
-        encode(tokenizer, record, "pairs", template=harmony)
+    with pytest.raises(InputError, match=r"rows.jsonl:1: the end of the assistant's earlier turn.* cannot be found"):
+        encode(tokenizer, record, "pairs", template=changed)
 
 
 def test_both_sides_of_a_pair_are_cut_alike(tokenizer):
