@@ -18,6 +18,7 @@ from cli_runs import error_of, metrics
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.cli import main
+from rlhf_lightning.data.datamodule import PreferenceDataModule
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -167,6 +168,30 @@ def test_validate_and_test(sft: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "data      1 demonstrations held out" in said
     assert metrics("sft") == before
     assert "val/perplexity" in metrics("sft/validate")[-1]
+
+
+def test_a_checkpoint_is_measured_on_the_day_of_its_run(sft: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    days: list[tuple[str, str]] = []
+    plain = PreferenceDataModule.prepare
+
+    def noting(self: PreferenceDataModule, *arguments: Any, **options: Any) -> PreferenceDataModule:
+        prepared = plain(self, *arguments, **options)
+        assert prepared.template is not None
+        days.append((prepared.date, prepared.template.render([{"role": "user", "content": "a"}])))
+        return prepared
+
+    monkeypatch.setattr(PreferenceDataModule, "prepare", noting)
+    dated = "{{ strftime_now('%d %m %Y') }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    Path("dated.jinja").write_text(dated, encoding="utf-8")
+    chat = [*sft, "--data.chat", "true", "--data.chat_template", "dated.jinja"]
+    assert main(["fit", *chat, "--data.date", "2001-02-03"]) == 0
+    (checkpoint,) = Path("runs/sft/checkpoints").glob("*.ckpt")
+    for command, option in (("validate", []), ("test", []), ("predict", ["--output", "a.jsonl"])):
+        days.clear()
+        assert main([command, *chat, "--ckpt_path", str(checkpoint), *option]) == 0
+        assert days[-1] == ("2001-02-03", "03 02 2001a<eos>")
+    assert main(["validate", *chat, "--ckpt_path", str(checkpoint), "--data.date", "2004-05-06"]) == 0
+    assert days[-1][0] == "2004-05-06"
 
 
 def test_a_fast_dev_run_leaves_nothing(sft: list[str]) -> None:
