@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,6 +41,27 @@ def check_output(path: str | Path, option: str, inputs: Iterable[str | Path] = (
         raise InputError(f"{given}: {parent} is a file, not a folder; choose another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{given}: no permission to write to {parent}; choose another place")
+
+
+def check_room(folder: str | Path, needed: int, what: str, remedy: str) -> None:
+    """Ask before the work whether the disk has room.
+
+    Args:
+        folder: where it will be written; it need not exist yet.
+        needed: bytes.
+        what: what takes them, as in "a checkpoint takes".
+        remedy: another place to choose.
+
+    Raises:
+        InputError: fewer are free.
+    """
+    there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    disk = shutil.disk_usage(there)
+    if disk.total > 0 and disk.free < needed:  # some network file systems know no sizes
+        raise InputError(
+            f"{folder}: {disk.free / 1e9:,.1f} GB of the disk are free, and {what} {needed / 1e9:,.1f} GB; make room, "
+            f"or choose {remedy}"
+        )
 
 
 def _is_special(path: Path, place: Path) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import rlhf_lightning
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.outputs import check_output, write_whole
+from rlhf_lightning.outputs import check_output, check_room, write_whole
 
 
 def test_what_can_be_written_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,3 +78,20 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
         write_whole(tmp_path / "there.txt", "newer")
     assert (tmp_path / "there.txt").read_text() == "new ?"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.txt", "there.txt"]
+
+
+def test_a_disk_without_room_is_named_with_what_would_take_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, disk = [], SimpleNamespace(total=10**12, free=2 * 10**9)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: asked.append(path) or disk)
+    check_room(tmp_path / "new" / "run", 2 * 10**9, "a model takes", "another place")
+    said = r"new/run: 2.0 GB of the disk are free, and a model takes 3.0 GB; make room, or choose another place"
+    with pytest.raises(InputError, match=said):
+        check_room(tmp_path / "new" / "run", 3 * 10**9, "a model takes", "another place")
+    assert asked == [tmp_path] * 2
+    disk.total = 0  # it knows no sizes
+    check_room(tmp_path, 3 * 10**9, "a model takes", "another place")
+
+
+def test_one_place_asks_for_room() -> None:
+    package = Path(rlhf_lightning.__file__).parent
+    assert [path.name for path in package.rglob("*.py") if "disk_usage" in path.read_text()] == ["outputs.py"]

@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rlhf_lightning.callbacks.metrics import rewind_loggers
 from rlhf_lightning.callbacks.run_files import run_folder, sync_to_disk
 from rlhf_lightning.collectives import barrier, failing_together
-from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.export import flush
+from rlhf_lightning.outputs import check_room
 from rlhf_lightning.text import say
 
 _STAGING = ".staging-"
@@ -81,7 +81,8 @@ class RunCheckpoint(Checkpoint):
         with failing_together():
             if trainer.is_global_zero:
                 assert self._folder is not None
-                _check_room(self._folder.parent, _bytes_at_the_end(pl_module))
+                needed, what = _bytes_at_the_end(pl_module), "a checkpoint and the model take at least"
+                check_room(self._folder.parent, needed, what, "another place with --runs FOLDER")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a resume, logs continue from the checkpoint: what was logged later is written again."""
@@ -175,16 +176,6 @@ def _bytes_at_the_end(module: LightningModule) -> int:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     state = sum(parameter.numel() * (parameter.element_size() + 2 * 4) for parameter in trained)
     return state + 2 * sum(parameter.numel() for parameter in parameters)
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    disk = shutil.disk_usage(there)
-    if disk.total > 0 and disk.free < needed:  # some network file systems tell nothing
-        raise InputError(
-            f"{folder}: {disk.free / 1e9:,.1f} GB of the disk are free, and a checkpoint and the model take at least "
-            f"{needed / 1e9:,.1f} GB; make room, or choose another place with --runs FOLDER"
-        )
 
 
 def _batches(trainer: Trainer) -> int:

@@ -13,8 +13,10 @@ from lightning.pytorch.loggers import Logger
 
 from rlhf_lightning.cli.suggestions import did_you_mean
 from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
+from rlhf_lightning.text import notice, say
 
 _EPOCHS_BEHIND = re.compile(r"checkpoint with current_epoch=(\d+), but you have set Trainer\(max_epochs=(\d+)")
+_SURE = ("val/loss", "eval/scores")  # what every validation of ours measures
 _OURS = ("rlhf_lightning.", "lightning.")
 
 
@@ -56,11 +58,26 @@ class CheckMonitors(Callback):
     """Refuses, as soon as that can be known, a callback that watches a metric which there is not.
 
     Lightning itself tells only when it looks, after the first epoch. Before the first step: one of the validation,
-    where there is none, or none of this name in its trial. After the first step: any other that training does not log.
+    where there is none, or none of this name in its trial, which is made for it. After the first step: any other that
+    training does not log. A resumed run has no trial: there the first validation tells.
     """
 
     def __init__(self) -> None:
         self._stepped = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A trial of one batch where nobody asked for any, and a name is watched that nothing else can tell of."""
+        unsure = [
+            (callback, name)
+            for callback, name in _monitors(_callbacks(trainer))
+            if name.partition("/")[0] == _held_out(pl_module) and name not in _SURE
+        ]
+        deaf = trainer.fast_dev_run or trainer.barebones  # type: ignore[attr-defined]  # nothing is watched there
+        if unsure and not trainer.num_sanity_val_steps and not deaf:
+            trainer.num_sanity_val_steps = 1
+            if trainer.is_global_zero:
+                said = f"{type(unsure[0][0]).__name__} watches {unsure[0][1]!r}, which only a validation can tell of: "
+                say(notice("note", f"{said}one batch is validated first, trainer.num_sanity_val_steps 0 or not"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """InputError where nothing is held out."""
@@ -78,6 +95,13 @@ class CheckMonitors(Callback):
         known = sorted(trainer.callback_metrics)
         for callback, name in _monitors(_callbacks(trainer)):
             if name not in known and name.partition("/")[0] in {other.partition("/")[0] for other in known}:
+                raise _unknown(callback, name, known, f"validation of {type(pl_module).__name__}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same of a run without a trial."""
+        known = sorted(name for name in trainer.callback_metrics if name.partition("/")[0] == _held_out(pl_module))
+        for callback, name in _monitors(_callbacks(trainer)) if known and not trainer.sanity_checking else ():
+            if name not in known and name.partition("/")[0] == _held_out(pl_module):
                 raise _unknown(callback, name, known, f"validation of {type(pl_module).__name__}")
 
     def on_train_batch_end(

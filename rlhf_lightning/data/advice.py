@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -30,10 +31,14 @@ _ANSWERS = ("chosen", "rejected", "completions", "ratings", "ranks", "completion
 _BESIDE = ("margin", "weight", "system", "tools")  # what may stand beside any form
 _WANTED = ("completion", "chosen", "rejected", "completions", "ranks", "ratings", *_BESIDE)
 
+# The beginning of messages that a program has written as text, in JSON or as Python's print does.
+_WRITTEN = re.compile(r"\s*\[?\s*\{\s*(['\"])(role|from|content|value)\1\s*:")
+_SPEAKS = re.compile(r"(['\"])(role|from)\1\s*:\s*(['\"])(user|assistant|system|human|gpt)\3")
+
 
 def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
     """One line for each thing to look at; ``option`` is what gives columns other names, for messages."""
-    lines = [*repeating(records), *_unanswered(records), *one_sided(records)]
+    lines = [*repeating(records), *written_out(records), *_unanswered(records), *one_sided(records)]
     prompts = len({record.key for record in records})
     if len(records) > _FEW * prompts:
         share = f"{len(records):,} rows have {prompts:,} distinct prompt{'s' * (prompts > 1)}"
@@ -63,7 +68,7 @@ def for_training(records: Sequence[Record], labels: bool = False) -> list[str]:
     counts = Counter(name for record in records for name in record.columns)
     misread = _misread(records, _BESIDE)
     hints = [_hint(given, name, counts[given], COLUMNS) for given, name in misread.items()]
-    return [*repeating(records), *hints, *(one_sided(records) if labels else [])]
+    return [*repeating(records), *written_out(records), *hints, *(one_sided(records) if labels else [])]
 
 
 def _misread(records: Sequence[Record], wanted: Sequence[str]) -> dict[str, str]:
@@ -96,6 +101,18 @@ def repeating(records: Sequence[Record]) -> list[str]:
     return [
         f"{count:,} of {len(texts):,} responses begin with their own prompt, which would be learnt as a part of them; "
         "take it off the responses (of two transcripts, delete the column 'prompt': what both begin with is the prompt)"
+    ]
+
+
+def written_out(records: Sequence[Record]) -> list[str]:
+    """A line where texts are messages that were written as text, so that their quotes and braces would be learnt."""
+    texts = [[text for text in (r.prompt, *r.responses) if isinstance(text, str)] for r in records]
+    count = sum(any(_WRITTEN.match(text) and _SPEAKS.search(text) for text in row) for row in texts)
+    if not count:
+        return []
+    return [
+        f"messages are written as text in {count:,} of {len(records):,} rows, and stay text, quotes and braces with "
+        "it; give lists of messages (in CSV and Parquet, text that json.dumps writes of them is read as such)"
     ]
 
 

@@ -25,13 +25,14 @@ def wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int,
     return record.pairs if kind == "pairs" else ((0,),)
 
 
-def check_fit(records: Sequence[Record], kind: Kind, option: str) -> None:
+def check_fit(records: Sequence[Record], kind: Kind, option: str, read: int | None = None) -> None:
     """Refuses records without what a view is made of.
 
     Args:
         records: all of the view.
         kind: the view.
         option: what gives columns other names, for the message.
+        read: rows of the files, for the message; as many as the records if None.
 
     Raises:
         InputError: for the first record at fault, with the keys found, what mends it, and how many are like it.
@@ -42,7 +43,7 @@ def check_fit(records: Sequence[Record], kind: Kind, option: str) -> None:
         if (error := _misfit(record, kind, option)) is not None:
             refusals.add(error)
     if refusals:
-        raise refusals.error(len(records))
+        raise refusals.error(len(records) if read is None else read)
 
 
 def _misfit(record: Record, kind: Kind, option: str) -> InputError | None:

@@ -61,7 +61,8 @@ class ChatPair(Form):
 
     def read(self, row: Row) -> Record | None:
         """The conversations, parted where they part."""
-        chosen, rejected = (checked_messages(row.take(key), row.where, key) for key in COMPARED)
+        given = {key: row.take(key) for key in COMPARED}
+        chosen, rejected = (checked_messages(side, row.where, key, len(side)) for key, side in given.items())
         for key, messages in zip(COMPARED, (chosen, rejected), strict=True):
             if messages[-1].role != "assistant":
                 raise row.refused(key, f"the last message is from '{messages[-1].role}'; end with the assistant's")
@@ -72,6 +73,8 @@ class ChatPair(Form):
             raise row.refused(
                 "rejected", "the conversations differ before the first answer; make them the same up to it"
             )
+        for key, side in given.items():  # whether what is learnt is marked otherwise
+            checked_messages(side, row.where, key, context=cut)
         agreeing_prompt(row, chosen)
         return _pair(self, row, chosen[:cut], as_response(chosen[cut:]), as_response(rejected[cut:]))
 

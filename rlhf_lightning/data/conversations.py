@@ -8,14 +8,15 @@ once others follow, each turn is a sequence of its own, as it would be asked for
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_lightning.data.hidden import hide, shown, unhidden
-from rlhf_lightning.data.reading import Reading, is_silent, left_out
+from rlhf_lightning.data.reading import Reading, dropped_part, is_silent, left_out
 from rlhf_lightning.data.rows import Record
+from rlhf_lightning.data.skeletons import Place, Skeletons
 from rlhf_lightning.data.spelling import without_end
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.template import MARK, ChatTemplate, TemplateRefuses
@@ -30,12 +31,12 @@ FOLDED = "system message put into the user's, as the chat template takes none"
 FOLDED_LATE = "system message put into the first user's, as the chat template shows it in a last message alone"
 RENAMED = "developer message given as the system's, as the chat template knows no other"
 ENDED = "response that spells the token that ends it, taken once"
+ENDLESS = "earlier turn of a response, learnt without its end, which the chat template writes with another token"
 SILENT = "empty turn of the assistant's, not learnt"
 OPENING = "opening turn of the assistant's, not learnt, as no message asks for it"
 APART = "conversation in one sequence a turn, as the chat template changes earlier ones"
 
-# A part of a response between marks, as reasoning is: <think>...</think>, [THINK]...[/THINK].
-_PART = re.compile(r"([<\[])(\w+)([>\]])(.*?)(\1/\2\3)", re.S)
+_ASKED = tuple(2**power for power in range(4, 30))  # turns before which it is asked whether the prompt is too long
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class _Chat:
     first: int  # of the response's messages
     prefill: str | None  # what the first of them begins with, and the prompt ends with
     hidden: dict[str, str]
+    rendered: dict[Place, str] = field(default_factory=dict)  # of its beginnings, what is known already
 
     @property
     def where(self) -> str:
@@ -90,10 +92,14 @@ class Conversations:
     Args:
         template: the chat template.
         special: pattern of the special tokens that stay text where a user's text spells them; None for none.
+        too_long: whether a prompt is so long that it will be refused or dropped.
     """
 
-    def __init__(self, template: ChatTemplate, special: Any | None) -> None:
+    def __init__(
+        self, template: ChatTemplate, special: Any | None, too_long: Callable[[str], bool] = lambda prompt: False
+    ) -> None:
         self.template = template
+        self._too_long = too_long
         self.special = special
         self.noted: Counter[str] = Counter()
         self.turns = 0  # of the assistant's that were looked for in what the template renders
@@ -101,6 +107,7 @@ class Conversations:
         self._roles: dict[str, str] = {}  # how a role that steers is given: as it is, as "system", or in the user's
         self._has_tools: bool | None = None
         self._reading = Reading(template, self.noted)
+        self._skeletons = Skeletons(template)
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -143,7 +150,16 @@ class Conversations:
         self.noted[OPENING] += len(spoken) - len(asked)
         if not asked:
             raise InputError(f"{record.where}: the assistant's turns answer no message; put the user's before them")
-        turns = [self._turn(chat, i) for i in asked]
+        if not (chat.tools or chat.hidden or chat.prefill):
+            places = [place for i in asked for place in ((i, True), (i + 1, False))]
+            chat.rendered = self._skeletons.renderings(chat.messages[: asked[-1] + 1], places)
+        turns: list[_Turn] = []
+        for number, i in enumerate(asked):
+            # A turn is rendered with all before it. Behind a prompt that will be refused, only the last is looked at.
+            if number in _ASKED and self._too_long(turns[-1].prompt):
+                turns.append(self._turn(chat, asked[-1]))
+                break
+            turns.append(self._turn(chat, i))
         self._reading.check(chat.where, chat.messages[: asked[-1] + 1], chat.tools, asked)
         last = turns[-1].whole
         if all(turn.ended and last.startswith(turn.whole[: turn.end]) for turn in turns[:-1]):
@@ -151,7 +167,8 @@ class Conversations:
         if every_turn and record.form.conversation:
             self.noted[APART] += 1
             return [self._joined(chat, [turn]) for turn in turns]
-        return [self._joined(chat, self._found_again(chat, turns))]
+        words = [(chat.messages[i]["content"] or "").strip() for i in asked]
+        return [self._joined(chat, self._found_again(chat, turns, words))]
 
     # -- the messages --------------------------------------------------------------------------------------------------
 
@@ -233,6 +250,8 @@ class Conversations:
     def _prompt_text(self, chat: _Chat, turn: int) -> str:
         """What asks for message ``turn``."""
         before = chat.messages[:turn]
+        if (known := chat.rendered.get((turn, True))) is not None:
+            return known
         if chat.prefill is None or turn != chat.first:
             return self._render(chat, before, generation_prompt=True)
         begun = self._render(chat, [*before, {"role": "assistant", "content": chat.prefill}])
@@ -243,7 +262,8 @@ class Conversations:
 
     def _turn(self, chat: _Chat, turn: int) -> _Turn:
         prompt = asking = self._prompt_text(chat, turn)
-        whole = self._render(chat, chat.messages[: turn + 1])
+        known = chat.rendered.get((turn + 1, False))
+        whole = self._render(chat, chat.messages[: turn + 1]) if known is None else known
         self._check_hidden(chat, whole, turn + 1)
         start = shown(prompt, whole, chat.hidden)
         if start is None:
@@ -294,17 +314,26 @@ class Conversations:
         elif whole[at:start].strip():
             self.noted[TWICE] += 1
 
-    def _found_again(self, chat: _Chat, turns: list[_Turn]) -> list[_Turn]:
+    def _found_again(self, chat: _Chat, turns: list[_Turn], spoken: list[str]) -> list[_Turn]:
         """The same turns in the rendering of the last, which writes the earlier ones otherwise."""
         whole, token = turns[-1].whole, self.template.turn_end
         starts = [*(shown(turn.prompt, whole, chat.hidden) for turn in turns[:-1]), turns[-1].start]
         found = []
-        for turn, start, following in zip(turns, starts, starts[1:], strict=False):
+        for turn, start, following, words in zip(turns, starts, starts[1:], spoken, strict=False):
             end = whole.find(token, start) if token and start is not None else -1
-            # Where the template ends earlier turns with another token, the first such end is a later turn's.
-            if start is None or following is None or end < 0 or end + len(token) > following:
+            if start is None or following is None:
                 raise self._lost(chat, "the assistant's earlier turn, which the chat template changes,")
-            found.append(_Turn(turn.prompt, whole, start, end + len(token), True))
+            if end >= 0 and end + len(token) <= following:
+                found.append(_Turn(turn.prompt, whole, start, end + len(token), True))
+                continue
+            # The first such end is a later turn's: the template ends earlier turns with another token, as Harmony's
+            # does. A policy that learnt that one would not end its answers with the token that sampling waits for.
+            other = self.template.earlier_end
+            end = whole.find(words + other, start, following) + len(words)
+            if not other or not words or end < start + len(words):
+                raise self._lost(chat, "the end of the assistant's earlier turn, which the chat template changes,")
+            found.append(_Turn(turn.prompt, whole, start, end, True))
+            self.noted[ENDLESS] += 1
         return [*found, turns[-1]]
 
     def _joined(self, chat: _Chat, turns: list[_Turn]) -> Rendered:
@@ -354,25 +383,3 @@ class Conversations:
                 f"{chat.where}: spells {json.dumps(next(iter(chat.hidden.values())))}, which the chat template reads; "
                 "set data.special_tokens to tokens, or take it out of the text"
             )
-
-
-def dropped_part(text: str, said: str) -> str:
-    """The marks of a part of the text that a template left out of what is said, as ``<think>…</think>``; or nothing.
-
-    Of several the last: a template that drops all before an end of its own takes earlier parts with it.
-    """
-    said = said.strip()
-    for part in reversed(list(_PART.finditer(text))):
-        if part[5] in said:
-            continue
-        words, after = part[4].strip(), text[part.end() :]
-        rests = ((text[: part.start()] + after).strip(), after.strip())
-        # Some templates write the words between other marks; else they may stand in what is said of the rest.
-        if words not in said or any(_is_alone(rest, words, said) for rest in rests):
-            return f"{part[1]}{part[2]}{part[3]}\u2026{part[5]}"
-    return ""
-
-
-def _is_alone(rest: str, words: str, said: str) -> bool:
-    """Whether the rest of a text is said, and the words not behind it."""
-    return said.startswith(rest) and not (words and words in said[len(rest) :])

@@ -18,12 +18,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from rlhf_lightning.batches import View
 from rlhf_lightning.data.advice import for_training, repeating
-from rlhf_lightning.data.choices import Kind
+from rlhf_lightning.data.choices import Kind, check_fit
 from rlhf_lightning.data.collate import encoding
 from rlhf_lightning.data.columns import Columns
+from rlhf_lightning.data.hints import COLUMNS
 from rlhf_lightning.data.ids import SpecialTokens
 from rlhf_lightning.data.loader import Loader
-from rlhf_lightning.data.mixing import check_weights, file_weights
+from rlhf_lightning.data.mixing import asked_again, check_weights, file_weights
 from rlhf_lightning.data.records import Records, load_records
 from rlhf_lightning.data.resuming import check_resumed
 from rlhf_lightning.data.split import split_by_prompt
@@ -65,7 +66,7 @@ class PreferenceDataModule(LightningDataModule):
         chat_template_name: which of the tokenizer's named chat templates to use; the one named default if not given.
         chat_template_kwargs: variables of the chat template, as ``{enable_thinking: false}``.
         date: the day that a chat template with a clock says it is, as 2026-01-31; the day of the run's start if not
-            given, also where the run is resumed.
+            given, also where the run is resumed or its checkpoint measured.
         special_tokens: special tokens that texts spell are letters (``text``), or are taken for the ``tokens``, as in
             prompts that a chat template was applied to already.
         train_on: of conversations (``messages``) every turn of the assistant's carries loss, or the last alone.
@@ -134,7 +135,7 @@ class PreferenceDataModule(LightningDataModule):
         self.noted: Counter[str] = Counter()  # rows that are there, and otherwise than one would expect
         self.template: ChatTemplate | None = None  # what chats are rendered with
         self._read_noted: Counter[str] = Counter()  # of these, what reading told
-        self._fingerprint = self._encoding = ""
+        self._fingerprint = self._encoding = self._stage = ""
         self._resumed: dict[str, Any] | None = None
 
     # -- what Lightning calls ------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ class PreferenceDataModule(LightningDataModule):
 
         Returns: itself.
         """
-        self.view = view
+        self.view, self._stage = view, stage
         self.answering = stage == "predict"
         self.kind = "prompts" if stage == "predict" else view.kind
         if tokenizer is not None:
@@ -187,8 +188,11 @@ class PreferenceDataModule(LightningDataModule):
         if stage == "predict":
             self.train, self.held_out = [], self._encode(encoder, records, "answer", every_row=True)
             return self
+        if stage == "fit" or self.val_path is None:  # before the split: the rows at fault are counted in the files
+            check_fit(records.rows, self.kind, COLUMNS, records.read)
         if self.val_path is not None:
             held_out = load_records(self.val_path, columns=names)
+            check_fit(held_out.rows, self.kind, COLUMNS, held_out.read)
             if stage != "fit":
                 self.dropped, self._read_noted = Counter(), Counter()  # of rows to train on, which are not used
             self.dropped.update(held_out.dropped)
@@ -219,6 +223,8 @@ class PreferenceDataModule(LightningDataModule):
         self._tell_spelled(encoder)
         losses = encoder.conversations.losses if encoder.conversations is not None else []
         looks = for_training(records.rows, self.kind == "labels") if stage == "fit" else repeating(held_out.rows)
+        if stage == "fit" and view.steps is not None:
+            looks += asked_again(self.train, self.weights, self.batch_size)
         for line in [*losses, *looks]:
             rank_zero_warn(f"data: {line}")
         rank_zero_info(self.summary(), extra={"in_preflight": True})
@@ -256,26 +262,26 @@ class PreferenceDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Checks that the data and the options that make the batches are still those of the checkpoint.
 
-        Chats are rendered with the date of the checkpoint, unless another was given.
+        Chats are rendered with the date of the checkpoint, unless another was given; also where nothing is trained.
 
         Raises:
             InputError: they changed, so the checkpoint's batch numbers would mean other rows.
         """
         self._resumed = state_dict
         then = state_dict.get("date")
-        dated = self.template is not None and self.template.dated
-        if self._fingerprint and then is not None and not (dated or self._date_given):
-            self.date = then  # a reward model's chat template may have a clock
-        if self._fingerprint and dated and then is not None and then != self.date:
-            if self._date_given:
-                raise InputError(
-                    f"data.date: the checkpoint was made with {then}, now it is {self.date}; set it back to resume, or "
-                    "start a new run from the exported model"
-                )
-            assert self.view is not None
-            self.date = then
-            self.prepare(self.view)
-        elif self._fingerprint:
+        if then is None or then == self.date:
+            pass
+        elif not self._date_given:
+            self.date = then  # also for a reward model's chat template, which may have a clock
+            if self.template is not None and self.template.dated and self.view is not None:
+                self.prepare(self.view, stage=self._stage)
+                return
+        elif self._fingerprint and self.template is not None and self.template.dated:
+            raise InputError(
+                f"data.date: the checkpoint was made with {then}, now it is {self.date}; set it back to resume, or "
+                "start a new run from the exported model"
+            )
+        if self._fingerprint:
             self._check_resumed()
 
     # -- how it is done ------------------------------------------------------------------------------------------------

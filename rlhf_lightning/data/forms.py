@@ -41,11 +41,15 @@ class Chat(Form):
         """The turns up to the last answer, and that answer; judged by itself where there is a label."""
         if "completion" in row:
             raise row.refused(self.key, "stands beside 'completion'; keep one of the two forms")
-        messages = checked_messages(row.take(self.key), row.where, self.key)
+        given = row.take(self.key)
+        judged = "label" in row and isinstance(given, list)  # then the last answer alone is learnt
+        messages = checked_messages(given, row.where, self.key, context=len(given) if judged else 0)
         agreeing_prompt(row, messages)
         cut = len(messages)
         while cut and messages[cut - 1].role == "assistant":
             cut -= 1
+        if judged:
+            checked_messages(given, row.where, self.key, context=cut)
         if not cut:
             raise row.refused(self.key, "holds an answer without the message it answers; add the user's")
         if cut == len(messages):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from rlhf_lightning.errors import InputError
+
 SLICE = 1 << 14  # characters that are tokenised at a time
 # By how many tokens a cut may change the count beside it: a word cut in two, a mark or a space that is taken off there.
 _SLACK = 64
@@ -33,6 +35,29 @@ def surely_over(text: str, limit: int, count: Callable[[str], int]) -> int | Non
             return counted
         start = end
     return None
+
+
+def far_over(text: str, limit: int, count: Callable[[str], int]) -> bool:
+    """Whether a text has surely more tokens than ``limit``, also where it is tokenised in pieces; see `surely_over`."""
+    if len(text) <= 2 * SLICE:
+        return count(text) > limit + _SLACK
+    return surely_over(text, limit, count) is not None
+
+
+def long_prompt(where: str, tokens: str, limit: int | None, rows: int, total: int) -> InputError:
+    """The error that refuses a prompt, the first of ``rows``."""
+    return InputError(
+        f"{where}: key 'prompt': {tokens} tokens are over data.max_prompt_tokens {limit} ({rows} of {total} rows are); "
+        "raise it, or set data.long_prompts to drop or truncate_left"
+    )
+
+
+def long_response(where: str, tokens: str, limit: int | None, count: int, total: int) -> InputError:
+    """The error that refuses a response, the first of ``count``."""
+    return InputError(
+        f"{where}: a response of {tokens} tokens, EOS included, is over data.max_response_tokens {limit} "
+        f"({count} of {total} are); raise it, or set data.long_responses to drop"
+    )
 
 
 def _word_end(text: str, start: int) -> int:

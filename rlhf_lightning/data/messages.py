@@ -8,12 +8,11 @@ from typing import Any
 from rlhf_lightning.data.files import kind_of, shown
 from rlhf_lightning.data.values import ROLES, Message, Prompt, Response, checked_list, checked_text, refused
 
-# Marks of single messages, or of parts of them, as learnt or not, which nothing reads; and those that say the contrary.
-_MARKS = (
-    *("weight", "train", "training", "train_on_turn", "trainable", "loss", "mask", "loss_mask", "masked"),
-    *("train_detail", "training_detail"),
-)
-_NOT = ("masked",)
+# Marks of single messages as learnt or not, which nothing reads: by each, the values that say what holds anyway of the
+# turns that are learnt, and of those that are not. What writes `weight` or `masked` may write its default everywhere.
+_LEARN = ("train", "training", "train_on_turn", "trainable", "loss", "mask", "loss_mask")
+_MARKS = {**dict.fromkeys(_LEARN, ((1,), (0,))), "weight": ((1,), (0, 1)), "masked": ((0,), (0, 1))}
+_PARTS = ("train_detail", "training_detail")  # the same of parts of a message: a list of objects with `train`
 # What other data sets call the roles, under `role` and under `from`. Where ShareGPT's `from` says that it is a function
 # call, it is the assistant's and its value is JSON; OpenAI's older messages have the call under that key.
 _CALL = "function_call"
@@ -32,13 +31,22 @@ _SPEAKERS = {
 }
 
 
-def checked_messages(value: Any, where: str, key: str) -> tuple[Message, ...]:
+def checked_messages(value: Any, where: str, key: str, context: int = 0) -> tuple[Message, ...]:
     """A list of one message or more: objects with ``role`` and ``content``, or with ``from`` and ``value``.
+
+    Args:
+        value: the list.
+        where: file and line.
+        key: what it stands under.
+        context: so many of the first messages are learnt by nobody, whoever speaks.
 
     Raises:
         InputError: an unknown role, a content that is no text, or a message with a part that is not read.
     """
-    messages = [_message(item, where, f"{key}[{i}]") for i, item in enumerate(checked_list(value, where, key))]
+    if isinstance(value, dict):
+        raise refused(where, key, "must be a list of messages, got an object; write one with role and content a turn")
+    items = enumerate(checked_list(value, where, key))
+    messages = [_message(item, where, f"{key}[{i}]", i >= context) for i, item in items]
     if not messages:
         raise refused(where, key, "is an empty list; give at least one message")
     return tuple(messages)
@@ -46,8 +54,10 @@ def checked_messages(value: Any, where: str, key: str) -> tuple[Message, ...]:
 
 def checked_prompt(value: Any, where: str, key: str) -> Prompt:
     """A prompt as text that is not empty, or as messages: up to the one to answer, or to the answer's beginning."""
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
     if isinstance(value, list):
-        messages = checked_messages(value, where, key)
+        messages = checked_messages(value, where, key, context=len(value))
         if all(message.role == "assistant" for message in messages):
             raise refused(where, key, "the only messages are the assistant's; begin with the one to answer")
         if "tool_calls" in messages[-1].more:
@@ -92,11 +102,14 @@ def checked_tools(value: Any, where: str, key: str) -> str:
     return _to_json(tools)
 
 
-def _message(item: Any, where: str, at: str) -> Message:
+def _message(item: Any, where: str, at: str, learnt: bool) -> Message:
     if not isinstance(item, dict):
         raise refused(where, at, f"must be an object with role and content, got {kind_of(item)}")
     speaker, text = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     more = {name: value for name, value in item.items() if name not in (speaker, text) and value is not None}
+    for name in ("tool_calls", _CALL):  # where tables have text for a list
+        if isinstance(more.get(name), str) and more[name].strip():
+            more[name] = _from_json(more[name], where, f"{at}.{name}")
     if not more.get("tool_calls", True):  # an empty list says that no tool is called
         del more["tool_calls"]
     if _CALL in more:
@@ -108,7 +121,7 @@ def _message(item: Any, where: str, at: str) -> Message:
     if speaker not in item:
         raise refused(where, f"{at}.{speaker}", "is missing; a message has role and content")
     role = _role(item, speaker, where, at)
-    _check_marks(more, role, where, at)
+    _check_marks(more, learnt and role == "assistant", where, at)
     if item.get(text) is None and "tool_calls" in more:
         return Message(role, "", _to_json(more))
     if text not in item:
@@ -125,12 +138,14 @@ def _message(item: Any, where: str, at: str) -> Message:
     return Message(role, content, _to_json(more) if more else "")
 
 
-def _check_marks(more: dict[str, Any], role: str, where: str, at: str) -> None:
+def _check_marks(more: dict[str, Any], learnt: bool, where: str, at: str) -> None:
     """Takes the marks out of a message's other keys where they say what holds anyway, and refuses others."""
-    for mark in _MARKS:
-        # The assistant's turns are learnt, and no others.
-        usual = mark == "weight" or (role == "assistant") != (mark in _NOT)
-        if more.pop(mark, usual) != usual:
+    for mark in (*_MARKS, *_PARTS):
+        given = more.pop(mark, None)
+        usual = _MARKS.get(mark, _MARKS["train"])[0 if learnt else 1]
+        parts = given if isinstance(given, list) and mark in _PARTS else [given]
+        said = [part.get("train") if isinstance(part, dict) and mark in _PARTS else part for part in parts]
+        if given is not None and any(value not in usual for value in said):
             remedy = "give the row a 'weight'" if mark == "weight" else "end a row in each answer to learn"
             problem = f"one message's own {mark} is not read; {remedy}, or delete the key"
             raise refused(where, f"{at}.{mark}", problem)

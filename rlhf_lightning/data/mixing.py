@@ -86,6 +86,24 @@ def stepped_rows(slots: Sequence[Slot], batch_size: int, seed: int, number: int)
     return [(i, slots[i % size].row(seed, epoch, i % size)) for i, epoch in zip(numbers, passes, strict=True)]
 
 
+def asked_again(examples: Sequence[Example], weights: Mapping[str, float], batch_size: int) -> list[str]:
+    """A line where an endless walk's batch is larger than a whole pass, and so has prompts more than once; else none.
+
+    Args:
+        examples: all prompts to train on.
+        weights: by file.
+        batch_size: prompts in a global batch.
+    """
+    prompts = len(make_slots(examples, weights))
+    if batch_size <= prompts:
+        return []
+    again = f"at least {batch_size - prompts:,} of them come again in it"
+    return [
+        f"each iteration takes data.batch_size {batch_size:,} prompts, and there are {prompts:,} to train on: {again}; "
+        f"lower it to {prompts:,}, or give more prompts"
+    ]
+
+
 def file_weights(path: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
     """The weights in ``data.path``; empty where it only names files.
 

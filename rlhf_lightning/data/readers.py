@@ -20,6 +20,7 @@ from typing import Any
 
 from rlhf_lightning.data.files import Numbered, RawRow, not_utf8, shown, whole_file
 from rlhf_lightning.data.json_rows import read_json
+from rlhf_lightning.data.messages import speaking
 from rlhf_lightning.data.values import refused
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.text import alike
@@ -27,7 +28,10 @@ from rlhf_lightning.text import alike
 _JSON = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 _LIST_CELLS = ("completions", "ranks", "ratings", "messages", "conversations", "tools")
-_MESSAGE_CELLS = ("prompt", "chosen", "rejected", "completion")
+_MESSAGE_CELLS = (
+    *("prompt", "question", "chosen", "rejected", "completion", "output", "response", "response_j", "response_k"),
+    *("preferred_output", "non_preferred_output"),
+)
 _NUMBER_CELLS = ("margin", "weight")
 _OPTIONAL_CELLS = ("label", "system", "input")
 
@@ -106,18 +110,19 @@ def _csv_rows(path: str, reader: Any) -> Iterator[Numbered]:
 def interpreted(path: str, where: str, cells: RawRow) -> RawRow:
     """What a row's values mean in the kind of file that they come from; its keys are our names already.
 
-    CSV knows text only: lists stand as JSON in their cell, numbers as digits; an empty one means none is given. A
-    prompt or a response is text, but where its cell is a JSON list of objects: messages. Other files' values are what
-    they are.
+    CSV knows text only: lists stand as JSON in their cell, numbers as digits; an empty one means none is given. Where
+    another table has text for a list, it is read likewise. A prompt or a response is text, but where its cell is the
+    JSON of messages. JSON files' values are what they are.
 
     Raises:
         InputError: a cell holds no list, or no number, where one is read.
     """
-    if not path.lower().endswith(".csv"):
+    name = path.lower()
+    if name.endswith(_JSON):
         return cells
-    row = dict(cells)
-    for key in (*_LIST_CELLS, *_NUMBER_CELLS, *_OPTIONAL_CELLS):
-        if key not in row:
+    row, csv_cells = dict(cells), (*_NUMBER_CELLS, *_OPTIONAL_CELLS) if name.endswith(".csv") else ()
+    for key in (*_LIST_CELLS, *csv_cells):
+        if not isinstance(row.get(key), str):
             continue
         if not row[key].strip():
             del row[key]
@@ -127,21 +132,32 @@ def interpreted(path: str, where: str, cells: RawRow) -> RawRow:
         try:
             row[key] = float(row[key]) if key in _NUMBER_CELLS else json.loads(row[key])
         except (ValueError, RecursionError):
-            wanted = "a number" if key in _NUMBER_CELLS else "a JSON list"
-            raise refused(where, key, f"the cell must hold {wanted}, got {_clip(row[key])}") from None
-    for key in _MESSAGE_CELLS:
-        if re.match(r"\s*\[\s*\{", cells.get(key, "")):
-            row[key] = _messages_or_text(cells[key])
+            wanted, remedy = ("a JSON list", "write it with json.dumps")
+            if key in _NUMBER_CELLS:
+                wanted, remedy = "a number", "repair or empty it"
+            raise refused(where, key, f"the cell must hold {wanted}, got {_clip(row[key])}; {remedy}") from None
+    for key in (*_MESSAGE_CELLS, *(["input"] if "preferred_output" in row else [])):
+        if isinstance(row.get(key), str) and re.match(r"\s*[\[{]", row[key]):
+            row[key] = _messages_or_text(row[key])
     return row
 
 
 def _messages_or_text(cell: str) -> Any:
+    """The messages, one or a list of them or an object that holds it; any other text as it stands, also as JSON."""
     try:
         value = json.loads(cell)
     except (ValueError, RecursionError):
         return cell
-    messages = all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
-    return value if messages else cell
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):  # the input beside preferred outputs
+        return value if _are_messages(value["messages"]) else cell
+    return value if _are_messages(value if isinstance(value, list) else [value]) else cell
+
+
+def _are_messages(values: list[Any]) -> bool:
+    objects = [value for value in values if isinstance(value, dict)]
+    spoken = [value for value in objects if speaking(value.get("role", value.get("from"))) is not None]
+    said = ("content", "value", "tool_calls", "function_call")
+    return bool(values) and len(objects) == len(values) and any(any(key in value for key in said) for value in spoken)
 
 
 def _clip(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ UNREAD = "message with key '{}', which the chat template does not read"
 _OWN = ("role", "content", "tool_calls")
 _PROTOCOL = ("tool_call_id", "name")  # of a tool's message; where a template has no place for them, nothing is amiss
 _ABSENT = object()
+# A part of a response between marks, as reasoning is: <think>...</think>, [THINK]...[/THINK].
+_PART = re.compile(r"([<\[])(\w+)([>\]])(.*?)(\1/\2\3)", re.S)
 
 
 class Reading:
@@ -134,3 +137,25 @@ def _is_empty(value: Any) -> bool:
 def is_silent(message: dict[str, Any]) -> bool:
     """Whether a message says nothing: no text, no call of a tool, nothing else."""
     return not (message["content"] or "").strip() and set(message) <= {"role", "content"}
+
+
+def dropped_part(text: str, said: str) -> str:
+    """The marks of a part of the text that a template left out of what is said, as ``<think>…</think>``; or nothing.
+
+    Of several the last: a template that drops all before an end of its own takes earlier parts with it.
+    """
+    said = said.strip()
+    for part in reversed(list(_PART.finditer(text))):
+        if part[5] in said:
+            continue
+        words, after = part[4].strip(), text[part.end() :]
+        rests = ((text[: part.start()] + after).strip(), after.strip())
+        # Some templates write the words between other marks; else they may stand in what is said of the rest.
+        if words not in said or any(_is_alone(rest, words, said) for rest in rests):
+            return f"{part[1]}{part[2]}{part[3]}\u2026{part[5]}"
+    return ""
+
+
+def _is_alone(rest: str, words: str, said: str) -> bool:
+    """Whether the rest of a text is said, and the words not behind it."""
+    return said.startswith(rest) and not (words and words in said[len(rest) :])

@@ -20,7 +20,7 @@ from rlhf_lightning.data.choices import Kind, check_fit, wanted
 from rlhf_lightning.data.conversations import Conversations, Rendered
 from rlhf_lightning.data.hints import COLUMNS
 from rlhf_lightning.data.ids import SpecialTokens, TextIds
-from rlhf_lightning.data.lengths import surely_over
+from rlhf_lightning.data.lengths import far_over, long_prompt, long_response, surely_over
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.sequences import Pieces, common_prompt, split
 from rlhf_lightning.data.spelling import count_spelled, without_end
@@ -130,7 +130,8 @@ class Encoder:
         self.template = ChatTemplate(tokenizer, text, chat_template_kwargs, date) if text else None
         self.conversations: Conversations | None = None
         if self.template is not None:
-            self.conversations = Conversations(self.template, self.ids.pattern if special_tokens == "text" else None)
+            pattern = self.ids.pattern if special_tokens == "text" else None
+            self.conversations = Conversations(self.template, pattern, self._far_over)
         elif chat_template_kwargs:
             raise InputError(
                 "data.chat_template_kwargs: the tokenizer has no chat template that reads them; leave it out"
@@ -310,18 +311,16 @@ class Encoder:
         count = self.ids.rendered if sequence.chat else self.ids.plain
         return surely_over(text, limit, lambda part: len(count([part])[0])) or 0
 
+    def _far_over(self, prompt: str) -> bool:
+        """Whether a chat's prompt is surely over its limit, and is not to be cut to it."""
+        limit = None if self.long_prompts == "truncate_left" else self.max_prompt_tokens
+        return limit is not None and far_over(prompt, limit, lambda part: len(self.ids.rendered([part])[0]))
+
     def _long_prompt(self, record: Record, tokens: str, rows: int, asked: Sequence[_Asked]) -> InputError:
-        return InputError(
-            f"{record.where}: key 'prompt': {tokens} tokens are over data.max_prompt_tokens {self.max_prompt_tokens} "
-            f"({rows} of {len({id(ask.record) for ask in asked})} rows are); raise it, or set data.long_prompts to "
-            "drop or truncate_left"
-        )
+        return long_prompt(record.where, tokens, self.max_prompt_tokens, rows, len({id(ask.record) for ask in asked}))
 
     def _long_response(self, record: Record, tokens: str, count: int, total: int) -> InputError:
-        return InputError(
-            f"{record.where}: a response of {tokens} tokens, EOS included, is over data.max_response_tokens "
-            f"{self.max_response_tokens} ({count} of {total} are); raise it, or set data.long_responses to drop"
-        )
+        return long_response(record.where, tokens, self.max_response_tokens, count, total)
 
     def _kept_prompts(
         self, asked: Sequence[_Asked], ids: Sequence[tuple[Pieces, ...]], dropped: Counter[str]

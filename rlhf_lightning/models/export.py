@@ -34,6 +34,7 @@ from rlhf_lightning.models.lora import merged
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import full_state_dict
+from rlhf_lightning.outputs import check_room
 
 ExportDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -130,7 +131,8 @@ def try_export(
             raise InputError(
                 f"{folder}: cannot be written ({error.strerror}); choose another place for the run"
             ) from None
-        _check_room(model, parts.dtype, folder)
+        needed = sum(parameter.numel() for parameter in model.parameters()) * parts.dtype.itemsize
+        check_room(folder, needed, "the trained model takes", "another place for the run")
         try:
             with quiet_transformers():
                 _write(parts, {}, staged)
@@ -189,16 +191,6 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 def _check_free(folder: Path) -> None:
     if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder}: something that is not a model stands here: move it, or choose another folder")
-
-
-def _check_room(model: torch.nn.Module, dtype: torch.dtype, folder: Path) -> None:
-    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    disk = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists()))
-    if disk.total > 0 and disk.free < needed:  # some network file systems know no sizes
-        raise InputError(
-            f"{folder}: the trained model takes {needed / 1e9:.1f} GB and the disk has {disk.free / 1e9:.1f} GB left: "
-            "make room, or choose another place for the run"
-        )
 
 
 def _policy_parts(policy: Policy, tokenizer: PreTrainedTokenizerBase, dtype: ExportDtype) -> _Parts:

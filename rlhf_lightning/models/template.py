@@ -113,6 +113,17 @@ class ChatTemplate:
         return tail[:end], tail[end:]
 
     @cached_property
+    def earlier_end(self) -> str:
+        """The token that ends the assistant's turn where others follow it; empty where it ends with none."""
+        user = {"role": "user", "content": "a"}
+        try:
+            rendered = self.render([user, {"role": "assistant", "content": MARK}, user])
+        except TemplateRefuses:
+            return ""
+        found = self.tokens.match(rendered.partition(MARK)[2])
+        return found[0] if found else ""
+
+    @cached_property
     def tokens(self) -> re.Pattern[str]:
         """The tokens that stand in a rendering for themselves, special or not, but for runs of white space."""
         return tokens_pattern([str(token) for token in self.tokenizer.added_tokens_decoder.values()])

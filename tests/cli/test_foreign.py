@@ -108,6 +108,42 @@ def test_a_metric_that_there_is_not_is_refused_as_soon_as_that_is_known(
     assert count.batches == batches
 
 
+@pytest.mark.parametrize("callback", [EarlyStopping, ModelCheckpoint])
+@pytest.mark.parametrize(("monitor", "tried"), [("val/los", True), ("val/perplexity", True), ("val/loss", False)])
+def test_a_held_out_name_is_tried_also_without_a_sanity_check(
+    callback: Any,
+    monitor: str,
+    tried: bool,
+    tiny_policy_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Trials(Count):
+        def on_sanity_check_start(self, *args: Any) -> None:
+            self.batches -= 100
+
+    data, count = SmallData(tiny_policy_dir, [[0, 1], [2]], held_out=True), Trials()
+    wrong = pytest.raises(InputError, match=rf"{callback.__name__} watches 'val/los' \(did you mean val/loss\?\)")
+    with wrong if monitor == "val/los" else contextlib.nullcontext():
+        options = {"num_sanity_val_steps": 0, "enable_checkpointing": True, "default_root_dir": tmp_path}
+        checks = [callback(monitor=monitor), count, CheckMonitors()]
+        train(SFTModule(str(tiny_policy_dir)), data, callbacks=checks, **options)
+    assert count.batches == -100 * tried + 2 * (monitor != "val/los")
+    said = f"{callback.__name__} watches '{monitor}', which only a validation can tell of: one batch is validated first"
+    assert (said in " ".join(capsys.readouterr().out.split())) == tried
+
+
+def test_a_resumed_run_tells_of_a_held_out_name_at_its_first_validation(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    module, data = SFTModule(str(tiny_policy_dir)), SmallData(tiny_policy_dir, [[0, 1], [2]], held_out=True)
+    train(module, data, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    (saved,) = tmp_path.glob("*.ckpt")
+    checks = [EarlyStopping("val/los", strict=False), CheckMonitors()]
+    with pytest.raises(
+        InputError, match=r"'val/los' \(did you mean val/loss\?\); the validation of SFTModule logs val/"
+    ):
+        train(SFTModule(str(tiny_policy_dir)), data, str(saved), callbacks=checks, max_epochs=2, num_sanity_val_steps=0)
+
+
 def test_metrics_of_modules_that_are_not_ours_are_theirs(tiny_policy_dir: Path) -> None:
     class Own(SFTModule):
         """May log what it likes, and when."""

@@ -273,6 +273,15 @@ def test_the_date_of_a_run_is_that_of_its_checkpoint(tmp_path):
     assert resumed.date != "2001-02-03"
     resumed.load_state_dict(first.state_dict())
     assert resumed.date == "2001-02-03" and resumed.train[0].prompt.tolist() == first.train[0].prompt.tolist()
+    for stage in ("validate", "test", "predict"):  # where nothing is trained, and no run's config gives the date
+        measured = make_data(path, **{**options, "val_path": path}).prepare(View("demonstrations"), stage=stage)
+        answering = [len(measured.train), len(measured.held_out), measured.answering]
+        measured.load_state_dict(first.state_dict())
+        assert first.tokenizer.decode(measured.held_out[0].prompt).startswith("2001-02-03<|im_start|>")
+        assert [len(measured.train), len(measured.held_out), measured.answering] == answering
+        given = make_data(path, **{**options, "val_path": path, "date": "2001-02-04"})
+        given.prepare(View("demonstrations"), stage=stage).load_state_dict(first.state_dict())
+        assert first.tokenizer.decode(given.held_out[0].prompt).startswith("2001-02-04<|im_start|>")
     other = make_data(path, date="2001-02-04", **options).prepare(View("demonstrations"))
     with pytest.raises(InputError, match=r"data.date: the checkpoint was made with 2001-02-03, now it is 2001-02-04"):
         other.load_state_dict(first.state_dict())
@@ -353,3 +362,18 @@ def test_several_turns_reach_the_batches_with_their_mask(tmp_path):
         for row, prompt, mask in zip(batch.tokens, batch.prompt_lengths.tolist(), batch.spoken, strict=True)
     ]
     assert said == ["fine<|im_end|>fine<|im_end|>", "fine<|im_end|>"]
+
+
+@pytest.mark.parametrize("held_out", ["validation_fraction", "val_path"])
+def test_rows_at_fault_are_counted_in_the_file_and_not_in_a_part_of_it(tmp_path, held_out):
+    question, answer = ({"role": role, "content": "x"} for role in ("user", "assistant"))
+    rows = [{"messages": [{**question, "content": f"q{i}"}]} for i in range(8)]
+    rows += [{"messages": [question, answer]}, {"messages": [question, {**answer, "content": ""}]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "whole.jsonl").write_text(json.dumps(rows[8]) + "\n")
+    path = str(tmp_path / "rows.jsonl")
+    options = {"validation_fraction": 0.5}
+    if held_out == "val_path":
+        options, path = {"val_path": path}, str(tmp_path / "whole.jsonl")
+    with pytest.raises(InputError, match=r"rows.jsonl:1: .* ends with the user's turn; .* \(8 of 10 rows have this\)$"):
+        make_data(path, **options).prepare(View("demonstrations"), make_tokenizer())

@@ -59,6 +59,46 @@ def test_marks_that_one_message_is_learnt_or_not_are_refused_where_they_would_ch
             turns({**question, mark: True})
 
 
+QUESTION, ANSWER, OTHER = (
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "a"},
+    {"role": "assistant", "content": "b"},
+)
+ALL_PARTS = {key: [{"begin_offset": 0, "train": False}] for key in ("train_detail", "training_detail")}
+MUTE = {**dict.fromkeys(MARKS, False), "masked": True, **ALL_PARTS}
+
+
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_marks_have_no_meaning_on_turns_that_nobody_learns(role):
+    message = {"role": role, "content": "x"}
+    for marks in ({"masked": False}, {"masked": 0}, {"weight": 0}, {"weight": 1}, {"train_detail": []}, MUTE):
+        assert turns({**message, **marks}) == [message], marks
+    for parts in ([{"train": True}], [{"train": False}, {"train": True}], [{}], [3]):
+        with pytest.raises(InputError, match=r"own train_detail is not read"):
+            turns({**message, "train_detail": parts})
+    assert turns({**ANSWER, "train_detail": [{"train": True}], "training_detail": []}) == [ANSWER]
+
+
+@pytest.mark.parametrize("mark", MUTE)
+def test_marks_that_earlier_turns_are_not_learnt_hold_where_the_answer_alone_is(write, mark):
+    earlier, mute = [QUESTION, {**ANSWER, mark: MUTE[mark]}, QUESTION], {**ANSWER, mark: MUTE[mark]}
+    rows = [
+        ({"prompt": earlier, "completion": [ANSWER]}, {"prompt": earlier, "completion": [mute]}),
+        ({"prompt": earlier, "chosen": "a", "rejected": "b"}, {"prompt": earlier, "chosen": [mute], "rejected": "b"}),
+        (
+            {"chosen": [*earlier, ANSWER], "rejected": [*earlier, OTHER]},
+            {"chosen": [*earlier, mute], "rejected": [*earlier, OTHER]},
+        ),
+        ({"messages": [*earlier, ANSWER], "label": True}, {"messages": [*earlier, mute], "label": True}),
+        ({"messages": [QUESTION, ANSWER]}, {"messages": [*earlier, ANSWER]}),
+    ]
+    for taken, refused in rows:
+        (record,) = load_records(write([taken])).rows
+        assert not any(message.more for message in record.prompt)
+        with pytest.raises(InputError, match=rf"\[\d\].{mark}': one message's own {mark} is not read"):
+            load_records(write([refused]))
+
+
 @pytest.mark.parametrize("mark", [*MARKS, "masked", "train_detail", "training_detail"])
 def test_marks_are_read_beside_calls_and_under_other_names_of_the_role(mark):
     mute = {"masked": True, "train_detail": [{"train": False}], "training_detail": [{"train": False}]}.get(mark, 0)

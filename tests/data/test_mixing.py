@@ -94,3 +94,26 @@ def test_a_file_of_which_no_row_is_left_is_told(tmp_path):
     again = write_file(tmp_path / "again.jsonl", "a", 10)  # its prompts are those of the first
     with pytest.warns(UserWarning, match=f"no row of {again} is left to train on, its weight has no effect"):
         make_data({a: 1, again: 3}, validation_fraction=0.0).prepare(View("prompts"))
+
+
+@pytest.mark.parametrize(
+    ("weight", "batch_size", "prompts"), [(1, 64, 54), (1, 55, 54), (1, 54, 0), (2, 108, 0), (2, 109, 108)]
+)
+def test_an_iteration_of_more_prompts_than_there_are_says_so(tmp_path, recwarn, weight, batch_size, prompts):
+    path = write_file(tmp_path / "a.jsonl", "a", 57)
+    data = make_data({path: weight}, batch_size=batch_size, validation_fraction=0.05)
+    data.prepare(View("prompts", steps=3))
+    said = [str(line.message) for line in recwarn.list if "each iteration takes" in str(line.message)]
+    found = [Counter(batch.prompts) for batch in data.train_dataloader()]
+    assert {sum(counts.values()) for counts in found} == {batch_size}
+    if not prompts:
+        assert not said
+        return
+    assert said == [
+        f"data: each iteration takes data.batch_size {batch_size} prompts, and there are {prompts} to train on: at "
+        f"least {batch_size - prompts} of them come again in it; lower it to {prompts}, or give more prompts"
+    ]
+    assert all(sum(counts.values()) - len(counts) >= batch_size - prompts for counts in found)
+    data.prepare(View("prompts"))  # each once
+    data.prepare(View("prompts", steps=3), stage="validate")
+    assert len([line for line in recwarn.list if "each iteration" in str(line.message)]) == 1

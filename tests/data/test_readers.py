@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import re
@@ -14,7 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlhf_lightning.data.advice import advice, for_training
+from rlhf_lightning.data.check import check
 from rlhf_lightning.data.records import checked_rows, load_records
+from rlhf_lightning.data.values import Message
 from rlhf_lightning.errors import InputError
 
 GOOD = '{"prompt": "p", "chosen": "a", "rejected": "b"}'
@@ -93,6 +97,87 @@ def test_csv_rows(write):
     assert ranked.responses == ("b", "a")
     labelled = load_records(write("prompt,completion,label\np,a,True\np,b,false\np,c,\n", "labels.csv")).rows
     assert [row.desirable for row in labelled[:2]] == [True, False] and str(labelled[2].form) == "demonstration"
+
+
+ASKS, SAYS, WORSE = (
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "a"},
+    {"role": "assistant", "content": "b"},
+)
+PAIR = ((Message("user", "q"),), ("a", "b"))
+CALLED = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+LIST = "must be a list of messages, got an object; write one with role and content a turn"
+
+
+def tables(tmp_path, row):
+    """The row as CSV, as Parquet of lists and structs, and as Parquet whose cells are JSON text."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}
+    with (tmp_path / "cells.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([texts.keys(), texts.values()])
+    yield str(tmp_path / "cells.csv")
+    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table
+    for name, cells in (("structs", row), ("texts", texts)):
+        parquet.write_table(table.from_pylist([cells]), tmp_path / f"{name}.parquet")
+        yield str(tmp_path / f"{name}.parquet")
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "responses"),
+    [
+        ({"messages": [ASKS, SAYS]}, PAIR[0], ("a",)),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PAIR[0], ("a",)),
+        ({"chosen": [ASKS, SAYS], "rejected": [ASKS, WORSE]}, *PAIR),
+        ({"prompt": [ASKS], "chosen": [SAYS], "rejected": [WORSE]}, *PAIR),
+        ({"prompt": ASKS, "chosen": SAYS, "rejected": WORSE}, *PAIR),
+        ({"question": [ASKS], "response_j": [SAYS], "response_k": [WORSE]}, *PAIR),
+        ({"prompt": "q", "completions": [[SAYS], [WORSE]], "ranks": [1, 2]}, "q", ("a", "b")),
+        ({"input": {"messages": [ASKS]}, "preferred_output": [SAYS], "non_preferred_output": [WORSE]}, *PAIR),
+        ({"prompt": "q", "completion": SAYS}, "q", ("a",)),
+        ({"instruction": "q", "output": [SAYS]}, "q", ("a",)),
+        ({"instruction": "q", "response": [SAYS]}, "q", ("a",)),
+        (
+            {"messages": [ASKS, {**CALLED, "tool_calls": json.dumps(CALLED["tool_calls"])}]},
+            PAIR[0],
+            ((Message("assistant", "", json.dumps({"tool_calls": CALLED["tool_calls"]})),),),
+        ),
+    ],
+)
+def test_tables_hold_messages_as_objects_and_as_json(tmp_path, row, prompt, responses):
+    for path in tables(tmp_path, row):
+        (record,) = load_records(path).rows
+        assert (record.prompt, record.responses) == (prompt, responses), path
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": ASKS}, f"key 'messages': {LIST}"),
+        ({"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}, f"key 'messages': {LIST}"),
+        ({"chosen": SAYS, "rejected": WORSE}, "key 'prompt': is missing; keys found: chosen, rejected"),
+        ({"prompt": SAYS, "completion": "a"}, "key 'prompt': the only messages are the assistant's; begin with the"),
+        ({"messages": [ASKS, {**CALLED, "tool_calls": "[{"}]}, "key 'messages[1].tool_calls': must be JSON, and is"),
+    ],
+)
+def test_objects_in_tables_that_are_no_messages_are_one_line(tmp_path, row, message):
+    for path in tables(tmp_path, row):
+        assert re.match(rf"{re.escape(path)}:\d: {re.escape(message)}", refusal(path)), path
+
+
+def test_other_objects_in_cells_stay_text_and_messages_that_python_wrote_are_told(tmp_path):
+    answer = {"role": "manager", "from": "Oslo", "flights": [{"from": "A", "to": "B"}]}
+    for value in (answer, answer["flights"], {"text": "a"}, [], {}, 3):
+        path = next(tables(tmp_path, {"prompt": "q", "completion": value}))
+        (record,) = load_records(path).rows
+        assert record.responses == (json.dumps(value),) and not advice([record]) and not for_training([record])
+    path = next(tables(tmp_path, {"prompt": "q", "chosen": repr([SAYS]), "rejected": repr([WORSE])}))
+    (line,) = for_training(load_records(path).rows)
+    assert (
+        line.startswith("messages are written as text in 1 of 1 rows, and stay text, quotes and braces with it")
+        and line in check([path]).files[0].advice
+    )
+    path = next(tables(tmp_path, {"messages": repr([ASKS, SAYS])}))
+    assert refusal(path).startswith(f"{path}:2: key 'messages': the cell must hold a JSON list, got ")
+    assert refusal(path).endswith("; write it with json.dumps")
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_demonstrations_chats_and_prompts():
         ({"messages": [{"role": "user", "content": " "}, ANSWER]}, "key 'messages[0].content': is empty"),
         ({"messages": [{"role": "user"}]}, "key 'messages[0].content': is missing"),
         ({"messages": [{"role": "humam", "content": "x"}]}, "key 'messages[0].role': is 'humam'; use one of system"),
-        ({"messages": [{**USER, "weight": 0}]}, "key 'messages[0].weight': one message's own weight is not read"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "key 'messages[1].weight': one message's own weight is"),
         ({"messages": [{**USER, "content": [1]}]}, "key 'messages[0].content[0]': must be text, got a number"),
         ({"messages": [{**USER, "content": [{"type": "image"}]}]}, "key 'messages[0].content[0]': is of type 'image'"),
         ({"messages": [{"role": "user", "content": None}]}, "key 'messages[0].content': must be text, got null"),

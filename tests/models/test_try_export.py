@@ -85,7 +85,7 @@ def test_what_an_export_would_fail_of_is_said_in_one_line(tmp_path: Path, monkey
     refused(tmp_path / "file", "something that is not a model")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6, 10))
-    refused(tmp_path / "model", "takes 0.0 GB and the disk has 0.0 GB left")
+    refused(tmp_path / "model", "0.0 GB of the disk are free, and the trained model takes 0.0 GB; make room")
     monkeypatch.undo()
     policy.model.generation_config.max_new_tokens = 0
     refused(tmp_path / "model", "could not be saved .*`max_new_tokens` must be greater than 0")

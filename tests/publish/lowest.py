@@ -29,7 +29,8 @@ TESTS = """
     tests/modules/test_sft.py tests/modules/test_reward_model.py tests/modules/test_dpo.py tests/modules/test_resume.py
     tests/modules/test_ppo_options.py tests/modules/test_lora_training.py tests/ops/test_extension.py
     tests/ops/test_gae.py tests/ops/test_token_log_probs.py tests/ops/test_sample_tokens.py tests/test_cli.py
-    tests/test_cli_training.py tests/test_configs.py tests/test_examples.py tests/publish/test_metadata.py
+    tests/cli/test_cli_training.py tests/cli/test_cli_refusals.py tests/test_configs.py tests/test_examples.py
+    tests/publish/test_metadata.py
 """
 
 
