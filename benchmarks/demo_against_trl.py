@@ -43,7 +43,14 @@ from rlhf_lightning.rewards import FunctionReward, ModelReward
 
 CONFIG = yaml.safe_load((ROOT / "configs" / "demo" / "ppo.yaml").read_text(encoding="utf-8"))
 # Both sides learn from the bare score of the reward model.
-BARE = ("--model.missing_eos_penalty", "0", "--model.length_threshold", "0", "--model.length_penalty", "0")
+BARE = (
+    "--model.scores.missing_eos_penalty",
+    "0",
+    "--model.scores.length_threshold",
+    "0",
+    "--model.scores.length_penalty",
+    "0",
+)
 BIN = 0.5  # nats
 LAST = 10  # iterations
 OURS, TRL = "ours", TRL_PPO
@@ -101,7 +108,7 @@ def compared(curves: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     last = {}
     for name, points in curves.items():
         means = {key: statistics.fmean(point[key] for point in points[-LAST:]) for key in ("score", "kl")}
-        last[name] = {**means, "objective": means["score"] - CONFIG["model"]["init_args"]["kl_coef"] * means["kl"]}
+        last[name] = {**means, "objective": means["score"] - CONFIG["model"]["init_args"]["kl"]["coef"] * means["kl"]}
     equal = {"bins": len(gains), "difference": statistics.fmean(gains) if gains else None}
     return {"at_equal_kl": equal, "last": last}
 
@@ -126,9 +133,11 @@ def _settings(folder: stages.Folder, size: stages.Size, seed: int, threads: int)
         for row, length, weight in zip(batch.tokens, batch.lengths, batch.weights, strict=True)
         if weight > 0
     ]
-    names = ("learning_rate", "critic_learning_rate", "epochs", "minibatches", "kl_coef")
     return {
-        **{name: own[name] for name in names},
+        "learning_rate": own["optimizer"]["learning_rate"],
+        "critic_learning_rate": own["critic"]["learning_rate"],
+        "kl_coef": own["kl"]["coef"],
+        **own["update"],
         "iterations": int(changed.get("--model.iterations", own["iterations"])),
         "rows": int(changed.get("--data.batch_size", CONFIG["data"]["batch_size"])),
         "max_new_tokens": stages.MAX_NEW_TOKENS,
@@ -264,10 +273,10 @@ def main() -> int:
 NOTES = """\
 Scores, proxy and objective are in deviations of the reward model's scores, KL in nats, gold in points. Equal KL: the
 iterations after the first in bins of half a nat of their KL, the mean over the bins that both sides visited of the
-difference of the bins' mean scores. The last iterations: mean score / mean KL / objective, which is score - kl_coef KL
+difference of the bins' mean scores. The last iterations: mean score / mean KL / objective, which is score - kl.coef KL
 and what both sides maximise. Held out: proxy / KL / gold of the trained policies on held-out questions."""
 DIFFERENCES = """\
-Models, prompts, rates, batches, epochs, clip ranges and kl_coef are the same. What differs:
+Models, prompts, rates, batches, epochs, clip ranges and KL coefficient are the same. What differs:
 
 - Gradients: ours are clipped to norm 1, policy and critic each (our default); TRL's PPO does not clip them.
 - The score: ours is credited to the last token, the EOS; TRL's to the slot after it, which has a value of its own.

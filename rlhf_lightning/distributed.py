@@ -1,7 +1,7 @@
 """The ``fsdp2`` strategy, and when gradients are exchanged.
 
 Lightning's DDP and PyTorch's FSDP2 both average gradients over the processes. The losses here are sums: modules
-multiply by the process count, and divide by a count over all processes (`OptimisedModule`, `OnPolicyModule`).
+multiply by the process count, and divide by a count over all processes (`GradientStep`, `OnPolicyModule`).
 """
 
 from __future__ import annotations

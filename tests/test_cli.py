@@ -112,22 +112,22 @@ def test_configs_from_the_network_are_not_read() -> None:
 
 
 def test_keys_have_lines_and_no_init_args(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.yaml", "model:\n  class_path: X\n  init_args:\n    kl_coef: 1\n")
-    assert ("model.kl_coef", 4) in keys_with_lines(path)
+    path = write(tmp_path / "c.yaml", "model:\n  class_path: X\n  init_args:\n    kl:\n      coef: 1\n")
+    assert ("model.kl.coef", 5) in keys_with_lines(path)
 
 
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("kl_coeff", " (did you mean --model.kl_coef?)"),
-        ("model.kl_coeff", " (did you mean --model.kl_coef?)"),
+        ("kl_coeff", " (did you mean --model.kl.coef?)"),
+        ("model.kl_coeff", " (did you mean --model.kl.coef?)"),
         ("trainer.max_epoch", " (did you mean --trainer.max_epochs?)"),
         ("num_train_epochs", " (did you mean --trainer.max_epochs?)"),
         ("banana", ""),
     ],
 )
 def test_suggestions(name: str, hint: str) -> None:
-    assert did_you_mean(name, ["model.kl_coef", "trainer.max_epochs", "data.path"], "--") == hint
+    assert did_you_mean(name, ["model.kl.coef", "trainer.max_epochs", "data.path"], "--") == hint
 
 
 # The plain commands

@@ -65,9 +65,9 @@ SETS = [
         "--model.reward FunctionReward",
         "--model.reward.function f.py:f",
     ],
-    ["--config ppo.yaml", "--model.lora_rank 4", "--data.path x", "--data PreferenceDataModule", "--data.batch_size=8"],
+    ["--config ppo.yaml", "--model.lora.rank 4", "--data.path x", "--data PreferenceDataModule", "--data.batch_size=8"],
     ["--config ppo.yaml", "--config lora.yaml", "--config fsdp.yaml", "--data.path x", "--trainer.max_epochs 2"],
-    ["--config sft.yaml", "--config lora.yaml", "--model.model m", "--data.path x", "--model.lora_alpha null"],
+    ["--config sft.yaml", "--config lora.yaml", "--model.model m", "--data.path x", "--model.lora.alpha null"],
     ["--config lora.yaml", "--model PPOModule", "--model.model m", "--data.path x", "--seed_everything 5"],
     [
         "--config ppo.yaml",
@@ -95,28 +95,28 @@ def test_the_order_of_options_changes_nothing(typed: list[str]) -> None:
 
 def test_an_option_before_its_class_gets_the_classs_defaults() -> None:
     # PPO's, from its signature and from the literature; AdamW's own epsilon is 1e-8.
-    found = model("fit --model.lora_rank 4 --data.path x --config ppo.yaml")
-    assert (found["learning_rate"], found["adam_eps"], found["lora_rank"]) == (1e-6, 1e-5, 4)
+    found = model("fit --model.lora.rank 4 --data.path x --config ppo.yaml")
+    assert (found["optimizer"]["learning_rate"], found["optimizer"]["eps"], found["lora"]["rank"]) == (1e-6, 1e-5, 4)
     found = model("fit --config lora.yaml --data.path x --config ppo.yaml")
-    assert (found["learning_rate"], found["adam_eps"]) == (2e-4, 1e-5)
+    assert (found["optimizer"]["learning_rate"], found["optimizer"]["eps"]) == (2e-4, 1e-5)
 
 
 def test_an_overlay_before_its_config_is_laid_over_it_and_says_so() -> None:
     cli = parsed("fit --config lora.yaml --config sft.yaml --model.model m --data.path x")
-    assert cli.options.model.init_args.learning_rate == 2e-4
+    assert cli.options.model.init_args.optimizer.learning_rate == 2e-4
     (note,) = cli.layers.notes
-    assert "model.learning_rate: 0.0002 of lora.yaml is laid over 2e-05 of sft.yaml" in note
+    assert "model.optimizer.learning_rate: 0.0002 of lora.yaml is laid over 2e-05 of sft.yaml" in note
     assert parsed("fit --config sft.yaml --config lora.yaml --model.model m --data.path x").layers.notes == []
 
 
 def test_another_class_keeps_what_was_set_and_says_what_it_leaves_out() -> None:
     cli = parsed("fit --config ppo.yaml --model.model m --data.path x --model SFTModule")
-    found = cli.options.model.init_args
-    assert (found.warmup_steps, found.learning_rate, found.adam_eps) == (10, 1e-5, 1e-8)  # set; SFT's own defaults
-    assert sorted(note.split()[0] for note in cli.layers.notes) == ["model.critic_learning_rate", "model.reward"]
+    found = cli.options.model.init_args.optimizer
+    assert (found.warmup_steps, found.learning_rate, found.eps) == (10, 1e-5, 1e-8)  # set; SFT's own defaults
+    assert sorted(note.split()[0] for note in cli.layers.notes) == ["model.critic.learning_rate", "model.reward"]
     later = write("mine.yaml", "model:\n  class_path: DPOModule\n  init_args:\n    beta: 0.5\n")
     found = parsed(f"fit --config sft.yaml --model.model m --data.path x --config {later}").options.model
-    assert found.class_path.endswith("DPOModule") and found.init_args.learning_rate == 2e-5
+    assert found.class_path.endswith("DPOModule") and found.init_args.optimizer.learning_rate == 2e-5
 
 
 def test_an_overlay_without_a_class_is_written_for_the_one_below() -> None:
@@ -164,10 +164,10 @@ def test_a_file_is_no_class(empty_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "place"),
     [
-        ("--model.score_clip 3 --model.score_clip null", ("model", "init_args", "score_clip")),
+        ("--model.scores.clip 3 --model.scores.clip null", ("model", "init_args", "scores", "clip")),
         ("--model.reference=null", ("model", "init_args", "reference")),
         ("--data.val_path null", ("data", "init_args", "val_path")),
-        ("--model.init_args.max_grad_norm null", ("model", "init_args", "max_grad_norm")),
+        ("--model.init_args.update.max_grad_norm null", ("model", "init_args", "update", "max_grad_norm")),
         (
             "--model.reward FunctionReward --model.reward.function f.py:f --model.reward.timeout null",
             ("model", "init_args", "reward", "init_args", "timeout"),
@@ -188,7 +188,7 @@ def test_null_on_the_command_line_is_null(option: str, place: tuple[str, ...]) -
 @pytest.mark.parametrize(
     "option",
     [
-        "--model.temperature null",
+        "--model.sampling.temperature null",
         "--model.reward.trust_remote_code null",
         "--data.batch_size null",
         "--checkpoint.every_n_batches null",
@@ -224,7 +224,7 @@ class Grouped(PPOModule):
 def test_groups_of_options_are_reached_in_any_order_and_by_null() -> None:
     line = f"fit --model.extra.first 5 --model {__name__}.Grouped --model.extra.second null --data.path x"
     found = model(f"{line} --config ppo.yaml")
-    assert found["extra"] == {"first": 5, "second": None} and found["adam_eps"] == 1e-5
+    assert found["extra"] == {"first": 5, "second": None} and found["optimizer"]["eps"] == 1e-5
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def sft(tmp_path: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch) 
     rows = [{"prompt": prompt, "completion": "a big fish"} for prompt in prompts]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     options = f"--config sft.yaml --model.model {tiny_policy_dir} --data.path rows.jsonl --data.batch_size 4"
-    options += " --data.validation_fraction 0.2 --model.max_new_tokens 4 --trainer.accelerator cpu --run one"
+    options += " --data.validation_fraction 0.2 --model.sampling.max_new_tokens 4 --trainer.accelerator cpu --run one"
     return ["fit", *shlex.split(options)]
 
 
@@ -117,13 +117,13 @@ def test_fsdp_is_fsdp2_in_the_runs_config(elsewhere: None, capsys: pytest.Captur
         (
             "ppo.yaml",
             "--trainer.gradient_clip_val 1",
-            "trainer.gradient_clip_val: PPOModule .* set model.max_grad_norm",
+            "trainer.gradient_clip_val: PPOModule .* set model.update.max_grad_norm",
         ),
-        ("grpo.yaml", "--trainer.gradient_clip_algorithm norm", "set model.max_grad_norm"),
+        ("grpo.yaml", "--trainer.gradient_clip_algorithm norm", "set model.update.max_grad_norm"),
         (
             "rloo.yaml",
             "--trainer.accumulate_grad_batches 2",
-            "accumulate_grad_batches: .* set model.micro_batch_tokens",
+            "accumulate_grad_batches: .* set model.update.micro_batch_tokens",
         ),
         ("dpo.yaml", "--trainer.gradient_clip_algorithm value --trainer.gradient_clip_val null", "clips nothing"),
         ("ppo.yaml", "--trainer.strategy fsdp_cpu_offload", "fsdp_cpu_offload is not supported: .*; use fsdp2 with"),
@@ -181,7 +181,7 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
         ("--model.reward PPOModule", "--model.reward: PPOModule is no Reward"),
         ("--model torch.nn.Linear", "--model: torch.nn.Linear is no RLHFModule"),
         ("--model [1]", "--model: expected the name of a RLHFModule and its init_args, got [1]"),
-        ("--model.learning_rate=", "--model.learning_rate: expected PositiveFloat, got nothing"),
+        ("--model.optimizer.learning_rate=", "--model.optimizer.learning_rate: expected PositiveFloat, got nothing"),
         ("--model.help PPOModul", "--model.help: no class 'PPOModul' is known (did you mean PPOModule?)"),
         ("--model.nope.x 3", "--model.nope.x: unknown key"),
         ("--data", "--data: a value must follow"),
@@ -193,8 +193,8 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
             "--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitr=x",
             "unknown key of EarlyStopping (did you mean --trainer.callbacks.monitor?)",
         ),
-        ("--lr 1", "--lr: unknown key (did you mean --model.learning_rate?)"),
-        ("--model.lr 1", "--model.lr: unknown key of PPOModule (did you mean --model.learning_rate?)"),
+        ("--lr 1", "--lr: unknown key (did you mean --model.optimizer.learning_rate?)"),
+        ("--model.lr 1", "--model.lr: unknown key of PPOModule (did you mean --model.optimizer.learning_rate?)"),
         ("--model null", "error: model: required"),
         ("--trainer.callbacks+=EarlyStoping", "no class 'EarlyStoping' is known (did you mean EarlyStopping?)"),
         ("--data.chat_template_kwargs {a:false}", "expected dict, got {a:false}; write a space behind each colon"),
@@ -231,9 +231,9 @@ def test_a_misspelt_class_in_a_config_is_placed(elsewhere: None, capsys: pytest.
 def test_print_config_takes_its_flags_in_both_spellings(
     flag: list[str], elsewhere: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit", *flag, "--config", "ppo.yaml", "--data.path", "x", "--model.kl_coef", "0.5"]) == 0
+    assert main(["fit", *flag, "--config", "ppo.yaml", "--data.path", "x", "--model.kl.coef", "0.5"]) == 0
     printed = capsys.readouterr().out
-    assert "kl_coef: 0.5" in printed and "clip_low" not in printed
+    assert "kl:\n      coef: 0.5" in printed and "clip_low" not in printed
 
 
 def test_usage_says_how_the_command_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +249,7 @@ def test_what_other_libraries_call_an_option_leads_to_one_that_there_is(
     known = cli._accepted(None)
     for name, ours in _ELSEWHERE.items():
         meant = did_you_mean(name, known).removeprefix(" (did you mean ").removesuffix("?)")
-        assert meant in known and meant.rpartition(".")[2] in (ours, name), name
+        assert meant in known and f".{meant}".endswith((f".{ours}", f".{name}")), name
 
 
 def test_a_gpu_that_is_not_there_is_told_by_its_option(

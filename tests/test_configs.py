@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import dataclasses
 import inspect
 import re
 import shlex
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.callbacks.samples import SampleTable
+from rlhf_lightning.cli.classes import keys_of
 from rlhf_lightning.cli.configs import resolve_configs, shipped_configs
 from rlhf_lightning.cli.training import TrainingCLI
 from rlhf_lightning.data.datamodule import PreferenceDataModule
@@ -31,6 +36,7 @@ from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.rloo import RLOOModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.modules.simpo import SimPOModule
+from rlhf_lightning.options import Options
 from rlhf_lightning.rewards import Ensemble, FunctionReward, ModelReward, WeightedSum
 
 PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_lightning"
@@ -48,6 +54,7 @@ STAGES = {
     "orpo.yaml": ORPOModule,
     "simpo.yaml": SimPOModule,
 }
+MODULES = list(STAGES.values())
 OVERLAYS = ("fsdp.yaml", "lora.yaml")
 EXPOSED = (
     *STAGES.values(),
@@ -140,8 +147,11 @@ def test_shipped_configs_hold_only_what_differs_from_the_defaults(name: str) -> 
         section = config.get(prefix, {})
         given = section.get("init_args", {key: value for key, value in section.items() if key != "class_path"})
         parameters = all_parameters(cls)
-        for key, value in given.items():
-            assert value != parameters[key].default, f"{name}: {prefix}.{key} repeats the default"
+        for path, value in leaves(given):
+            default: Any = parameters[path[0]].default
+            for part in path[1:]:
+                default = getattr(default, part)
+            assert value != default, f"{name}: {prefix}.{'.'.join(path)} repeats the default"
 
 
 def all_parameters(cls: type) -> dict[str, inspect.Parameter]:
@@ -218,6 +228,38 @@ def test_every_constructor_parameter_is_read(cls: type, name: str) -> None:
     assert reads or any(attribute in READS for attribute in stored) or (saved and name in READS), (
         f"{cls.__name__}.{name} is stored as {stored} and never read"
     )
+
+
+def groups() -> list[type[Options]]:
+    kinds = [kind for cls in MODULES for kind in typing.get_type_hints(cls.__init__).values()]
+    return list(dict.fromkeys(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Options)))
+
+
+def test_every_option_of_a_group_is_read() -> None:
+    for group in groups():
+        unread = {field.name for field in dataclasses.fields(group)} - READS
+        assert not unread, f"{group.__name__}: {unread}"
+
+
+@pytest.mark.parametrize("cls", MODULES, ids=lambda cls: cls.__name__)
+def test_a_signature_shows_every_option(cls: type) -> None:
+    """No ``**kwargs``; and the help of the command line has a line for each option, of a group too."""
+    kinds = {parameter.kind for parameter in inspect.signature(cls).parameters.values()}
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    parser = ArgumentParser()
+    parser.add_class_arguments(cls, "it", fail_untyped=False, instantiate=False)
+    silent = [
+        action.dest
+        for action in parser._actions
+        if action.dest.removeprefix("it.") in keys_of(cls) and (not action.help or action.help == argparse.SUPPRESS)
+    ]
+    assert not silent
+
+
+def test_a_module_has_at_most_two_classes_of_ours_above_it() -> None:
+    for cls in MODULES:
+        above = [base for base in cls.__mro__[1:] if base.__module__.startswith("rlhf_lightning")]
+        assert len(above) <= 2 and above[-1] is RLHFModule, cls
 
 
 def test_every_parameter_of_the_configurable_classes_is_typed() -> None:

@@ -33,8 +33,15 @@ def fit(tmp_path: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch) 
     )
 
     def run(*options: str, iterations: int = 1) -> list[dict[str, float]]:
-        small = ["--model.iterations", str(iterations), "--model.max_new_tokens", "6", "--data.batch_size", "4"]
-        small += ["--model.epochs", "1", "--model.minibatches", "1", "--data.validation_fraction", "0.2"]
+        small = [
+            "--model.iterations",
+            str(iterations),
+            "--model.sampling.max_new_tokens",
+            "6",
+            "--data.batch_size",
+            "4",
+        ]
+        small += ["--model.update.epochs", "1", "--model.update.minibatches", "1", "--data.validation_fraction", "0.2"]
         small += ["--model.model", str(tiny_policy_dir), "--trainer.accelerator", "cpu"]
         assert main(["fit", "--config", "ppo.yaml", *options, "--data.path", "prompts.jsonl", *small]) == 0
         lines = Path("runs/ppo/metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -45,7 +52,7 @@ def fit(tmp_path: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_engine_named_in_a_config_gets_every_iterations_weights(fit: Fit, tiny_reward_dir: Path) -> None:
     engine = ["--model.engine", "examples.own_engine.CopyEngine", "--model.engine.folder", str(tiny_reward_dir)]
-    lines = fit("--config", "function.yaml", *engine, "--model.learning_rate", "0.01", iterations=2)
+    lines = fit("--config", "function.yaml", *engine, "--model.optimizer.learning_rate", "0.01", iterations=2)
     assert [line["rollout/logprob_gap"] for line in lines] == pytest.approx([0.0, 0.0], abs=1e-5)
 
 

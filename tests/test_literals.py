@@ -24,12 +24,22 @@ from rlhf_lightning.data.collate import collate, encoding
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.data.ids import TextIds
 from rlhf_lightning.data.tokenization import Encoder
+from rlhf_lightning.models.building import NetworkOptions
 from rlhf_lightning.models.export import export_policy, export_scalar, try_export
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
+from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.modules.online_dpo import OnlineDPOModule
+from rlhf_lightning.modules.reinforce import ReinforcePlusPlusModule
+from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rewards.ensemble import Ensemble
 from rlhf_lightning.rewards.function import FunctionReward
+from rlhf_lightning.training.credit import AdvantageOptions
+from rlhf_lightning.training.critic import CriticOptions
+from rlhf_lightning.training.kl_control import KLOptions
+from rlhf_lightning.training.objective import ClippedObjective, ObjectiveOptions
+from rlhf_lightning.training.optimizer import AdamWOptions
 
 WORD: Any = "no_such_word"
 ONES = torch.ones(2)
@@ -82,13 +92,28 @@ CALLS: dict[str, Callable[[], Any]] = {
     "models.export.try_export(dtype)": lambda: try_export(policy(), tokenizer(), "unwritten", WORD),
     "rewards.ensemble.Ensemble(aggregate)": lambda: Ensemble([Reward(), Reward()], WORD),
     "rewards.function.FunctionReward(on_error)": lambda: FunctionReward("math:fsum", on_error=WORD),
-    # The modules' places belong here, beside a way to build each; and see SPARED.
+    "models.building.NetworkOptions(export_dtype)": lambda: NetworkOptions(export_dtype=WORD),
+    "modules.dpo.DPOModule(loss_type)": lambda: DPOModule("model", loss_type=WORD),
+    "modules.online_dpo.OnlineDPOModule(loss_type)": lambda: OnlineDPOModule("model", loss_type=WORD),
+    "modules.reinforce.ReinforcePlusPlusModule(baseline)": lambda: ReinforcePlusPlusModule("model", baseline=WORD),
+    "modules.reward_model.RewardModelModule(head)": lambda: RewardModelModule("model", head=WORD),
+    "modules.reward_model.RewardModelModule(normalise)": lambda: RewardModelModule("model", normalise=WORD),
+    "training.objective.ClippedObjective(kl_estimator)": lambda: ClippedObjective(
+        ObjectiveOptions(), KLOptions(), 8, kl_estimator=WORD
+    ),
+    "training.credit.AdvantageOptions(score_position)": lambda: AdvantageOptions(score_position=WORD),
+    "training.critic.CriticOptions(kind)": lambda: CriticOptions(kind=WORD),
+    "training.kl_control.KLOptions(estimator)": lambda: KLOptions(estimator=WORD),
+    "training.kl_control.KLOptions(loss_estimator)": lambda: KLOptions(loss_coef=1.0, loss_estimator=WORD),
+    "training.objective.ObjectiveOptions(normalisation)": lambda: ObjectiveOptions(normalisation=WORD),
+    "training.objective.ObjectiveOptions(old_log_probs)": lambda: ObjectiveOptions(old_log_probs=WORD),
+    "training.optimizer.AdamWOptions(schedule)": lambda: AdamWOptions(schedule=WORD),
 }
 
-# Not called here. On the command line jsonargparse refuses an unknown word for any class.
+# Not called here.
 SPARED = (
-    "modules.",
     "models.policy.Policy(critic)",
+    "models.building.ModelFactory.policy(critic)",  # hands it on to that one
     "demo.methods.Method(kind)",  # made in its own file alone, which --help loads and which so imports nothing
 )
 

@@ -35,7 +35,7 @@ def options(tmp_path: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPat
         file.write(lines[0] + "\n")
     Path("table.csv").write_text('prompt,answer\n"what is\ntwo ?",IV\nwhat is two ?,\n')
     options = ["--config", "sft.yaml", "--model.model", str(tiny_policy_dir), "--trainer.accelerator", "cpu"]
-    options += ["--data.max_prompt_tokens", "20", "--data.long_prompts", "drop", "--model.max_new_tokens", "6"]
+    options += ["--data.max_prompt_tokens", "20", "--data.long_prompts", "drop", "--model.sampling.max_new_tokens", "6"]
     return [*options, "--data.path", "[rows.jsonl, more.jsonl.gz, table.csv]"]
 
 

@@ -21,12 +21,12 @@ BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 # Imports point down: a unit may import what stands on an earlier line, or beside it.
 LAYERS = (
-    ("errors", "text", "outputs", "collectives", "batches", "randomness", "ops"),
+    ("errors", "text", "outputs", "options", "collectives", "batches", "randomness", "ops"),
     ("algorithms",),
     ("models", "data"),
     ("rewards", "rollout"),
     ("preferences",),
-    ("evaluation",),
+    ("evaluation", "training"),
     ("modules", "callbacks", "distributed"),
     ("demo", "cli"),
     ("__main__",),

@@ -18,8 +18,14 @@ from rlhf_lightning.data.collate import collate
 from rlhf_lightning.data.forms import PromptAlone
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Example
+from rlhf_lightning.models.building import NetworkOptions
 from rlhf_lightning.modules import DPOModule, PPOModule, RewardModelModule, SFTModule
 from rlhf_lightning.rewards import ModelReward, Reward
+from rlhf_lightning.training.critic import CriticOptions
+from rlhf_lightning.training.minibatches import UpdateOptions
+from rlhf_lightning.training.objective import ObjectiveOptions
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.sampler import RolloutOptions
 from training.sizes import Size, work
 
 
@@ -137,7 +143,7 @@ def run(
     trainer = make_trainer(task, LIGHTNING[precision], Ends(meter), device)
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     trainer.fit(module, datamodule=Same(tokenizer, *examples(task, work(folder)), meter.total))
-    names = ("policy", "reference", "critic", "reward", "scalar")
+    names = ("policy", "reference", "critic", "reward", "reward_model")
     models = [model for name in names if (model := getattr(module, name, None)) is not None]
     return meter.result(models, trainer.optimizers[0])
 
@@ -172,27 +178,27 @@ def _example(number: int, prompt: list[int], *responses: list[int]) -> Example:
     return Example(encoded[0], tuple(encoded[1:]), margin=0.0, weight=1.0, row=number, record=record)
 
 
-def make_module(task: str, size: Size, folder: Path, meter: Meter, seed: int, **options: Any) -> Any:
+def make_module(
+    task: str, size: Size, folder: Path, meter: Meter, seed: int, compile_layers: bool = False, **options: Any
+) -> Any:
     """The metered module; ``options`` are further ones of it."""
-    options = {"learning_rate": size.learning_rate[task], **options}
+    rate, policy = size.learning_rate[task], str(folder / "policy")
+    options = {"optimizer": AdamWOptions(learning_rate=rate), **options}
+    options["network"] = NetworkOptions(compile_layers=compile_layers)
     if task == "sft":
-        return MeteredSFT(str(folder / "policy"), **options)
+        return MeteredSFT(policy, **options)
     if task == "dpo":
-        return MeteredDPO(str(folder / "policy"), **options)
+        return MeteredDPO(policy, **options)
     if task == "reward_model":
         return MeteredRewardModel(str(folder / "reward"), head="trained", normalise="none", **options)
     numbers = {
-        "adam_eps": 1e-8,
         "iterations": meter.total,
-        "epochs": 1,
-        "minibatches": size.minibatches,
-        "max_new_tokens": size.new_tokens,
-        "kl_coef": 0.05,
-        "old_log_probs": "rollout",
-        "max_grad_norm": None,
+        "sampling": RolloutOptions(max_new_tokens=size.new_tokens),
+        "objective": ObjectiveOptions(old_log_probs="rollout"),
+        "update": UpdateOptions(epochs=1, minibatches=size.minibatches, max_grad_norm=None),
         "seed": seed,
     }
-    return MeteredPPO(str(folder / "policy"), ModelReward(str(folder / "reward")), **{**numbers, **options})
+    return MeteredPPO(policy, ModelReward(str(folder / "reward")), **{**numbers, **options})
 
 
 class EvenTokens(Reward):
@@ -202,11 +208,23 @@ class EvenTokens(Reward):
         return (rollout.tokens % 2 == 0).float().mean(dim=1)
 
 
-def make_bare_module(task: str, folder: Path | str, **options: Any) -> Any:
-    """A module that no meter sees; PPO's reward costs nothing. ``options`` are those of the module."""
+def make_bare_module(
+    task: str, folder: Path | str, iterations: int, new_tokens: int, ppo: dict[str, Any] | None = None
+) -> Any:
+    """A module that no meter sees; PPO's reward costs nothing. ``ppo``: see `training.sizes.PROFILED`."""
     if task == "ppo":
-        return PPOModule(str(folder), EvenTokens(), **options)
-    return {"sft": SFTModule, "dpo": DPOModule}[task](str(folder), **options)
+        given = dict(ppo or {})
+        sampling = {name: given.pop(name) for name in ("top_k", "top_p") if name in given}
+        critic = CriticOptions(kind=given.pop("critic", "model"))
+        return PPOModule(
+            str(folder),
+            EvenTokens(),
+            iterations=iterations,
+            sampling=RolloutOptions(max_new_tokens=new_tokens, **sampling),
+            critic=critic,
+            update=UpdateOptions(**given),
+        )
+    return {"sft": SFTModule, "dpo": DPOModule}[task](str(folder))
 
 
 LIGHTNING: dict[str, Any] = {"float32": "32-true", "bfloat16": "bf16-true", "bf16-mixed": "bf16-mixed"}

@@ -47,8 +47,8 @@ def answer(
         original = operator(name)
         replace_everywhere(original, clock.wrap(name, plain.get(name, original) if way == "plain" else original))
     count, timer = WARM_UP + 2 * steps, Steps(clock)
-    options = {"iterations": count, "max_new_tokens": chosen.new_tokens, **ppo} if task == "ppo" else {}
-    module, batches = make_bare_module(task, folder, **options), RandomBatches(folder, task, chosen, count)
+    module = make_bare_module(task, folder, count, chosen.new_tokens, ppo)
+    batches = RandomBatches(folder, task, chosen, count)
     make_trainer(task, precision, timer).fit(module, datamodule=batches)
     return {
         "step_ms": timer.bare,
@@ -81,7 +81,8 @@ class Steps(Callback):
             self.operators.append({name: dict(spent) for name, spent in self.clock.spent.items()})
         elif batch_idx >= WARM_UP:
             self.bare.append(took)
-            seconds = getattr(module, "phase_seconds", {})
+            phases = getattr(module, "phases", None)
+            seconds = phases.seconds if phases is not None else {}
             self.phases.append({name: 1e3 * value for name, value in seconds.items()})
 
 

@@ -22,6 +22,8 @@ from lightning.pytorch import Trainer
 from rlhf_lightning import __version__
 from rlhf_lightning.callbacks.samples import escaped
 from rlhf_lightning.models.loading import eos_ids
+from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.modules.base import RLHFModule
 
 _STAGES = "rlhf_lightning"  # the front matter's key
@@ -38,13 +40,13 @@ class Card:
     """
 
     def __init__(self, trainer: Trainer, module: RLHFModule) -> None:
-        base = _front_matter(module.model)
+        base = _front_matter(module.model_folder)
         known = base.get("base_model")
-        self.base = known[0] if isinstance(known, list) and known else known or name_of(module.model)
+        self.base = known[0] if isinstance(known, list) and known else known or name_of(module.model_folder)
         self.licence = {key: base[key] for key in _LICENCE if isinstance(base.get(key), str)}
         stages = base.get(_STAGES)
         self.earlier = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
-        self.classifies = module.policy is None
+        self.classifies = isinstance(module.model, ScalarModel)
         self.template, self.ends = _text(module)
         self.stage = _stage(trainer, module)
 
@@ -93,16 +95,16 @@ def _stage(trainer: Trainer, module: RLHFModule) -> dict[str, Any]:
     reward: Any = getattr(module, "reward", None)
     facts = {
         "method": type(module).__name__,
-        "from": name_of(module.model),
+        "from": name_of(module.model_folder),
         "reward": None if reward is None else _reward_name(reward),
         "data": _files(data),
         "rows": _rows(data),
         "seeds": {
             name: int(str(seed)) for name, seed in {**seeds, "model": module.seed}.items() if str(seed).isdigit()
         },
-        "learning_rate": float(module.learning_rate),
+        "learning_rate": float(module.optimizer_options.learning_rate),
         "precision": str(trainer.precision),
-        "lora_rank": module.lora_rank,
+        "lora_rank": module.lora.rank,
         "versions": _versions(),
     }
     return {name: fact for name, fact in facts.items() if fact is not None}
@@ -149,7 +151,7 @@ def _versions() -> dict[str, str]:
 def _text(module: RLHFModule) -> tuple[str, str]:
     """Whether there is a chat template, and which tokens end a response."""
     tokenizer: Any = module.tokenizer
-    model = module.policy.model if module.policy is not None else None
+    model = module.model.model if isinstance(module.model, Policy) else None
     ends = ", ".join(f"{_code(str(tokenizer.convert_ids_to_tokens(id)))} ({id})" for id in eos_ids(model, tokenizer))
     template = tokenizer.chat_template
     named = f"{len(template)} by name" if isinstance(template, dict) else "the one that training used"

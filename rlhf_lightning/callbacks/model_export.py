@@ -36,7 +36,7 @@ class ModelExport(Callback):
         with failing_together():
             if trainer.is_global_zero:
                 for told in pl_module.try_export(folder):
-                    rank_zero_warn(f"{pl_module.model}: {told}")
+                    rank_zero_warn(f"{pl_module.model_folder}: {told}")
                 self._card = Card(trainer, pl_module)
                 self._card.text(self._title(folder), trainer)
 

@@ -18,7 +18,7 @@ from rlhf_lightning.text import say
 # What is shown, the more important first: its name, the training's metric and the held-out data's.
 _SHOWN = (
     ("loss", "train/loss", "val/loss"),
-    ("score", "objective/scores", "eval/scores"),
+    ("score", "objective/scores", "val/scores"),
     ("kl", "objective/kl", None),
     ("accuracy", None, "val/accuracy"),
 )
@@ -224,9 +224,7 @@ def _batches_of_run(trainer: Trainer, module: LightningModule) -> int:
             epochs, rest = divmod(trainer.max_steps, steps) if steps < math.inf else (0, trainer.max_steps)
             limits.append(int(epochs * an_epoch if epochs else 0) + int(min(rest * a_step, an_epoch)))
         else:  # a batch is an iteration of several steps
-            limits.append(
-                math.ceil(trainer.max_steps / (getattr(module, "epochs", 1) * getattr(module, "minibatches", 1)))
-            )
+            limits.append(math.ceil(trainer.max_steps / getattr(module, "steps_of_iteration", 1)))
     return min(limits, default=0)
 
 

@@ -68,7 +68,7 @@ class SampleTable(Callback):
         self, trainer: Trainer, pl_module: RLHFModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Keep the first prompts."""
-        if batch_idx == 0 and pl_module.policy is not None and pl_module.automatic_optimization:
+        if batch_idx == 0 and hasattr(pl_module, "generate") and pl_module.automatic_optimization:
             self._held_out = prompts_of(batch, self.rows, pl_module.tokenizer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
@@ -78,7 +78,8 @@ class SampleTable(Callback):
             rollout, diverged = None, None
             with self._answers:
                 try:
-                    rollout = pl_module.generate(prompts, iteration=logged_step(trainer))
+                    answer: Any = pl_module.generate
+                    rollout = answer(prompts, iteration=logged_step(trainer))
                 except TrainingDiverged as error:  # no fault of the table's: the weights are lost
                     diverged = error
             if diverged is not None:

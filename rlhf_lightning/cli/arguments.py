@@ -20,7 +20,7 @@ class Option:
     """One option as typed.
 
     Args:
-        key: without dashes and ``init_args``, and of a class its own place: ``model.lora_rank``, ``model``.
+        key: without dashes and ``init_args``, and of a class its own place: ``model.lora.rank``, ``model``.
         value: what was given for it; None where nothing was.
         tokens: the words of the command line.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from functools import lru_cache
 from typing import Any
@@ -74,6 +75,9 @@ def built_of_plain_numbers(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a group of options
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: _plain(part) for name, part in fields.items()})
     if isinstance(value, list):
         return [_plain(item) for item in value]
     for kind in (int, float):

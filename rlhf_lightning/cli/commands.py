@@ -86,7 +86,7 @@ From demonstrations to an aligned model: SFT, reward model, PPO, DPO, on PyTorch
 
 {commands}
 
-  python -m rlhf_lightning fit --config ppo.yaml [--config fsdp.yaml] [--model.kl_coef 0.1] [--run NAME]
+  python -m rlhf_lightning fit --config ppo.yaml [--config fsdp.yaml] [--model.kl.coef 0.1] [--run NAME]
   python -m rlhf_lightning fit --config ppo.yaml [--run NAME] --ckpt_path last   continue that run, or the newest
   python -m rlhf_lightning COMMAND --help                                       the options of a command
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,15 +165,32 @@ def _name_class(layer: Layer, place: Place, below: str | None, result: Layers, r
     before, after = (resolve(below) if below else None), resolve(name)
     if before is not None and after is not None and before is not after:
         # What was no option of the first class either is a mistake, which the parser names.
-        gone = [argument for argument in arguments if argument in keys(before) and argument not in keys(after)]
+        arguments, gone = _without(arguments, set(keys(before)) - set(keys(after)))
         for argument in gone:
             result.notes.append(
                 f"{'.'.join((*place, argument))} of {layer.name} is left out: {after.__name__}, which takes the place "
                 f"of {before.__name__}, has no such option"
             )
-        arguments = {argument: value for argument, value in arguments.items() if argument not in gone}
     more = {k: v for k, v in section.items() if k not in ("class_path", "init_args")} if wrapped else {}
     parent[key] = {"class_path": name, "init_args": arguments, **more}
+
+
+def _without(arguments: dict[str, Any], gone: Collection[str], at: str = "") -> tuple[dict[str, Any], list[str]]:
+    """The options without those whose dotted keys are ``gone``, and the keys of those; groups left empty go too."""
+    kept: dict[str, Any] = {}
+    left: list[str] = []
+    for name, value in arguments.items():
+        key = f"{at}{name}"
+        if key in gone:
+            left.append(key)
+        elif isinstance(value, dict) and any(other.startswith(f"{key}.") for other in gone):
+            inner, dropped = _without(value, gone, f"{key}.")
+            left += dropped
+            if inner or not dropped:
+                kept[name] = inner
+        else:
+            kept[name] = value
+    return kept, left
 
 
 def _find(content: dict[str, Any], place: Place) -> tuple[Any, dict[str, Any], str]:

@@ -16,7 +16,7 @@ from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
 from rlhf_lightning.text import notice, say
 
 _EPOCHS_BEHIND = re.compile(r"checkpoint with current_epoch=(\d+), but you have set Trainer\(max_epochs=(\d+)")
-_SURE = ("val/loss", "eval/scores")  # what every validation of ours measures
+_SURE = ("val/loss", "val/scores")  # what every validation of ours measures
 _OURS = ("rlhf_lightning.", "lightning.")
 
 
@@ -43,7 +43,7 @@ def check_monitors(callbacks: Iterable[Callback], module: LightningModule) -> No
         return
     for callback, name in _monitors(callbacks):
         if name == "loss" or name.startswith(("val_", "train_")):
-            held_out = "val/loss" if module.automatic_optimization else "eval/scores"
+            held_out = "val/loss" if module.automatic_optimization else "val/scores"
             raise InputError(
                 f"trainer.callbacks: {type(callback).__name__} watches {name!r}, which {type(module).__name__} never "
                 f"logs; metrics are called like {held_out} (metrics.jsonl of a run has all names): set its monitor"
@@ -70,7 +70,7 @@ class CheckMonitors(Callback):
         unsure = [
             (callback, name)
             for callback, name in _monitors(_callbacks(trainer))
-            if name.partition("/")[0] == _held_out(pl_module) and name not in _SURE
+            if name.startswith("val/") and name not in _SURE
         ]
         deaf = trainer.fast_dev_run or trainer.barebones  # type: ignore[attr-defined]  # nothing is watched there
         if unsure and not trainer.num_sanity_val_steps and not deaf:
@@ -84,7 +84,7 @@ class CheckMonitors(Callback):
         if not trainer.fit_loop.epoch_loop.val_loop.skip:
             return
         for callback, name in _monitors(_callbacks(trainer)):
-            if name.partition("/")[0] == _held_out(pl_module):
+            if name.startswith("val/"):
                 raise InputError(
                     f"trainer.callbacks: {type(callback).__name__} watches {name!r}, and nothing is validated; set "
                     "data.val_path or data.validation_fraction, or leave the callback out"
@@ -99,9 +99,9 @@ class CheckMonitors(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same of a run without a trial."""
-        known = sorted(name for name in trainer.callback_metrics if name.partition("/")[0] == _held_out(pl_module))
+        known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
         for callback, name in _monitors(_callbacks(trainer)) if known and not trainer.sanity_checking else ():
-            if name not in known and name.partition("/")[0] == _held_out(pl_module):
+            if name not in known and name.startswith("val/"):
                 raise _unknown(callback, name, known, f"validation of {type(pl_module).__name__}")
 
     def on_train_batch_end(
@@ -113,7 +113,7 @@ class CheckMonitors(Callback):
         self._stepped = True
         known = sorted(trainer.callback_metrics)
         for callback, name in _monitors(_callbacks(trainer)):
-            if name not in known and "/" in name and name.partition("/")[0] != _held_out(pl_module):
+            if name not in known and "/" in name and not name.startswith("val/"):
                 raise _unknown(callback, name, known, f"training of {type(pl_module).__name__}")
 
 
@@ -125,11 +125,6 @@ def _monitors(callbacks: Iterable[Callback]) -> list[tuple[Callback, str]]:
     """The callbacks that watch a metric, with its name."""
     found = [(callback, getattr(callback, "monitor", None)) for callback in callbacks]
     return [(callback, name) for callback, name in found if isinstance(name, str)]
-
-
-def _held_out(module: LightningModule) -> str:
-    """What the names of the validation's metrics begin with."""
-    return "val" if module.automatic_optimization else "eval"
 
 
 def _unknown(callback: Callback, name: str, known: list[str], where: str) -> InputError:

@@ -72,7 +72,7 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
         whole = "" if module.automatic_optimization else ", to the end of an iteration"
         amount += f", at most {trainer.max_steps:,} optimizer steps{whole}"
     yield "run", f"{folder}: {type(module).__name__}, {amount}"
-    yield "model", f"{module.model}: {_sizes(module)}"
+    yield "model", f"{module.model_folder}: {_sizes(module)}"
     yield (
         "tokenizer",
         f"{len(tokenizer):,} tokens, eos {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), pad "
@@ -115,8 +115,9 @@ def _sizes(module: RLHFModule) -> str:
     trained, own = _count(p for p in module.parameters() if p.requires_grad), _count(module.parameters())
     rest = f", {_millions(own - trained)} beside them frozen" if trained < own else ""
     sizes = [f"{_millions(trained)} parameters trained{rest}"]
-    for name in ("reference", "reward"):
-        frozen = getattr(module, name, None)
+    actors = getattr(module, "actors", None)
+    for name, holder in (("reference", actors or module), ("reward", module)):
+        frozen = getattr(holder, name, None)
         if isinstance(frozen, nn.Module) and (count := _count(frozen.parameters())):
             sizes.append(f"{name} {_millions(count)} frozen")
     return ", ".join(sizes)
@@ -165,8 +166,8 @@ def _next(module: RLHFModule, model: str) -> list[str]:
     if isinstance(module, SFTModule):
         return ["fit", "--config", "reward_model.yaml", "--model.model", model, "--data.path", "PAIRS"]
     if isinstance(module, RewardModelModule):
-        policy = ["--model.model", module.model, "--model.reward.path", model]
+        policy = ["--model.model", module.model_folder, "--model.reward.path", model]
         return ["fit", "--config", "ppo.yaml", *policy, "--data.path", "PROMPTS"]
     reward = getattr(module, "reward", None)
     scored = ["--reward", reward.path] if isinstance(reward, ModelReward) else []
-    return ["evaluate", "--policies", module.model, model, "--prompts", "PROMPTS", *scored]
+    return ["evaluate", "--policies", module.model_folder, model, "--prompts", "PROMPTS", *scored]

@@ -7,57 +7,96 @@ from collections.abc import Iterable
 from rlhf_lightning.text import nearest
 
 # What TRL, transformers and peft call options of ours; by the last part of our name.
+# What TRL, transformers and peft call options of ours, and what these were called before they stood in groups; the
+# right side is the end of our dotted name.
 _ELSEWHERE = {
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_eps": "optimizer.eps",
+    "adam_epsilon": "optimizer.eps",
     "bf16": "precision",
-    "cliprange": "clip_low",
-    "dataset_name": "path",
+    "cliprange": "objective.clip_low",
+    "clip_value": "critic.clip",
+    "cliprange_value": "critic.clip",
+    "critic_from": "critic.model",
+    "dataset_name": "data.path",
     "eval_steps": "val_check_interval",
     "fp16": "precision",
     "gradient_accumulation_steps": "accumulate_grad_batches",
-    "init_kl_coef": "kl_coef",
+    "init_kl_coef": "kl.coef",
     "logging_steps": "log_every_n_steps",
-    "lora_r": "lora_rank",
-    "lora_target_modules": "lora_targets",
-    "lr": "learning_rate",
-    "lr_scheduler_type": "schedule",
-    "max_completion_length": "max_new_tokens",
+    "lora_r": "lora.rank",
+    "lora_target_modules": "lora.targets",
+    "loss": "loss_type",
+    "loss_normalisation": "objective.normalisation",
+    "lr": "optimizer.learning_rate",
+    "lr_scheduler_type": "optimizer.schedule",
+    "max_completion_length": "sampling.max_new_tokens",
     "max_grad_norm": "gradient_clip_val",
     "max_prompt_length": "max_prompt_tokens",
-    "model_name_or_path": "model",
+    "model_name_or_path": "model.model",
+    "normalise_scores": "scores.normalise",
     "num_generations": "group_size",
-    "num_ppo_epochs": "epochs",
+    "num_mini_batches": "update.minibatches",
+    "num_ppo_epochs": "update.epochs",
     "num_train_epochs": "max_epochs",
     "output_dir": "runs",
     "per_device_eval_batch_size": "val_batch_size",
     "per_device_train_batch_size": "batch_size",
     "report_to": "logger",
-    "response_length": "max_new_tokens",
+    "response_length": "sampling.max_new_tokens",
     "resume_from_checkpoint": "ckpt_path",
     "run_name": "run",
     "save_steps": "every_n_batches",
+    "score_clip": "scores.clip",
     "seed": "seed_everything",
-    "warmup_ratio": "warmup_steps",
+    "target_kl": "kl.target",
+    "value_coef": "critic.coef",
+    "vf_coef": "critic.coef",
+    "warmup_ratio": "optimizer.warmup_steps",
+    "whiten_advantages": "advantages.whiten",
 }
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """`` (did you mean X?)`` for the known name nearest to ``name``, or nothing where none is near.
 
-    For dotted names the right key in the wrong place comes first (``kl_coef`` finds ``model.kl_coef``), then another
-    library's name for one of ours (``lr``), then the nearest whole name, then the nearest last part. Where the first
-    part is wrong, that is what is said.
+    First comes the same key in another place: one that was flat before it stood in a group (``kl_coef`` finds
+    ``model.kl.coef``), or that has lost its section. Then another library's name for one of ours (``lr``), then the
+    nearest whole name, then the nearest last part. Where the first part is wrong, that is what is said.
     """
     known = list(known)
-    by_last: dict[str, str] = {}
-    for candidate in known:
-        by_last.setdefault(candidate.rsplit(".", 1)[-1], candidate)
     head, _, rest = name.partition(".")
     heads = {candidate.partition(".")[0] for candidate in known if "." in candidate}
-    near: str | None
-    last = name.rsplit(".", 1)[-1]
     if rest and head not in heads and (near_head := nearest(head, heads)):
-        near = f"{near_head}.{rest}" if f"{near_head}.{rest}" in known else near_head
+        near: str | None = f"{near_head}.{rest}" if f"{near_head}.{rest}" in known else near_head
     else:
-        near = by_last.get(last) or by_last.get(_ELSEWHERE.get(last, ""))
-        near = near or nearest(name, known) or by_last.get(nearest(last, by_last) or "")
+        near = _moved(name, known) or nearest(name, known) or _nearest_end(name, known)
     return f" (did you mean {prefix}{near}?)" if near else ""
+
+
+def _moved(name: str, known: list[str]) -> str | None:
+    """The known name that ends as ``name`` does, or as what another library calls so; the shallowest of several."""
+    last = name.rsplit(".", 1)[-1]
+    for wanted in (last, _ELSEWHERE.get(last)):
+        if wanted is None:
+            continue
+        ends = [other for other in known if f".{other}".endswith(f".{wanted}") or _squashed(other, wanted)]
+        if ends:
+            return min(ends, key=lambda other: other.count("."))
+    return None
+
+
+def _squashed(known: str, name: str) -> bool:
+    """Whether ``name`` is the known dotted one with an underscore in place of its last dot: ``kl_coef``."""
+    parts = known.split(".")
+    return len(parts) > 1 and "_".join(parts[-2:]) == name
+
+
+def _nearest_end(name: str, known: list[str]) -> str | None:
+    """The first known name whose last part is nearest to that of ``name``."""
+    ends: dict[str, str] = {}
+    for candidate in known:
+        ends.setdefault(candidate.rsplit(".", 1)[-1], candidate)
+        ends.setdefault("_".join(candidate.split(".")[-2:]), candidate)
+    return ends.get(nearest(name.rsplit(".", 1)[-1], ends) or "")

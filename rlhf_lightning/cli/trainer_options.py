@@ -22,15 +22,15 @@ _REFUSED = {
     "hpu": "the operators have no kernels for it",
 }
 _REMEDY = {
-    "fsdp_cpu_offload": "use fsdp2 with --model.gradient_checkpointing true, lora.yaml, or more devices",
+    "fsdp_cpu_offload": "use fsdp2 with --model.network.gradient_checkpointing true, lora.yaml, or more devices",
     "deepspeed": "use fsdp2 to shard the model",
     "model_parallel": "use fsdp2 to shard the model",
 }
 # What Trainer leaves to the module where that steps its optimizer itself, and the module's own option for it.
 _MANUAL = {
-    "gradient_clip_val": "model.max_grad_norm, the bound on the gradient norm of each network",
-    "gradient_clip_algorithm": "model.max_grad_norm, the bound on the gradient norm of each network",
-    "accumulate_grad_batches": "model.micro_batch_tokens, the tokens in a forward and backward pass",
+    "gradient_clip_val": "model.update.max_grad_norm, the bound on the gradient norm of each network",
+    "gradient_clip_algorithm": "model.update.max_grad_norm, the bound on the gradient norm of each network",
+    "accumulate_grad_batches": "model.update.micro_batch_tokens, the tokens in a forward and backward pass",
 }
 
 

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
+from rlhf_lightning.callbacks.event_log import EventLogger
 from rlhf_lightning.callbacks.metrics import JsonlLogger
 from rlhf_lightning.callbacks.model_export import ModelExport
 from rlhf_lightning.callbacks.progress import RunProgress
@@ -364,15 +364,6 @@ class TrainingCLI(LightningCLI):
         """Say where everything is and what the next command may be."""
         if first_process() and not self.options.trainer.fast_dev_run:
             say(farewell(self.run, self.model))
-
-
-class EventLogger(TensorBoardLogger):
-    """TensorBoard's event file, and no hparams.yaml beside it: config.yaml has everything."""
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Write what is pending."""
-        self.experiment.flush()
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -150,10 +150,12 @@ class PreferenceDataModule(LightningDataModule):
             raise InputError("PreferenceDataModule.setup: needs the Trainer of a module; without one, call prepare")
         module = self.trainer.lightning_module
         if self.tokenizer is None:
-            folder = self.tokenizer_path or getattr(module, "model", None)
+            folder = self.tokenizer_path or getattr(module, "model_folder", None)
             if not isinstance(folder, str):
                 raise InputError("data.tokenizer: is not set, and the module names no model folder; set it")
-            self.tokenizer = load_tokenizer(folder, bool(getattr(module, "trust_remote_code", False)))
+            self.tokenizer = load_tokenizer(
+                folder, getattr(getattr(module, "network", None), "trust_remote_code", False)
+            )
         self.date = self.trainer.strategy.broadcast(self.date)  # one for all, also around midnight
         self.prepare(cast(View, module.data_view), stage=stage)
 

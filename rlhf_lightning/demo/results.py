@@ -169,7 +169,7 @@ def _learning(curves: dict[str, Curves]) -> Section:
         _curves("PPO: gold reward", [series(ppo, "gold/train", color=3)], "points"),
         _curves("PPO: KL to SFT", [series(ppo, "objective/kl", color=1)], "nats a response"),
         _curves("PPO: length", [series(ppo, "rollout/length", color=1)], "tokens a response"),
-        _curves("PPO: explained variance of the critic", [series(ppo, "val/explained_variance", color=1)], "share"),
+        _curves("PPO: explained variance of the critic", [series(ppo, "critic/explained_variance", color=1)], "share"),
         _curves("DPO: accuracy", [_smooth(series(dpo, "train/accuracy", color=2))], "share of pairs"),
     ]
     for name in [name for name in curves if name in METHODS and name not in DEFAULT]:

@@ -109,7 +109,7 @@ def load_scalar_model(
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and _CLASSIFIER not in brought:
         raise InputError(
             f"{path}: transformers has no sequence classifier of {config.model_type} models: give a reward model of "
-            "another family; for a critic, set model.critic to head"
+            "another family; for a critic, set model.critic.kind to head"
         )
     folder = Path(find(path))
     head = find_head(folder) if folder.is_dir() and not fresh_head else None
@@ -194,7 +194,7 @@ def check_length(
     model: PreTrainedModel,
     tokens: int,
     where: str | Path = "model",
-    options: str = "data.max_prompt_tokens, data.max_response_tokens or model.max_new_tokens",
+    options: str = "data.max_prompt_tokens, data.max_response_tokens or model.sampling.max_new_tokens",
 ) -> None:
     """Refuse sequences of ``tokens`` tokens where the model has positions for fewer.
 

@@ -46,7 +46,7 @@ def add_adapter(
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise InputError("model.lora_rank: LoRA needs peft; run: pip install 'rlhf-lightning[lora]'") from None
+        raise InputError("model.lora.rank: LoRA needs peft; run: pip install 'rlhf-lightning[lora]'") from None
     trunk = model.base_model
     experts = [name for name in fused_experts(trunk) if targets is None or _ends(name, targets)]
     layers = None if targets is None else [target for target in targets if not any(_ends(n, [target]) for n in experts)]
@@ -55,7 +55,7 @@ def add_adapter(
         if not any(_ends(name, [target]) for name in known):
             endings = sorted({name.rpartition(".")[2] for name in known})
             hint = f"did you mean {near}?" if (near := nearest(target, endings)) else f"there are {', '.join(endings)}"
-            raise InputError(f"model.lora_targets: no layer's name ends with {target!r}; {hint}")
+            raise InputError(f"model.lora.targets: no layer's name ends with {target!r}; {hint}")
     config = LoraConfig(
         r=int(rank),
         lora_alpha=float(alpha),  # type: ignore[arg-type]
@@ -69,12 +69,12 @@ def add_adapter(
         try:
             inject_adapter_in_model(config, trunk)
         except ValueError as error:
-            raise InputError(f"model.lora_targets: {' '.join(str(error).split())[:300]}") from error
+            raise InputError(f"model.lora.targets: {' '.join(str(error).split())[:300]}") from error
     for name, layer in adapted_layers(trunk).items():
         if hasattr(layer, "parameter_name"):  # fused experts
             continue
         if layer.weight.ndim != 2 or isinstance(layer.base_layer, nn.Embedding):
-            raise InputError(f"model.lora_targets: {name} is {type(layer.base_layer).__name__}; name linear layers")
+            raise InputError(f"model.lora.targets: {name} is {type(layer.base_layer).__name__}; name linear layers")
 
 
 def fused_experts(trunk: nn.Module) -> list[str]:

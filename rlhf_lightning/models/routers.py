@@ -38,7 +38,7 @@ class Routers:
 
     A pass's loss is a product of means, so the mean over two halves of a batch is not that of the whole: unlike every
     other loss it depends on how rows are split into passes, here as in transformers. What training adds is defined in
-    `modules.balancing`.
+    `training.balancing`.
 
     Args:
         coefficient: the weight that the config gives it, positive.

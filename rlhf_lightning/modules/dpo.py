@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat
-
 from rlhf_lightning.algorithms.losses import PreferenceLoss, preference_loss
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.errors import InputError
-from rlhf_lightning.modules.base import LabelSmoothing
-from rlhf_lightning.modules.pairs import as_rows
-from rlhf_lightning.modules.preference import PairTerms, ReferencedModule
+from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
+from rlhf_lightning.modules.preference import PreferenceModule
+from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.pairs import LabelSmoothing, PairLoss, check_smoothing
+from rlhf_lightning.training.sampler import SamplingOptions
 
 
-class DPOModule(ReferencedModule):
+class DPOModule(PreferenceModule):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) and its relatives.
 
     What is logged: see `PreferenceModule`. Rewards are ``beta`` times the summed log-ratio to the reference.
@@ -23,40 +22,58 @@ class DPOModule(ReferencedModule):
         model: folder of the policy to train: usually the SFT policy.
         reference: folder of the frozen model that the policy is kept near; None takes ``model`` as it is at the start.
         beta: how strongly.
-        loss: ``sigmoid`` (DPO); ``ipo`` (log-ratios averaged over the response's tokens) or ``ipo_sum`` (summed);
+        loss_type: ``sigmoid`` (DPO); ``ipo`` (log-ratios averaged over the response's tokens) or ``ipo_sum`` (summed);
             ``hinge``.
         label_smoothing: the probability that a label is the wrong way round, below 0.5; for ``sigmoid`` alone.
         sft_coef: weight of the chosen responses' negative log-likelihood a token, added to the loss.
-        kwargs: sampling, the optimizer's and the model's options, see `PolicyModule` and `RLHFModule`.
+        sampling: how ``predict`` and the sample tables draw responses; the training draws none.
+        engine: what answers there; see `SFTModule`.
+        optimizer: AdamW and its learning rate.
+        lora: low-rank adapters.
+        network: how the models are loaded, run and written.
+        seed: of the sampling, and of adapters.
     """
+
+    referenced = True
 
     def __init__(
         self,
         model: str,
         reference: str | None = None,
         beta: PositiveFloat = 0.1,
-        loss: PreferenceLoss = "sigmoid",
+        loss_type: PreferenceLoss = "sigmoid",
         label_smoothing: LabelSmoothing = 0.0,
         sft_coef: NonNegativeFloat = 0.0,
-        **kwargs: Any,
+        sampling: SamplingOptions = SamplingOptions(),
+        engine: RolloutEngine | None = None,
+        optimizer: AdamWOptions = AdamWOptions(),
+        lora: LoRAOptions = LoRAOptions(),
+        network: NetworkOptions = NetworkOptions(),
+        seed: NonNegativeInt = 0,
     ) -> None:
-        super().__init__(model=model, reference=reference, **kwargs)
-        if label_smoothing > 0 and loss != "sigmoid":
-            raise InputError(
-                f"model.label_smoothing: {label_smoothing} has no meaning for loss {loss}; set it to 0, or use sigmoid"
-            )
+        super().__init__(
+            model,
+            reference=reference,
+            sampling=sampling,
+            engine=engine,
+            optimizer=optimizer,
+            lora=lora,
+            network=network,
+            seed=seed,
+        )
+        check_smoothing(label_smoothing, loss_type)
         self.beta = beta
-        self.loss = loss
+        self.loss_type = loss_type
         self.label_smoothing = label_smoothing
         self.sft_coef = sft_coef
 
-    def terms(self, batch: PreferenceBatch) -> PairTerms:
-        """The preference loss, and the SFT loss where it is asked for."""
-        scores = self.row_scores(as_rows(batch))
+    def loss(self, batch: PreferenceBatch) -> PairLoss:
+        """The preference loss, equation 7, and the SFT loss where it is asked for."""
+        scores = self.score_pairs(batch)
         ratios = self.log_ratios(scores)
-        scaled = ratios / scores.tokens if self.loss == "ipo" else ratios
+        scaled = ratios / scores.tokens if self.loss_type == "ipo" else ratios
         chosen, rejected = scaled.chunk(2)
-        losses = preference_loss(chosen, rejected, self.beta, self.loss, self.label_smoothing)
+        losses = preference_loss(chosen, rejected, self.beta, self.loss_type, self.label_smoothing)
         if self.sft_coef > 0:
             losses = losses - self.sft_coef * (scores.log_probs / scores.tokens).chunk(2)[0]
-        return PairTerms(losses, self.beta * ratios, scores.log_probs)
+        return PairLoss(losses, self.beta * ratios, scores.log_probs)

@@ -5,36 +5,42 @@ Shapes: ``B`` responses of this process, ``T`` response tokens.
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from rlhf_lightning.algorithms.advantages import group_advantages, varied_groups
-from rlhf_lightning.algorithms.losses import LossNormalisation
-from rlhf_lightning.batches import Rollout
+from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.collectives import all_reduce_sum, largest, rank, world_size
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.modules.experience import Experience
-from rlhf_lightning.modules.on_policy_metrics import count_rollout
-from rlhf_lightning.modules.policy_gradient import PolicyGradientModule
-from rlhf_lightning.modules.totals import Totals
+from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
+from rlhf_lightning.models.policy import TokenScores
+from rlhf_lightning.modules.on_policy import OnPolicyModule
+from rlhf_lightning.options import NonNegativeInt, PositiveInt
 from rlhf_lightning.rewards.base import Reward
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.training.experience import Experience
+from rlhf_lightning.training.kl_control import KLOptions
+from rlhf_lightning.training.minibatches import UpdateOptions
+from rlhf_lightning.training.objective import ClippedObjective, Loss, ObjectiveOptions
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.sampler import RolloutOptions
+from rlhf_lightning.training.shaping import ScoreOptions, check_group
 
 
-class GRPOModule(PolicyGradientModule):
+class GRPOModule(OnPolicyModule):
     """Group relative policy optimisation: Shao et al. 2024, arXiv 2402.03300.
 
-    Dr. GRPO (Liu et al. 2025, arXiv 2503.20783) is ``scale_by_std: false``, ``loss_normalisation: constant`` and
-    ``kl_loss_coef: 0``. DAPO (Yu et al. 2025, arXiv 2503.14476) is ``clip_high: 0.28``, ``loss_normalisation: token``,
-    ``dynamic_sampling: true`` with ``train_prompts`` and ``kl_loss_coef: 0``. Logs beside what PPO does
-    ``rollout/equal_groups``, the share of groups of equal scores, and ``rollout/informative_groups``, the number of the
-    others.
+    Dr. GRPO (Liu et al. 2025, arXiv 2503.20783) is ``scale_by_std: false``, ``objective.normalisation: constant`` and
+    ``kl.loss_coef: 0``. DAPO (Yu et al. 2025, arXiv 2503.14476) is ``objective.clip_high: 0.28``,
+    ``objective.normalisation: token``, ``dynamic_sampling: true`` with ``train_prompts``, and ``kl.loss_coef: 0``. Logs
+    beside what PPO does ``rollout/equal_groups``, the share of groups of equal scores, and
+    ``rollout/informative_groups``, the number of the others.
 
     Args:
         model: folder (or hub id) of the policy to train.
         reward: what scores a response.
+        reference: folder of the frozen model that the KL is measured against; None takes ``model`` as it is at the
+            start; under LoRA that is the policy with its adapter switched off, with no weights of its own.
         group_size: responses to each prompt, at least 2.
         scale_by_std: divide a group's advantages by the deviation of its rewards.
         dynamic_sampling: leave groups of equal scores out of the update; otherwise they count in its means.
@@ -42,42 +48,63 @@ class GRPOModule(PolicyGradientModule):
             prompts' order over all processes, so that minibatches keep their size (section 3.2 of DAPO, which samples
             on until there are enough; here ``data.batch_size`` is the reserve). Where fewer are left, from those. None
             learns from all.
-        kl_coef: penalty per nat in the reward, of the whole response.
-        kl_loss_coef: weight of the KL term in the loss.
-        kl_loss_estimator: k2 or k3; None takes k3.
-        loss_normalisation: see `PolicyGradientModule`.
-        kwargs: see `PolicyGradientModule`.
+        iterations: how often to sample; each time takes ``data.batch_size`` prompts.
+        sampling: how responses are drawn.
+        engine: what answers prompts; None takes this library's own decode loop, or transformers' generation where that
+            cannot run the model, see docs/rollout.md.
+        scores: from the reward's scores to those that are learnt from.
+        kl: the KL penalty; ``coef`` is of the whole response, and ``loss_estimator`` None takes k3.
+        objective: the policy's loss.
+        update: the optimizer steps of an iteration.
+        optimizer: AdamW and its learning rate.
+        lora: low-rank adapters.
+        network: how the models are loaded, run and written.
+        seed: of the sampling, the order of minibatches, and adapters.
     """
 
     def __init__(
         self,
         model: str,
         reward: Reward | None = None,
+        reference: str | None = None,
         group_size: PositiveInt = 8,
         scale_by_std: bool = True,
         dynamic_sampling: bool = False,
         train_prompts: PositiveInt | None = None,
-        kl_coef: NonNegativeFloat = 0.0,
-        kl_loss_coef: NonNegativeFloat = 0.04,
-        kl_loss_estimator: Literal["k2", "k3"] | None = None,
-        loss_normalisation: LossNormalisation = "sequence",
-        **kwargs: Any,
+        iterations: PositiveInt = 100,
+        sampling: RolloutOptions = RolloutOptions(),
+        engine: RolloutEngine | None = None,
+        scores: ScoreOptions = ScoreOptions(),
+        kl: KLOptions = KLOptions(coef=0.0, loss_coef=0.04),
+        objective: ObjectiveOptions = ObjectiveOptions(normalisation="sequence"),
+        update: UpdateOptions = UpdateOptions(),
+        optimizer: AdamWOptions = AdamWOptions(learning_rate=1e-6, eps=1e-5),
+        lora: LoRAOptions = LoRAOptions(),
+        network: NetworkOptions = NetworkOptions(),
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__(
             model,
-            reward,
-            kl_coef=kl_coef,
-            kl_loss_coef=kl_loss_coef,
-            kl_loss_estimator=kl_loss_estimator or ("k3" if kl_loss_coef > 0 else None),
-            loss_normalisation=loss_normalisation,
-            **kwargs,
+            reward=reward,
+            reference=reference,
+            iterations=iterations,
+            sampling=sampling,
+            engine=engine,
+            scores=scores,
+            kl=kl,
+            update=update,
+            optimizer=optimizer,
+            lora=lora,
+            network=network,
+            seed=seed,
+            group_size=check_group(group_size),
         )
-        self.group_size = self.checked_group(group_size)
-        self.scale_by_std = scale_by_std
         if train_prompts is not None and not dynamic_sampling:
             raise InputError(
                 f"model.train_prompts: {train_prompts} has no meaning without model.dynamic_sampling; set both, or none"
             )
+        self.objective = ClippedObjective(objective, kl, sampling.max_new_tokens, kl_estimator="k3")
+        self.scale_by_std = scale_by_std
         self.dynamic_sampling, self.train_prompts = dynamic_sampling, train_prompts
 
     def check_minibatches(self, prompts: int) -> None:
@@ -89,23 +116,35 @@ class GRPOModule(PolicyGradientModule):
             )
         super().check_minibatches(self.train_prompts or prompts)
 
-    @torch.no_grad()
-    def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Experience:
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """A response's advantage, the same at each of its tokens, is its reward relative to its group's."""
-        now = self.assess(rollout)
-        count_rollout(totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
-        rewards = self.response_rewards(scores, rollout, now)
-        advantages = group_advantages(rewards, self.group_size, self.scale_by_std)
-        weights = rollout.prompts.weights
-        varied = varied_groups(self.shaped(scores, rollout), self.group_size)
-        totals.add("rollout/equal_groups", ~varied, weights > 0)
-        informative = (varied & (weights > 0))[:: self.group_size]
-        totals.add("rollout/informative_groups", all_reduce_sum(informative.sum()))
+        rollout, scores = self.sample(batch)
+        with self.phases.timed("score"), torch.no_grad():
+            old = self.evaluate(rollout, scores, self.objective.known(rollout))
+            shaped = self.shape(scores, rollout)
+            rewards = shaped - self.kl.coef * self.kl.per_response(old, rollout.response_mask)
+            advantages = group_advantages(rewards, self.group_size, self.scale_by_std)
+            weights = self.informative(shaped, rollout.prompts.weights)
+            experience = self.objective.experience(rollout, old, advantages, weights, self.totals)
+        self.finish(rollout, scores, self.learn(experience))
+
+    def informative(self, scores: Tensor, weights: Tensor) -> Tensor:
+        """The weights ``[B]`` with 0 at the groups that ``dynamic_sampling`` leaves out; counts the groups."""
+        varied = varied_groups(scores, self.group_size)
+        self.totals.add("rollout/equal_groups", ~varied, weights > 0)
+        kept = (varied & (weights > 0))[:: self.group_size]
+        self.totals.add("rollout/informative_groups", all_reduce_sum(kept.sum()))
         if self.train_prompts is not None:
-            informative = first_of_all(informative, self.train_prompts)
-        if self.dynamic_sampling:
-            weights = weights * informative.repeat_interleave(self.group_size)
-        return self.experience(rollout, now, advantages[:, None].expand_as(now.log_probs), weights, totals)
+            kept = first_of_all(kept, self.train_prompts)
+        return weights * kept.repeat_interleave(self.group_size) if self.dynamic_sampling else weights
+
+    def counts(self, experience: Experience, rows: Tensor) -> Tensor:
+        """What the policy's loss is divided by."""
+        return self.objective.count(experience, rows)
+
+    def loss(self, new: TokenScores, experience: Experience) -> Loss:
+        """The clipped surrogate."""
+        return self.objective(new, experience)
 
 
 def first_of_all(flags: Tensor, most: int) -> Tensor:

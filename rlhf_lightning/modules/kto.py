@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jsonargparse.typing import PositiveFloat
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -14,14 +13,17 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf_lightning.algorithms.losses import kto_loss
 from rlhf_lightning.batches import LabelledBatch, PreferenceBatch, View
 from rlhf_lightning.collectives import all_gather_objects, all_reduce_sum, rank
-from rlhf_lightning.modules.balancing import router_loss
-from rlhf_lightning.modules.pairs import Rows, as_rows, weighted_sum
-from rlhf_lightning.modules.preference import PairTerms, ReferencedModule
-from rlhf_lightning.modules.reward_model import wins
-from rlhf_lightning.modules.totals import Totals
+from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
+from rlhf_lightning.modules.preference import PreferenceModule
+from rlhf_lightning.options import NonNegativeInt, PositiveFloat
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.pairs import PairLoss, Rows, score_rows, weighted_sum, wins
+from rlhf_lightning.training.sampler import SamplingOptions
+from rlhf_lightning.training.totals import Totals
 
 
-class KTOModule(ReferencedModule):
+class KTOModule(PreferenceModule):
     """Kahneman-Tversky optimisation: Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8.
 
     An example is one response with a label (data of ``prompt, completion, label``); or a pair is two examples, its
@@ -46,10 +48,16 @@ class KTOModule(ReferencedModule):
         beta: how strongly.
         desirable_weight: weight of the desirable responses' losses, the paper's lambda_D.
         undesirable_weight: weight of the undesirable responses' losses, the paper's lambda_U.
-        kwargs: sampling, the optimizer's and the model's options, see `PolicyModule` and `RLHFModule`.
+        sampling: how ``predict`` and the sample tables draw responses; the training draws none.
+        engine: what answers there; see `SFTModule`.
+        optimizer: AdamW and its learning rate.
+        lora: low-rank adapters.
+        network: how the models are loaded, run and written.
+        seed: of the sampling, and of adapters.
     """
 
     data_view = View("pairs", labels=True)
+    referenced = True
 
     def __init__(
         self,
@@ -58,46 +66,59 @@ class KTOModule(ReferencedModule):
         beta: PositiveFloat = 0.1,
         desirable_weight: PositiveFloat = 1.0,
         undesirable_weight: PositiveFloat = 1.0,
-        **kwargs: Any,
+        sampling: SamplingOptions = SamplingOptions(),
+        engine: RolloutEngine | None = None,
+        optimizer: AdamWOptions = AdamWOptions(),
+        lora: LoRAOptions = LoRAOptions(),
+        network: NetworkOptions = NetworkOptions(),
+        seed: NonNegativeInt = 0,
     ) -> None:
-        super().__init__(model=model, reference=reference, **kwargs)
+        super().__init__(
+            model,
+            reference=reference,
+            sampling=sampling,
+            engine=engine,
+            optimizer=optimizer,
+            lora=lora,
+            network=network,
+            seed=seed,
+        )
         self.beta = beta
         self.desirable_weight = desirable_weight
         self.undesirable_weight = undesirable_weight
 
-    def terms(self, batch: PreferenceBatch) -> PairTerms:
+    def loss(self, batch: PreferenceBatch) -> PairLoss:
         """The mean of a pair's two losses."""
-        scores = self.row_scores(as_rows(batch))
+        scores = self.score_pairs(batch)
         ratios = self.log_ratios(scores)
         baseline = self.baseline(scores.rows, batch.weights)
         chosen = torch.arange(len(ratios), device=ratios.device) < len(batch)
         losses = self.losses(ratios, baseline, chosen).reshape(2, -1).mean(dim=0)
         more = {"baseline": baseline.expand(len(batch))}
-        return PairTerms(losses, self.beta * ratios, scores.log_probs, more)
+        return PairLoss(losses, self.beta * ratios, scores.log_probs, more)
 
     def training_step(self, batch: PreferenceBatch | LabelledBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the pairs' or the labelled responses' losses."""
         if isinstance(batch, PreferenceBatch):
             return super().training_step(batch, batch_idx)
-        loss = self.labelled_loss(batch, self.step_totals, "train/", ("rewards/", "logps/"))
-        assert self.policy is not None
-        total = batch.weights.sum()
-        loss = loss + router_loss(self.policy, batch.weights > 0, total, self.step_totals)
-        self.count(total, loss, tokens=batch.responses.lengths.sum())
-        return loss
+        loss = self.labelled_loss(batch, self.step.totals, "train/", "/")
+        return self.counted(loss, batch.weights, batch.responses.lengths.sum(), sides=1)
 
-    def measure(self, batch: PreferenceBatch | LabelledBatch, totals: Totals) -> None:
+    def validation_step(self, batch: PreferenceBatch | LabelledBatch, batch_idx: int) -> None:
         """Loss, accuracy, rewards and log-probs; of pairs also the margin."""
         if isinstance(batch, PreferenceBatch):
-            super().measure(batch, totals)
+            super().validation_step(batch, batch_idx)
         else:
-            self.labelled_loss(batch, totals, "", ("rewards_", "logps_"))
+            self.labelled_loss(batch, self.held_out_totals, "", "_")
 
-    def labelled_loss(self, batch: LabelledBatch, totals: Totals, prefix: str, groups: tuple[str, str]) -> Tensor:
-        """The weighted sum of the responses' losses; their metrics go into ``totals``."""
+    test_step = validation_step
+
+    def labelled_loss(self, batch: LabelledBatch, totals: Totals, prefix: str, separator: str) -> Tensor:
+        """The weighted sum of the responses' losses; their metrics go into ``totals``, see `PairLoss.add_metrics`."""
+        assert self.policy is not None
         given = batch.responses
         rows = Rows(given.tokens, given.lengths, given.prompt_lengths, given.response_mask)
-        scores = self.row_scores(rows)
+        scores = score_rows(self.policy, rows)
         ratios = self.log_ratios(scores)
         baseline = self.baseline(rows, batch.weights)
         losses = self.losses(ratios, baseline, batch.desirable)
@@ -106,9 +127,9 @@ class KTOModule(ReferencedModule):
         totals.add(f"{prefix}loss", losses, batch.weights)
         totals.add(f"{prefix}accuracy", right, counted)
         totals.add(f"{prefix}baseline", baseline.expand(len(batch)), counted)
-        for group, values in zip(groups, (self.beta * ratios, scores.log_probs), strict=True):
-            totals.add(f"{group}chosen", values, counted & batch.desirable)
-            totals.add(f"{group}rejected", values, counted & ~batch.desirable)
+        for group, values in (("rewards", self.beta * ratios), ("logps", scores.log_probs)):
+            totals.add(f"{group}{separator}chosen", values, counted & batch.desirable)
+            totals.add(f"{group}{separator}rejected", values, counted & ~batch.desirable)
         return weighted_sum(losses, batch.weights)
 
     def losses(self, log_ratios: Tensor, baseline: Tensor, desirable: Tensor) -> Tensor:
@@ -117,11 +138,10 @@ class KTOModule(ReferencedModule):
         bad = self.undesirable_weight * kto_loss(log_ratios, baseline, self.beta, desirable=False)
         return torch.where(desirable, good, bad)
 
-    def longest_sequence(self, sampled: bool) -> int:
+    def longest_sequence(self) -> int:
         """Any prompt may meet any response."""
-        data = getattr(self.trainer, "datamodule", None)
-        mixed = getattr(data, "longest_prompt", 0) + getattr(data, "longest_response", 0)
-        return max(super().longest_sequence(sampled), mixed)
+        mixed = getattr(self.datamodule, "longest_prompt", 0) + getattr(self.datamodule, "longest_response", 0)
+        return max(super().longest_sequence(), mixed)
 
     @torch.no_grad()
     def baseline(self, rows: Rows, weights: Tensor) -> Tensor:
@@ -131,8 +151,9 @@ class KTOModule(ReferencedModule):
             rows: this process's pairs, or labelled responses.
             weights: ``[B]``, theirs.
         """
+        assert self.policy is not None
         others, counted = mismatched(rows, weights)
-        log_ratios = self.log_ratios(self.row_scores(others))
+        log_ratios = self.log_ratios(score_rows(self.policy, others))
         sums = all_reduce_sum(torch.stack([(log_ratios * counted).sum(), counted.sum()]).double())
         if sums[1] == 0:
             rank_zero_warn(

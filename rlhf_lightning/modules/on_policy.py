@@ -1,339 +1,398 @@
-"""The loop of every method that learns from its own samples: sample, score, collect, and a few passes of updates.
+"""The loop of every method that learns from its own samples: sample, score, and a few passes of updates.
 
 Shapes: ``B`` rows of this process, ``S`` prompt + response tokens, ``T`` response tokens. One ``training_step`` is one
-iteration. A method says what it keeps of a rollout (`collect`) and what a micro-batch of that costs (`counts`, `loss`).
+iteration. A method writes its ``training_step``, from what is here, and the `loss` of a micro-batch.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from functools import reduce
+from itertools import chain
+from operator import add
+from typing import Any
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rlhf_lightning.algorithms.kl import Estimator
 from rlhf_lightning.batches import PromptBatch, Rollout, View
 from rlhf_lightning.collectives import all_reduce_sum, largest, rank, scale_grads, world_size
 from rlhf_lightning.distributed import gradient_sync
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.building import LoRAOptions, ModelFactory, NetworkOptions
+from rlhf_lightning.models.policy import Policy, Reference, TokenScores
 from rlhf_lightning.models.scalar import ScalarModel
-from rlhf_lightning.modules.balancing import router_loss
-from rlhf_lightning.modules.on_policy_metrics import count_rollout, iteration_metrics
-from rlhf_lightning.modules.sampling import SamplingModule
-from rlhf_lightning.modules.shaping import ScoreShaping
-from rlhf_lightning.modules.totals import Totals
-from rlhf_lightning.randomness import MINIBATCHES, permutation
+from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.rewards.base import Reward
+from rlhf_lightning.rollout.best_of import best_responses
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.training.actors import Actors
+from rlhf_lightning.training.balancing import router_losses
+from rlhf_lightning.training.experience import Learnable, ResponseScores
+from rlhf_lightning.training.kl_control import KLController, KLOptions
+from rlhf_lightning.training.minibatches import UpdateOptions, flags_of_all, micro_rounds, minibatches
+from rlhf_lightning.training.objective import Loss
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.rollout_metrics import Phases, count_rollout, held_out_metrics, iteration_metrics
+from rlhf_lightning.training.sampler import RolloutOptions, Sampler, answers
+from rlhf_lightning.training.scoring import checked_scores, prepare_reward, settle
+from rlhf_lightning.training.shaping import ScoreOptions, ScoreShaping
+from rlhf_lightning.training.totals import Totals
 
 # The iteration number that validation's draws are made under: no training iteration has it.
 _VALIDATION = -1
-
-_Own = TypeVar("_Own", bound="Learnable")
-
-
-class Learnable(Protocol):
-    """What `OnPolicyModule.learn` asks of an experience: rows of this process that can be taken in micro-batches."""
-
-    weights: Tensor  # [B] float32; rows of weight 0 are in no minibatch
-
-    @property
-    def sizes(self) -> Tensor:
-        """[B] int64, the tokens that a row puts into a forward pass."""
-
-    def take(self: _Own, rows: Tensor) -> _Own:
-        """The given rows."""
-
-    def uncounted(self: _Own) -> _Own:
-        """The same rows, none of which counts in any loss or metric."""
+_STOPPED_AT_ONCE = (
+    "iteration {}: before its first step the policy is already past model.kl.stop, so no step was made: the rollout's "
+    "log-probs are not the training pass's; set model.objective.old_log_probs to recompute, or raise kl.stop"
+)
 
 
-class OnPolicyModule(SamplingModule):
-    """Samples, scores, and hands the rest to the method that derives from it.
+class OnPolicyModule(RLHFModule, ABC):
+    """Samples, scores and updates, in the order that a method's ``training_step`` says.
 
     Args:
         model: folder (or hub id) of the policy to train, usually an SFT run's.
-        reward: what scores a response; ``rlhf_lightning.rewards.ModelReward``, ``FunctionReward``, ``WeightedSum``, ...
-        learning_rate: peak learning rate of the policy.
-        adam_eps: AdamW's epsilon; Stiennon et al. 2020's code takes 1e-5 for PPO.
-        iterations: how often to sample; each time takes ``data.batch_size`` prompts.
-        epochs: passes over an iteration's responses.
-        minibatches: optimizer steps in a pass.
-        normalise_scores: give the scores mean 0 and variance 1 over all of the training so far, before anything else.
-        missing_eos_penalty: taken off the score of a response that did not end by EOS.
-        length_penalty: taken off the score for every response token past ``length_threshold``.
-        length_threshold: response tokens that cost nothing; see `ScoreShaping`.
-        score_clip: bound on the absolute score that is then left; None for none.
-        max_grad_norm: clip the gradient norm, of the policy and of a critic of its own each; None for no clipping.
-        eval_temperature: of the samples in validation; 0 is greedy, None the training temperature.
-        kwargs: models, sampling, optimizer: see `SamplingModule` and `RLHFModule`.
+        group_size: responses to each prompt.
+        rows_per_prompt: of them, the rows that are learnt from; None for all.
+        reward, reference, iterations, sampling, engine, scores, kl, update, optimizer, lora, network, seed: see
+            `PPOModule`, which has them all.
 
-    Raises: InputError when options contradict each other.
+    Attributes:
+        totals: of this iteration, what is logged at its end.
+        actors: policy, reference and critic; None before ``configure_model``.
+        iteration: beside weights and optimizer, what a checkpoint holds; draws are functions of it.
     """
 
-    group_size: int = 1  # responses to each prompt
-    kl_coefficient: float = 0.0  # what a nat costs, in the logged objective
-    kl_estimator: Estimator = "k1"  # by which estimate
+    automatic = False
+    reward: Reward | None  # frozen, and kept out of the module tree
 
     def __init__(
         self,
         model: str,
-        reward: Reward | None = None,
-        learning_rate: PositiveFloat = 1e-6,
-        adam_eps: PositiveFloat = 1e-5,
-        iterations: PositiveInt = 100,
-        epochs: PositiveInt = 1,
-        minibatches: PositiveInt = 1,
-        normalise_scores: bool = False,
-        missing_eos_penalty: NonNegativeFloat = 0.0,
-        length_penalty: NonNegativeFloat = 0.0,
-        length_threshold: NonNegativeInt = 0,
-        score_clip: PositiveFloat | None = None,
-        max_grad_norm: PositiveFloat | None = 1.0,
-        eval_temperature: NonNegativeFloat | None = None,
-        **kwargs: Any,
+        *,
+        reward: Reward | None,
+        reference: str | None,
+        iterations: int,
+        sampling: RolloutOptions,
+        engine: RolloutEngine | None,
+        scores: ScoreOptions,
+        kl: KLOptions,
+        update: UpdateOptions,
+        optimizer: AdamWOptions,
+        lora: LoRAOptions,
+        network: NetworkOptions,
+        seed: int,
+        group_size: int = 1,
+        rows_per_prompt: int | None = None,
     ) -> None:
-        super().__init__(model, reward, learning_rate=learning_rate, adam_eps=adam_eps, **kwargs)
-        self.iterations, self.epochs, self.minibatches = iterations, epochs, minibatches
-        self.shaped = ScoreShaping(
-            normalise_scores, missing_eos_penalty, length_penalty, length_threshold, score_clip, self.max_new_tokens
-        )
-        self.max_grad_norm = max_grad_norm
-        self.eval_temperature = eval_temperature
+        super().__init__(model, optimizer=optimizer, lora=lora, network=network, seed=seed)
+        self.keep_frozen("reward", reward)
+        self.reference_folder = reference
+        self.group_size, self.rows_per_prompt = group_size, rows_per_prompt or group_size
+        self.iterations, self.update_options = iterations, update
+        self.sampling, self.sampler = sampling, Sampler(sampling, engine, seed)
+        self.shape, self.kl = ScoreShaping(scores, sampling.max_new_tokens), KLController(kl)
         self.data_view = View("prompts", steps=iterations, demonstrations="held_out")
+        self.actors: Actors | None = None
+        self.totals, self.phases = Totals(), Phases()  # of this iteration
+        self.iteration = 0
         self._steps_made = 0  # since this process began
-        self.iteration = 0  # beside weights and optimizer, what a checkpoint holds; draws are functions of it
+
+    # Setting up
 
     @property
-    def rows_per_prompt(self) -> int:
-        """Rows of an experience that a prompt makes."""
-        return self.group_size
+    def policy(self) -> Policy | None:
+        """The trained policy; None before ``configure_model``."""
+        return None if self.actors is None else self.actors.policy
 
-    def checked_group(self, size: int) -> int:
-        """InputError where ``size`` responses make no group to compare within."""
-        if size < 2:
-            raise InputError(f"model.group_size: expected at least 2 responses to each prompt, got {size}")
-        return size
+    @property
+    def reference(self) -> Reference | None:
+        """The frozen reference; None before ``configure_model``."""
+        return None if self.actors is None else self.actors.reference
+
+    def networks(self) -> dict[str, Policy | ScalarModel]:
+        """See `RLHFModule.networks`; the gradient of each is clipped alone."""
+        return {} if self.actors is None else self.actors.networks()
 
     def setup(self, stage: str) -> None:
-        """Checks that need the data; see `SamplingModule.setup`.
+        """Checks that need the tokenizer or the data; see `RLHFModule.setup`.
 
-        Raises: InputError when the minibatches outnumber an iteration's responses.
+        Raises:
+            InputError: there is no reward, or the minibatches outnumber an iteration's responses.
         """
         super().setup(stage)
-        prompts = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        self.sampler.forget()  # a checkpoint may be loaded next
+        if self.reward is None and type(self).score is OnPolicyModule.score:
+            raise InputError(
+                "model.reward: none is given; name one (class_path: rlhf_lightning.rewards.ModelReward, ...) or "
+                "override score() in a subclass"
+            )
+        self.sampler.warn_of_narrowing()
+        prompts = getattr(self.datamodule, "batch_size", None)
         if prompts is not None:
             self.check_minibatches(prompts)
 
     def check_minibatches(self, prompts: int) -> None:
-        """InputError where the responses to ``prompts`` prompts do not make ``minibatches`` minibatches."""
-        rows = prompts * self.rows_per_prompt
-        if rows < self.minibatches:
+        """InputError where the responses to ``prompts`` prompts do not make enough minibatches."""
+        rows, wanted = prompts * self.rows_per_prompt, self.update_options.minibatches
+        if rows < wanted:
             raise InputError(
-                f"model.minibatches: {self.minibatches} minibatches cannot be made of {rows} responses; raise "
-                "data.batch_size or lower model.minibatches"
+                f"model.update.minibatches: {wanted} minibatches cannot be made of {rows} responses; raise "
+                "data.batch_size or lower it"
             )
 
+    def longest_sequence(self) -> int:
+        """See `RLHFModule.longest_sequence`; with what may be sampled."""
+        return self.sampler.longest(self.datamodule, super().longest_sequence())
+
+    def configure_model(self) -> None:
+        """Load, shard and ready all models; called again for every stage, does it once."""
+        if self.actors is None:
+            self.actors = self.build_actors(self.factory())
+
+    def build_actors(self, factory: ModelFactory, critic: Any = None) -> Actors:
+        """Policy and reference, and the reward's own models; ``critic``: on the policy's trunk, see `Policy`."""
+        policy = factory.policy(self.model_folder, critic)
+        reference = factory.reference(self.reference_folder, policy, self.model_folder)
+        prepare_reward(self.reward, self.tokenizer, factory.place)
+        return Actors(
+            policy,
+            reference,
+            temperature=self.sampling.temperature,
+            micro_batch_tokens=self.update_options.micro_batch_tokens,
+            report=self.report_phase,
+        )
+
     def total_steps(self) -> int:
-        """Optimizer steps of the whole training, over which the learning-rate schedule runs."""
-        return self.iterations * self.epochs * self.minibatches
+        """See `RLHFModule.total_steps`."""
+        return self.iterations * self.steps_of_iteration
+
+    @property
+    def steps_of_iteration(self) -> int:
+        """Optimizer steps of an iteration, unless something ends it before."""
+        return self.update_options.epochs * self.update_options.minibatches
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `RLHFModule.on_save_checkpoint`; with the iteration, the KL coefficient and the scores' moments."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["on_policy"] = {"iteration": self.iteration, **self.shaped.state()}
+        checkpoint["on_policy"] = {"iteration": self.iteration, "kl": self.kl.state(), "scores": self.shape.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The counterpart."""
         super().on_load_checkpoint(checkpoint)
         own = self.own_part(checkpoint, "on_policy")
         self.iteration = own["iteration"]
-        self.shaped.load(own)
+        self.kl.load(own["kl"])
+        self.shape.load(own["scores"])
 
-    # ------------------------------------------------------------------ an iteration
+    # The parts of an iteration, in their order
 
+    @abstractmethod
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """One iteration: sample, score, keep what the method learns from, and learn it."""
+        """One iteration."""
+
+    def sample(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
+        """``group_size`` responses to every prompt, and their checked scores ``[B]``."""
         self.check_minibatches(int(all_reduce_sum((batch.weights > 0).sum())))
-        totals = Totals()
-        with self.timed("rollout"):
+        self.totals, self.phases = Totals(), Phases()
+        with self.phases.timed("rollout"):
             rollout = self.generate(batch.repeat(self.group_size), iteration=self.iteration)
-        with self.timed("score"):
-            rollout, scores = self.scored(rollout, totals, self.group_size)
-            self.shaped.observe(scores, rollout.prompts.weights > 0)
-            experience = self.collect(rollout, scores, totals)
-        with self.timed("update"):
-            steps = self.learn(experience, totals)
-        self._steps_made += steps
-        self.finish(rollout, scores, totals, steps)
+        with self.phases.timed("score"):
+            rollout, scores = settle(rollout, self.checked_scores(rollout), self.reward, self.totals, self.group_size)
+            self.shape.observe(scores, rollout.prompts.weights > 0)
+        return rollout, scores
 
-    def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Learnable:
-        """What stays fixed during the update; the rows of prompt i are ``i * rows_per_prompt`` and those after it."""
-        raise NotImplementedError(f"{type(self).__name__} must define collect(rollout, scores, totals)")
+    def score(self, rollout: Rollout) -> Tensor:
+        """One score a response, ``[B]``; asks ``reward``. Override it for a reward of your own."""
+        assert self.reward is not None
+        return self.reward(rollout)
 
-    def counts(self, experience: Any, rows: Tensor) -> Tensor:
-        """``[n]``: what the given rows add to the counts that a minibatch's losses are divided by."""
-        raise NotImplementedError(f"{type(self).__name__} must define counts(experience, rows)")
+    def checked_scores(self, rollout: Rollout) -> Tensor:
+        """See `training.scoring.checked_scores`."""
+        date = getattr(self.datamodule, "date", None)
+        return checked_scores(self.score, rollout, self.reward, f"{type(self).__name__}.score", date)
 
-    def loss(self, micro: Any, counts: Tensor, totals: Totals, moved: Totals) -> Tensor:
-        """The loss of a micro-batch, divided by the counts of its whole minibatch; a scalar."""
-        raise NotImplementedError(f"{type(self).__name__} must define loss(micro, counts, totals, moved)")
+    def evaluate(self, rollout: Rollout, scores: Tensor, known: Tensor | None = None) -> ResponseScores:
+        """The scores of policy, reference and critic before the update; counts what is known of the rollout.
 
-    def router_losses(self, micro: Any, totals: Totals) -> Tensor | float:
-        """The routers' auxiliary loss of each network that was run on the micro-batch, see `balancing`.
-
-        Each with the micro-batch's share in the policy's loss; the first of its `counts` is what it adds to it.
+        Args:
+            rollout: the responses.
+            scores: ``[B]``, the reward's.
+            known: the policy's log-probs ``[B, T]``, taken instead of a pass of its own.
         """
-        networks = {n: part for n, part in self.networks().items() if isinstance(part, Policy | ScalarModel)}
-        if all(part.routers is None for part in networks.values()):
-            return 0.0
-        rows = torch.arange(len(micro.weights), device=micro.weights.device)
-        amount = self.counts(micro, rows)[0]
-        counted = (micro.weights > 0).repeat_interleave(micro.lengths.numel() // len(rows))  # both rows of a pair
-        return sum(router_loss(part, counted, amount, totals, f"loss/{n}_router") for n, part in networks.items())
+        assert self.actors is not None
+        old = self.actors.evaluate(rollout, known=known)
+        count_rollout(self.totals, rollout, scores, old, self.kl)
+        return old
 
-    def too_far(self, moved: Totals) -> bool:
-        """Whether the minibatch's policy has moved so far that its step, and all that follow, are to be left out."""
-        return False
-
-    def networks(self) -> dict[str, nn.Module]:
-        """What is trained, by the name in the metrics; the gradient of each is clipped alone."""
-        assert self.policy is not None
-        return {"policy": self.policy}
-
-    def learn(self, experience: Learnable, totals: Totals) -> int:
+    def learn(self, experience: Learnable) -> int:
         """``epochs`` passes of ``minibatches`` optimizer steps each; a pass is a fresh permutation of all rows.
 
-        Returns: the steps made, fewer than epochs x minibatches only where `too_far` ended them, or where a minibatch
-            has nothing that counts: fewer rows with a weight than minibatches, or no token in any of its responses.
+        Returns: the steps made, fewer than epochs x minibatches only where the KL's ``stop`` ended them, or where a
+            minibatch has nothing that counts: fewer rows with a weight than minibatches, or no token in any response.
         """
-        group, world = self.rows_per_prompt, world_size()
-        # Prompt i of the iteration lies with process i % world: the minibatches are the same for any number of them.
-        local = torch.arange(len(experience.weights))
-        numbers = (local // group * world + rank()) * group + local % group
-        everywhere = largest(len(local)) * world
-        weighted = torch.zeros(everywhere, dtype=torch.int64)
-        weighted[numbers] = (experience.weights > 0).long().cpu()
-        counted = all_reduce_sum(weighted).nonzero()[:, 0]
+        options, layout = self.update_options, (self.rows_per_prompt, world_size(), rank())
+        weighted = flags_of_all(experience.weights > 0, *layout, largest(len(experience.weights)), all_reduce_sum)
+        passes = ((self.seed, self.iteration, epoch) for epoch in range(options.epochs))
         steps = 0
-        for epoch in range(self.epochs):
-            order = counted[permutation(len(counted), self.seed, MINIBATCHES, self.iteration, epoch)]
-            for minibatch in torch.tensor_split(order, self.minibatches):
-                prompts = minibatch // group
-                own = (prompts // world * group + minibatch % group)[prompts % world == rank()]
-                own = own.to(experience.weights.device)
-                counts = all_reduce_sum(self.counts(experience, own))
+        with self.phases.timed("update"):
+            for own in chain.from_iterable(minibatches(weighted, options.minibatches, *layout, *p) for p in passes):
+                rows = own.to(experience.weights.device)
+                counts = all_reduce_sum(self.counts(experience, rows))
                 if not bool(counts.any()):
                     continue  # a step without a loss would still move the weights, by the optimizer's momentum
-                if not self.step(experience, own, counts, totals):
-                    if steps == 0:
-                        rank_zero_warn(
-                            f"iteration {self.iteration}: before its first step the policy is already past "
-                            "model.kl_stop, so no step was made: the rollout's log-probs are not the training pass's; "
-                            "set model.old_log_probs to recompute, or raise kl_stop"
-                        )
-                    return steps
+                if not self.update(experience, rows, counts):
+                    if not steps:
+                        rank_zero_warn(_STOPPED_AT_ONCE.format(self.iteration))
+                    break
                 steps += 1
+        self._steps_made += steps
         return steps
 
-    def step(self, experience: Learnable, rows: Tensor, counts: Tensor, totals: Totals) -> bool:
-        """One optimizer step on a minibatch; False, and no step, where the policy has moved `too_far`.
+    @abstractmethod
+    def counts(self, experience: Any, rows: Tensor) -> Tensor:
+        """``[n]``: what the given rows add to the counts that a minibatch's `Loss.sums` are divided by."""
+
+    @abstractmethod
+    def loss(self, new: Any, experience: Any) -> Loss:
+        """The loss of a micro-batch: a pure function of the new scores and of what stays fixed."""
+
+    def new_scores(self, micro: Any) -> Any:
+        """What `loss` is a function of: the policy's scores of the micro-batch, and a critic's."""
+        assert self.actors is not None
+        scores: TokenScores = self.actors(*micro.inputs)
+        return scores
+
+    def update(self, experience: Learnable, rows: Tensor, counts: Tensor) -> bool:
+        """One optimizer step on a minibatch; False, and no step, where the policy has moved past the KL's ``stop``.
 
         ``rows``: those of this process; ``counts``: what all processes' rows add up to, see `counts`.
         """
+        assert self.actors is not None
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         assert isinstance(optimizer, LightningOptimizer) and isinstance(scheduler, LRScheduler)
         optimizer.zero_grad()
         counts = torch.where(counts > 0, counts, 1)
         moved = Totals()
-        for group, counted, last in self.rounds(experience.sizes, rows, "update"):
+        budget = self.update_options.micro_batch_tokens
+        for group, counted, last in micro_rounds(experience.sizes, rows, budget, "update", self.report_phase):
             micro = experience.take(group)
             with gradient_sync(self, last):
-                # The strategies average gradients over processes; ours are sums over a global count.
                 micro = micro if counted else micro.uncounted()
-                loss = self.loss(micro, counts, totals, moved) + self.router_losses(micro, totals) / counts[0]
-                loss = world_size() * loss
-                self.check(loss)
+                sums, metrics = self.loss(self.new_scores(micro), micro)
+                for name, (values, mask) in metrics.items():
+                    self.totals.add(name, values, mask)
+                if "policy/approx_kl" in metrics:
+                    moved.add("approx_kl", *metrics["policy/approx_kl"])
+                loss = reduce(add, (total / count for total, count in zip(sums, counts, strict=True)))
+                if self.actors.resting and isinstance(self.trainer.strategy.model, DistributedDataParallel):
+                    loss = loss + self.actors.no_loss()
+                # The strategies average gradients over processes; ours are sums over a global count.
+                loss = world_size() * (loss + self.router_losses(micro) / counts[0])
+                self.step.check(loss)
                 self.manual_backward(loss)
-        if self.too_far(moved):
+        if self.kl.options.stop is not None and self.kl.exceeds_stop(moved.means()["approx_kl"]):
             optimizer.zero_grad()
             return False
         optimizer.step()
         scheduler.step()
-        for name, norm in self.grad_norms.items():
-            totals.add(f"{name}/grad_norm", torch.tensor(norm))
+        for name, norm in self.step.norms.items():
+            self.totals.add(f"{name}/grad_norm", torch.tensor(norm))
         return True
 
-    # ------------------------------------------------------------------ around it
+    def router_losses(self, micro: Any) -> Tensor | float:
+        """The routers' losses with the micro-batch's share in the policy's loss, the first of `counts`."""
+        networks = self.networks()
+        if all(part.routers is None for part in networks.values()):
+            return 0.0
+        rows = torch.arange(len(micro.weights), device=micro.weights.device)
+        counted = (micro.weights > 0).repeat_interleave(len(micro.inputs[1]) // len(rows))  # both rows of a pair
+        return router_losses(networks, counted, self.counts(micro, rows)[0], self.totals)
 
-    @property
-    def moment(self) -> str:
-        """See `OptimisedModule.moment`."""
-        return f"{super().moment} in iteration {self.iteration}"
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Check (see `OptimisedModule`), then clip the gradients of each network, the critic's apart from the policy's.
-
-        Here and not before the step, because a scaler of fp16 gradients has taken its scale off by now.
-        """
-        super().on_before_optimizer_step(optimizer)
-        for name, network in self.networks().items():
-            if self.max_grad_norm is not None and self.grad_norms[name] > self.max_grad_norm:
-                scale_grads(network.parameters(), self.max_grad_norm / self.grad_norms[name])
-
-    def finish(self, rollout: Rollout, scores: Tensor, totals: Totals, steps: int) -> dict[str, float]:
-        """Log the iteration, and count it as done; returns what was logged."""
-        metrics = iteration_metrics(totals, rollout, scores)
-        metrics["policy/steps"] = float(steps)
-        metrics["objective/kl_coef"] = self.kl_coefficient
+    def finish(self, rollout: Rollout, scores: Tensor, steps: int) -> None:
+        """Log the iteration, adapt the KL coefficient, and count the iteration as done."""
+        metrics = iteration_metrics(self.totals, rollout, scores, self.phases.seconds)
+        metrics |= {"policy/steps": float(steps), "objective/kl_coef": self.kl.coef}
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        metrics["lr"] = optimizer.param_groups[0]["lr"]
-        metrics |= {f"time/{phase}": seconds for phase, seconds in self.phase_seconds.items()}
-        metrics["rollout/tokens_per_second"] = metrics.pop("rollout/tokens") / self.phase_seconds["rollout"]
-        if not bool(all_reduce_sum((rollout.prompts.weights > 0).sum())):
+        metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
+        responses = int(all_reduce_sum((rollout.prompts.weights > 0).sum()))
+        if not responses:
             rank_zero_warn(f"iteration {self.iteration}: the reward left no response to learn from; no step was made")
             metrics = {name: value for name, value in metrics.items() if not math.isnan(value)}
         self.log_dict(metrics)
         self.report_samples(rollout, {"score": scores})
+        if self.actors is not None and not self.actors.resting and responses:  # not to a policy that rests
+            self.kl.adapt(metrics["objective/kl"], responses)
         self.iteration += 1
-        return metrics
+
+    # Around it
+
+    @property
+    def moment(self) -> str:
+        """See `RLHFModule.moment`."""
+        return f"{super().moment} in iteration {self.iteration}"
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Check (see `RLHFModule`), then clip the gradients of each network, the critic's apart from the policy's.
+
+        Here and not before the step, because a scaler of fp16 gradients has taken its scale off by now.
+        """
+        if self.actors is not None and self.actors.resting:
+            self.actors.rest(optimizer)
+        super().on_before_optimizer_step(optimizer)
+        bound = self.update_options.max_grad_norm
+        for name, network in self.networks().items():
+            if bound is not None and self.step.norms[name] > bound:
+                scale_grads(network.parameters(), bound / self.step.norms[name])
 
     def on_train_end(self) -> None:
         """A run that learnt nothing at all is told once more, where it is seen."""
         if not self._steps_made:
             rank_zero_warn("no step was made in this run: the model is the one that it began with")
 
+    # Answers and held-out prompts
+
+    def generate(self, prompts: PromptBatch, iteration: int = 0, **overrides: Any) -> Rollout:
+        """One response to every prompt; see `training.sampler.Sampler`."""
+        with self.naming_checkpoint():
+            return self.sampler(self, prompts, iteration, **overrides)
+
+    def answer(self, prompts: PromptBatch) -> Rollout:
+        """What ``predict`` says to the prompts: the best of ``best_of`` responses to each."""
+        if self.sampling.best_of == 1:
+            return self.generate(prompts)
+        rollout = self.generate(prompts.repeat(self.sampling.best_of))
+        scores = self.checked_scores(rollout)
+        return best_responses(rollout, scores.masked_fill(torch.isnan(scores), -torch.inf), prompts)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """A response to every prompt, as rows for a JSONL file."""
+        return answers(batch, self.answer(batch))
+
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Held-out prompts, always answered with the same draws, so that two validations differ by the policy alone."""
-        temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
+        assert self.actors is not None
+        asked, totals = self.sampling.eval_temperature, self.held_out_totals
+        temperature = self.sampling.temperature if asked is None else asked
         rollout = self.generate(batch, iteration=_VALIDATION, temperature=temperature)
-        rollout, scores = self.scored(rollout, self.held_out_totals)
+        rollout, scores = settle(rollout, self.checked_scores(rollout), self.reward, totals)
         # Greedy samples have no KL: they are of no distribution that log-probs could be taken under.
-        now = self.evaluate(rollout, temperature or self.temperature)
-        count_rollout(self.held_out_totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
+        old = self.actors.evaluate(rollout, temperature or self.sampling.temperature)
+        count_rollout(totals, rollout, scores, old, self.kl)
         if batch.demonstrations is not None:
-            self.watch(batch.demonstrations, self.held_out_totals)
+            self.actors.measure_demonstrations(batch.demonstrations, totals)
         self.report_samples(rollout, {"score": scores})
-
-    def _log_held_out(self, stage: str) -> None:
-        names = {"objective/scores": "scores", "rollout/length": "length", "rollout/truncated": "truncated"}
-        if self.eval_temperature != 0:
-            names |= {"objective/kl": "kl", "objective/kl_k3": "kl_k3"}
-        totals, self.held_out_totals = self.held_out_totals, Totals()
-        means = totals.means()
-        prefix = "eval" if stage == "val" else stage
-        # The same numbers everywhere already; syncing tells Lightning so.
-        measured = {f"{prefix}/{new}": means[old] for old, new in names.items()}
-        if "reward/skipped" in means:
-            measured[f"{prefix}/skipped"] = totals.total("reward/skipped")
-        if "demonstrations/loss" in means:
-            measured[f"{prefix}/perplexity"] = math.exp(min(means["demonstrations/loss"], 700.0))
-        self.log_dict(measured, sync_dist=True)
 
     # `test` and `validate` measure the same things, on the split that each names.
     test_step = validation_step
+
+    def held_out_metrics(self, totals: Totals) -> dict[str, float]:
+        """See `RLHFModule.held_out_metrics`."""
+        return held_out_metrics(totals, with_kl=self.sampling.eval_temperature != 0)

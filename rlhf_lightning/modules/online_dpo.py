@@ -5,24 +5,27 @@ Shapes: ``B`` pairs of this process, ``S`` prompt + response tokens, ``T`` respo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from jsonargparse.typing import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from rlhf_lightning.algorithms.losses import PreferenceLoss, negative_log_likelihood, preference_loss
-from rlhf_lightning.batches import Rollout
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
+from rlhf_lightning.models.policy import TokenScores
 from rlhf_lightning.models.positions import response_mask
-from rlhf_lightning.modules.base import LabelSmoothing
-from rlhf_lightning.modules.experience import Pairs
 from rlhf_lightning.modules.on_policy import OnPolicyModule
-from rlhf_lightning.modules.on_policy_metrics import count_rollout
-from rlhf_lightning.modules.reward_model import wins
-from rlhf_lightning.modules.totals import Totals
+from rlhf_lightning.options import NonNegativeInt, PositiveFloat, PositiveInt
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rollout.best_of import best_rows
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.training.experience import Pairs
+from rlhf_lightning.training.kl_control import KLOptions
+from rlhf_lightning.training.minibatches import UpdateOptions
+from rlhf_lightning.training.objective import Loss, Metrics
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.pairs import LabelSmoothing, check_smoothing, wins
+from rlhf_lightning.training.sampler import RolloutOptions
+from rlhf_lightning.training.shaping import ScoreOptions, check_group
 
 
 class OnlineDPOModule(OnPolicyModule):
@@ -35,77 +38,107 @@ class OnlineDPOModule(OnPolicyModule):
     Args:
         model: folder (or hub id) of the policy to train.
         reward: what scores a response.
+        reference: folder of the frozen model that the KL is measured against; None takes ``model`` as it is at the
+            start; under LoRA that is the policy with its adapter switched off, with no weights of its own.
         group_size: responses to each prompt, at least 2.
         beta: the strength of the pull to the reference.
-        loss: see `DPOModule`.
+        loss_type: see `DPOModule`.
         label_smoothing: see `DPOModule`; for ``sigmoid`` alone.
-        kwargs: see `OnPolicyModule`.
+        iterations: how often to sample; each time takes ``data.batch_size`` prompts.
+        sampling: how responses are drawn.
+        engine: what answers prompts; None takes this library's own decode loop, or transformers' generation where that
+            cannot run the model, see docs/rollout.md.
+        scores: from the reward's scores to those that are learnt from.
+        update: the optimizer steps of an iteration.
+        optimizer: AdamW and its learning rate.
+        lora: low-rank adapters.
+        network: how the models are loaded, run and written.
+        seed: of the sampling, the order of minibatches, and adapters.
 
-    Raises: InputError when options contradict each other.
+    Raises:
+        InputError: options contradict each other.
     """
 
     def __init__(
         self,
         model: str,
         reward: Reward | None = None,
+        reference: str | None = None,
         group_size: PositiveInt = 2,
         beta: PositiveFloat = 0.1,
-        loss: PreferenceLoss = "sigmoid",
+        loss_type: PreferenceLoss = "sigmoid",
         label_smoothing: LabelSmoothing = 0.0,
-        **kwargs: Any,
+        iterations: PositiveInt = 100,
+        sampling: RolloutOptions = RolloutOptions(),
+        engine: RolloutEngine | None = None,
+        scores: ScoreOptions = ScoreOptions(),
+        update: UpdateOptions = UpdateOptions(),
+        optimizer: AdamWOptions = AdamWOptions(learning_rate=1e-6, eps=1e-5),
+        lora: LoRAOptions = LoRAOptions(),
+        network: NetworkOptions = NetworkOptions(),
+        seed: NonNegativeInt = 0,
     ) -> None:
-        super().__init__(model, reward, **kwargs)
-        if label_smoothing > 0 and loss != "sigmoid":
-            raise InputError(
-                f"model.label_smoothing: {label_smoothing} has no meaning for loss {loss}; set it to 0, or use sigmoid"
-            )
-        self.group_size = self.checked_group(group_size)
-        self.beta = self.kl_coefficient = beta
-        self.preference = loss
+        check_smoothing(label_smoothing, loss_type)
+        super().__init__(
+            model,
+            reward=reward,
+            reference=reference,
+            iterations=iterations,
+            sampling=sampling,
+            engine=engine,
+            scores=scores,
+            kl=KLOptions(coef=beta),
+            update=update,
+            optimizer=optimizer,
+            lora=lora,
+            network=network,
+            seed=seed,
+            group_size=check_group(group_size),
+            rows_per_prompt=1,  # a pair
+        )
+        self.beta = beta
+        self.loss_type = loss_type
         self.label_smoothing = label_smoothing
 
-    @property
-    def rows_per_prompt(self) -> int:
-        """One pair."""
-        return 1
-
-    @torch.no_grad()
-    def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Pairs:
-        """The best and the worst response to each prompt, under the reference."""
-        now = self.evaluate(rollout, known=self.sampled_log_probs(rollout))
-        count_rollout(totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
-        shaped = self.shaped(scores, rollout)
-        best, worst = best_rows(shaped, self.group_size), best_rows(-shaped, self.group_size)
-        pairs = torch.cat([best, worst], dim=1)
-        weights, ahead = rollout.prompts.weights[pairs[:, 0]], shaped[pairs[:, 0]] > shaped[pairs[:, 1]]
-        totals.add("rollout/ties", ~ahead, weights > 0)
-        reference = -negative_log_likelihood(now.reference_log_probs, rollout.response_mask)
-        return Pairs(
-            tokens=rollout.tokens[pairs],
-            lengths=rollout.lengths[pairs],
-            prompt_lengths=rollout.prompt_lengths[pairs],
-            weights=weights * ahead,
-            reference_log_probs=reference[pairs],
-        )
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Learn from the best and the worst response to each prompt."""
+        rollout, scores = self.sample(batch)
+        with self.phases.timed("score"), torch.no_grad():
+            old = self.evaluate(rollout, scores, self.sampler.policy_log_probs(rollout))
+            shaped = self.shape(scores, rollout)
+            best, worst = best_rows(shaped, self.group_size), best_rows(-shaped, self.group_size)
+            pairs = torch.cat([best, worst], dim=1)
+            weights, ahead = rollout.prompts.weights[pairs[:, 0]], shaped[pairs[:, 0]] > shaped[pairs[:, 1]]
+            self.totals.add("rollout/ties", ~ahead, weights > 0)
+            reference = -negative_log_likelihood(old.reference_log_probs, rollout.response_mask)
+            experience = Pairs(
+                tokens=rollout.tokens[pairs],
+                lengths=rollout.lengths[pairs],
+                prompt_lengths=rollout.prompt_lengths[pairs],
+                weights=weights * ahead,
+                reference_log_probs=reference[pairs],
+            )
+        self.finish(rollout, scores, self.learn(experience))
 
     def counts(self, experience: Pairs, rows: Tensor) -> Tensor:
         """Pairs."""
         return (experience.weights[rows] > 0).sum()[None]
 
-    def loss(self, micro: Pairs, counts: Tensor, totals: Totals, moved: Totals) -> Tensor:
-        """The preference loss a pair."""
-        lengths, prompt_lengths = micro.lengths.flatten(), micro.prompt_lengths.flatten()
-        now = self.token_scores(micro.tokens.flatten(0, 1), lengths, prompt_lengths, self.temperature)
+    def loss(self, new: TokenScores, experience: Pairs) -> Loss:
+        """The preference loss, summed over pairs."""
+        _, lengths, prompt_lengths = experience.inputs
         mask = response_mask(prompt_lengths, lengths)
-        log_probs = -negative_log_likelihood(now.log_probs, mask)
-        ratios = log_probs.reshape(-1, 2) - micro.reference_log_probs
-        scaled = ratios / mask.sum(dim=1).clamp(min=1).reshape(-1, 2) if self.preference == "ipo" else ratios
-        losses = preference_loss(scaled[:, 0], scaled[:, 1], self.beta, self.preference, self.label_smoothing)
-        paired = micro.weights > 0
+        log_probs = -negative_log_likelihood(new.log_probs, mask)
+        ratios = log_probs.reshape(-1, 2) - experience.reference_log_probs
+        scaled = ratios / mask.sum(dim=1).clamp(min=1).reshape(-1, 2) if self.loss_type == "ipo" else ratios
+        losses = preference_loss(scaled[:, 0], scaled[:, 1], self.beta, self.loss_type, self.label_smoothing)
+        paired = experience.weights > 0
         rewards = self.beta * ratios.detach()
-        totals.add("loss/policy", losses, paired)
-        totals.add("policy/entropy", now.entropy, mask & paired.repeat_interleave(2)[:, None])
-        totals.add("policy/accuracy", wins(rewards[:, 0], rewards[:, 1]), paired)
-        totals.add("rewards/chosen", rewards[:, 0], paired)
-        totals.add("rewards/rejected", rewards[:, 1], paired)
-        return torch.where(paired, losses, 0.0).sum() / counts[0]
+        metrics: Metrics = {
+            "policy/loss": (losses, paired),
+            "policy/entropy": (new.entropy, mask & paired.repeat_interleave(2)[:, None]),
+            "policy/accuracy": (wins(rewards[:, 0], rewards[:, 1]), paired),
+            "rewards/chosen": (rewards[:, 0], paired),
+            "rewards/rejected": (rewards[:, 1], paired),
+        }
+        return Loss((torch.where(paired, losses, 0.0).sum(),), metrics)

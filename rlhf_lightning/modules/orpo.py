@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from jsonargparse.typing import PositiveFloat
-
 from rlhf_lightning.algorithms.losses import log_odds, odds_ratio_loss
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.modules.pairs import as_rows
-from rlhf_lightning.modules.preference import PairTerms, PreferenceModule
+from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
+from rlhf_lightning.modules.preference import PreferenceModule
+from rlhf_lightning.options import NonNegativeInt, PositiveFloat
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.pairs import PairLoss
+from rlhf_lightning.training.sampler import SamplingOptions
 
 
 class ORPOModule(PreferenceModule):
@@ -22,17 +23,40 @@ class ORPOModule(PreferenceModule):
     Args:
         model: folder of the model to train.
         odds_coef: weight of the odds-ratio loss beside the SFT loss, the paper's lambda.
-        kwargs: sampling, the optimizer's and the model's options, see `PolicyModule` and `RLHFModule`.
+        sampling: how ``predict`` and the sample tables draw responses; the training draws none.
+        engine: what answers there; see `SFTModule`.
+        optimizer: AdamW and its learning rate.
+        lora: low-rank adapters.
+        network: how the models are loaded, run and written.
+        seed: of the sampling, and of adapters.
     """
 
-    def __init__(self, model: str, odds_coef: PositiveFloat = 0.1, **kwargs: Any) -> None:
-        super().__init__(model=model, **kwargs)
+    def __init__(
+        self,
+        model: str,
+        odds_coef: PositiveFloat = 0.1,
+        sampling: SamplingOptions = SamplingOptions(),
+        engine: RolloutEngine | None = None,
+        optimizer: AdamWOptions = AdamWOptions(),
+        lora: LoRAOptions = LoRAOptions(),
+        network: NetworkOptions = NetworkOptions(),
+        seed: NonNegativeInt = 0,
+    ) -> None:
+        super().__init__(
+            model,
+            sampling=sampling,
+            engine=engine,
+            optimizer=optimizer,
+            lora=lora,
+            network=network,
+            seed=seed,
+        )
         self.odds_coef = odds_coef
 
-    def terms(self, batch: PreferenceBatch) -> PairTerms:
+    def loss(self, batch: PreferenceBatch) -> PairLoss:
         """The SFT loss, a mean over each chosen response's tokens, and the odds-ratio loss."""
-        scores = self.row_scores(as_rows(batch))
+        scores = self.score_pairs(batch)
         means = scores.log_probs / scores.tokens
         chosen, rejected = means.chunk(2)
         losses = -chosen + self.odds_coef * odds_ratio_loss(chosen, rejected)
-        return PairTerms(losses, log_odds(means), scores.log_probs, {"sft_loss": -chosen})
+        return PairLoss(losses, log_odds(means), scores.log_probs, {"sft_loss": -chosen})

@@ -1,40 +1,51 @@
 """PPO: sample, score, compute advantages with a critic's help, and a few epochs of clipped updates of both.
 
-Shapes: ``B`` prompts of this process, ``S`` prompt + response tokens, ``T`` response tokens. The iteration itself is
-`OnPolicyModule.training_step`. `docs/ppo.md` lists every implementation detail with the test that holds it.
+Shapes: ``B`` rows of this process, ``S`` prompt + response tokens, ``T`` response tokens. `docs/ppo.md` lists every
+implementation detail with the test that holds it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from rlhf_lightning.algorithms.advantages import (
-    ScorePosition,
-    explained_variance,
-    length_adaptive_advantages,
-    token_rewards,
-)
-from rlhf_lightning.algorithms.kl import kl_estimate
-from rlhf_lightning.algorithms.masked import whiten
-from rlhf_lightning.batches import DemonstrationBatch, Rollout
+from rlhf_lightning.algorithms.advantages import explained_variance
+from rlhf_lightning.batches import DemonstrationBatch, PromptBatch
 from rlhf_lightning.collectives import all_reduce_sum
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.modules.actor_critic import ActorCriticModule, values_at_the_cut
-from rlhf_lightning.modules.balancing import router_loss
-from rlhf_lightning.modules.experience import CriticExperience
-from rlhf_lightning.modules.on_policy_metrics import count_rollout
-from rlhf_lightning.modules.totals import Totals
+from rlhf_lightning.models.building import LoRAOptions, ModelFactory, NetworkOptions
+from rlhf_lightning.models.scalar import ScalarModel
+from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.ops.clipped_value_loss import clipped_value_loss
-from rlhf_lightning.ops.gae import gae
+from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt, PositiveInt
 from rlhf_lightning.rewards.base import Reward
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.training.actors import Actors
+from rlhf_lightning.training.balancing import router_loss
+from rlhf_lightning.training.credit import AdvantageOptions, CreditAssignment
+from rlhf_lightning.training.critic import CriticOptions, start_critic
+from rlhf_lightning.training.experience import CriticExperience
+from rlhf_lightning.training.kl_control import KLOptions
+from rlhf_lightning.training.minibatches import UpdateOptions
+from rlhf_lightning.training.objective import ClippedObjective, Loss, ObjectiveOptions
+from rlhf_lightning.training.optimizer import AdamWOptions, decay_groups
+from rlhf_lightning.training.sampler import RolloutOptions
+from rlhf_lightning.training.shaping import ScoreOptions
 
 
-class PPOModule(ActorCriticModule):
+class NewScores(NamedTuple):
+    """A micro-batch under the policy and the critic as they are now."""
+
+    log_probs: Tensor  # [B, T]
+    entropy: Tensor  # [B, T]
+    values: Tensor  # [B, T + 1]
+    imitation: Tensor | None  # scalar, the summed negative log-likelihood of the demonstrations; None without any
+
+
+class PPOModule(OnPolicyModule):
     """Proximal policy optimisation of a language model against a reward, with a KL penalty towards a reference.
 
     Schulman et al. 2017, arXiv 1707.06347, algorithm 1; Ouyang et al. 2022, arXiv 2203.02155.
@@ -42,157 +53,171 @@ class PPOModule(ActorCriticModule):
     Args:
         model: folder (or hub id) of the policy to train, usually an SFT run's.
         reward: what scores a response; ``rlhf_lightning.rewards.ModelReward``, ``FunctionReward``, ``WeightedSum``, ...
-        epochs: passes over an iteration's responses.
-        minibatches: optimizer steps in a pass.
-        gamma: discount per token.
-        lam: GAE's lambda; None takes 0.95.
-        critic_lam: lambda of the returns that the critic learns, 1 for what really came (decoupled GAE, Yue et al.
-            2025, arXiv 2504.05118); None takes ``lam``.
-        lam_alpha: in place of ``lam`` for the policy, a lambda of ``1 - 1 / (lam_alpha * l)`` for a response of l
-            tokens (length-adaptive GAE, the same paper); None for none.
-        clip_value: how far a value may move from its old one before its loss is clipped; None for no clipping.
-        value_coef: weight of the value loss.
+        reference: folder of the frozen model that the KL is measured against; None takes ``model`` as it is at the
+            start; under LoRA that is the policy with its adapter switched off, with no weights of its own.
+        iterations: how often to sample; each time takes ``data.batch_size`` prompts.
+        sampling: how responses are drawn.
+        engine: what answers prompts; None takes this library's own decode loop, or transformers' generation where that
+            cannot run the model, see docs/rollout.md.
+        scores: from the reward's scores to those that are learnt from.
+        kl: the KL penalty.
+        critic: what estimates the value of an unfinished response.
+        advantages: from token rewards and values to advantages and returns.
+        objective: the policy's loss.
         ptx_coef: weight of the negative log-likelihood a token of demonstrations, which keeps the policy at what it was
             taught (PPO-ptx, Ouyang et al. 2022, equation 2). A step's demonstrations are the responses that the rows of
             its prompts have in the data (``chosen`` or ``completion``); prompts without one add none.
-        whiten_advantages: give an iteration's advantages mean 0 and variance 1, over all processes.
-        whiten_rewards: scale an iteration's token rewards to variance 1 and keep their mean.
-        score_position: ``last_token``, or ``after_eos`` for one slot later.
-        bootstrap_truncated: a response without EOS earns, in place of its score, the critic's value of the state it was
-            cut off in: what is still to come is in the value already, the score with it.
-        kwargs: critic, the policy's loss, the loop, models, sampling, optimizer: see `ActorCriticModule`.
+        update: the optimizer steps of an iteration.
+        optimizer: AdamW and its learning rate.
+        lora: low-rank adapters.
+        network: how the models are loaded, run and written.
+        seed: of the sampling, the order of minibatches, fresh heads and adapters.
 
-    Raises: InputError when options contradict each other.
+    Raises:
+        InputError: options contradict each other.
     """
 
     def __init__(
         self,
         model: str,
         reward: Reward | None = None,
-        epochs: PositiveInt = 4,
-        minibatches: PositiveInt = 4,
-        gamma: ClosedUnitInterval = 1.0,
-        lam: ClosedUnitInterval | None = None,
-        critic_lam: ClosedUnitInterval | None = None,
-        lam_alpha: PositiveFloat | None = None,
-        clip_value: PositiveFloat | None = 0.2,
-        value_coef: NonNegativeFloat = 0.1,
+        reference: str | None = None,
+        iterations: PositiveInt = 100,
+        sampling: RolloutOptions = RolloutOptions(),
+        engine: RolloutEngine | None = None,
+        scores: ScoreOptions = ScoreOptions(),
+        kl: KLOptions = KLOptions(),
+        critic: CriticOptions = CriticOptions(),
+        advantages: AdvantageOptions = AdvantageOptions(),
+        objective: ObjectiveOptions = ObjectiveOptions(),
         ptx_coef: NonNegativeFloat = 0.0,
-        whiten_advantages: bool = True,
-        whiten_rewards: bool = False,
-        score_position: ScorePosition = "last_token",
-        bootstrap_truncated: bool = False,
-        **kwargs: Any,
+        update: UpdateOptions = UpdateOptions(epochs=4, minibatches=4),
+        optimizer: AdamWOptions = AdamWOptions(learning_rate=1e-6, eps=1e-5),
+        lora: LoRAOptions = LoRAOptions(),
+        network: NetworkOptions = NetworkOptions(),
+        seed: NonNegativeInt = 0,
     ) -> None:
-        super().__init__(model, reward, epochs=epochs, minibatches=minibatches, **kwargs)
-        if lam is not None and critic_lam is not None and lam_alpha is not None:
+        super().__init__(
+            model,
+            reward=reward,
+            reference=reference,
+            iterations=iterations,
+            sampling=sampling,
+            engine=engine,
+            scores=scores,
+            kl=kl,
+            update=update,
+            optimizer=optimizer,
+            lora=lora,
+            network=network,
+            seed=seed,
+        )
+        if critic.warmup >= iterations:
             raise InputError(
-                f"model.lam: {lam} has no effect beside critic_lam and lam_alpha, which say all; leave one of them out"
+                f"model.critic.warmup: after {critic.warmup} iterations of the critic alone none of the {iterations} "
+                "are left for the policy; raise model.iterations or lower it"
             )
-        self.gamma, self.lam = gamma, 0.95 if lam is None else lam
-        self.critic_lam, self.lam_alpha = critic_lam, lam_alpha
-        self.clip_value, self.value_coef, self.ptx_coef = clip_value, value_coef, ptx_coef
+        for name in ("missing_eos_penalty", "length_penalty"):
+            if advantages.bootstrap_truncated and (penalty := getattr(scores, name)) > 0:
+                raise InputError(
+                    f"model.scores.{name}: {penalty} has no effect on a cut response with "
+                    "advantages.bootstrap_truncated, which puts the critic's value in the place of its score; leave "
+                    "one of the two out"
+                )
+        self.critic_options, self.ptx_coef = critic, ptx_coef
+        self.credit = CreditAssignment(advantages)
+        self.objective = ClippedObjective(objective, kl, sampling.max_new_tokens)
         if ptx_coef > 0:
             self.data_view = replace(self.data_view, demonstrations="all")
-        self.whiten_advantages, self.whiten_rewards = whiten_advantages, whiten_rewards
-        for penalty in ("missing_eos_penalty", "length_penalty"):
-            if bootstrap_truncated and getattr(self.shaped, penalty) > 0:
-                raise InputError(
-                    f"model.{penalty}: {getattr(self.shaped, penalty)} has no effect on a cut response with "
-                    "bootstrap_truncated, which puts the critic's value in the place of its score; leave one of the "
-                    "two out"
-                )
-        self.score_position, self.bootstrap_truncated = score_position, bootstrap_truncated
 
-    @torch.no_grad()
-    def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> CriticExperience:
-        """What stays fixed during the update: old log-probs, values, token rewards, advantages, returns."""
-        demonstrations = rollout.prompts.demonstrations if self.ptx_coef > 0 else None
-        if self.ptx_coef > 0 and demonstrations is None:
-            raise InputError(
-                f"model.ptx_coef: {self.ptx_coef} asks for demonstrations and the batches carry none; serve them with "
-                "PreferenceDataModule, or set it to 0"
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """One iteration of algorithm 1: sample, score, estimate advantages, and update policy and critic."""
+        assert self.actors is not None
+        self.actors.resting = self.iteration < self.critic_options.warmup
+        rollout, scores = self.sample(batch)
+        with self.phases.timed("score"), torch.no_grad():
+            old = self.evaluate(rollout, scores, self.objective.known(rollout))
+            shaped, kl, values = self.shape(scores, rollout), self.kl.per_token(old), old.values
+            assert values is not None
+            rewards, states = self.credit.token_rewards(shaped, kl, self.kl.coef, rollout, values)
+            mask = rollout.response_mask & (rollout.prompts.weights > 0)[:, None]
+            advantages, returns = self.credit.compute_advantages(rewards, values, states, mask)
+            advantages = self.objective.apply_importance_weights(advantages, rollout, old, self.totals)
+            explained = explained_variance(values, returns, states, all_reduce_sum)
+            self.totals.add("critic/explained_variance", explained)
+            critic = {"values": values, "value_mask": states, "returns": returns}
+            demonstrations = self.demonstrations(batch)
+            experience = CriticExperience.of(
+                rollout, old, advantages, rollout.prompts.weights, **critic, demonstrations=demonstrations
             )
-        now = self.assess(rollout)
-        assert now.values is not None
-        mask = rollout.response_mask & (rollout.prompts.weights > 0)[:, None]
-        shaped = self.shaped(scores, rollout)
-        if self.bootstrap_truncated:
-            shaped = shaped.masked_fill(rollout.truncated, 0.0)
-        rewards, value_mask = token_rewards(
-            scores=shaped,
-            kl=kl_estimate(now.log_probs, now.reference_log_probs, self.kl_estimator),
-            lengths=rollout.response_lengths,
-            truncated=rollout.truncated,
-            weights=rollout.prompts.weights,
-            kl_coef=self.kl_coefficient,
-            score_position=self.score_position,
-        )
-        if self.whiten_rewards:
-            rewards = whiten(rewards, value_mask, all_reduce_sum, keep_mean=True)
-        if self.bootstrap_truncated:
-            rewards = rewards + self.gamma * values_at_the_cut(rollout, now.values)
-        advantages, returns = self.credit(rewards, now.values, value_mask)
-        advantages = advantages[:, :-1]  # the slot after the last token is a state, with no action to credit
-        if self.whiten_advantages:
-            advantages = whiten(advantages, mask, all_reduce_sum)
-        advantages = self.corrected(advantages, rollout, now, totals)
-        count_rollout(totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
-        totals.add("val/explained_variance", explained_variance(now.values, returns, value_mask, all_reduce_sum))
-        return CriticExperience(
-            tokens=rollout.tokens,
-            lengths=rollout.lengths,
-            prompt_lengths=rollout.prompt_lengths,
-            weights=rollout.prompts.weights,
-            log_probs=now.log_probs,
-            reference_log_probs=now.reference_log_probs,
-            advantages=advantages,
-            values=now.values,
-            value_mask=value_mask,
-            returns=returns,
-            demonstrations=demonstrations,
-        )
+        self.finish(rollout, scores, self.learn(experience))
 
-    def credit(self, rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Advantages for the policy and returns for the critic, each with its own lambda; all ``[B, T + 1]``."""
-        advantages, returns = gae(rewards, values, mask, self.gamma, self.lam)
-        if self.critic_lam is not None:
-            returns = gae(rewards, values, mask, self.gamma, self.critic_lam)[1]
-        if self.lam_alpha is not None:
-            advantages = length_adaptive_advantages(rewards, values, mask, self.gamma, self.lam_alpha)
-        return advantages, returns
-
-    def losses(self, e: CriticExperience, totals: Totals, moved: Totals) -> tuple[Tensor, Tensor]:
-        """Sums over a micro-batch: of the policy's loss over its tokens, and of the critic's over its states."""
-        log_probs, entropy, values = self.token_scores(e.tokens, e.lengths, e.prompt_lengths, self.temperature)
-        assert values is not None
-        policy_loss = self.surrogate(log_probs, entropy, e, totals, moved)
-        value_loss, clipped = clipped_value_loss(values, e.values, e.returns, self.clip_value)
-        totals.add("val/clipfrac", clipped.float(), e.value_mask)
-        totals.add("loss/value", value_loss, e.value_mask)
-        return policy_loss, torch.where(e.value_mask, value_loss, 0.0).sum()
-
-    def imitation(self, demonstrations: DemonstrationBatch, totals: Totals) -> Tensor:
-        """The negative log-likelihood of a micro-batch's demonstrations, summed over their tokens; a scalar."""
-        assert self.policy is not None
-        d, weights = demonstrations, demonstrations.response_weights
-        loss, log_probs = self.policy.cross_entropy(d.tokens, d.lengths, d.prompt_lengths, weights)
-        totals.add("loss/ptx", -log_probs, weights)
-        return loss + router_loss(self.policy, d.weights > 0, weights.sum(), totals, "loss/ptx_router")
+    def loss(self, new: NewScores, experience: CriticExperience) -> Loss:
+        """Equation 9: the clipped surrogate (7), the value loss, and PPO-ptx's term."""
+        policy, metrics = self.objective(new, experience)
+        options, states = self.critic_options, experience.value_mask
+        value_loss, clipped = clipped_value_loss(new.values, experience.values, experience.returns, options.clip)
+        metrics |= {"critic/loss": (value_loss, states), "critic/clipfrac": (clipped.float(), states)}
+        sums = *policy, options.coef * torch.where(states, value_loss, 0.0).sum()
+        return Loss(sums if new.imitation is None else (*sums, self.ptx_coef * new.imitation), metrics)
 
     def counts(self, experience: CriticExperience, rows: Tensor) -> Tensor:
         """What the policy's loss is divided by, states, and tokens of demonstrations."""
-        counts = [super().counts(experience, rows), experience.value_mask[rows].sum()[None]]
+        counts = [self.objective.count(experience, rows), experience.value_mask[rows].sum()[None]]
         if experience.demonstrations is not None:
             counts.append(experience.demonstrations.response_weights[rows].sum()[None])
         return torch.cat(counts)
 
-    def loss(self, micro: CriticExperience, counts: Tensor, totals: Totals, moved: Totals) -> Tensor:
-        """The policy's loss, ``value_coef`` times the critic's, and ``ptx_coef`` times that of the demonstrations."""
-        policy_loss, value_loss = self.losses(micro, totals, moved)
-        loss = policy_loss / counts[0] + self.value_coef * value_loss / counts[1]
-        if micro.demonstrations is not None:
-            with torch.set_grad_enabled(not self.warming_up):
-                imitation = self.imitation(micro.demonstrations, totals)
-            loss = loss + self.ptx_coef * imitation / counts[2]
-        return loss + self.no_loss() if self.warming_up else loss
+    # The critic
+
+    @property
+    def critic(self) -> ScalarModel | None:
+        """The critic that is a model of its own; None before ``configure_model``, or where it is a head."""
+        return None if self.actors is None else self.actors.critic
+
+    def build_actors(self, factory: ModelFactory, critic: Any = None) -> Actors:
+        """See `OnPolicyModule.build_actors`; with the critic, of its own or on the policy's trunk."""
+        actors = super().build_actors(factory, self.critic_options.on_trunk)
+        actors.critic = start_critic(self.critic_options, factory, actors.policy, self.model_folder, self.reward)
+        return actors
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """See `RLHFModule.parameter_groups`; the critic's own parameters with their own learning rate."""
+        assert self.actors is not None
+        options, (policy, critic) = self.optimizer_options, self.actors.own_parameters()
+        rate = self.critic_options.learning_rate or options.learning_rate
+        groups = decay_groups(policy, options.learning_rate, options.weight_decay)
+        return groups + decay_groups(critic, rate, options.weight_decay)
+
+    def shape_options(self) -> dict[str, Any]:
+        """See `RLHFModule.shape_options`; with the kind of critic."""
+        return {**super().shape_options(), "critic.kind": self.critic_options.kind}
+
+    # PPO-ptx
+
+    def demonstrations(self, batch: PromptBatch) -> DemonstrationBatch | None:
+        """Those of an iteration's prompts; None without ``ptx_coef``.
+
+        Raises:
+            InputError: they are asked for, and the batch carries none.
+        """
+        if self.ptx_coef > 0 and batch.demonstrations is None:
+            raise InputError(
+                f"model.ptx_coef: {self.ptx_coef} asks for demonstrations and the batches carry none; serve them with "
+                "PreferenceDataModule, or set it to 0"
+            )
+        return batch.demonstrations if self.ptx_coef > 0 else None
+
+    def new_scores(self, micro: CriticExperience) -> NewScores:
+        """See `OnPolicyModule.new_scores`; with a pass over the micro-batch's demonstrations."""
+        assert self.actors is not None
+        log_probs, entropy, values = self.actors(*micro.inputs)
+        d, imitation = micro.demonstrations, None
+        if d is not None:
+            with torch.set_grad_enabled(not self.actors.resting):
+                policy, weights = self.actors.policy, d.response_weights
+                imitation, own = policy.cross_entropy(d.tokens, d.lengths, d.prompt_lengths, weights)
+                self.totals.add("policy/ptx_loss", -own, weights)
+                routers = router_loss(policy, d.weights > 0, weights.sum(), self.totals, "policy/ptx_router_loss")
+                imitation = imitation + routers
+        return NewScores(log_probs, entropy, values, imitation)

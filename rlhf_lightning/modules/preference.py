@@ -1,134 +1,139 @@
-"""What the methods that learn from judgements alone share: one pass over the responses, the reference, the metrics.
+"""What the methods that learn from judgements alone share: the models, a step over pairs, and the metrics.
 
-Shapes: ``B`` pairs of this process, ``T`` response tokens. A pair's two rows stand apart: row ``b`` of ``2B`` is pair
-``b``'s chosen response, row ``B + b`` its rejected one.
+Shapes: ``B`` pairs of this process, ``T`` response tokens; see `training.pairs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from rlhf_lightning.algorithms.losses import negative_log_likelihood
-from rlhf_lightning.batches import PreferenceBatch, View
+from rlhf_lightning.batches import PreferenceBatch, PromptBatch, Rollout, View
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.models.loading import load_tokenizer, same_vocabulary
-from rlhf_lightning.models.policy import Reference
-from rlhf_lightning.modules.balancing import router_loss
-from rlhf_lightning.modules.pairs import Rows, weighted_sum
-from rlhf_lightning.modules.policy import PolicyModule
-from rlhf_lightning.modules.reward_model import wins
-from rlhf_lightning.modules.totals import Totals
+from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
+from rlhf_lightning.models.policy import Policy, Reference
+from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.training.balancing import router_loss
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.pairs import PairLoss, RowScores, as_rows, reference_log_probs, score_rows, weighted_sum
+from rlhf_lightning.training.sampler import Sampler, SamplingOptions, answers
 
 
-class PairTerms(NamedTuple):
-    """What the loss and the metrics of the pairs are made of."""
-
-    losses: Tensor  # [B]
-    rewards: Tensor  # [2B] what the method takes for the responses' rewards; no gradient is asked of these
-    log_probs: Tensor  # [2B] summed over the response, under the policy
-    more: Mapping[str, Tensor] = MappingProxyType({})  # other metrics, [B] each, by name
-
-
-class RowScores(NamedTuple):
-    """Both responses of every pair under the policy."""
-
-    rows: Rows
-    mask: Tensor  # [2B, T] bool, the response tokens that count
-    log_probs: Tensor  # [2B] summed over them
-
-    @property
-    def tokens(self) -> Tensor:
-        """``[2B]`` int64, tokens of the response that count; 1 where none does, so that it can be divided by."""
-        return self.mask.sum(dim=1).clamp(min=1)
-
-
-class PreferenceModule(PolicyModule):
-    """The base of the methods without sampling and without a reward model; a method says what its ``terms`` are.
+class PreferenceModule(RLHFModule, ABC):
+    """The base of the methods without sampling and without a reward model; a method says what its `loss` is.
 
     Logs ``train/loss``, ``train/accuracy``, ``train/margin``, ``rewards/chosen``, ``rewards/rejected``,
     ``logps/chosen`` and ``logps/rejected``; held out ``val/loss``, ``val/accuracy``, ``val/margin`` and so on. The loss
     is the mean over the pairs of an optimizer step, each weighted by its weight.
+
+    Args:
+        model: folder of the policy to train.
+        reference: folder of the frozen model that a `referenced` method is held near; None takes ``model`` as it is at
+            the start.
+        sampling: how ``predict`` and the sample tables draw responses; the training draws none.
+        engine: what answers there.
+        optimizer: AdamW and its learning rate.
+        lora: low-rank adapters.
+        network: how the models are loaded, run and written.
+        seed: of everything that is drawn.
     """
 
     data_view = View("pairs")
+    referenced = False  # whether the method is held near a frozen reference
+    reference: Reference | None
 
-    def terms(self, batch: PreferenceBatch) -> PairTerms:
+    def __init__(
+        self,
+        model: str,
+        *,
+        reference: str | None = None,
+        sampling: SamplingOptions,
+        engine: RolloutEngine | None,
+        optimizer: AdamWOptions,
+        lora: LoRAOptions,
+        network: NetworkOptions,
+        seed: int,
+    ) -> None:
+        super().__init__(model, optimizer=optimizer, lora=lora, network=network, seed=seed)
+        self.reference_folder = reference
+        self.sampler = Sampler(sampling, engine, seed)
+        self.policy: Policy | None = None
+        if self.referenced:
+            self.keep_frozen("reference", None)
+
+    def setup(self, stage: str) -> None:
+        """See `RLHFModule.setup`."""
+        super().setup(stage)
+        self.sampler.forget()  # a checkpoint may be loaded next
+
+    def longest_sequence(self) -> int:
+        """See `RLHFModule.longest_sequence`; with what may be sampled."""
+        return self.sampler.longest(self.datamodule, super().longest_sequence())
+
+    def configure_model(self) -> None:
+        """Load (and shard) the policy, and its reference, which shares nothing with it; only the first call counts."""
+        if self.policy is not None:
+            return
+        factory = self.factory()
+        self.policy = factory.policy(self.model_folder)
+        if self.referenced:
+            reference = factory.reference(self.reference_folder, self.policy, self.model_folder)
+            self.keep_frozen("reference", reference)
+
+    def networks(self) -> dict[str, Any]:
+        """See `RLHFModule.networks`."""
+        return {} if self.policy is None else {"policy": self.policy}
+
+    # A step
+
+    @abstractmethod
+    def loss(self, batch: PreferenceBatch) -> PairLoss:
         """Losses, rewards and log-probs of the pairs."""
-        raise NotImplementedError(f"{type(self).__name__} must define terms(batch)")
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the pairs' losses."""
-        terms = self.terms(batch)
+        pairs = self.loss(batch)
+        pairs.add_metrics(self.step.totals, batch.weights, "train/", "/")
+        loss = weighted_sum(pairs.losses, batch.weights)
+        return self.counted(loss, batch.weights, batch.chosen.lengths.sum() + batch.rejected.lengths.sum(), sides=2)
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Loss, accuracy and margin of the rewards, and the rewards and log-probs themselves."""
+        self.loss(batch).add_metrics(self.held_out_totals, batch.weights, "", "_")
+
+    test_step = validation_step
+
+    def counted(self, loss: Tensor, weights: Tensor, tokens: Tensor, sides: int) -> Tensor:
+        """The summed loss of rows with weights ``[B]``, the routers' with it, counted into the optimizer step.
+
+        Args:
+            loss: scalar.
+            weights: ``[B]``.
+            tokens: real tokens processed.
+            sides: rows that each weight has in the pass.
+        """
         assert self.policy is not None
-        total, both = batch.weights.sum(), (batch.weights > 0).repeat(2)
-        loss = weighted_sum(terms.losses, batch.weights) + router_loss(self.policy, both, total, self.step_totals)
-        self.count(total, loss, tokens=batch.chosen.lengths.sum() + batch.rejected.lengths.sum())
-        self._add_metrics(batch, terms, self.step_totals, "train/", ("rewards/", "logps/"))
+        total, rows = weights.sum(), (weights > 0).repeat(sides)
+        loss = loss + router_loss(self.policy, rows, total, self.step.totals)
+        self.step.count(total, loss, tokens=tokens)
         return loss
 
-    def measure(self, batch: PreferenceBatch, totals: Totals) -> None:
-        """Loss, accuracy and margin of the rewards, and the rewards and log-probs themselves."""
-        self._add_metrics(batch, self.terms(batch), totals, "", ("rewards_", "logps_"))
-
-    def row_scores(self, rows: Rows) -> RowScores:
-        """The rows of any pairs in one forward pass."""
+    def score_pairs(self, batch: PreferenceBatch) -> RowScores:
+        """Both responses of every pair under the policy, in one pass."""
         assert self.policy is not None
-        log_probs = self.policy(rows.tokens, rows.lengths, rows.prompt_lengths).log_probs
-        return RowScores(rows, rows.response_mask, -negative_log_likelihood(log_probs, rows.response_mask))
+        return score_rows(self.policy, as_rows(batch))
 
-    def _add_metrics(
-        self, batch: PreferenceBatch, terms: PairTerms, totals: Totals, prefix: str, groups: tuple[str, str]
-    ) -> None:
-        counted = batch.weights > 0
-        chosen, rejected = terms.rewards.chunk(2)
-        totals.add(f"{prefix}loss", terms.losses, batch.weights)
-        totals.add(f"{prefix}accuracy", wins(chosen, rejected), counted)
-        totals.add(f"{prefix}margin", chosen - rejected, counted)
-        for group, values in zip(groups, (terms.rewards, terms.log_probs), strict=True):
-            chosen, rejected = values.chunk(2)
-            totals.add(f"{group}chosen", chosen, counted)
-            totals.add(f"{group}rejected", rejected, counted)
-        for name, values in terms.more.items():
-            totals.add(prefix + name, values, counted)
+    def log_ratios(self, scores: RowScores) -> Tensor:
+        """``[2B]``, the responses' summed log-probs under the policy less those under the reference."""
+        assert self.reference is not None
+        return scores.log_probs - reference_log_probs(self.reference, scores.rows)
 
-
-class ReferencedModule(PreferenceModule):
-    """A method that holds the policy near a frozen reference.
-
-    Args:
-        model: folder of the policy to train: usually the SFT policy.
-        reference: folder of the frozen model that the policy is kept near; None takes ``model`` as it is at the start.
-        kwargs: sampling, the optimizer's and the model's options, see `PolicyModule` and `RLHFModule`.
-    """
-
-    def __init__(self, model: str, reference: str | None = None, **kwargs: Any) -> None:
-        super().__init__(model=model, **kwargs)
-        self.reference_folder = reference
-        self.reference: Reference | None
-        self.keep_frozen("reference", None)
-
-    def configure_model(self) -> None:
-        """Load (and shard) the policy and its reference, which share nothing; only the first call counts.
-
-        Raises:
-            InputError: the two have different vocabularies.
-        """
-        super().configure_model()
-        if self.reference is not None:
-            return
-        folder = self.reference_folder or self.model
-        if folder != self.model and not same_vocabulary(self.tokenizer, load_tokenizer(folder, self.trust_remote_code)):
-            raise InputError(
-                f"model.reference: {folder} has another vocabulary than {self.model}; give one with the same"
-            )
-        self.keep_frozen("reference", self.build_reference(self.reference_folder))
+    # Held-out pairs
 
     def on_validation_start(self) -> None:
         """Refuse to measure a model against itself; see `_refuse_itself`."""
@@ -142,23 +147,24 @@ class ReferencedModule(PreferenceModule):
 
     def _refuse_itself(self) -> None:
         """InputError where nothing has been trained and the reference is the model: every margin would be 0."""
-        trainer = self.trainer
-        if trainer.state.fn not in (TrainerFn.VALIDATING, TrainerFn.TESTING):
+        trainer, given = self.trainer, self.reference_folder
+        if not self.referenced or trainer.state.fn not in (TrainerFn.VALIDATING, TrainerFn.TESTING):
             return
-        given = self.reference_folder
-        same = given is None or Path(given).expanduser().resolve() == Path(self.model).expanduser().resolve()
+        same = given is None or Path(given).expanduser().resolve() == Path(self.model_folder).expanduser().resolve()
         if same and trainer.ckpt_path is None and trainer.global_step == 0:
             raise InputError(
-                f"model.reference: {given or self.model} is the model that is measured too, and against itself all "
-                "rewards and margins are 0: give the trained model's folder as model.model and the one that it started "
-                "from as model.reference, or a checkpoint by --ckpt_path"
+                f"model.reference: {given or self.model_folder} is the model that is measured too, and against itself "
+                "all rewards and margins are 0: give the trained model's folder as model.model and the one that it "
+                "started from as model.reference, or a checkpoint by --ckpt_path"
             )
 
-    def log_ratios(self, scores: RowScores) -> Tensor:
-        """``[2B]``, the responses' summed log-probs under the policy less those under the reference."""
-        assert self.reference is not None
-        with torch.no_grad():
-            rows = scores.rows
-            log_probs = self.reference(rows.tokens, rows.lengths, rows.prompt_lengths).log_probs
-            reference = -negative_log_likelihood(log_probs, scores.mask)
-        return scores.log_probs - reference
+    # The policy's answers
+
+    def generate(self, prompts: PromptBatch, iteration: int = 0, **overrides: Any) -> Rollout:
+        """One response to every prompt; see `training.sampler.Sampler`."""
+        with self.naming_checkpoint():
+            return self.sampler(self, prompts, iteration, **overrides)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """A response to every prompt, as rows for a JSONL file."""
+        return answers(batch, self.generate(batch))

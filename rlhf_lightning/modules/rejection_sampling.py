@@ -5,21 +5,26 @@ Shapes: ``B`` kept responses of this process, ``T`` response tokens.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from rlhf_lightning.algorithms.losses import negative_log_likelihood
-from rlhf_lightning.batches import Rollout
+from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.modules.experience import Sampled
+from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
+from rlhf_lightning.models.policy import TokenScores
 from rlhf_lightning.modules.on_policy import OnPolicyModule
-from rlhf_lightning.modules.on_policy_metrics import count_rollout
-from rlhf_lightning.modules.totals import Totals
+from rlhf_lightning.options import NonNegativeInt, PositiveInt
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rollout.best_of import best_rows
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.training.experience import Sampled
+from rlhf_lightning.training.kl_control import KLOptions
+from rlhf_lightning.training.minibatches import UpdateOptions
+from rlhf_lightning.training.objective import Loss
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.sampler import RolloutOptions
+from rlhf_lightning.training.shaping import ScoreOptions
 
 
 class RejectionSamplingModule(OnPolicyModule):
@@ -32,49 +37,86 @@ class RejectionSamplingModule(OnPolicyModule):
     Args:
         model: folder (or hub id) of the policy to train.
         reward: what scores a response.
+        reference: folder of the frozen model that the KL is measured against; None takes ``model`` as it is at the
+            start; under LoRA that is the policy with its adapter switched off, with no weights of its own.
         group_size: responses to each prompt.
         keep: how many of them, the best by score, are learnt from; fewer than ``group_size``.
-        kwargs: see `OnPolicyModule`.
+        iterations: how often to sample; each time takes ``data.batch_size`` prompts.
+        sampling: how responses are drawn.
+        engine: what answers prompts; None takes this library's own decode loop, or transformers' generation where that
+            cannot run the model, see docs/rollout.md.
+        scores: from the reward's scores to those that are learnt from.
+        update: the optimizer steps of an iteration.
+        optimizer: AdamW and its learning rate.
+        lora: low-rank adapters.
+        network: how the models are loaded, run and written.
+        seed: of the sampling, the order of minibatches, and adapters.
 
-    Raises: InputError when nothing would be rejected.
+    Raises:
+        InputError: nothing would be rejected.
     """
 
     def __init__(
         self,
         model: str,
         reward: Reward | None = None,
+        reference: str | None = None,
         group_size: PositiveInt = 8,
         keep: PositiveInt = 1,
-        **kwargs: Any,
+        iterations: PositiveInt = 100,
+        sampling: RolloutOptions = RolloutOptions(),
+        engine: RolloutEngine | None = None,
+        scores: ScoreOptions = ScoreOptions(),
+        update: UpdateOptions = UpdateOptions(),
+        optimizer: AdamWOptions = AdamWOptions(learning_rate=1e-6, eps=1e-5),
+        lora: LoRAOptions = LoRAOptions(),
+        network: NetworkOptions = NetworkOptions(),
+        seed: NonNegativeInt = 0,
     ) -> None:
-        super().__init__(model, reward, **kwargs)
         if keep >= group_size:
             raise InputError(f"model.keep: expected fewer than the {group_size} responses of group_size, got {keep}")
-        self.group_size = group_size
+        super().__init__(
+            model,
+            reward=reward,
+            reference=reference,
+            iterations=iterations,
+            sampling=sampling,
+            engine=engine,
+            scores=scores,
+            kl=KLOptions(coef=0.0),
+            update=update,
+            optimizer=optimizer,
+            lora=lora,
+            network=network,
+            seed=seed,
+            group_size=group_size,
+            rows_per_prompt=keep,
+        )
         self.keep = keep
 
-    @property
-    def rows_per_prompt(self) -> int:
-        """The kept responses."""
-        return self.keep
-
-    @torch.no_grad()
-    def collect(self, rollout: Rollout, scores: Tensor, totals: Totals) -> Sampled:
-        """The best responses."""
-        now = self.evaluate(rollout, known=self.sampled_log_probs(rollout))
-        count_rollout(totals, rollout, scores, now, self.kl_coefficient, self.kl_estimator)
-        kept = best_rows(self.shaped(scores, rollout), self.group_size, self.keep).flatten()
-        weights = rollout.prompts.weights[kept]
-        totals.add("rollout/kept_scores", scores[kept], weights > 0)
-        return Sampled(rollout.tokens[kept], rollout.lengths[kept], rollout.prompt_lengths[kept], weights)
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Learn from the best responses."""
+        rollout, scores = self.sample(batch)
+        with self.phases.timed("score"), torch.no_grad():
+            self.evaluate(rollout, scores, self.sampler.policy_log_probs(rollout))
+            kept = best_rows(self.shape(scores, rollout), self.group_size, self.keep).flatten()
+            weights = rollout.prompts.weights[kept]
+            self.totals.add("rollout/kept_scores", scores[kept], weights > 0)
+            experience = Sampled(rollout.tokens[kept], rollout.lengths[kept], rollout.prompt_lengths[kept], weights)
+        self.finish(rollout, scores, self.learn(experience))
 
     def counts(self, experience: Sampled, rows: Tensor) -> Tensor:
         """Tokens."""
         return experience.mask[rows].sum()[None]
 
-    def loss(self, micro: Sampled, counts: Tensor, totals: Totals, moved: Totals) -> Tensor:
-        """The negative log-likelihood a token."""
-        now = self.token_scores(micro.tokens, micro.lengths, micro.prompt_lengths, temperature=1.0)
-        totals.add("loss/policy", -now.log_probs, micro.mask)
-        totals.add("policy/entropy", now.entropy, micro.mask)
-        return negative_log_likelihood(now.log_probs, micro.mask).sum() / counts[0]
+    def new_scores(self, micro: Sampled) -> TokenScores:
+        """At temperature 1, as in supervised fine-tuning."""
+        assert self.actors is not None
+        scores: TokenScores = self.actors(*micro.inputs, temperature=1.0)
+        return scores
+
+    def loss(self, new: TokenScores, experience: Sampled) -> Loss:
+        """The negative log-likelihood, summed over tokens."""
+        mask = experience.mask
+        metrics = {"policy/loss": (-new.log_probs, mask), "policy/entropy": (new.entropy, mask)}
+        return Loss((negative_log_likelihood(new.log_probs, mask).sum(),), metrics)

@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_lightning.algorithms.losses import bradley_terry_loss
 from rlhf_lightning.batches import PreferenceBatch, View
 from rlhf_lightning.collectives import all_reduce_sum, rank
-from rlhf_lightning.models.export import export_scalar
+from rlhf_lightning.errors import check_choice
+from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
 from rlhf_lightning.models.positions import at_last_token
-from rlhf_lightning.modules.balancing import router_loss
-from rlhf_lightning.modules.base import LabelSmoothing, RLHFModule
-from rlhf_lightning.modules.pairs import as_rows, weighted_sum
-from rlhf_lightning.modules.totals import Totals
+from rlhf_lightning.models.scalar import ScalarModel
+from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt
+from rlhf_lightning.training.balancing import router_loss
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.pairs import LabelSmoothing, as_rows, weighted_sum, wins
+from rlhf_lightning.training.totals import Totals
+
+HeadKind = Literal["fresh", "trained"]
+Normalisation = Literal["none", "mean", "mean_and_std"]
 
 
 class RewardModelModule(RLHFModule):
@@ -48,8 +54,10 @@ class RewardModelModule(RLHFModule):
         normalise: how the exported model's scores are normalised, over the chosen held-out responses (those of the
             last epoch of training where none are held out): ``mean`` makes their mean 0 and keeps differences log-odds;
             ``mean_and_std`` also makes their deviation 1; ``none`` leaves the scores as they are.
-        seed: of the fresh head.
-        kwargs: the optimizer's and the model's options, see `RLHFModule`.
+        optimizer: AdamW and its learning rate.
+        lora: low-rank adapters.
+        network: how the models are loaded, run and written.
+        seed: of the fresh head, and of adapters.
     """
 
     data_view = View("pairs")
@@ -57,19 +65,23 @@ class RewardModelModule(RLHFModule):
     def __init__(
         self,
         model: str,
-        head: Literal["fresh", "trained"] = "fresh",
+        head: HeadKind = "fresh",
         label_smoothing: LabelSmoothing = 0.0,
         centring: NonNegativeFloat = 0.0,
-        normalise: Literal["none", "mean", "mean_and_std"] = "mean",
+        normalise: Normalisation = "mean",
+        optimizer: AdamWOptions = AdamWOptions(),
+        lora: LoRAOptions = LoRAOptions(),
+        network: NetworkOptions = NetworkOptions(),
         seed: NonNegativeInt = 0,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(model=model, **kwargs)
+        super().__init__(model, optimizer=optimizer, lora=lora, network=network, seed=seed)
+        check_choice("model.head", head, HeadKind)
+        check_choice("model.normalise", normalise, Normalisation)
         self.head = head
         self.label_smoothing = label_smoothing
         self.centring = centring
         self.normalise = normalise
-        self.seed = seed
+        self.reward_model: ScalarModel | None = None
         # Of the chosen scores of the current epoch: how many, their sum and the sum of their squares.
         self._trained_on = torch.zeros(3, dtype=torch.float64)
         self._to_normalise = False
@@ -77,28 +89,33 @@ class RewardModelModule(RLHFModule):
 
     def configure_model(self) -> None:
         """Load (and shard) the model; called again for every stage, so only the first time counts."""
-        if self.scalar is None:
+        if self.reward_model is None:
+            trainer = self._trainer
+            trains = trainer is not None and trainer.training
             # A fresh head is for training, or for a checkpoint's weights to fill; measured, it would be noise.
-            to_be_filled = self.trainer.training or self.trainer.ckpt_path is not None
-            self.scalar = self.build_scalar(
-                self.model, fresh_head=self.head == "fresh" and to_be_filled, seed=self.seed
-            )
-            if self.trainer.training:
-                self.scalar.set_normalisation(0.0, 1.0)
+            to_be_filled = trains or (trainer is not None and trainer.ckpt_path is not None)
+            fresh = self.head == "fresh" and to_be_filled
+            self.reward_model = self.factory().scalar(self.model_folder, fresh_head=fresh)
+            if trains:
+                self.reward_model.set_normalisation(0.0, 1.0)
                 self._to_normalise = self.normalise != "none"
+
+    def networks(self) -> dict[str, Any]:
+        """See `RLHFModule.networks`."""
+        return {} if self.reward_model is None else {"reward_model": self.reward_model}
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the pairs' losses."""
         chosen, rejected = self.scores(batch)
         losses = self._losses(chosen, rejected, batch)
-        assert self.scalar is not None
+        assert self.reward_model is not None
         total, counted = batch.weights.sum(), batch.weights > 0
         loss = weighted_sum(losses, batch.weights)
-        loss = loss + router_loss(self.scalar, counted.repeat(2), total, self.step_totals)
-        self.count(total, loss, tokens=batch.chosen.lengths.sum() + batch.rejected.lengths.sum())
-        self.step_totals.add("train/loss", losses, batch.weights)
-        self.step_totals.add("train/accuracy", wins(chosen, rejected), counted)
-        self.step_totals.add("train/margin", chosen - rejected, counted)
+        loss = loss + router_loss(self.reward_model, counted.repeat(2), total, self.step.totals)
+        self.step.count(total, loss, tokens=batch.chosen.lengths.sum() + batch.rejected.lengths.sum())
+        self.step.totals.add("train/loss", losses, batch.weights)
+        self.step.totals.add("train/accuracy", wins(chosen, rejected), counted)
+        self.step.totals.add("train/margin", chosen - rejected, counted)
         # Scores of earlier epochs are those of another model. (Resumed at an epoch's end, Lightning enters the next one
         # without `on_train_epoch_start`.)
         before = self._trained_on.to(chosen.device) if batch_idx > 0 else 0.0
@@ -107,17 +124,18 @@ class RewardModelModule(RLHFModule):
 
     def scores(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """The scores of the chosen and of the rejected responses, ``[B]`` each, read at their last tokens."""
-        assert self.scalar is not None
+        assert self.reward_model is not None
         rows = as_rows(batch)
-        scores = at_last_token(self.scalar(rows.tokens, rows.lengths), rows.lengths)
+        scores = at_last_token(self.reward_model(rows.tokens, rows.lengths), rows.lengths)
         chosen, rejected = scores.chunk(2)
         return chosen, rejected
 
     def _losses(self, chosen: Tensor, rejected: Tensor, batch: PreferenceBatch) -> Tensor:
         return bradley_terry_loss(chosen, rejected, batch.margins, self.label_smoothing, self.centring)
 
-    def measure(self, batch: PreferenceBatch, totals: Totals) -> None:
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """The metrics of the class's docstring, as sums."""
+        totals = self.held_out_totals
         chosen, rejected = self.scores(batch)
         counted = batch.weights > 0
         won = wins(chosen, rejected)
@@ -137,8 +155,11 @@ class RewardModelModule(RLHFModule):
             torch.cat([torch.ones_like(probabilities), torch.zeros_like(probabilities)]).long(),
         )
 
-    def summary(self, means: dict[str, float]) -> dict[str, float]:
+    test_step = validation_step
+
+    def held_out_metrics(self, totals: Totals) -> dict[str, float]:
         """Length-balanced accuracy, deviation and calibration error are made of several sums."""
+        means = totals.means()
         if not means:
             return means
         longer, shorter = means.pop("accuracy_longer"), means.pop("accuracy_shorter")
@@ -168,7 +189,7 @@ class RewardModelModule(RLHFModule):
         if not self._to_normalise:
             return
         self._to_normalise = False
-        assert self.scalar is not None
+        assert self.reward_model is not None
         device = self.trainer.strategy.root_device
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.trainer.fit_loop.epoch_loop.val_loop.setup_data()  # a run resumed after its end has none yet
@@ -182,21 +203,15 @@ class RewardModelModule(RLHFModule):
         deviation = math.sqrt(max(0.0, squares / number - mean**2)) if number else math.nan
         # Equal scores have no deviation to divide by.
         spread = deviation if self.normalise == "mean_and_std" and deviation > 0 else 1.0
-        self.scalar.set_normalisation(mean, spread)
+        self.reward_model.set_normalisation(mean, spread)
 
     def export(self, folder: str | Path, card: str | None = None) -> None:
-        """Write an ``AutoModelForSequenceClassification`` folder; every process calls it, the first one writes."""
-        assert self.scalar is not None
+        """See `RLHFModule.export`; an ``AutoModelForSequenceClassification`` folder."""
         self._set_normalisation()  # of a run resumed after its end, where `on_train_end` is not called
-        export_scalar(self.scalar, self.tokenizer, folder, self.export_dtype, card)
+        super().export(folder, card)
 
 
 def _moments(scores: Tensor, counted: Tensor) -> Tensor:
     """``[3]`` float64: how many scores count, their sum, and the sum of their squares."""
     scores = torch.where(counted, scores.detach().double(), 0.0)
     return torch.stack([counted.sum().double(), scores.sum(), scores.square().sum()])
-
-
-def wins(first: Tensor, second: Tensor) -> Tensor:
-    """1 where ``first`` is larger, 0 where it is smaller, one half at a tie; ``[B]`` float32."""
-    return (first > second).float() + 0.5 * (first == second).float()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat
-
 from rlhf_lightning.algorithms.losses import simpo_loss
 from rlhf_lightning.batches import PreferenceBatch
-from rlhf_lightning.modules.pairs import as_rows
-from rlhf_lightning.modules.preference import PairTerms, PreferenceModule
+from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
+from rlhf_lightning.modules.preference import PreferenceModule
+from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt, PositiveFloat
+from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.pairs import PairLoss
+from rlhf_lightning.training.sampler import SamplingOptions
 
 
 class SimPOModule(PreferenceModule):
@@ -22,18 +23,42 @@ class SimPOModule(PreferenceModule):
         model: folder of the policy to train: usually the SFT policy.
         beta: scale of the reward.
         gamma: by how much the chosen response's reward should be ahead.
-        kwargs: sampling, the optimizer's and the model's options, see `PolicyModule` and `RLHFModule`.
+        sampling: how ``predict`` and the sample tables draw responses; the training draws none.
+        engine: what answers there; see `SFTModule`.
+        optimizer: AdamW and its learning rate.
+        lora: low-rank adapters.
+        network: how the models are loaded, run and written.
+        seed: of the sampling, and of adapters.
     """
 
-    def __init__(self, model: str, beta: PositiveFloat = 2.0, gamma: NonNegativeFloat = 1.0, **kwargs: Any) -> None:
-        super().__init__(model=model, **kwargs)
+    def __init__(
+        self,
+        model: str,
+        beta: PositiveFloat = 2.0,
+        gamma: NonNegativeFloat = 1.0,
+        sampling: SamplingOptions = SamplingOptions(),
+        engine: RolloutEngine | None = None,
+        optimizer: AdamWOptions = AdamWOptions(),
+        lora: LoRAOptions = LoRAOptions(),
+        network: NetworkOptions = NetworkOptions(),
+        seed: NonNegativeInt = 0,
+    ) -> None:
+        super().__init__(
+            model,
+            sampling=sampling,
+            engine=engine,
+            optimizer=optimizer,
+            lora=lora,
+            network=network,
+            seed=seed,
+        )
         self.beta = beta
         self.gamma = gamma
 
-    def terms(self, batch: PreferenceBatch) -> PairTerms:
+    def loss(self, batch: PreferenceBatch) -> PairLoss:
         """The loss of the mean log-probs."""
-        scores = self.row_scores(as_rows(batch))
+        scores = self.score_pairs(batch)
         means = scores.log_probs / scores.tokens
         chosen, rejected = means.chunk(2)
         losses = simpo_loss(chosen, rejected, self.beta, self.gamma)
-        return PairTerms(losses, self.beta * means, scores.log_probs)
+        return PairLoss(losses, self.beta * means, scores.log_probs)

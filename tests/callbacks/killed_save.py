@@ -13,6 +13,7 @@ from small_data import SmallData, train
 
 from rlhf_lightning.callbacks import checkpoints
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.training.optimizer import AdamWOptions
 
 
 def die_at(point: int) -> None:
@@ -46,7 +47,7 @@ def train_and_die(model: str, run: str, strategy: str, point: int) -> None:
     die_at(point)
     options = {} if strategy == "auto" else {"strategy": strategy}
     train(
-        SFTModule(model, learning_rate=0.01),
+        SFTModule(model, optimizer=AdamWOptions(learning_rate=0.01)),
         SmallData(model, [[0, 1], [2, 3]]),
         default_root_dir=run,
         callbacks=[checkpoints.RunCheckpoint(every_n_batches=1, keep=1)],

@@ -18,13 +18,14 @@ from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
 from rlhf_lightning.errors import InputError, TrainingDiverged
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.training.optimizer import AdamWOptions
 
 HERE = Path(__file__).parent
 BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 
 
 def fit(folder: Path, run: Path, *callbacks: Callback, module: RLHFModule | None = None, **options: object) -> Trainer:
-    module = module or SFTModule(str(folder), learning_rate=0.01)
+    module = module or SFTModule(str(folder), optimizer=AdamWOptions(learning_rate=0.01))
     options = {"enable_checkpointing": True, "callbacks": list(callbacks), "default_root_dir": run, **options}
     train(module, SmallData(folder, BATCHES), **options)
     return module.trainer
@@ -58,7 +59,7 @@ def test_killed_anywhere_in_a_save_leaves_a_whole_checkpoint(
         found = latest(run / "checkpoints")
         assert found is not None, f"nothing is left after a kill at point {run.name}"
         survivors.append(found.name)
-        module = SFTModule(str(tiny_policy_dir), learning_rate=0.01)
+        module = SFTModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=0.01))
         options = {} if strategy == "auto" else {"strategy": strategy}
         data = SmallData(tiny_policy_dir, [[0, 1], [2, 3]])
         try:
@@ -94,7 +95,7 @@ def test_going_on_from_an_older_checkpoint_follows_the_new_attempt(tiny_policy_d
                 self.names = names(tmp_path)
 
     seen = Seen()
-    module = SFTModule(str(tiny_policy_dir), learning_rate=0.02)
+    module = SFTModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=0.02))
     train(
         module,
         SmallData(tiny_policy_dir, BATCHES[:4]),
@@ -126,7 +127,7 @@ def test_killed_between_two_attempts_leaves_the_one_gone_on_from(
     before = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            module = SFTModule(str(tiny_policy_dir), learning_rate=0.01)
+            module = SFTModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=0.01))
             options = {"callbacks": [RunCheckpoint(every_n_batches=1)], "default_root_dir": tmp_path}
             data = SmallData(tiny_policy_dir, BATCHES)
             train(module, data, ckpt_path=str(older), enable_checkpointing=True, **options)

@@ -15,6 +15,7 @@ from small_data import SmallData, train
 from rlhf_lightning.callbacks.progress import RunProgress, _batches_of_run
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.training.sampler import SamplingOptions
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def fit(folder: Path, *callbacks: Any, **options: Any) -> None:
     data = SmallData(folder, [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]], held_out=True)
     options = {"enable_progress_bar": True, "val_check_interval": 2, **options}
-    train(SFTModule(str(folder), max_new_tokens=4), data, callbacks=list(callbacks), **options)
+    train(
+        SFTModule(str(folder), sampling=SamplingOptions(max_new_tokens=4)), data, callbacks=list(callbacks), **options
+    )
 
 
 def test_off_a_terminal_lines_are_plain(tiny_policy_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +106,7 @@ def test_the_batches_of_a_run(
 METRICS = {
     "sft": {"train/loss": 12.3456, "val/loss": 2.34567, "train/tokens_per_second": 123456.0},
     "reward": {"train/loss": 0.69314, "val/loss": 0.67891, "val/accuracy": 0.71234, "train/accuracy": 0.8},
-    "ppo": {"objective/scores": -1.23456, "eval/scores": -1.34567, "objective/kl": 12.3456, "val/ratio": 1.0},
+    "ppo": {"objective/scores": -1.23456, "val/scores": -1.34567, "objective/kl": 12.3456, "policy/ratio": 1.0},
 }
 
 

@@ -24,6 +24,8 @@ from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.text import printable
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.sampler import SamplingOptions
 
 BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
 
@@ -34,7 +36,7 @@ def lines(path: Path) -> list[dict]:
 
 def fit(run: Path, module: RLHFModule, *callbacks: Callback, **options: object) -> Trainer:
     loggers = [TensorBoardLogger(save_dir=str(run.parent), name=run.name, version=""), JsonlLogger(run)]
-    data = SmallData(module.model, BATCHES, held_out=True)
+    data = SmallData(module.model_folder, BATCHES, held_out=True)
     checkpoint = RunCheckpoint(every_n_batches=2, keep=9)
     options = {"logger": loggers, "enable_checkpointing": True, "val_check_interval": 2, **options}
     train(module, data, callbacks=[checkpoint, *callbacks], **options)
@@ -43,7 +45,12 @@ def fit(run: Path, module: RLHFModule, *callbacks: Callback, **options: object) 
 
 def test_a_run_leaves_metrics_samples_and_a_model(tiny_policy_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "first"
-    fit(run, SFTModule(str(tiny_policy_dir), max_new_tokens=4), SampleTable(rows=3), ModelExport())
+    fit(
+        run,
+        SFTModule(str(tiny_policy_dir), sampling=SamplingOptions(max_new_tokens=4)),
+        SampleTable(rows=3),
+        ModelExport(),
+    )
     metrics = lines(run / "metrics.jsonl")
     trained = [row for row in metrics if "train/loss" in row]
     assert [row["step"] for row in trained] == [0, 1, 2, 3, 4]
@@ -86,7 +93,9 @@ def test_a_resumed_run_writes_every_line_once(tiny_policy_dir: Path, tmp_path: P
         return [{k: v for k, v in row.items() if k not in ("time", "train/tokens_per_second")} for row in lines(path)]
 
     def module() -> SFTModule:
-        return SFTModule(str(tiny_policy_dir), learning_rate=0.01, max_new_tokens=4)
+        return SFTModule(
+            str(tiny_policy_dir), sampling=SamplingOptions(max_new_tokens=4), optimizer=AdamWOptions(learning_rate=0.01)
+        )
 
     fit(tmp_path / "straight", module(), SampleTable(rows=2))
     run = tmp_path / "broken"

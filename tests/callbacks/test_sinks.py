@@ -18,6 +18,7 @@ from rlhf_lightning.callbacks.samples import SampleTable, prompts_of
 from rlhf_lightning.callbacks.sinks import Sink, SinkGuard
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.text import say
+from rlhf_lightning.training.sampler import SamplingOptions
 
 
 class Broken(Logger):
@@ -44,7 +45,7 @@ class Broken(Logger):
 
 
 def fit(folder: Path, model: Path, *loggers: Logger) -> SFTModule:
-    module = SFTModule(str(model), max_new_tokens=4)
+    module = SFTModule(str(model), sampling=SamplingOptions(max_new_tokens=4))
     data = SmallData(model, [[0, 1], [2, 3], [4, 5]], held_out=True)
     loggers = (TensorBoardLogger(str(folder), name="", version=""), JsonlLogger(folder), *loggers)
     train(module, data, logger=list(loggers), callbacks=[SinkGuard(), SampleTable(rows=1)])

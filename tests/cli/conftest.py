@@ -27,7 +27,7 @@ def sft(folder: Path, tiny_policy_dir: Path) -> list[str]:
     """Options of a small SFT run: 3 batches, one of the 12 prompts held out."""
     options = ["--config", "sft.yaml", "--model.model", str(tiny_policy_dir), "--data.path", "pairs.jsonl"]
     options += ["--data.batch_size", "4", "--data.validation_fraction", "0.1", "--trainer.accelerator", "cpu"]
-    return [*options, "--model.warmup_steps", "0", "--model.max_new_tokens", "4"]
+    return [*options, "--model.optimizer.warmup_steps", "0", "--model.sampling.max_new_tokens", "4"]
 
 
 @pytest.fixture

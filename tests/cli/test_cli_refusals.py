@@ -20,25 +20,28 @@ def test_a_changed_batch_size_is_refused_on_resume(sft: list[str], capsys: pytes
     assert "data.batch_size: the checkpoint was made with 4, now it is 2" in error_of(capsys)
 
 
+RATE, SCHEDULE = "--model.optimizer.learning_rate", "--model.optimizer.schedule"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--ckpt_path", "last"], "runs/sft/checkpoints holds no whole checkpoint"),
         (["--ckpt_path", "no.ckpt"], "--ckpt_path no.ckpt: no such checkpoint"),
         (["--config", "sft.yam"], "--config sft.yam: no such file, and no shipped config of that name"),
-        (["--model.learning_rat", "1"], "unknown key of SFTModule (did you mean --model.learning_rate?)"),
-        (["--model.learning_rate", "-1"], "--model.learning_rate: expected PositiveFloat (value >0), got -1"),
-        (["--model.learning_rate", "fast"], "--model.learning_rate: expected PositiveFloat, got fast"),
-        (["--model.learning_rate", "null"], "model.learning_rate: null is no value for it"),
-        (["--model.schedule", "cosin"], "--model.schedule: expected 'constant' or 'linear' or 'cosine', got cosin"),
-        (["--model.learning_rate"], "--model.learning_rate: a value must follow"),
+        (["--model.learning_rat", "1"], "unknown key of SFTModule (did you mean --model.optimizer.learning_rate?)"),
+        ([RATE, "-1"], RATE + ": expected PositiveFloat (value >0), got -1"),
+        ([RATE, "fast"], RATE + ": expected PositiveFloat, got fast"),
+        ([RATE, "null"], "model.optimizer.learning_rate: null is no value for it"),
+        ([SCHEDULE, "cosin"], SCHEDULE + ": expected 'constant' or 'linear' or 'cosine', got cosin"),
+        ([RATE], RATE + ": a value must follow"),
         (["--model", "PPOModul"], "--model: no class 'PPOModul' is known (did you mean PPOModule?)"),
         (["--data.batch_size", "0"], "--data.batch_size: expected PositiveInt (value >0), got 0"),
         (["--data.long_prompt", "drop"], "unknown key of PreferenceDataModule (did you mean --data.long_prompts?)"),
         (["--trainer.max_epoch", "3"], "--trainer.max_epoch: unknown key (did you mean --trainer.max_epochs?)"),
         (["--trainer.strategy", "fsdp_cpu_offload"], "trainer.strategy: fsdp_cpu_offload is not supported: FSDP2"),
         (["--trainer.strategy", "fsdp9"], "trainer: You selected an invalid strategy name"),
-        (["--weight_decay", "1"], "--weight_decay: unknown key (did you mean --model.weight_decay?)"),
+        (["--weight_decay", "1"], "--weight_decay: unknown key (did you mean --model.optimizer.weight_decay?)"),
         (["--run", "a/b"], "--run a/b: use letters, digits"),
         (["stray"], "stray: this argument belongs to no option"),
         (["--data.path", "a", "b"], "b: this argument belongs to no option; options are written --key value, and a "
@@ -65,8 +68,8 @@ FUNCTION = ["--model.reward", "FunctionReward", "--model.reward.function"]
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--model.top_p", "2"], "top_p"),
-        (["--data.batch_size", "2", "--model.minibatches", "4"], "4 minibatches cannot be made of 2 responses"),
+        (["--model.sampling.top_p", "2"], "top_p"),
+        (["--data.batch_size", "2", "--model.update.minibatches", "4"], "4 minibatches cannot be made of 2 responses"),
         ([*FUNCTION, "no.py:f"], "function file no.py does not exist"),
         ([*FUNCTION, "mine.py:short"], "expected one score for each of 4 responses"),
         ([*FUNCTION, "mine.py:hang", "--model.reward.timeout", "1"], "did not answer within 1 s"),
@@ -158,7 +161,7 @@ def test_last_without_a_run_of_that_name_names_the_newest(sft: list[str], capsys
 
 def test_a_loss_that_is_nan_exits_with_1_and_saves_nothing(sft: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     options = [
-        "--model.learning_rate",
+        "--model.optimizer.learning_rate",
         "1e30",
         "--trainer.gradient_clip_val",
         "null",

@@ -60,7 +60,7 @@ def test_a_second_run_takes_a_name_of_its_own(sft: list[str], capsys: pytest.Cap
 
 
 def test_the_saved_config_repeats_the_run(sft: list[str]) -> None:
-    assert main(["fit", *sft, "--model.learning_rate", "0.01", "--seed_everything", "3"]) == 0
+    assert main(["fit", *sft, "--model.optimizer.learning_rate", "0.01", "--seed_everything", "3"]) == 0
     saved = yaml.safe_load(Path("runs/sft/config.yaml").read_text(encoding="utf-8"))
     assert saved["run"] is None
     assert (saved["seed_everything"], saved["data"]["init_args"]["seed"], saved["model"]["init_args"]["seed"]) == (
@@ -68,7 +68,7 @@ def test_the_saved_config_repeats_the_run(sft: list[str]) -> None:
         3,
         3,
     )
-    assert saved["model"]["init_args"]["learning_rate"] == 0.01
+    assert saved["model"]["init_args"]["optimizer"]["learning_rate"] == 0.01
     assert main(["fit", "--config", "runs/sft/config.yaml", "--run", "again"]) == 0
     one, two = (AutoModelForCausalLM.from_pretrained(f"runs/{run}/model").state_dict() for run in ("sft", "again"))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -86,17 +86,26 @@ def test_print_config_can_be_run(sft: list[str], capsys: pytest.CaptureFixture[s
 
 def test_later_configs_and_options_win(sft: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text(
-        "model:\n  init_args:\n    learning_rate: 0.5\n    weight_decay: 0.25\n", encoding="utf-8"
+        "model:\n  init_args:\n    optimizer:\n      learning_rate: 0.5\n      weight_decay: 0.25\n", encoding="utf-8"
     )
-    assert main(["fit", *sft, "--config", "mine.yaml", "--model.weight_decay", "0.125", "--print_config"]) == 0
-    printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert (
+        main(["fit", *sft, "--config", "mine.yaml", "--model.optimizer.weight_decay", "0.125", "--print_config"]) == 0
+    )
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]
     assert (printed["learning_rate"], printed["weight_decay"]) == (0.5, 0.125)
     assert printed["schedule"] == "cosine"
 
 
 def test_last_resumes_and_the_configured_values_win(sft: list[str]) -> None:
     assert main(["fit", *sft]) == 0
-    options = ["--trainer.max_epochs", "2", "--model.learning_rate", "0.003", "--model.schedule", "constant"]
+    options = [
+        "--trainer.max_epochs",
+        "2",
+        "--model.optimizer.learning_rate",
+        "0.003",
+        "--model.optimizer.schedule",
+        "constant",
+    ]
     assert main(["fit", *sft, "--ckpt_path", "last", *options]) == 0
     rates = {line["step"]: line["train/learning_rate"] for line in metrics("sft") if "train/learning_rate" in line}
     assert sorted(rates) == [0, 1, 2, 3, 4, 5]

@@ -34,9 +34,11 @@ def test_notes_of_ours_reach_the_terminal(lightnings: io.StringIO) -> None:
 
 
 def test_what_preflight_says_is_not_said_twice(
-    lightnings: io.StringIO, tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    lightnings: io.StringIO, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "the cat", "chosen": "likes fish", "rejected": "likes"}\n' * 3)
     data = datamodule.PreferenceDataModule(str(tmp_path / "pairs.jsonl"), validation_fraction=0)
+    logger, everything = logging.getLogger("lightning.pytorch"), io.StringIO()
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, logging.StreamHandler(everything)])
     data.prepare(View("pairs"), tiny_tokenizer)
-    assert "data: 3 pairs" in caplog.text and lightnings.getvalue() == ""
+    assert "data: 3 pairs" in everything.getvalue() and lightnings.getvalue() == ""

@@ -14,7 +14,7 @@ import torch
 
 from rlhf_lightning.cli.configs import shipped_configs
 from rlhf_lightning.demo import main as demo
-from rlhf_lightning.demo import report as demo_report
+from rlhf_lightning.demo import results as demo_results
 from rlhf_lightning.demo.stages import HACKING, Size
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.evaluation.compare import Answers, Comparison, Settings
@@ -30,12 +30,12 @@ MICRO = Size(
     hidden=16,
     layers=1,
     options={
-        "sft": ("--trainer.max_steps", "3", "--model.warmup_steps", "1"),
-        "reward_model": ("--data.batch_size", "8", "--model.warmup_steps", "1"),
+        "sft": ("--trainer.max_steps", "3", "--model.optimizer.warmup_steps", "1"),
+        "reward_model": ("--data.batch_size", "8", "--model.optimizer.warmup_steps", "1"),
         "ppo": ("--model.iterations", "2", "--data.batch_size", "8"),
-        "dpo": ("--data.batch_size", "8", "--model.warmup_steps", "1"),
+        "dpo": ("--data.batch_size", "8", "--model.optimizer.warmup_steps", "1"),
         "rloo": ("--model.iterations", "2", "--data.batch_size", "2"),
-        "kto": ("--data.batch_size", "8", "--model.warmup_steps", "1"),
+        "kto": ("--data.batch_size", "8", "--model.optimizer.warmup_steps", "1"),
     },
 )
 METHODS = ("ppo", "rloo", "dpo", "kto", "best_of_n")  # one of each kind beside the default ones
@@ -149,7 +149,7 @@ def test_a_policy_that_exploits_the_reward_model_is_named_before_any_number(
         "exploits the reward model and did not become better."
     )
     assert results.numbers()["warnings"] == [sentence]
-    html = render(demo_report.page(results)).replace("&#39;", "'").replace("&#x27;", "'")
+    html = render(demo_results.page(results)).replace("&#39;", "'").replace("&#x27;", "'")
     assert html.index(sentence) < html.index("A tiny Llama") < html.index("What was run")
     monkeypatch.setattr(demo, "run", lambda *_: results)
     assert demo.main(["--out", str(tmp_path / "demo")]) == 0
@@ -157,10 +157,10 @@ def test_a_policy_that_exploits_the_reward_model_is_named_before_any_number(
     assert printed.startswith(f"WARNING: {sentence}")
 
 
-def _results(folder: Path) -> demo_report.Results:
-    curves = demo_report.read_all_curves(folder, ("ppo", "dpo"))
+def _results(folder: Path) -> demo_results.Results:
+    curves = demo_results.read_all_curves(folder, ("ppo", "dpo"))
     nothing = Comparison([], {}, "sft", (), Settings())
-    return demo_report.Results(0, {"total": 1.0}, nothing, curves, 0.75, {})
+    return demo_results.Results(0, {"total": 1.0}, nothing, curves, 0.75, {})
 
 
 def test_help_imports_nothing_heavy() -> None:

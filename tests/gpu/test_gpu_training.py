@@ -16,9 +16,15 @@ from rlhf_lightning.batches import Rollout
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.demo.corpus import build_corpus
 from rlhf_lightning.demo.start import save_start, train_tokenizer
+from rlhf_lightning.models.building import NetworkOptions
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.ops import extension
 from rlhf_lightning.rewards.function import FunctionReward
+from rlhf_lightning.training.critic import CriticOptions
+from rlhf_lightning.training.kl_control import KLOptions
+from rlhf_lightning.training.minibatches import UpdateOptions
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.sampler import RolloutOptions
 
 ROWS = 16
 
@@ -31,9 +37,10 @@ class Recorder(PPOModule):
         self.rollouts: list[Rollout] = []
         self.logged: list[dict[str, float]] = []
 
-    def collect(self, rollout: Rollout, scores: Any, totals: Any) -> Any:
+    def sample(self, batch: Any) -> Any:
+        rollout, scores = super().sample(batch)
         self.rollouts.append(rollout)
-        return super().collect(rollout, scores, totals)
+        return rollout, scores
 
     def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
         self.logged.append({name: float(value) for name, value in dictionary.items()})
@@ -71,9 +78,16 @@ def iterate(
     """One iteration of configs/demo/ppo.yaml, with the gold reward in place of a trained one."""
     reward = FunctionReward("rlhf_lightning.demo.gold:gold_reward")
     module = Recorder(
-        str(world / "start"), reward, iterations=1, epochs=2, minibatches=2, kl_coef=0.1, max_new_tokens=24,
-        learning_rate=3e-4, critic_learning_rate=1e-3, **options,
-    )  # fmt: skip
+        str(world / "start"),
+        reward,
+        iterations=1,
+        sampling=RolloutOptions(max_new_tokens=24),
+        kl=KLOptions(coef=0.1),
+        critic=CriticOptions(learning_rate=1e-3),
+        update=UpdateOptions(epochs=2, minibatches=2),
+        optimizer=AdamWOptions(learning_rate=3e-4, eps=1e-5),
+        **options,
+    )
     data = PreferenceDataModule(str(world / "prompts.jsonl"), batch_size=ROWS, validation_fraction=0.0)
     trainer = Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -104,16 +118,23 @@ def test_one_iteration_learns_what_the_cpu_learns(device, world):
     assert module.rollouts[0].responses == plain.rollouts[0].responses
     (metrics,), (expected,) = module.logged, plain.logged
     assert metrics["policy/steps"] == 4
-    for name in ("objective/scores", "objective/kl", "loss/policy", "loss/value", "policy/entropy", "policy/grad_norm"):
+    for name in (
+        "objective/scores",
+        "objective/kl",
+        "policy/loss",
+        "critic/loss",
+        "policy/entropy",
+        "policy/grad_norm",
+    ):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-4), name
 
 
 def test_compiled_layers_learn_the_same(device, world):
-    module, _ = iterate(world, device, compile_layers=True)
+    module, _ = iterate(world, device, network=NetworkOptions(compile_layers=True))
     eager, _ = iterate(world, device)
     assert module.rollouts[0].responses == eager.rollouts[0].responses
     (metrics,), (expected,) = module.logged, eager.logged
-    for name in ("loss/policy", "loss/value", "policy/entropy", "policy/grad_norm", "critic/grad_norm"):
+    for name in ("policy/loss", "critic/loss", "policy/entropy", "policy/grad_norm", "critic/grad_norm"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-4), name
 
 

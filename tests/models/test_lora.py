@@ -182,17 +182,17 @@ def test_weights_have_one_fingerprint_whatever_the_default_device() -> None:
 
 
 def test_targets_that_cannot_be_adapted_are_refused() -> None:
-    with pytest.raises(InputError, match=r"model.lora_targets: .*no_such_layer"):
+    with pytest.raises(InputError, match=r"model.lora.targets: .*no_such_layer"):
         add_adapter(build("llama"), 2, 4.0, ["no_such_layer"])
     with pytest.raises(InputError, match=r"no layer's name ends with 'vproj'; did you mean v_proj\?"):
         add_adapter(build("llama"), 2, 4.0, ["q_proj", "vproj"])
     with pytest.raises(InputError, match=r"no layer's name ends with 'mlp'; there are down_proj, .*, up_proj, v_proj$"):
         add_adapter(build("llama"), 2, 4.0, ["mlp"])
-    with pytest.raises(InputError, match=r"model.lora_targets: embed_tokens is Embedding; name linear layers"):
+    with pytest.raises(InputError, match=r"model.lora.targets: embed_tokens is Embedding; name linear layers"):
         add_adapter(build("llama"), 2, 4.0, ["embed_tokens"])
 
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"model.lora_rank: .*rlhf-lightning\[lora\]"):
+    with pytest.raises(InputError, match=r"model.lora.rank: .*rlhf-lightning\[lora\]"):
         add_adapter(build("llama"), 2, 4.0)

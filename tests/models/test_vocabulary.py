@@ -153,7 +153,7 @@ def padded_dir(tmp_path: Path) -> Path:
 
 
 def test_ppo_of_a_padded_policy_samples_and_learns_tokens_alone(padded_dir: Path) -> None:
-    module = make_module(padded_dir, iterations=2, critic="head")
+    module = make_module(padded_dir, iterations=2, critic={"kind": "head"})
     fit(module)
     for rollout, logged in zip(module.rollouts, module.logged, strict=True):
         assert int(rollout.tokens.max()) < 64

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from making import make
 from ppo_harness import TokenReward, fit, prompts
 from processes import run_cases
 from small_data import SmallData, train
@@ -23,29 +24,21 @@ from rlhf_lightning.collectives import all_gather_objects
 from rlhf_lightning.models.sharding import full_state_dict
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.dpo import DPOModule
-from rlhf_lightning.modules.experience import Experience
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.training.experience import Experience
+from rlhf_lightning.training.optimizer import AdamWOptions
 
 # Three micro-batches to the one optimizer step; with two processes one of them gets a filler in the last.
 BATCHES = [[0, 1, 2, 3], [4, 5, 6], [7]]
 DPO = {"beta": 0.5, "sft_coef": 0.3}
 PPO = {
     "iterations": 1,
-    "epochs": 1,
-    "minibatches": 1,
-    "max_new_tokens": 6,
-    "micro_batch_tokens": 24,
-    "temperature": 0.8,
-    "critic": "head",
-    "clip_low": 0.1,
-    "clip_high": 0.3,
-    "dual_clip": 1.35,
-    "clip_value": 0.2,
-    "value_coef": 0.5,
-    "entropy_coef": 0.05,
-    "kl_loss_coef": 0.1,
-    "max_grad_norm": None,
+    "sampling": {"max_new_tokens": 6, "temperature": 0.8},
+    "kl": {"loss_coef": 0.1},
+    "critic": {"kind": "head", "clip": 0.2, "coef": 0.5},
+    "objective": {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 1.35, "entropy_coef": 0.05},
+    "update": {"epochs": 1, "minibatches": 1, "micro_batch_tokens": 24, "max_grad_norm": None},
 }
 PROMPTS = 7
 
@@ -69,15 +62,14 @@ class ShiftedPPO(PPOModule):
 
     experience: Experience
 
-    def collect(self, *arguments: Any) -> Experience:
-        e = super().collect(*arguments)
+    def learn(self, e: Any) -> int:
         steps, states = torch.arange(e.log_probs.shape[1]), torch.arange(e.values.shape[1])
         self.experience = replace(
             e,
             log_probs=e.log_probs + 0.4 * torch.sin(e.lengths[:, None] + steps),
             values=e.values + 0.4 * torch.cos(e.lengths[:, None] + states),
         )
-        return self.experience
+        return super().learn(self.experience)
 
 
 class KeptGradients(Callback):
@@ -97,15 +89,15 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     kept = KeptGradients()
     experiences: list[dict[str, Tensor]] = []
     if case["task"] == "ppo":
-        module = ShiftedPPO(model, TokenReward(), reference=reference, learning_rate=1e-12, **PPO)
+        module = make(ShiftedPPO, model, TokenReward(), reference=reference, optimizer={"learning_rate": 1e-12}, **PPO)
         fit(module, [own_prompts()], use_distributed_sampler=False, callbacks=[kept], **trainer)
         own = {field.name: getattr(module.experience, field.name) for field in fields(module.experience)}
         experiences = all_gather_objects(own)
     else:
         module = (
-            SFTModule(model, learning_rate=1e-12)
+            SFTModule(model, optimizer=AdamWOptions(learning_rate=1e-12))
             if case["task"] == "sft"
-            else DPOModule(model, reference, learning_rate=1e-12, **DPO)
+            else make(DPOModule, model, reference, optimizer={"learning_rate": 1e-12}, **DPO)
         )
         train(module, SmallData(model, BATCHES), accumulate_grad_batches=len(BATCHES), callbacks=[kept], **trainer)
     weights = {name: value.clone() for name, value in full_state_dict(module.policy).items()}

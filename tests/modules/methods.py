@@ -10,22 +10,21 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("GRPOModule", {"group_size": 4}),
     "dr_grpo": (
         "GRPOModule",
-        {"group_size": 4, "scale_by_std": False, "loss_normalisation": "constant", "kl_loss_coef": 0.0},
+        {"group_size": 4, "scale_by_std": False, "kl": {"loss_coef": 0.0}, "objective": {"normalisation": "constant"}},
     ),
     "dapo": (
         "GRPOModule",
         {
             "group_size": 2,
-            "clip_high": 0.28,
-            "loss_normalisation": "token",
             "dynamic_sampling": True,
             "train_prompts": 2,
-            "kl_loss_coef": 0.0,
+            "kl": {"loss_coef": 0.0},
+            "objective": {"clip_high": 0.28, "normalisation": "token"},
         },
     ),
-    "rloo": ("RLOOModule", {"group_size": 4, "kl_coef": 0.3}),
-    "reinforce": ("ReinforcePlusPlusModule", {"kl_coef": 0.3, "gamma": 0.9}),
-    "reinforce_baseline": ("ReinforcePlusPlusModule", {"kl_coef": 0.3, "group_size": 4, "baseline": "group_mean"}),
+    "rloo": ("RLOOModule", {"group_size": 4, "kl": {"coef": 0.3}}),
+    "reinforce": ("ReinforcePlusPlusModule", {"gamma": 0.9, "kl": {"coef": 0.3}}),
+    "reinforce_baseline": ("ReinforcePlusPlusModule", {"group_size": 4, "baseline": "group_mean", "kl": {"coef": 0.3}}),
     "rejection_sampling": ("RejectionSamplingModule", {"group_size": 4, "keep": 2}),
     "online_dpo": ("OnlineDPOModule", {"group_size": 3, "beta": 0.3}),
 }

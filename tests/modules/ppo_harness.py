@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from making import make, merged
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -44,15 +45,18 @@ class Recording:
         self.logged: list[dict[str, float]] = []
         self.stepped_rows: list[Tensor] = []
 
-    def collect(self, rollout: Rollout, scores: Tensor, totals: Any) -> Any:
-        experience = super().collect(rollout, scores, totals)
+    def sample(self, batch: PromptBatch) -> tuple[Rollout, Tensor]:
+        rollout, scores = super().sample(batch)
         self.rollouts.append(rollout)
-        self.experiences.append(experience)
-        return experience
+        return rollout, scores
 
-    def step(self, experience: Any, rows: Tensor, counts: Tensor, totals: Any) -> bool:
+    def learn(self, experience: Any) -> int:
+        self.experiences.append(experience)
+        return super().learn(experience)
+
+    def update(self, experience: Any, rows: Tensor, counts: Tensor) -> bool:
         self.stepped_rows.append(rows)
-        return super().step(experience, rows, counts, totals)
+        return super().update(experience, rows, counts)
 
     def log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
         self.logged.append({name: float(value) for name, value in dictionary.items()})
@@ -69,14 +73,12 @@ def make_module(
     """A recorder of 1 iteration, 1 epoch, 1 minibatch and short responses, unless the options say otherwise."""
     values: dict[str, Any] = {
         "iterations": 1,
-        "epochs": 1,
-        "minibatches": 1,
-        "max_new_tokens": 6,
-        "learning_rate": 1e-3,
-        "micro_batch_tokens": 64,
+        "sampling": {"max_new_tokens": 6},
+        "update": {"epochs": 1, "minibatches": 1, "micro_batch_tokens": 64},
+        "optimizer": {"learning_rate": 1e-3},
     }
     cls = Recorder if method is PPOModule else type(f"Recorded{method.__name__}", (Recording, method), {})
-    return cls(str(policy), reward if reward is not None else TokenReward(), **{**values, **options})
+    return make(cls, str(policy), reward if reward is not None else TokenReward(), **merged(values, options))
 
 
 def prompts(rows: int = 8, start: int = 0, padding: int = 0) -> PromptBatch:

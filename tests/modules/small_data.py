@@ -149,5 +149,4 @@ def train(module: Any, data: SmallData, ckpt_path: str | None = None, **options:
     }
     trainer = Trainer(**{**defaults, "devices": 1, **options})
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    trained = module.policy if module.policy is not None else module.scalar
-    return {name: value.clone() for name, value in full_state_dict(trained).items()}
+    return {name: value.clone() for name, value in full_state_dict(module.model).items()}

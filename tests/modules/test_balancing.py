@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from making import make
 from ppo_harness import fit, make_module
 from small_data import SmallData, log_prob, make_pairs, train
 from tiny_models import make_config, make_tokenizer
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.building import NetworkOptions
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.kto import KTOModule
 from rlhf_lightning.modules.on_policy import OnPolicyModule
@@ -29,7 +31,11 @@ from rlhf_lightning.modules.sft import SFTModule
 
 COEFFICIENT, EXPERTS, TOP_K = 0.7, 4, 2
 ALL = [[0, 1, 2, 3, 4, 5]]
-PPO = {"critic": "model", "max_grad_norm": None, "micro_batch_tokens": 10_000, "learning_rate": 1e-12}
+PPO = {
+    "critic": {"kind": "model"},
+    "update": {"max_grad_norm": None, "micro_batch_tokens": 10_000},
+    "optimizer": {"learning_rate": 1e-12},
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +69,9 @@ class Kept(Callback):
     """The trunks' gradients after the step."""
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
-        networks = {"policy": module.policy, "scalar": module.scalar, "critic": getattr(module, "critic", None)}
         self.grads = {
             name: {n: p.grad.clone() for n, p in network.model.base_model.named_parameters()}
-            for name, network in networks.items()
-            if network is not None
+            for name, network in module.networks().items()
         }
 
 
@@ -77,7 +81,7 @@ def grads(module: Any, batches: list[list[int]] = ALL, extra: int = 0, **options
     if isinstance(module, OnPolicyModule):
         fit(module, callbacks=[kept], **options)
     else:
-        train(module, SmallData(module.model, batches, extra), callbacks=[kept], **options)
+        train(module, SmallData(module.model_folder, batches, extra), callbacks=[kept], **options)
     return kept.grads
 
 
@@ -125,7 +129,7 @@ def rows_of(numbers: list[int], *sides: str) -> list[list[int]]:
 @pytest.mark.parametrize("extra", [0, 40])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_sft_gradient_has_the_loss_of_the_real_tokens(asking: Path, extra: int, checkpointing: bool) -> None:
-    module = SFTModule(str(asking), gradient_checkpointing=checkpointing)
+    module = SFTModule(str(asking), network=NetworkOptions(gradient_checkpointing=checkpointing))
     got = grads(module, extra=extra)["policy"]
     model = loaded(asking)
     total, count = likelihood(model, ALL[0])
@@ -159,7 +163,7 @@ def test_passes_of_a_step_have_their_weight_in_the_loss(asking: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "network"), [(DPOModule, "policy"), (KTOModule, "policy"), (RewardModelModule, "scalar")]
+    ("method", "network"), [(DPOModule, "policy"), (KTOModule, "policy"), (RewardModelModule, "reward_model")]
 )
 def test_methods_on_pairs_add_the_loss_of_both_sides(asking: Path, silent: Path, method: Any, network: str) -> None:
     on, off = (grads(method(str(folder)))[network] for folder in (asking, silent))
@@ -196,7 +200,7 @@ def test_on_policy_updates_add_the_loss_of_their_rows(asking: Path, silent: Path
     model = loaded(asking)
     expected = gradient_of(model, COEFFICIENT * balance_of(model, rows))
     assert_same(less(on["policy"], off["policy"]), expected)
-    assert modules[0].logged[0]["loss/policy_router"] > 0
+    assert modules[0].logged[0]["policy/router_loss"] > 0
     if method is PPOModule:  # the critic of its own is the same mixture
         assert_same(less(on["critic"], off["critic"]), expected)
 
@@ -204,13 +208,13 @@ def test_on_policy_updates_add_the_loss_of_their_rows(asking: Path, silent: Path
 @pytest.mark.parametrize(
     ("module", "options", "words"),
     [
-        (SFTModule, {"compile_layers": True}, "compile_layers"),
-        (PPOModule, {"critic": 1}, "critic"),
+        (SFTModule, {"network": {"compile_layers": True}}, "compile_layers"),
+        (PPOModule, {"critic": {"kind": 1}}, "critic"),
     ],
 )
 def test_what_cannot_have_it_is_refused(asking: Path, module: Any, options: dict[str, Any], words: str) -> None:
-    built = make_module(asking, **options) if module is PPOModule else module(str(asking), **options)
-    with pytest.raises(InputError, match=f"model.{words}.*output_router_logits"):
+    built = make_module(asking, **options) if module is PPOModule else make(module, str(asking), **options)
+    with pytest.raises(InputError, match=f"model.*{words}.*output_router_logits"):
         grads(built)
 
 
@@ -218,7 +222,7 @@ def test_a_module_that_leaves_it_out_is_refused(asking: Path) -> None:
     class Own(SFTModule):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             log_probs = self.policy(batch.tokens, batch.lengths, batch.prompt_lengths).log_probs
-            self.count(batch.weights.sum(), log_probs.sum())
+            self.step.count(batch.weights.sum(), log_probs.sum())
             return -log_probs.sum()
 
     with pytest.raises(InputError, match="adds none"):

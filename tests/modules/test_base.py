@@ -9,13 +9,17 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy
+from making import make, merged
 from small_data import SmallData, train
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import DemonstrationBatch, PromptBatch
 from rlhf_lightning.errors import InputError, TrainingDiverged
+from rlhf_lightning.models.building import NetworkOptions
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.sampler import SamplingOptions
 
 ROWS = [[0, 1, 2, 3]] * 6
 
@@ -31,16 +35,16 @@ class Poisoned(SFTModule):
             weight = next(self.policy.parameters())
             if self.what == "gradient":
                 return loss + torch.sqrt((weight * 0.0).sum())  # 0, with a gradient of 0 / 0
-            self.check(loss * math.nan)
+            self.step.check(loss * math.nan)
             return loss * math.nan
         return loss
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_divergence_stops_before_the_step(tiny_policy_dir: Path, what: str) -> None:
-    module = Poisoned(str(tiny_policy_dir), learning_rate=0.01)
+    module = Poisoned(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=0.01))
     module.what = what
-    told = "no checkpoint was saved before; start again with a lower model.learning_rate"
+    told = "no checkpoint was saved before; start again with a lower model.optimizer.learning_rate"
     with pytest.raises(TrainingDiverged, match=f"the {what} is NaN or infinite at optimizer step 3; {told}"):
         train(module, SmallData(tiny_policy_dir, ROWS))
     assert module.trainer.global_step == 2
@@ -58,20 +62,20 @@ class Recorded(SFTModule):
     ("options", "expected"),
     [
         ({}, [1, 1, 1, 1, 1, 1]),
-        ({"warmup_steps": 4}, [0.25, 0.5, 0.75, 1, 1, 1]),
-        ({"schedule": "linear", "warmup_steps": 2}, [0.5, 1, 1, 0.75, 0.5, 0.25]),
-        ({"schedule": "cosine"}, [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]),
+        ({"optimizer": {"warmup_steps": 4}}, [0.25, 0.5, 0.75, 1, 1, 1]),
+        ({"optimizer": {"schedule": "linear", "warmup_steps": 2}}, [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ({"optimizer": {"schedule": "cosine"}}, [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]),
     ],
 )
 def test_schedules(tiny_policy_dir: Path, options: dict, expected: list[float]) -> None:
-    module = Recorded(str(tiny_policy_dir), learning_rate=0.1, **options)
+    module = make(Recorded, str(tiny_policy_dir), **merged({"optimizer": {"learning_rate": 0.1}}, options))
     train(module, SmallData(tiny_policy_dir, ROWS))
     assert module.seen == pytest.approx([0.1 * factor for factor in expected])
 
 
 def test_a_schedule_without_an_end_is_refused(tiny_policy_dir: Path) -> None:
-    module = SFTModule(str(tiny_policy_dir), schedule="cosine")
-    with pytest.raises(InputError, match=r"model.schedule: cosine needs an end; set trainer.max_steps"):
+    module = SFTModule(str(tiny_policy_dir), optimizer=AdamWOptions(schedule="cosine"))
+    with pytest.raises(InputError, match=r"model.optimizer.schedule: cosine needs an end; set trainer.max_steps"):
         train(module, SmallData(tiny_policy_dir, ROWS), max_epochs=-1)
 
 
@@ -79,10 +83,10 @@ def test_clipping_bounds_the_step_and_the_norm_before_it_is_logged(tiny_policy_d
     moved = {}
     for clip in (None, 0.01):
         # In effect plain gradient descent, see test_sft.py.
-        module = SFTModule(str(tiny_policy_dir), learning_rate=1.0, adam_eps=1e3)
+        module = SFTModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=1.0, eps=1e3))
         data = SmallData(tiny_policy_dir, ROWS[:1])
         after = train(module, data, gradient_clip_val=clip, precision="64-true")
-        fresh = SFTModule(str(tiny_policy_dir), learning_rate=1e-12)
+        fresh = SFTModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=1e-12))
         before = train(fresh, SmallData(tiny_policy_dir, ROWS[:1]), precision="64-true")
         squares = sum(float((after[name] - before[name]).square().sum()) for name in after)
         moved[clip] = math.sqrt(squares) * 1e3, float(module.trainer.logged_metrics["train/grad_norm"])
@@ -92,7 +96,7 @@ def test_clipping_bounds_the_step_and_the_norm_before_it_is_logged(tiny_policy_d
 
 
 def test_weight_decay_leaves_norms_alone(tiny_policy_dir: Path) -> None:
-    module = SFTModule(str(tiny_policy_dir), weight_decay=0.1)
+    module = SFTModule(str(tiny_policy_dir), optimizer=AdamWOptions(weight_decay=0.1))
     train(module, SmallData(tiny_policy_dir, ROWS[:1]))
     decayed = {
         id(p): group["weight_decay"] for group in module.trainer.optimizers[0].param_groups for p in group["params"]
@@ -124,12 +128,13 @@ def test_fsdp1_is_refused_and_the_message_names_fsdp2(tiny_policy_dir: Path) -> 
 
 
 def test_fsdp2_on_one_process_is_the_same_as_none(tiny_policy_dir: Path) -> None:
+    """Epsilon is large: a gradient of rounding alone would otherwise move its weight by a whole learning rate."""
     data = [SmallData(tiny_policy_dir, ROWS) for _ in range(2)]
-    expected = train(SFTModule(str(tiny_policy_dir), learning_rate=0.01), data[0], gradient_clip_val=1.0)
+    options = AdamWOptions(learning_rate=0.01, eps=1e-3)
+    expected = train(SFTModule(str(tiny_policy_dir), optimizer=options), data[0], gradient_clip_val=1.0)
+    module = SFTModule(str(tiny_policy_dir), optimizer=options)
     try:
-        got = train(
-            SFTModule(str(tiny_policy_dir), learning_rate=0.01), data[1], gradient_clip_val=1.0, strategy="fsdp2"
-        )
+        got = train(module, data[1], gradient_clip_val=1.0, strategy="fsdp2")
     finally:
         torch.distributed.destroy_process_group()
     for name, value in expected.items():
@@ -138,7 +143,10 @@ def test_fsdp2_on_one_process_is_the_same_as_none(tiny_policy_dir: Path) -> None
 
 def test_gradient_checkpointing_changes_nothing(tiny_policy_dir: Path) -> None:
     trained = [
-        train(SFTModule(str(tiny_policy_dir), gradient_checkpointing=on), SmallData(tiny_policy_dir, ROWS[:2]))
+        train(
+            SFTModule(str(tiny_policy_dir), network=NetworkOptions(gradient_checkpointing=on)),
+            SmallData(tiny_policy_dir, ROWS[:2]),
+        )
         for on in (False, True)
     ]
     for name, value in trained[0].items():
@@ -177,7 +185,7 @@ def prompts(tokenizer: PreTrainedTokenizerBase) -> PromptBatch:
 
 
 def test_generation_and_prediction(tiny_policy_dir: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    module = SFTModule(str(tiny_policy_dir), max_new_tokens=5, seed=3)
+    module = SFTModule(str(tiny_policy_dir), seed=3, sampling=SamplingOptions(max_new_tokens=5))
     train(module, SmallData(tiny_policy_dir, ROWS[:1]))
     module.eval()
     batch = prompts(tiny_tokenizer)
@@ -191,10 +199,10 @@ def test_generation_and_prediction(tiny_policy_dir: Path, tiny_tokenizer: PreTra
 
 
 def test_export_is_a_policy_folder(tiny_policy_dir: Path, tmp_path: Path) -> None:
-    module = SFTModule(str(tiny_policy_dir), learning_rate=0.01)
+    module = SFTModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=0.01))
     trained = train(module, SmallData(tiny_policy_dir, ROWS[:1]))
     module.export(tmp_path / "model")
-    again = SFTModule(str(tmp_path / "model"), learning_rate=1e-12)
+    again = SFTModule(str(tmp_path / "model"), optimizer=AdamWOptions(learning_rate=1e-12))
     reloaded = train(again, SmallData(tmp_path / "model", ROWS[:1]))
     for name, value in trained.items():
         torch.testing.assert_close(reloaded[name], value)

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from making import make
 from small_data import SmallData, log_prob, make_pairs, train
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.dpo import DPOModule
+from rlhf_lightning.training.optimizer import AdamWOptions
 
-DESCENT = {"learning_rate": 1.0, "adam_eps": 1e6}  # plain gradient descent in effect, see test_sft.py
+DESCENT = {"optimizer": {"learning_rate": 1.0, "eps": 1e6}}  # plain gradient descent in effect, see test_sft.py
 ALL = list(range(6))
 
 
@@ -48,8 +50,14 @@ def test_gradient_is_that_of_the_loss_by_hand(
         for folder in (tiny_policy_dir, other_policy_dir)
     )
     loss_by_hand(kind, policy, reference, beta=0.3, sft=0.2).backward()
-    module = DPOModule(
-        str(tiny_policy_dir), reference=str(other_policy_dir), beta=0.3, loss=kind, sft_coef=0.2, **DESCENT
+    module = make(
+        DPOModule,
+        str(tiny_policy_dir),
+        reference=str(other_policy_dir),
+        beta=0.3,
+        loss_type=kind,
+        sft_coef=0.2,
+        **DESCENT,
     )
     data = SmallData(tiny_policy_dir, batches, extra=2)
     after = train(module, data, precision="64-true", accumulate_grad_batches=3)
@@ -59,7 +67,7 @@ def test_gradient_is_that_of_the_loss_by_hand(
 
 
 def test_at_the_start_policy_and_reference_agree(tiny_policy_dir: Path) -> None:
-    module = DPOModule(str(tiny_policy_dir), learning_rate=1e-12)
+    module = DPOModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=1e-12))
     train(module, SmallData(tiny_policy_dir, [ALL]))
     metrics = module.trainer.logged_metrics
     assert float(metrics["train/loss"]) == pytest.approx(math.log(2.0), abs=1e-6)
@@ -68,7 +76,7 @@ def test_at_the_start_policy_and_reference_agree(tiny_policy_dir: Path) -> None:
 
 
 def test_the_reference_is_frozen_apart_and_nowhere_saved(tiny_policy_dir: Path) -> None:
-    module = DPOModule(str(tiny_policy_dir), learning_rate=0.05)
+    module = DPOModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=0.05))
     train(module, SmallData(tiny_policy_dir, [ALL] * 3))
     original = AutoModelForCausalLM.from_pretrained(tiny_policy_dir).state_dict()
     for name, value in original.items():
@@ -84,8 +92,8 @@ def test_the_reference_is_frozen_apart_and_nowhere_saved(tiny_policy_dir: Path) 
 def test_label_smoothing_is_for_the_sigmoid_loss_alone(tiny_policy_dir: Path) -> None:
     DPOModule(str(tiny_policy_dir), label_smoothing=0.1)
     for kind in ("ipo", "ipo_sum", "hinge"):
-        with pytest.raises(InputError, match=f"model.label_smoothing: 0.1 has no meaning for loss {kind}"):
-            DPOModule(str(tiny_policy_dir), loss=kind, label_smoothing=0.1)
+        with pytest.raises(InputError, match=f"model.label_smoothing: 0.1 has no meaning for loss_type {kind}"):
+            DPOModule(str(tiny_policy_dir), loss_type=kind, label_smoothing=0.1)
 
 
 def test_a_reference_of_another_vocabulary_is_an_error(
@@ -102,7 +110,7 @@ def test_a_reference_of_another_vocabulary_is_an_error(
 
 
 def test_training_prefers_the_chosen(tiny_policy_dir: Path) -> None:
-    module = DPOModule(str(tiny_policy_dir), learning_rate=0.005, beta=0.5)
+    module = DPOModule(str(tiny_policy_dir), beta=0.5, optimizer=AdamWOptions(learning_rate=0.005))
     train(module, SmallData(tiny_policy_dir, [list(range(13))] * 10, held_out=True))
     metrics = module.trainer.callback_metrics
     assert float(metrics["val/accuracy"]) > 0.9

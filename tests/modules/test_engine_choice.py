@@ -14,6 +14,7 @@ from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.errors import TrainingDiverged
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.rollout import NativeEngine, TransformersEngine
+from rlhf_lightning.training.sampler import SamplingOptions
 
 
 @pytest.fixture
@@ -34,17 +35,17 @@ def fit(module: SFTModule, model: Path, root: Path) -> None:
 
 
 def test_the_engine_that_can_run_the_model_is_taken_and_said(falcon: Path, tmp_path: Path) -> None:
-    module = SFTModule(str(falcon), max_new_tokens=3)
+    module = SFTModule(str(falcon), sampling=SamplingOptions(max_new_tokens=3))
     with pytest.warns(UserWarning, match="FalconForCausalLM: transformers' generation answers"):
         fit(module, falcon, tmp_path)
-    assert type(module.engine) is TransformersEngine
+    assert type(module.sampler.engine) is TransformersEngine
     assert (tmp_path / "samples.jsonl").exists()
 
 
 def test_an_engine_that_cannot_costs_the_table_and_not_the_training(
     falcon: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = SFTModule(str(falcon), max_new_tokens=3, engine=NativeEngine())
+    module = SFTModule(str(falcon), engine=NativeEngine(), sampling=SamplingOptions(max_new_tokens=3))
     fit(module, falcon, tmp_path)
     assert module.trainer.global_step == 2
     said = capsys.readouterr().err

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from making import merged
 from ppo_harness import fit, make_module
 from torch import Tensor
 
@@ -14,7 +15,8 @@ START, HORIZON = 0.1, 40.0
 
 def coefficients(policy, reference, **options) -> list[dict[str, float]]:
     """What each of four iterations of 8 responses logged."""
-    module = make_module(policy, reference=str(reference), iterations=4, kl_coef=START, **options)
+    options = merged({"iterations": 4, "kl": {"coef": START}}, options)
+    module = make_module(policy, reference=str(reference), **options)
     fit(module)
     return module.logged
 
@@ -24,7 +26,7 @@ def test_the_next_coefficient_is_that_of_ziegler(tiny_policy_dir, other_policy_d
     """``beta (1 + clip(KL / target - 1, -0.2, 0.2) * responses / horizon)``: Ziegler et al. 2019, section 2.2."""
     kl = coefficients(tiny_policy_dir, other_policy_dir)[0]["objective/kl"]
     assert kl > 0
-    logged = coefficients(tiny_policy_dir, other_policy_dir, kl_target=kl * share, kl_horizon=HORIZON)
+    logged = coefficients(tiny_policy_dir, other_policy_dir, kl={"target": kl * share, "horizon": HORIZON})
     assert logged[0]["objective/kl_coef"] == START
     assert (logged[1]["objective/kl_coef"] > START) == (share < 1)
     for now, then in itertools.pairwise(logged):
@@ -35,7 +37,7 @@ def test_the_next_coefficient_is_that_of_ziegler(tiny_policy_dir, other_policy_d
 
 def test_the_coefficient_waits_until_the_critic_is_warm(tiny_policy_dir):
     """The policy is still its reference: a KL of 0 says nothing of the coefficient."""
-    options = {"kl_target": 1.0, "kl_horizon": HORIZON, "critic_warmup": 2}
+    options = {"kl": {"target": 1.0, "horizon": HORIZON}, "critic": {"warmup": 2}}
     logged = coefficients(tiny_policy_dir, tiny_policy_dir, **options)
     assert [metrics["objective/kl"] for metrics in logged[:3]] == [0.0] * 3
     then = [metrics["objective/kl_coef"] for metrics in logged]
@@ -46,21 +48,21 @@ def test_the_update_ends_at_the_first_minibatch_past_kl_stop(tiny_policy_dir):
     def weights(module) -> Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
-    options = {"epochs": 2, "minibatches": 3}
-    plain = make_module(tiny_policy_dir, **options)
+    options = {"update": {"epochs": 2, "minibatches": 3}}
+    plain = make_module(tiny_policy_dir, kl={"stop": 1e9}, **options)
     moved, before = [], []  # of each minibatch: its approximate KL, and the weights before its step
 
-    def watch(totals) -> bool:
-        moved.append(totals.means()["approxkl"])
+    def watch(approx_kl) -> bool:
+        moved.append(approx_kl)
         before.append(weights(plain))
         return False
 
-    plain.too_far = watch
+    plain.kl.exceeds_stop = watch
     fit(plain)
     before.append(weights(plain))
     assert moved[0] < 1e-10 < moved[1] < max(moved[2:])  # the first is of the policy that sampled
     for bound in (moved[1] / 2, moved[1] * 1.001, max(moved) * 1.001):
-        module = make_module(tiny_policy_dir, kl_stop=bound, **options)
+        module = make_module(tiny_policy_dir, kl={"stop": bound}, **options)
         fit(module)
         steps = next((number for number, kl in enumerate(moved) if kl > bound), len(moved))
         assert module.logged[0]["policy/steps"] == steps > 0
@@ -68,8 +70,15 @@ def test_the_update_ends_at_the_first_minibatch_past_kl_stop(tiny_policy_dir):
 
 
 def test_an_engine_too_far_from_the_policy_for_any_step_is_warned_about(tiny_policy_dir):
-    options = {"old_log_probs": "rollout", "top_k": 2, "iterations": 1, "kl_stop": 1e-3}
+    options = {
+        "iterations": 1,
+        "sampling": {"top_k": 2},
+        "kl": {"stop": 1e-3},
+        "objective": {"old_log_probs": "rollout"},
+    }
     module = make_module(tiny_policy_dir, **options)
-    with pytest.warns(UserWarning, match="iteration 0: before its first step .* set model.old_log_probs to recompute"):
+    with pytest.warns(
+        UserWarning, match="iteration 0: before its first step .* set model.objective.old_log_probs to recompute"
+    ):
         fit(module)
     assert module.logged[0]["policy/steps"] == 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from making import make, merged
 from ppo_harness import fit, make_module, prompts
 from small_data import SmallData, train
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.rewards import ModelReward
 
-LORA = {"lora_rank": 2, "learning_rate": 0.02}
+LORA = {"optimizer": {"learning_rate": 0.02}, "lora": {"rank": 2}}
 BATCHES = [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
 
 
@@ -34,7 +35,7 @@ def weights_at_the_start(folder: Path) -> dict[str, Tensor]:
 
 def check_moved(module: Any, start: dict[str, Tensor], head: str | None = None) -> None:
     """The loaded weights are as they were; every B and the head that is trained beside it have moved."""
-    trained = module.policy if module.policy is not None else module.scalar
+    trained = module.model
     state = {name.replace(".base_layer.", "."): value for name, value in trained.model.state_dict().items()}
     for name, value in start.items():
         if name in state:
@@ -46,23 +47,23 @@ def check_moved(module: Any, start: dict[str, Tensor], head: str | None = None) 
 
 
 def test_sft_moves_the_adapter_alone(tiny_policy_dir: Path) -> None:
-    module = SFTModule(str(tiny_policy_dir), **LORA)
+    module = make(SFTModule, str(tiny_policy_dir), **LORA)
     train(module, SmallData(tiny_policy_dir, BATCHES))
     check_moved(module, weights_at_the_start(tiny_policy_dir))
     assert all(layer.scaling == {"default": 2.0} for layer in adapted_layers(module.policy).values())
 
 
 def test_a_reward_model_moves_its_adapter_and_head(tiny_policy_dir: Path) -> None:
-    module = RewardModelModule(str(tiny_policy_dir), lora_alpha=8.0, **LORA)
+    module = make(RewardModelModule, str(tiny_policy_dir), **merged(LORA, {"lora": {"alpha": 8.0}}))
     train(module, SmallData(tiny_policy_dir, BATCHES))
     check_moved(module, weights_at_the_start(tiny_policy_dir), "model.score.weight")
-    assert all(layer.scaling == {"default": 4.0} for layer in adapted_layers(module.scalar).values())
+    assert all(layer.scaling == {"default": 4.0} for layer in adapted_layers(module.reward_model).values())
 
 
 def test_dpo_with_the_adapter_switched_off_is_dpo_with_a_frozen_copy(tiny_policy_dir: Path) -> None:
     trained, metrics = [], []
     for reference in (None, str(tiny_policy_dir)):
-        module = DPOModule(str(tiny_policy_dir), reference=reference, beta=0.5, **LORA)
+        module = make(DPOModule, str(tiny_policy_dir), reference=reference, beta=0.5, **LORA)
         trained.append(train(module, SmallData(tiny_policy_dir, BATCHES, held_out=True)))
         logged = module.trainer.callback_metrics
         metrics.append({name: float(value) for name, value in logged.items() if "per_second" not in name})
@@ -77,12 +78,18 @@ def test_ppo_with_the_adapter_switched_off_is_ppo_with_a_frozen_copy(
 ) -> None:
     runs = []
     for reference in (None, str(tiny_policy_dir)):
-        options = {"critic": critic, "iterations": 2, "minibatches": 2, "reference": reference, **LORA}
+        options = {
+            "iterations": 2,
+            "reference": reference,
+            **LORA,
+            "critic": {"kind": critic},
+            "update": {"minibatches": 2},
+        }
         module = make_module(tiny_policy_dir, ModelReward(str(tiny_reward_dir)), **options)
         fit(module)
         runs.append(module)
     first, second = runs
-    for name in ("objective/kl", "objective/entropy", "policy/approxkl", "policy/grad_norm"):
+    for name in ("objective/kl", "objective/entropy", "policy/approx_kl", "policy/grad_norm"):
         assert [m[name] for m in first.logged] == [m[name] for m in second.logged], name
     assert first.logged[1]["objective/kl"] != 0.0
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
@@ -94,7 +101,9 @@ def test_ppo_with_the_adapter_switched_off_is_ppo_with_a_frozen_copy(
         assert torch.equal(first.reference(*inputs).log_probs, frozen(*inputs).log_probs)
     trained = {name for name, p in first.named_parameters() if p.requires_grad and ".lora_" not in name}
     heads = (
-        {"critic.model.score.weight"} if critic == "model" else {f"policy.critic_head.{x}" for x in ("weight", "bias")}
+        {"actors.critic.model.score.weight"}
+        if critic == "model"
+        else {f"actors.policy.critic_head.{x}" for x in ("weight", "bias")}
     )
     assert trained == heads
 
@@ -109,10 +118,10 @@ def test_no_second_copy_of_the_weights_is_held(kind: str, tiny_policy_dir: Path)
     size = sum(p.numel() for p in load_causal_lm(tiny_policy_dir).parameters())
     before = parameters_alive()
     if kind == "dpo":
-        module = DPOModule(str(tiny_policy_dir), **LORA)
+        module = make(DPOModule, str(tiny_policy_dir), **LORA)
         train(module, SmallData(tiny_policy_dir, BATCHES[:1]))
     else:
-        module = make_module(tiny_policy_dir, critic="head", **LORA)
+        module = make_module(tiny_policy_dir, critic={"kind": "head"}, **LORA)
         fit(module)
     held = parameters_alive() - before
     own = sum(p.numel() for p in module.parameters())
@@ -127,7 +136,7 @@ def test_no_second_copy_of_the_weights_is_held(kind: str, tiny_policy_dir: Path)
 def fit_saved(
     folder: Path, run: Path, steps: int, resume: Path | None = None, strategy: str = "auto", **options: Any
 ) -> DPOModule:
-    module = DPOModule(str(folder), beta=0.5, **{**LORA, **options})
+    module = make(DPOModule, str(folder), beta=0.5, **merged(LORA, options))
     callbacks = [RunCheckpoint(every_n_batches=1, keep=9)]
     data = SmallData(folder, BATCHES * 2)
     settings = {"default_root_dir": run, "callbacks": callbacks, "enable_checkpointing": True, "max_steps": steps}
@@ -184,7 +193,12 @@ def test_modules_with_checkpoints_of_their_own_check_the_weights_too(
             module = make_module(policy, iterations=2, reward=ModelReward(str(reward)), **LORA)
             fit(module, [prompts(4)], ckpt_path=resume, **options)
         else:
-            train(RewardModelModule(str(policy), **LORA), SmallData(policy, BATCHES[:1]), ckpt_path=resume, **options)
+            train(
+                make(RewardModelModule, str(policy), **LORA),
+                SmallData(policy, BATCHES[:1]),
+                ckpt_path=resume,
+                **options,
+            )
 
     run(tiny_policy_dir, tiny_reward_dir, None)
     saved = str(latest(tmp_path / "checkpoints"))
@@ -201,5 +215,5 @@ def test_modules_with_checkpoints_of_their_own_check_the_weights_too(
 
 def test_options_of_adapters_need_a_rank(tiny_policy_dir: Path) -> None:
     for name, value in (("lora_alpha", 8.0), ("lora_targets", ["q_proj"])):
-        with pytest.raises(InputError, match=f"model.{name}: .* has no meaning without model.lora_rank"):
-            SFTModule(str(tiny_policy_dir), **{name: value})
+        with pytest.raises(InputError, match=f"model.{name}: .* has no meaning without model.lora.rank"):
+            make(SFTModule, str(tiny_policy_dir), **{name: value})

@@ -44,7 +44,7 @@ def test_offline_modules_name_their_batch(cls: type, rows: int, tiny_policy_dir:
     class Starved(cls):
         def configure_model(self) -> None:
             super().configure_model()
-            starve((self.policy or self.scalar).model)
+            starve(self.model.model)
 
     module, data = Starved(str(tiny_policy_dir)), SmallData(tiny_policy_dir, ROWS)
     data.batch_size, data.batch_tokens = 3, 512
@@ -56,7 +56,7 @@ def test_offline_modules_name_their_batch(cls: type, rows: int, tiny_policy_dir:
         width = max(len(pair.prompt) + len(pair.chosen) for pair in data.pairs[:3])
     assert f"the last forward pass was of {rows} rows x {width} tokens, vocabulary 64, float32" in words
     assert "--data.batch_tokens (512) or --data.batch_size (3)" in words
-    assert "--model.gradient_checkpointing true" in words and "Tried to allocate 2.00 GiB" in words
+    assert "--model.network.gradient_checkpointing true" in words and "Tried to allocate 2.00 GiB" in words
 
 
 def test_a_training_that_fails_gives_kept_memory_back(tiny_policy_dir: Path) -> None:
@@ -80,16 +80,19 @@ def keeps_memory() -> bool:
 @pytest.mark.parametrize(
     ("phase", "knobs"),
     [
-        ("rollout", ["in rollout", "--data.batch_size", "--model.max_new_tokens (6)"]),
-        ("score", ["in score", "--model.micro_batch_tokens (64)"]),
-        ("update", ["in update", "--model.micro_batch_tokens (64)", "--model.gradient_checkpointing true"]),
-        ("reward", ["--model.micro_batch_tokens (64)", "lower micro_batch_tokens of the reward model"]),
+        ("rollout", ["in rollout", "--data.batch_size", "--model.sampling.max_new_tokens (6)"]),
+        ("score", ["in score", "--model.update.micro_batch_tokens (64)"]),
+        (
+            "update",
+            ["in update", "--model.update.micro_batch_tokens (64)", "--model.network.gradient_checkpointing true"],
+        ),
+        ("reward", ["--model.update.micro_batch_tokens (64)", "lower micro_batch_tokens of the reward model"]),
     ],
 )
 def test_ppo_names_the_part_of_the_step_and_its_options(
     phase: str, knobs: list[str], tiny_policy_dir: Path, tiny_reward_dir: Path
 ) -> None:
-    module = make_module(tiny_policy_dir, ModelReward(str(tiny_reward_dir)), critic="head")
+    module = make_module(tiny_policy_dir, ModelReward(str(tiny_reward_dir)), critic={"kind": "head"})
     build, generate, evaluate = module.configure_model, module.generate, module.evaluate
 
     def configured() -> None:

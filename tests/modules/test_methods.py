@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from making import merged
 from methods import COARSE, METHODS, method
 from ppo_cases import run, write_prompts
 from ppo_harness import LastTokenReward, TokenReward, fit, make_module, prompts
@@ -17,10 +18,15 @@ from rlhf_lightning import modules
 from rlhf_lightning.batches import Rollout
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.rewards import Reward
 from rlhf_lightning.rollout.native import NativeEngine
 
-OPTIONS = {"epochs": 2, "minibatches": 2, "iterations": 2, "learning_rate": 1e-3, "adam_eps": 1e-3}
+OPTIONS = {
+    "iterations": 2,
+    "update": {"epochs": 2, "minibatches": 2},
+    "optimizer": {"learning_rate": 1e-3, "eps": 1e-3},
+}
 UNTIMED = ("time/", "rollout/tokens_per_second", "rollout/max_length")
 # In the first epoch the policy is its own reference: the margins are rounding, and which side of a pair wins is chance.
 TIED = "policy/accuracy"
@@ -29,7 +35,7 @@ TIED = "policy/accuracy"
 def trained(policy, name: str, batches=None, reward: Reward | None = None, **options):
     cls, own = method(name)
     reward = LastTokenReward() if reward is None and name in COARSE else reward
-    module = make_module(policy, reward, cls, **{**OPTIONS, **own, **options})
+    module = make_module(policy, reward, cls, **merged(OPTIONS, own, options))
     fit(module, batches or [prompts(4, start=4 * i) for i in range(module.iterations)])
     return module
 
@@ -54,16 +60,16 @@ def assert_same_metrics(one, other) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_micro_batches_and_padding_do_not_change_the_result(tiny_policy_dir, name):
-    plain = trained(tiny_policy_dir, name, micro_batch_tokens=10_000)
-    start = trained(tiny_policy_dir, name, learning_rate=1e-12)
+    plain = trained(tiny_policy_dir, name, update={"micro_batch_tokens": 10_000})
+    start = trained(tiny_policy_dir, name, optimizer={"learning_rate": 1e-12})
     assert (weights(plain) - weights(start)).abs().max() > 2e-4  # far more than the tolerance
     padded = [prompts(4, start=4 * i, padding=11) for i in range(2)]
-    assert_same_training(trained(tiny_policy_dir, name, padded, micro_batch_tokens=1), plain)
+    assert_same_training(trained(tiny_policy_dir, name, padded, update={"micro_batch_tokens": 1}), plain)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_filler_rows_do_not_change_the_result(tiny_policy_dir, name):
-    options = {"minibatches": 1, "iterations": 1}
+    options = {"iterations": 1, "update": {"minibatches": 1}}
     plain = trained(tiny_policy_dir, name, [prompts(4)], **options)
     filled = replace(prompts(6), weights=torch.tensor([1.0] * 4 + [0.0] * 2))
     filled = trained(tiny_policy_dir, name, [filled], **options)
@@ -78,7 +84,7 @@ def case(policy, data, name: str, **trainer) -> dict:
         "batch_size": 5,  # two processes have three prompts and two
         "method": METHODS[name][0],
         "coarse": name in COARSE,
-        "options": {**OPTIONS, **METHODS[name][1], "learning_rate": 3e-3},
+        "options": merged(OPTIONS, METHODS[name][1], {"optimizer": {"learning_rate": 3e-3}}),
         "trainer": trainer,
     }
 
@@ -128,13 +134,13 @@ OTHER = {
         "group_size": {"group_size": 2},
         "scale_by_std": {"scale_by_std": False},
         "dynamic_sampling": {"dynamic_sampling": True, "group_size": 2},
-        "train_prompts": {"dynamic_sampling": True, "group_size": 2, "train_prompts": 1, "minibatches": 1},
-        "kl_coef": {"kl_coef": 1.0},
-        "kl_loss_coef": {"kl_loss_coef": 0.0},
-        "kl_loss_estimator": {"kl_loss_estimator": "k2", "kl_loss_coef": 1.0},
-        "loss_normalisation": {"loss_normalisation": "token"},
+        "train_prompts": {"dynamic_sampling": True, "group_size": 2, "train_prompts": 1, "update": {"minibatches": 1}},
+        "kl.coef": {"kl": {"coef": 1.0}},
+        "kl.loss_coef": {"kl": {"loss_coef": 0.0}},
+        "kl.loss_estimator": {"kl": {"loss_estimator": "k2", "loss_coef": 1.0}},
+        "objective.normalisation": {"objective": {"normalisation": "token"}},
     },
-    "rloo": {"group_size": {"group_size": 2}, "loss_normalisation": {"loss_normalisation": "token"}},
+    "rloo": {"group_size": {"group_size": 2}, "objective.normalisation": {"objective": {"normalisation": "token"}}},
     "reinforce": {
         "group_size": {"group_size": 2},
         "baseline": {"baseline": "group_mean", "group_size": 2},
@@ -144,22 +150,29 @@ OTHER = {
     "online_dpo": {
         "group_size": {"group_size": 2},
         "beta": {"beta": 1.0},
-        "loss": {"loss": "ipo"},
+        "loss_type": {"loss_type": "ipo"},
         "label_smoothing": {"label_smoothing": 0.3},
     },
 }
 AGAINST = {
     ("grpo", "dynamic_sampling"): {"group_size": 2},
-    ("grpo", "train_prompts"): {"dynamic_sampling": True, "group_size": 2, "minibatches": 1},
-    ("grpo", "kl_loss_estimator"): {"kl_loss_coef": 1.0},
+    ("grpo", "train_prompts"): {"dynamic_sampling": True, "group_size": 2, "update": {"minibatches": 1}},
+    ("grpo", "kl.loss_estimator"): {"kl": {"loss_coef": 1.0}},
     ("reinforce", "baseline"): {"group_size": 2},
 }
 
 
+def defaults(cls: type) -> dict[str, object]:
+    parser = ArgumentParser()
+    parser.add_class_arguments(cls, "it", fail_untyped=False, instantiate=False)
+    return {key.removeprefix("it."): value for key, value in parser.get_defaults().items()}
+
+
 def test_every_own_option_is_in_the_table():
     for name, options in OTHER.items():
-        own = set(inspect.signature(method(name)[0].__init__).parameters) - {"self", "model", "reward", "kwargs"}
-        assert set(options) == own, name
+        own, ppo = defaults(method(name)[0]), defaults(PPOModule)
+        new = {key for key in own if key not in ppo or (own[key] != ppo[key] and not key.startswith("update."))}
+        assert set(options) >= new, name
     tested = {METHODS[name][0] for name in OTHER}
     assert tested == {cls for cls, _ in METHODS.values()}
 
@@ -180,17 +193,17 @@ def test_another_value_trains_to_other_weights(tiny_policy_dir, name, option):
         ("GRPOModule", {"dynamic_sampling": True, "train_prompts": 5}, "train_prompts: 5 are more than the 4 prompts"),
         (
             "GRPOModule",
-            {"dynamic_sampling": True, "group_size": 2, "train_prompts": 2, "minibatches": 5},
+            {"dynamic_sampling": True, "group_size": 2, "train_prompts": 2, "update": {"minibatches": 5}},
             "5 minibatches cannot be made of 4 responses",
         ),
         ("RLOOModule", {"group_size": 1}, "model.group_size"),
         ("ReinforcePlusPlusModule", {"baseline": "group_mean"}, "model.group_size"),
         ("OnlineDPOModule", {"group_size": 1}, "model.group_size"),
-        ("OnlineDPOModule", {"loss": "ipo", "label_smoothing": 0.1}, "model.label_smoothing"),
+        ("OnlineDPOModule", {"loss_type": "ipo", "label_smoothing": 0.1}, "model.label_smoothing"),
         ("RejectionSamplingModule", {"keep": 8}, "model.keep: expected fewer than the 8 responses"),
-        ("RejectionSamplingModule", {"minibatches": 5}, "5 minibatches cannot be made of 4 responses"),
-        ("GRPOModule", {"kl_target": 1.0}, "model.kl_target: adapts kl_coef by factors"),
-        ("GRPOModule", {"kl_loss_coef": 0.0, "kl_loss_estimator": "k3"}, "model.kl_loss_estimator: k3 has no effect"),
+        ("RejectionSamplingModule", {"update": {"minibatches": 5}}, "5 minibatches cannot be made of 4 responses"),
+        ("GRPOModule", {"kl": {"target": 1.0}}, "model.kl.target: adapts kl.coef by factors"),
+        ("GRPOModule", {"kl": {"loss_coef": 0.0, "loss_estimator": "k3"}}, "model.kl.loss_estimator: k3 has no effect"),
     ],
 )
 def test_options_that_cannot_work_are_refused(tiny_policy_dir, cls, options, message):
@@ -210,7 +223,7 @@ class Same(Reward):
 
 @pytest.mark.parametrize("name", ["dapo", "online_dpo"])
 def test_an_iteration_that_teaches_nothing_makes_no_step(tiny_policy_dir, name):
-    module = trained(tiny_policy_dir, name, reward=Same(), learning_rate=0.1)
+    module = trained(tiny_policy_dir, name, reward=Same(), optimizer={"learning_rate": 0.1})
     assert module.trainer.global_step == 0
     assert module.iteration == 2
     share = module.logged[0]["rollout/equal_groups" if name == "dapo" else "rollout/ties"]
@@ -220,7 +233,13 @@ def test_an_iteration_that_teaches_nothing_makes_no_step(tiny_policy_dir, name):
 @pytest.mark.parametrize("wanted", [2, 7])
 def test_the_first_informative_groups_fill_the_minibatches(tiny_policy_dir, wanted):
     """8 prompts are sampled; every minibatch is as large as ``wanted`` prompts make it, or as those that there are."""
-    options = {"dynamic_sampling": True, "group_size": 2, "train_prompts": wanted, "iterations": 1, "epochs": 1}
+    options = {
+        "dynamic_sampling": True,
+        "group_size": 2,
+        "train_prompts": wanted,
+        "iterations": 1,
+        "update": {"epochs": 1},
+    }
     module = trained(tiny_policy_dir, "grpo", [prompts(8)], LastTokenReward(), **options)
     scores = LastTokenReward()(module.rollouts[0]).reshape(8, 2)
     informative = [row for row in range(8) if scores[row, 0] != scores[row, 1]]
@@ -249,7 +268,7 @@ def test_the_kept_responses_are_the_best(tiny_policy_dir):
 
 
 def test_predict_answers_with_the_best_of_n(tiny_policy_dir):
-    module = trained(tiny_policy_dir, "rloo", iterations=1, best_of=3)
+    module = trained(tiny_policy_dir, "rloo", iterations=1, sampling={"best_of": 3})
     batch = prompts(4, start=20)
     everything = module.generate(batch.repeat(3))
     scores = TokenReward()(everything).tolist()
@@ -264,8 +283,8 @@ def test_the_metrics_have_the_names_of_ppos(tiny_policy_dir, name):
     ppo = make_module(tiny_policy_dir)
     fit(ppo, [prompts(4)])
     ours, theirs = set(trained(tiny_policy_dir, name).logged[0]), set(ppo.logged[0])
-    of_the_critic = {"critic/grad_norm", "loss/value", "val/clipfrac", "val/explained_variance"}
-    of_the_ratio = {"policy/approxkl", "policy/clipfrac", "val/ratio", "val/ratio_var"}
+    of_the_critic = {"critic/grad_norm", "critic/loss", "critic/clipfrac", "critic/explained_variance"}
+    of_the_ratio = {"policy/approx_kl", "policy/clipfrac", "policy/ratio", "policy/ratio_var"}
     missing = of_the_critic if name == "rloo" else of_the_critic | of_the_ratio | {"rollout/logprob_gap"}
     assert theirs - ours == missing
 
@@ -280,7 +299,11 @@ def test_an_exact_engines_log_probs_spare_the_pass_that_only_metrics_need(tiny_p
         calls.append((self, len(args[0])))
         return forward(self, *args, **options)
 
-    options = {"iterations": 1, "epochs": 1, "minibatches": 1, "micro_batch_tokens": 10**6, "top_k": top_k}
+    options = {
+        "iterations": 1,
+        "sampling": {"top_k": top_k},
+        "update": {"epochs": 1, "minibatches": 1, "micro_batch_tokens": 10**6},
+    }
     seen = {}
     for exact in (True, False):
         monkeypatch.setattr(NativeEngine, "exact", exact)

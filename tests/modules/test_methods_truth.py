@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bandit import BETA, Bandit, BanditReward, repeated_prompt, save_small_policy
+from making import merged
 from methods import COARSE, METHODS, method
 from ppo_harness import LastTokenReward, TokenReward, fit, make_module
 from tiny_models import make_config
@@ -167,10 +168,21 @@ def log_probs(model: LlamaForCausalLM, tokens: Tensor, start: int) -> Tensor:
 
 # What the method itself leaves out: the module's options, and the oracle's.
 OTHERWISE: list[tuple[str, dict, dict]] = [
-    *[("online_dpo", options, options) for options in ({"loss": "ipo"}, {"loss": "ipo_sum"}, {"loss": "hinge"})],
+    *[("online_dpo", {"loss_type": kind}, {"loss": kind}) for kind in ("ipo", "ipo_sum", "hinge")],
     ("online_dpo", {"label_smoothing": 0.3}, {"label_smoothing": 0.3}),
-    ("rejection_sampling", {"temperature": 0.7}, {}),  # what was sampled at any temperature is learnt at 1
+    (
+        "rejection_sampling",
+        {"sampling": {"temperature": 0.7}},
+        {},
+    ),  # what was sampled at any temperature is learnt at 1
 ]
+
+
+FIRST_STEP = {
+    "sampling": {"max_new_tokens": LONGEST},
+    "update": {"max_grad_norm": None},
+    "optimizer": {"learning_rate": 1e-12},
+}
 
 
 @pytest.mark.parametrize(("name", "more", "known"), [*[(name, {}, {}) for name in METHODS], *OTHERWISE])
@@ -182,10 +194,7 @@ def test_the_first_gradient_is_the_papers(tiny_policy_dir, other_reference, name
         reward,
         cls,
         reference=str(other_reference),
-        learning_rate=1e-12,
-        max_grad_norm=None,
-        max_new_tokens=LONGEST,
-        **{**options, **more},
+        **merged(FIRST_STEP, options, more),
     )
     fit(module)
     rollout, model = module.rollouts[0], LlamaForCausalLM.from_pretrained(tiny_policy_dir, dtype=torch.float64)
@@ -208,6 +217,13 @@ def test_the_first_gradient_is_the_papers(tiny_policy_dir, other_reference, name
 # ---------------------------------------------------------------- a problem solved exactly
 
 
+ON_THE_BANDIT = {
+    "sampling": {"max_new_tokens": 2},
+    "update": {"micro_batch_tokens": 10_000},
+    "optimizer": {"learning_rate": 3e-3, "schedule": "linear"},
+}
+
+
 def trained_on_the_bandit(folder: Path, name: str, iterations: int, **options):
     save_small_policy(folder, seed=0)
     bandit, (cls, _) = Bandit.make(), method(name)
@@ -217,11 +233,7 @@ def trained_on_the_bandit(folder: Path, name: str, iterations: int, **options):
         BanditReward(bandit),
         cls,
         iterations=iterations,
-        max_new_tokens=2,
-        learning_rate=3e-3,
-        schedule="linear",
-        micro_batch_tokens=10_000,
-        **options,
+        **merged(ON_THE_BANDIT, options),
     )
     rows = 64 // module.group_size
     fit(module, [repeated_prompt(rows, i) for i in range(iterations)])
@@ -230,9 +242,14 @@ def trained_on_the_bandit(folder: Path, name: str, iterations: int, **options):
 
 # The mean reward less beta times KL is all that these ask for, so their optimum is reference * exp(reward / beta) / Z.
 SOLVED = {
-    "dr_grpo": {"group_size": 8, "kl_coef": BETA, "kl_loss_coef": 0.0, "scale_by_std": False, "minibatches": 2},
-    "rloo": {"group_size": 4, "kl_coef": BETA, "minibatches": 2},
-    "reinforce": {"kl_coef": BETA, "minibatches": 2},
+    "dr_grpo": {
+        "group_size": 8,
+        "scale_by_std": False,
+        "kl": {"coef": BETA, "loss_coef": 0.0},
+        "update": {"minibatches": 2},
+    },
+    "rloo": {"group_size": 4, "kl": {"coef": BETA}, "update": {"minibatches": 2}},
+    "reinforce": {"kl": {"coef": BETA}, "update": {"minibatches": 2}},
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from making import make
 from small_data import Pair, SmallData, desirable, log_prob, make_pairs, train
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -18,11 +19,12 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.positions import response_mask
 from rlhf_lightning.modules.kto import KTOModule, mismatched
 from rlhf_lightning.modules.orpo import ORPOModule
-from rlhf_lightning.modules.pairs import Rows
 from rlhf_lightning.modules.preference import PreferenceModule
 from rlhf_lightning.modules.simpo import SimPOModule
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.pairs import Rows
 
-DESCENT = {"learning_rate": 1.0, "adam_eps": 1e6}  # plain gradient descent in effect, see test_sft.py
+DESCENT = {"optimizer": {"learning_rate": 1.0, "eps": 1e6}}  # plain gradient descent in effect, see test_sft.py
 ALL = list(range(6))
 BETA, GAMMA, ODDS, DESIRABLE, UNDESIRABLE = 0.7, 0.4, 0.6, 1.3, 0.8
 
@@ -92,10 +94,10 @@ ORACLES = {"kto": kto, "orpo": orpo, "simpo": simpo}
 def module_of(name: str, model: Path, reference: Path) -> PreferenceModule:
     if name == "kto":
         weights = {"desirable_weight": DESIRABLE, "undesirable_weight": UNDESIRABLE}
-        return KTOModule(str(model), reference=str(reference), beta=BETA, **weights, **DESCENT)
+        return make(KTOModule, str(model), reference=str(reference), beta=BETA, **weights, **DESCENT)
     if name == "orpo":
-        return ORPOModule(str(model), odds_coef=ODDS, **DESCENT)
-    return SimPOModule(str(model), beta=BETA, gamma=GAMMA, **DESCENT)
+        return make(ORPOModule, str(model), odds_coef=ODDS, **DESCENT)
+    return make(SimPOModule, str(model), beta=BETA, gamma=GAMMA, **DESCENT)
 
 
 @pytest.mark.parametrize("batches", [[ALL], [[0, 1, 2], [3], [4, 5]]], ids=["one batch", "three micro-batches"])
@@ -154,7 +156,7 @@ def test_gradient_on_labelled_responses_is_that_of_the_paper(
 
 
 def test_labels_alone_teach_and_are_counted_apart(tiny_policy_dir: Path) -> None:
-    module = KTOModule(str(tiny_policy_dir), learning_rate=0.005, beta=0.5)
+    module = KTOModule(str(tiny_policy_dir), beta=0.5, optimizer=AdamWOptions(learning_rate=0.005))
     train(module, SmallData(tiny_policy_dir, [list(range(13))] * 10, held_out=True, labelled=True))
     metrics = module.trainer.callback_metrics
     assert float(metrics["val/accuracy"]) > 0.8
@@ -163,7 +165,7 @@ def test_labels_alone_teach_and_are_counted_apart(tiny_policy_dir: Path) -> None
 
 
 def test_a_batch_of_desirable_responses_alone_has_no_rejected_reward(tiny_policy_dir: Path) -> None:
-    module = KTOModule(str(tiny_policy_dir), desirable_weight=3.0, learning_rate=1e-12)
+    module = KTOModule(str(tiny_policy_dir), desirable_weight=3.0, optimizer=AdamWOptions(learning_rate=1e-12))
     train(module, SmallData(tiny_policy_dir, [[1, 2, 4]], labelled=True))
     metrics = module.trainer.logged_metrics
     assert float(metrics["train/loss"]) == pytest.approx(0.5 * 3.0)
@@ -174,7 +176,7 @@ def test_kto_reads_labelled_rows(tiny_policy_dir: Path, tmp_path: Path) -> None:
     words = ("one", "two", "three", "four", "five")
     rows = [{"prompt": f"{a} {b}", "completion": a, "label": a < b} for a in words for b in words]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    module = KTOModule(str(tiny_policy_dir), learning_rate=0.005, beta=0.5)
+    module = KTOModule(str(tiny_policy_dir), beta=0.5, optimizer=AdamWOptions(learning_rate=0.005))
     path = str(tmp_path / "rows.jsonl")
     train(module, PreferenceDataModule(path, val_path=path, batch_size=6), max_epochs=6)
     metrics = module.trainer.callback_metrics
@@ -189,7 +191,7 @@ def test_the_oracle_of_kto_has_a_baseline_above_0(tiny_policy_dir: Path, other_p
 
 
 def test_kto_starts_at_half_its_weights(tiny_policy_dir: Path) -> None:
-    module = KTOModule(str(tiny_policy_dir), desirable_weight=3.0, learning_rate=1e-12)
+    module = KTOModule(str(tiny_policy_dir), desirable_weight=3.0, optimizer=AdamWOptions(learning_rate=1e-12))
     train(module, SmallData(tiny_policy_dir, [ALL]))
     metrics = module.trainer.logged_metrics
     assert float(metrics["train/loss"]) == pytest.approx(0.5 * (3.0 + 1.0) / 2, abs=1e-6)
@@ -234,7 +236,9 @@ def test_a_batch_without_a_partner_is_warned_about(
     tiny_policy_dir: Path, other_policy_dir: Path, labelled: bool
 ) -> None:
     for rows in ([0], ALL):
-        module = KTOModule(str(tiny_policy_dir), reference=str(other_policy_dir), learning_rate=1e-12)
+        module = KTOModule(
+            str(tiny_policy_dir), reference=str(other_policy_dir), optimizer=AdamWOptions(learning_rate=1e-12)
+        )
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             train(module, SmallData(tiny_policy_dir, [rows], labelled=labelled))
@@ -261,13 +265,13 @@ def test_methods_without_a_reference_load_none(tiny_policy_dir: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("module", "options"),
     [
-        (KTOModule, {"learning_rate": 0.005, "beta": 0.5}),
-        (ORPOModule, {"learning_rate": 0.005, "odds_coef": 1.0}),
-        (SimPOModule, {"learning_rate": 0.005}),
+        (KTOModule, {"beta": 0.5, "optimizer": {"learning_rate": 0.005}}),
+        (ORPOModule, {"odds_coef": 1.0, "optimizer": {"learning_rate": 0.005}}),
+        (SimPOModule, {"optimizer": {"learning_rate": 0.005}}),
     ],
 )
 def test_training_prefers_the_chosen(tiny_policy_dir: Path, module: type, options: dict) -> None:
-    trained = module(str(tiny_policy_dir), **options)
+    trained = make(module, str(tiny_policy_dir), **options)
     train(trained, SmallData(tiny_policy_dir, [list(range(13))] * 10, held_out=True))
     metrics = trained.trainer.callback_metrics
     assert float(metrics["val/accuracy"]) > 0.9

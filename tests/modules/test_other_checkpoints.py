@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.models.building import LoRAOptions
 from rlhf_lightning.modules.dpo import DPOModule
-from rlhf_lightning.modules.made_with import check_made_with
 from rlhf_lightning.modules.ppo import PPOModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.training.critic import CriticOptions
+from rlhf_lightning.training.made_with import check_made_with
 
 
 def saved(module: Any) -> dict[str, Any]:
@@ -25,11 +27,11 @@ def saved(module: Any) -> dict[str, Any]:
 
 def test_other_options_are_named() -> None:
     with pytest.raises(
-        InputError, match=r"made with model.lora_rank 4, and this run has null; give --model.lora_rank 4"
+        InputError, match=r"made with model.lora.rank 4, and this run has null; give --model.lora.rank 4"
     ):
-        SFTModule("model").on_load_checkpoint(saved(SFTModule("model", lora_rank=4)))
-    with pytest.raises(InputError, match=r"made with model.critic model, and this run has head"):
-        PPOModule("model", critic="head").on_load_checkpoint(saved(PPOModule("model")))
+        SFTModule("model").on_load_checkpoint(saved(SFTModule("model", lora=LoRAOptions(rank=4))))
+    with pytest.raises(InputError, match=r"made with model.critic.kind model, and this run has head"):
+        PPOModule("model", critic=CriticOptions(kind="head")).on_load_checkpoint(saved(PPOModule("model")))
     SFTModule("model").on_load_checkpoint(saved(DPOModule("model")))  # the same weights, as `predict` may read
     SFTModule("model").on_load_checkpoint({})  # of an earlier version
 

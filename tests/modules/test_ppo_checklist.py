@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from making import merged
 from ppo_harness import Recorder, TokenReward, fit, make_module, prompts
 from tiny_models import make_config
 from torch import Tensor
@@ -22,10 +23,11 @@ from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.positions import at_last_token, response_states
 from rlhf_lightning.models.scalar import ScalarModel
+from rlhf_lightning.modules.ppo import NewScores
 from rlhf_lightning.modules.sft import SFTModule
-from rlhf_lightning.modules.totals import Totals
 from rlhf_lightning.ops.sample_tokens import sample_tokens
 from rlhf_lightning.rewards import ModelReward, Reward
+from rlhf_lightning.training.totals import Totals
 
 EOS = 1
 
@@ -124,7 +126,10 @@ def test_06_dropout_is_off(tiny_tokenizer, tmp_path):
 
 def test_07_policy_reference_and_critic_start_where_they_should(tiny_policy_dir, tiny_reward_dir):
     module = make_module(
-        tiny_policy_dir, ModelReward(str(tiny_reward_dir)), learning_rate=1e-12, critic_learning_rate=1e-12
+        tiny_policy_dir,
+        ModelReward(str(tiny_reward_dir)),
+        critic={"learning_rate": 1e-12},
+        optimizer={"learning_rate": 1e-12},
     )
     fit(module)
     policy, reference = module.policy.state_dict(), module.reference.state_dict()
@@ -186,7 +191,7 @@ def test_13_sampling_is_from_the_full_distribution():
 
 
 def test_14_the_temperature_is_in_every_log_prob(tiny_policy_dir):
-    module = one_iteration(tiny_policy_dir, temperature=0.5)
+    module = one_iteration(tiny_policy_dir, sampling={"temperature": 0.5})
     experience = module.experiences[0]
     for row, expected in enumerate(softmax_log_probs(tiny_policy_dir, module.rollouts[0], temperature=0.5)):
         for ours in (experience.log_probs, experience.reference_log_probs, module.rollouts[0].log_probs):
@@ -195,19 +200,19 @@ def test_14_the_temperature_is_in_every_log_prob(tiny_policy_dir):
 
 def test_15_the_first_ratio_is_one_and_the_gap_to_the_rollout_is_logged(tiny_policy_dir):
     logged = one_iteration(tiny_policy_dir).logged[0]
-    assert logged["val/ratio"] == pytest.approx(1.0, abs=1e-6)
-    assert logged["policy/approxkl"] == pytest.approx(0.0, abs=1e-10)
+    assert logged["policy/ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert logged["policy/approx_kl"] == pytest.approx(0.0, abs=1e-10)
     assert logged["policy/clipfrac"] == 0.0
     assert logged["objective/kl"] == logged["objective/kl_k3"] == 0.0  # the reference is the policy
     assert 0 <= logged["rollout/logprob_gap"] < 1e-5
-    narrow = one_iteration(tiny_policy_dir, top_k=2).logged[0]
+    narrow = one_iteration(tiny_policy_dir, sampling={"top_k": 2}).logged[0]
     assert narrow["rollout/logprob_gap"] > 0.1  # the truncated distribution's log-probs are not the model's
 
 
 @pytest.mark.parametrize("critic", ["model", "head"])
 def test_15_the_rollouts_own_log_probs_spare_a_pass_of_the_policy(tiny_policy_dir, critic, monkeypatch):
     """Its critic's values are the same; a critic on the policy's trunk needs the trunk."""
-    options = {"critic": critic, "epochs": 1, "minibatches": 1, "micro_batch_tokens": 10**6}
+    options = {"critic": {"kind": critic}, "update": {"epochs": 1, "minibatches": 1, "micro_batch_tokens": 10**6}}
     plain = one_iteration(tiny_policy_dir, **options)
     calls, forward = [], Policy.forward
     monkeypatch.setattr(
@@ -215,7 +220,7 @@ def test_15_the_rollouts_own_log_probs_spare_a_pass_of_the_policy(tiny_policy_di
         "forward",
         lambda self, *args, **options: calls.append((self, len(args[0]))) or forward(self, *args, **options),
     )
-    module = one_iteration(tiny_policy_dir, old_log_probs="rollout", **options)
+    module = one_iteration(tiny_policy_dir, objective={"old_log_probs": "rollout"}, **options)
     # One in the update; the decode loop tries itself on a single row.
     assert sum(policy is module.policy and rows > 1 for policy, rows in calls) == (1 if critic == "model" else 2)
     old, recomputed = module.experiences[0], plain.experiences[0]
@@ -226,7 +231,7 @@ def test_15_the_rollouts_own_log_probs_spare_a_pass_of_the_policy(tiny_policy_di
 
 
 def test_16_a_row_ends_with_its_eos(tiny_policy_dir):
-    rollout = one_iteration(tiny_policy_dir, max_new_tokens=40).rollouts[0]
+    rollout = one_iteration(tiny_policy_dir, sampling={"max_new_tokens": 40}).rollouts[0]
     ended = ~rollout.truncated
     assert ended.any()
     in_response = length_mask(rollout.lengths, rollout.tokens.shape[1]) & ~length_mask(
@@ -258,14 +263,19 @@ def test_17_a_value_is_of_the_state_before_its_token(tiny_policy_dir):
 
 
 def test_18_a_response_without_eos_is_marked_and_penalised_or_credited_with_the_value_of_its_cut(tiny_policy_dir):
-    plain, penalised = one_iteration(tiny_policy_dir), one_iteration(tiny_policy_dir, missing_eos_penalty=3.0)
+    plain, penalised = (
+        one_iteration(tiny_policy_dir),
+        one_iteration(tiny_policy_dir, scores={"missing_eos_penalty": 3.0}),
+    )
     truncated = plain.rollouts[0].truncated
     assert truncated.any()
     assert not truncated.all()
     rollout, scores = plain.rollouts[0], torch.arange(8.0)
-    torch.testing.assert_close(penalised.shaped(scores, rollout), scores - 3.0 * truncated)
-    assert torch.equal(plain.shaped(scores, rollout), scores)
-    boot = one_iteration(tiny_policy_dir, bootstrap_truncated=True, kl_coef=0.0, lam=1.0, gamma=0.9)
+    torch.testing.assert_close(penalised.shape(scores, rollout), scores - 3.0 * truncated)
+    assert torch.equal(plain.shape(scores, rollout), scores)
+    boot = one_iteration(
+        tiny_policy_dir, kl={"coef": 0.0}, advantages={"bootstrap_truncated": True, "lam": 1.0, "gamma": 0.9}
+    )
     e, score = boot.experiences[0], TokenReward()(rollout)
     steps = e.lengths - e.prompt_lengths
     after = e.values.gather(1, steps[:, None])[:, 0]
@@ -286,7 +296,9 @@ def test_19_an_eos_or_pad_id_inside_the_prompt_does_not_end_it(tiny_policy_dir):
 
 
 def test_20_the_critic_has_one_more_state_after_eos(tiny_policy_dir):
-    last, after = (one_iteration(tiny_policy_dir, score_position=where) for where in ("last_token", "after_eos"))
+    last, after = (
+        one_iteration(tiny_policy_dir, advantages={"score_position": where}) for where in ("last_token", "after_eos")
+    )
     ended = (~last.rollouts[0].truncated).long()
     assert torch.equal(last.experiences[0].value_mask.sum(1), last.rollouts[0].response_lengths)
     assert torch.equal(after.experiences[0].value_mask.sum(1), last.rollouts[0].response_lengths + ended)
@@ -322,7 +334,10 @@ def other_reference(tmp_path_factory, kept_tokenizer):
 
 def test_21_to_25_rewards_advantages_and_returns(tiny_policy_dir, other_reference):
     module = one_iteration(
-        tiny_policy_dir, reference=str(other_reference), kl_coef=0.3, lam=0.9, gamma=0.97, whiten_advantages=False
+        tiny_policy_dir,
+        reference=str(other_reference),
+        kl={"coef": 0.3},
+        advantages={"lam": 0.9, "gamma": 0.97, "whiten": False},
     )
     e = module.experiences[0]
     assert module.logged[0]["objective/kl"] > 0.1  # there is a KL to charge
@@ -336,8 +351,8 @@ def test_21_to_25_rewards_advantages_and_returns(tiny_policy_dir, other_referenc
 
 
 def test_22_after_eos_discounts_the_score_once_more(tiny_policy_dir):
-    options = {"whiten_advantages": False, "kl_coef": 0.0, "lam": 0.5, "max_new_tokens": 30}
-    module = one_iteration(tiny_policy_dir, score_position="after_eos", **options)
+    options = {"sampling": {"max_new_tokens": 30}, "kl": {"coef": 0.0}, "advantages": {"whiten": False, "lam": 0.5}}
+    module = one_iteration(tiny_policy_dir, **merged(options, {"advantages": {"score_position": "after_eos"}}))
     e, rollout = module.experiences[0], module.rollouts[0]
     row = int((~rollout.truncated).nonzero()[0])
     steps = int(rollout.response_lengths[row])
@@ -348,8 +363,10 @@ def test_22_after_eos_discounts_the_score_once_more(tiny_policy_dir):
 
 
 def test_23_reward_whitening_keeps_the_mean(tiny_policy_dir):
-    options = {"whiten_advantages": False, "lam": 1.0, "kl_coef": 0.0}
-    plain, white = (one_iteration(tiny_policy_dir, whiten_rewards=w, **options) for w in (False, True))
+    options = {"kl": {"coef": 0.0}, "advantages": {"whiten": False, "lam": 1.0}}
+    plain, white = (
+        one_iteration(tiny_policy_dir, **merged(options, {"advantages": {"whiten_rewards": w}})) for w in (False, True)
+    )
     rollout = plain.rollouts[0]
     scores, steps = TokenReward()(rollout).double(), rollout.response_lengths
     rewards = torch.cat(
@@ -377,7 +394,9 @@ def test_26_advantages_are_whitened_over_the_iteration(tiny_policy_dir):
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 40, 10_000])
 def test_27_optimizer_steps_are_epochs_times_minibatches(tiny_policy_dir, micro_batch_tokens):
-    module = make_module(tiny_policy_dir, iterations=2, epochs=3, minibatches=4, micro_batch_tokens=micro_batch_tokens)
+    module = make_module(
+        tiny_policy_dir, iterations=2, update={"epochs": 3, "minibatches": 4, "micro_batch_tokens": micro_batch_tokens}
+    )
     trainer = fit(module)
     assert trainer.global_step == 2 * 3 * 4
     for iteration in range(2):
@@ -404,21 +423,19 @@ def by_hand(module: Recorder, shift: float) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.1, 0.5, -0.5])
-def test_28_and_29_policy_and_value_loss_by_hand(tiny_policy_dir, monkeypatch, shift):
-    module = one_iteration(tiny_policy_dir, learning_rate=1e-12)
+def test_28_and_29_policy_and_value_loss_by_hand(tiny_policy_dir, shift):
+    module = one_iteration(tiny_policy_dir, optimizer={"learning_rate": 1e-12})
     e = module.experiences[0]
-    monkeypatch.setattr(
-        module, "token_scores", lambda *_: (e.log_probs + shift, torch.zeros_like(e.log_probs), e.values + shift)
-    )
-    policy_loss, value_loss = module.losses(e, Totals(), Totals())
+    new = NewScores(e.log_probs + shift, torch.zeros_like(e.log_probs), e.values + shift, None)
+    policy_loss, value_loss = module.loss(new, e).sums
     expected_policy, expected_value = by_hand(module, shift)
     assert policy_loss.item() == pytest.approx(expected_policy, abs=1e-3)
-    assert value_loss.item() == pytest.approx(expected_value, rel=1e-4, abs=1e-3)
+    assert value_loss.item() == pytest.approx(0.1 * expected_value, rel=1e-4, abs=1e-4)
 
 
 def test_30_the_total_is_policy_plus_a_tenth_of_value_and_the_gradient_is_clipped(tiny_policy_dir, monkeypatch):
     losses, clipped = [], []
-    module = make_module(tiny_policy_dir, micro_batch_tokens=10_000)
+    module = make_module(tiny_policy_dir, update={"micro_batch_tokens": 10_000})
     backward, before_step = module.manual_backward, module.on_before_optimizer_step
 
     def recording_backward(loss):
@@ -435,20 +452,24 @@ def test_30_the_total_is_policy_plus_a_tenth_of_value_and_the_gradient_is_clippe
     monkeypatch.setattr(module, "on_before_optimizer_step", recording_step)
     fit(module)
     logged = module.logged[0]
-    assert losses == [pytest.approx(logged["loss/policy"] + 0.1 * logged["loss/value"], abs=1e-5)]
+    assert losses == [pytest.approx(logged["policy/loss"] + 0.1 * logged["critic/loss"], abs=1e-5)]
     norms = [logged["policy/grad_norm"], logged["critic/grad_norm"]]
     assert norms[0] > 1.0
     assert clipped == [pytest.approx(min(norm, 1.0), rel=1e-4) for norm in norms]  # each by itself
 
 
 def test_31_adamw_has_eps_1e_5_and_the_schedule_runs_over_optimizer_steps(tiny_policy_dir):
-    module = make_module(tiny_policy_dir, iterations=3, epochs=2, minibatches=2, schedule="linear")
+    module = make_module(
+        tiny_policy_dir, iterations=3, update={"epochs": 2, "minibatches": 2}, optimizer={"schedule": "linear"}
+    )
     fit(module)
     optimizer = module.optimizers().optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["eps"] == 1e-5
     # The rate after 4, 8 and 12 of 12 steps.
-    assert [m["lr"] for m in module.logged] == pytest.approx([1e-3 * 8 / 12, 1e-3 * 4 / 12, 0.0], abs=1e-12)
+    assert [m["train/learning_rate"] for m in module.logged] == pytest.approx(
+        [1e-3 * 8 / 12, 1e-3 * 4 / 12, 0.0], abs=1e-12
+    )
 
 
 def test_32_draws_do_not_depend_on_how_the_rows_are_split(tiny_policy_dir):
@@ -457,15 +478,22 @@ def test_32_draws_do_not_depend_on_how_the_rows_are_split(tiny_policy_dir):
     parts = [module.generate(prompts(4, start=start), iteration=3) for start in (0, 4)]
     assert whole.responses == parts[0].responses + parts[1].responses
     assert module.generate(prompts(8), iteration=4).responses != whole.responses
-    module.seed = 1
+    module.sampler.seed = 1
     assert module.generate(prompts(8), iteration=3).responses != whole.responses
 
 
 def test_33_advantages_that_do_not_vary_become_zero(tiny_policy_dir, monkeypatch):
-    module = make_module(tiny_policy_dir, kl_coef=0.0, value_coef=0.0, lam=0.0, max_new_tokens=1, max_grad_norm=None)
+    module = make_module(
+        tiny_policy_dir,
+        sampling={"max_new_tokens": 1},
+        kl={"coef": 0.0},
+        critic={"coef": 0.0},
+        advantages={"lam": 0.0},
+        update={"max_grad_norm": None},
+    )
     monkeypatch.setattr(module, "score", lambda rollout: torch.zeros(len(rollout)))
     monkeypatch.setattr(
-        "rlhf_lightning.modules.ppo.gae", lambda rewards, values, mask, *_: (mask * 2.0, torch.zeros_like(values))
+        "rlhf_lightning.training.credit.gae", lambda rewards, values, mask, *_: (mask * 2.0, torch.zeros_like(values))
     )
     fit(module)
     assert not module.experiences[0].advantages.any()
@@ -477,7 +505,7 @@ def test_33_advantages_that_do_not_vary_become_zero(tiny_policy_dir, monkeypatch
 
 @pytest.mark.parametrize("charged", ["k1", "k2", "k3"])
 def test_34_objectives_are_sums_over_tokens_and_means_over_responses(tiny_policy_dir, other_reference, charged):
-    module = one_iteration(tiny_policy_dir, reference=str(other_reference), kl_coef=0.3, kl_estimator=charged)
+    module = one_iteration(tiny_policy_dir, reference=str(other_reference), kl={"coef": 0.3, "estimator": charged})
     e, logged = module.experiences[0], module.logged[0]
     d = (e.log_probs - e.reference_log_probs).double()
     rows = [d[row, : int(e.mask[row].sum())] for row in range(len(e))]
@@ -492,23 +520,22 @@ def test_34_objectives_are_sums_over_tokens_and_means_over_responses(tiny_policy
     assert logged["objective/rlhf_reward"] == pytest.approx(logged["objective/scores"] - penalty)
 
 
-def test_35_padding_does_not_deflate_the_token_metrics(tiny_policy_dir, monkeypatch):
+def test_35_padding_does_not_deflate_the_token_metrics(tiny_policy_dir):
     module = one_iteration(tiny_policy_dir)
     e = module.experiences[0]
     assert not e.mask.all()  # some rows are shorter
-    monkeypatch.setattr(
-        module, "token_scores", lambda *_: (e.log_probs + 0.1, torch.full_like(e.log_probs, 2.0), e.values)
-    )
     totals = Totals()
-    module.losses(e, totals, Totals())
+    new = NewScores(e.log_probs + 0.1, torch.full_like(e.log_probs, 2.0), e.values, None)
+    for name, (values, mask) in module.loss(new, e).metrics.items():
+        totals.add(name, values, mask)
     means = totals.means()
-    assert means["policy/approxkl"] == pytest.approx(0.5 * 0.1**2, rel=1e-4)
+    assert means["policy/approx_kl"] == pytest.approx(0.5 * 0.1**2, rel=1e-4)
     assert means["policy/entropy"] == pytest.approx(2.0)
-    assert means["val/ratio"] == pytest.approx(math.exp(0.1), rel=1e-5)
+    assert means["policy/ratio"] == pytest.approx(math.exp(0.1), rel=1e-5)
 
 
 def test_36_the_usual_panel_is_logged(tiny_policy_dir):
-    module = one_iteration(tiny_policy_dir, epochs=2)
+    module = one_iteration(tiny_policy_dir, update={"epochs": 2})
     logged, rollout = module.logged[0], module.rollouts[0]
     names = [
         "objective/kl",
@@ -519,19 +546,19 @@ def test_36_the_usual_panel_is_logged(tiny_policy_dir):
         "objective/rlhf_reward",
         "objective/non_score_reward",
         "objective/kl_coef",
-        "policy/approxkl",
+        "policy/approx_kl",
         "policy/clipfrac",
         "policy/entropy",
         "policy/grad_norm",
         "policy/steps",
         "critic/grad_norm",
-        "loss/policy",
-        "loss/value",
-        "val/clipfrac",
-        "val/ratio",
-        "val/ratio_var",
-        "val/num_eos_tokens",
-        "val/explained_variance",
+        "policy/loss",
+        "critic/loss",
+        "critic/clipfrac",
+        "policy/ratio",
+        "policy/ratio_var",
+        "rollout/num_eos_tokens",
+        "critic/explained_variance",
         "rollout/entropy",
         "rollout/length",
         "rollout/max_length",
@@ -541,18 +568,18 @@ def test_36_the_usual_panel_is_logged(tiny_policy_dir):
         "time/rollout",
         "time/score",
         "time/update",
-        "lr",
+        "train/learning_rate",
     ]
     assert sorted(logged) == sorted(names)
     assert all(math.isfinite(logged[name]) for name in names)
-    assert logged["val/num_eos_tokens"] == (~rollout.truncated).sum().item()
+    assert logged["rollout/num_eos_tokens"] == (~rollout.truncated).sum().item()
     assert logged["rollout/length"] == pytest.approx(rollout.response_lengths.float().mean().item())
-    assert logged["val/ratio_var"] >= 0
+    assert logged["policy/ratio_var"] >= 0
     assert logged["policy/steps"] == 2
 
 
 def test_37_validation_answers_with_the_same_draws_every_time(tiny_policy_dir):
-    module = one_iteration(tiny_policy_dir, eval_temperature=0.0)
+    module = one_iteration(tiny_policy_dir, sampling={"eval_temperature": 0.0})
     seen = []
     module.report_samples = lambda rollout, scores: seen.append(rollout)
     for _ in range(2):

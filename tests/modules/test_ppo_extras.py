@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from making import merged
 from ppo_cases import run, write_prompts
 from ppo_harness import Recorder, TokenReward, fit, make_module
 
@@ -21,12 +22,17 @@ CRITICS = ["model", "head", 1]
 
 @pytest.mark.parametrize("critic", CRITICS)
 def test_the_critic_learns_alone_while_it_warms_up(tiny_policy_dir, critic):
-    options = {"iterations": 3, "critic_warmup": 2, "epochs": 2, "minibatches": 2, "weight_decay": 0.1}
-    module = make_module(tiny_policy_dir, critic=critic, **options)
+    options = {
+        "iterations": 3,
+        "critic": {"warmup": 2},
+        "update": {"epochs": 2, "minibatches": 2},
+        "optimizer": {"weight_decay": 0.1},
+    }
+    module = make_module(tiny_policy_dir, **merged(options, {"critic": {"kind": critic}}))
     seen = []
 
     def keep(*_):
-        seen.append([[p.detach().clone() for p in part] for part in module.own_parameters()])
+        seen.append([[p.detach().clone() for p in part] for part in module.actors.own_parameters()])
 
     module.on_train_batch_start = lambda *_: seen or keep()
     module.on_train_batch_end = keep
@@ -37,19 +43,19 @@ def test_the_critic_learns_alone_while_it_warms_up(tiny_policy_dir, critic):
     assert any(not torch.equal(a, b) for a, b in zip(seen[2][0], seen[3][0], strict=True))
     # The policy's optimizer starts after the warm-up: it has not counted the critic's steps.
     optimizer = module.trainer.optimizers[0]
-    policy, own = module.own_parameters()
+    policy, own = module.actors.own_parameters()
     assert {int(optimizer.state[p]["step"]) for p in policy} == {4}
     assert {int(optimizer.state[p]["step"]) for p in own} == {12}
 
 
 @pytest.mark.parametrize("critic", CRITICS)
 def test_the_warm_up_runs_no_backward_pass_of_the_policy_and_learns_the_same(tiny_policy_dir, critic, monkeypatch):
-    options = {"iterations": 3, "critic_warmup": 2, "minibatches": 2, "micro_batch_tokens": 40}
-    module = make_module(tiny_policy_dir, critic=critic, **options)
+    options = {"iterations": 3, "critic": {"warmup": 2}, "update": {"minibatches": 2, "micro_batch_tokens": 40}}
+    module = make_module(tiny_policy_dir, **merged(options, {"critic": {"kind": critic}}))
     made = []  # (iteration, network) of every gradient that is computed
 
     def watch():
-        for name, part in zip(("policy", "critic"), module.own_parameters(), strict=True):
+        for name, part in zip(("policy", "critic"), module.actors.own_parameters(), strict=True):
             for parameter in part:
                 parameter.register_hook(lambda _, name=name: made.append((module.iteration, name)))
 
@@ -64,7 +70,7 @@ def test_the_warm_up_runs_no_backward_pass_of_the_policy_and_learns_the_same(tin
     # With the gradient computed, and then thrown away:
     forward = Policy.forward
     monkeypatch.setattr(Policy, "forward", lambda *a, trained=True, **k: forward(*a, **k))
-    whole = make_module(tiny_policy_dir, critic=critic, **options)
+    whole = make_module(tiny_policy_dir, **merged(options, {"critic": {"kind": critic}}))
     fit(whole)
     for name, weight in whole.state_dict().items():
         assert torch.equal(module.state_dict()[name], weight), name
@@ -76,7 +82,7 @@ def test_the_warm_up_runs_no_backward_pass_of_the_policy_and_learns_the_same(tin
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
 def test_a_run_resumed_in_the_warm_up_goes_on_exactly(tiny_policy_dir, tmp_path, strategy):
     write_prompts(tmp_path / "prompts.jsonl")
-    options = {"iterations": 3, "critic_warmup": 2, "minibatches": 2}
+    options = {"iterations": 3, "critic": {"warmup": 2}, "update": {"minibatches": 2}}
     case = {"policy": str(tiny_policy_dir), "data": str(tmp_path / "prompts.jsonl"), "batch_size": 5}
     case |= {"options": options, "trainer": {"strategy": strategy}, "folder": str(tmp_path / "whole")}
     try:
@@ -91,7 +97,9 @@ def test_a_run_resumed_in_the_warm_up_goes_on_exactly(tiny_policy_dir, tmp_path,
 
 @pytest.mark.parametrize("critic", CRITICS)
 def test_the_critics_own_parameters_have_its_learning_rate_and_no_others(tiny_policy_dir, critic):
-    module = make_module(tiny_policy_dir, critic=critic, learning_rate=1e-3, critic_learning_rate=5e-3)
+    module = make_module(
+        tiny_policy_dir, critic={"kind": critic, "learning_rate": 5e-3}, optimizer={"learning_rate": 1e-3}
+    )
     fit(module)
     own = [part for part in (module.critic, module.policy.branch, module.policy.critic_head) if part is not None]
     expected = {id(parameter): 1e-3 for parameter in module.parameters()}
@@ -119,9 +127,9 @@ def advantages_by_definition(module: Recorder, lam_of_length) -> list[torch.Tens
 
 @pytest.mark.parametrize("alpha", [None, 0.4])
 def test_critic_and_policy_have_a_lambda_each(tiny_policy_dir, alpha):
-    policy_option = {"lam": 0.9} if alpha is None else {"lam_alpha": alpha}
-    options = {"kl_coef": 0.0, "whiten_advantages": False, "critic_lam": 1.0, **policy_option}
-    module = make_module(tiny_policy_dir, max_new_tokens=12, **options)
+    own = {"lam": 0.9} if alpha is None else {"lam_alpha": alpha}
+    options = {"kl": {"coef": 0.0}, "advantages": {"whiten": False, "critic_lam": 1.0, **own}}
+    module = make_module(tiny_policy_dir, sampling={"max_new_tokens": 12}, **options)
     fit(module)
     e = module.experiences[0]
     # VAPO: lambda = 1 - 1 / (alpha l); responses of two tokens or fewer would get one below 0 here.
@@ -141,7 +149,7 @@ def test_critic_and_policy_have_a_lambda_each(tiny_policy_dir, alpha):
 
 def foreign(policy, method, **options):
     """A module whose engine finds other probabilities than the policy's, after its only iteration."""
-    module = make_module(policy, TokenReward(), method, learning_rate=1e-12, **options)
+    module = make_module(policy, TokenReward(), method, **merged({"optimizer": {"learning_rate": 1e-12}}, options))
     generate = module.generate
 
     def generated(*arguments, **keywords):
@@ -158,7 +166,7 @@ def foreign(policy, method, **options):
 def test_advantages_are_weighted_by_the_truncated_ratio_to_the_engine(tiny_policy_dir, method):
     options = {"group_size": 2} if method in (GRPOModule, RLOOModule) else {}
     plain = foreign(tiny_policy_dir, method, **options)
-    weighted = foreign(tiny_policy_dir, method, importance_cap=1.3, **options)
+    weighted = foreign(tiny_policy_dir, method, objective={"importance_cap": 1.3}, **options)
     a, b, rollout = plain.experiences[0], weighted.experiences[0], weighted.rollouts[0]
     ratio = (b.log_probs.double() - rollout.log_probs.double()).exp()
     expected = a.advantages.double() * ratio.clamp(max=1.3)

@@ -35,7 +35,7 @@ def double_log_probs(folder, rollout):
 
 @pytest.mark.parametrize("critic", ["model", "head", 1])
 def test_float64_stays_float64_in_training_and_validation(tiny_policy_dir, critic):
-    module = make_module(tiny_policy_dir, CountReward(), critic=critic, whiten_advantages=False)
+    module = make_module(tiny_policy_dir, CountReward(), critic={"kind": critic}, advantages={"whiten": False})
     trainer = fit(module, precision="64-true")
     rollout, experience = module.rollouts[0], module.experiences[0]
     assert {getattr(experience, name).dtype for name in FLOAT64} == {torch.float64}
@@ -45,12 +45,12 @@ def test_float64_stays_float64_in_training_and_validation(tiny_policy_dir, criti
         for found in (rollout.log_probs, experience.log_probs, experience.reference_log_probs):
             torch.testing.assert_close(found[row, :steps], true, rtol=1e-10, atol=1e-12)
     seen = []
-    evaluate = module.evaluate
-    module.evaluate = lambda *arguments: seen.append(evaluate(*arguments)) or seen[-1]
+    evaluate = module.actors.evaluate
+    module.actors.evaluate = lambda *arguments: seen.append(evaluate(*arguments)) or seen[-1]
     trainer.validate(module, DataLoader([prompts(8)], batch_size=None), verbose=False)
     assert {scores.dtype for scores in seen[0]} == {torch.float64}
     assert all(torch.isfinite(scores).all() for scores in seen[0])
-    assert module.logged[-1]["eval/kl"] == pytest.approx(module.logged[-1]["eval/kl"])  # not NaN
+    assert module.logged[-1]["val/kl"] == pytest.approx(module.logged[-1]["val/kl"])  # not NaN
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])

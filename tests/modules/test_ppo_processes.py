@@ -6,19 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from making import merged
 from ppo_cases import run, write_prompts
 from processes import results_of_two
 
 # Adam's epsilon far above rounding, so that a rounding error in a near-zero gradient does not become a whole step.
-OPTIONS = {"iterations": 3, "epochs": 2, "minibatches": 2, "adam_eps": 1e-3, "learning_rate": 3e-3, "kl_target": 1.0}
+OPTIONS = {
+    "iterations": 3,
+    "kl": {"target": 1.0},
+    "update": {"epochs": 2, "minibatches": 2},
+    "optimizer": {"eps": 1e-3, "learning_rate": 3e-3},
+}
 KINDS = {
-    "own-critic": {"critic": "model", "normalise_scores": True, "whiten_rewards": True},
-    "head": {"critic": "head"},
-    "branch": {"critic": 1},
-    "warm-up": {"critic": "model", "critic_warmup": 2},
-    "branch-warm-up": {"critic": 1, "critic_warmup": 1},
+    "own-critic": {"scores": {"normalise": True}, "critic": {"kind": "model"}, "advantages": {"whiten_rewards": True}},
+    "head": {"critic": {"kind": "head"}},
+    "branch": {"critic": {"kind": 1}},
+    "warm-up": {"critic": {"kind": "model", "warmup": 2}},
+    "branch-warm-up": {"critic": {"kind": 1, "warmup": 1}},
     "lora": {"critic": "head", "lora_rank": 4},
-    "one-row": {"minibatches": 1},  # fewer prompts than processes, in training and in the last batch of validation
+    "one-row": {
+        "update": {"minibatches": 1}
+    },  # fewer prompts than processes, in training and in the last batch of validation
 }
 ROWS = {"one-row": 1}  # of an iteration; else 5: two processes have three and two
 CASES = [(kind, strategy) for kind in KINDS for strategy in ("ddp", "fsdp2")]
@@ -32,7 +40,7 @@ def case(policy: Path, reward: Path, data: Path, kind: str, **trainer: object) -
         "data": str(data),
         "batch_size": ROWS.get(kind, 5),
         "validate": kind == "one-row",
-        "options": {**OPTIONS, **KINDS[kind]},
+        "options": merged(OPTIONS, KINDS[kind]),
         "trainer": trainer,
     }
 

@@ -54,7 +54,9 @@ def nll(folder: Path, tokenizer) -> tuple[Tensor, torch.nn.Module]:
 
 def gradients(folder: Path, data: Path, **options) -> dict[str, Tensor]:
     """Of the policy, at the only optimizer step."""
-    module = make_module(folder, critic="model", max_grad_norm=None, micro_batch_tokens=16, **options)
+    module = make_module(
+        folder, critic={"kind": "model"}, update={"max_grad_norm": None, "micro_batch_tokens": 16}, **options
+    )
     kept: dict[str, Tensor] = {}
     before_step = module.on_before_optimizer_step
 
@@ -88,32 +90,45 @@ def test_the_gradient_gains_ptx_coef_times_that_of_the_demonstrations(tiny_polic
 def test_the_loss_of_the_demonstrations_is_logged(tiny_policy_dir, tiny_tokenizer, rows_file):
     module = make_module(tiny_policy_dir, ptx_coef=0.7)
     fit_on(module, PreferenceDataModule(str(rows_file), batch_size=5, validation_fraction=0.0))
-    assert module.logged[0]["loss/ptx"] == pytest.approx(nll(tiny_policy_dir, tiny_tokenizer)[0].item(), rel=1e-5)
+    assert module.logged[0]["policy/ptx_loss"] == pytest.approx(
+        nll(tiny_policy_dir, tiny_tokenizer)[0].item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_validation_logs_the_perplexity_of_held_out_answers(tiny_policy_dir, tiny_tokenizer, rows_file, temperature):
     write_prompts(rows_file.with_name("prompts.jsonl"))
-    module = make_module(tiny_policy_dir, temperature=temperature, learning_rate=1e-12, micro_batch_tokens=16)
+    module = make_module(
+        tiny_policy_dir,
+        sampling={"temperature": temperature},
+        update={"micro_batch_tokens": 16},
+        optimizer={"learning_rate": 1e-12},
+    )
     data = PreferenceDataModule(
         str(rows_file.with_name("prompts.jsonl")), val_path=str(rows_file), batch_size=10, val_batch_size=2
     )
     fit_on(module, data)
     expected = nll(tiny_policy_dir, tiny_tokenizer)[0].exp().item()
-    assert [m["eval/perplexity"] for m in module.logged if "eval/scores" in m][-1] == pytest.approx(expected, rel=1e-5)
+    assert [m["val/perplexity"] for m in module.logged if "val/scores" in m][-1] == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_answers_there_is_no_perplexity(tiny_policy_dir, tmp_path):
     write_prompts(tmp_path / "prompts.jsonl")
     module = make_module(tiny_policy_dir)
     fit_on(module, PreferenceDataModule(str(tmp_path / "prompts.jsonl"), batch_size=4, validation_fraction=0.4))
-    validated = [metrics for metrics in module.logged if "eval/scores" in metrics]
-    assert validated and not any("eval/perplexity" in metrics for metrics in validated)
+    validated = [metrics for metrics in module.logged if "val/scores" in metrics]
+    assert validated and not any("val/perplexity" in metrics for metrics in validated)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_mix_the_demonstrations_in_as_one_does(tiny_policy_dir, rows_file, tmp_path, strategy):
-    options = {"iterations": 2, "epochs": 2, "minibatches": 2, "ptx_coef": 0.5, "critic": "head", "adam_eps": 1e-3}
+    options = {
+        "iterations": 2,
+        "ptx_coef": 0.5,
+        "critic": {"kind": "head"},
+        "update": {"epochs": 2, "minibatches": 2},
+        "optimizer": {"eps": 1e-3},
+    }
     case = {"policy": str(tiny_policy_dir), "data": str(rows_file), "batch_size": 5, "options": options}
     one = run({**case, "trainer": {}})
     case["trainer"] = {"strategy": strategy, "devices": 2}
@@ -121,7 +136,7 @@ def test_two_processes_mix_the_demonstrations_in_as_one_does(tiny_policy_dir, ro
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-3, atol=1e-5)
     for expected, got in zip(one["metrics"], two["metrics"], strict=True):
-        assert got["loss/ptx"] == pytest.approx(expected["loss/ptx"], rel=1e-4)
+        assert got["policy/ptx_loss"] == pytest.approx(expected["policy/ptx_loss"], rel=1e-4)
 
 
 def test_demonstrations_without_any_answer_are_refused(tiny_policy_dir, tmp_path):

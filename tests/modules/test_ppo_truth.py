@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bandit import BETA, EOS, PROMPT, Bandit, BanditReward, repeated_prompt, save_small_policy
+from making import merged
 from ppo_harness import fit, make_module, prompts
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -30,17 +31,13 @@ def test_ppo_finds_the_optimum_and_its_value_of_a_small_known_problem(tmp_path, 
         tmp_path,
         BanditReward(bandit),
         iterations=iterations,
-        epochs=2,
-        minibatches=2,
-        max_new_tokens=2,
-        kl_coef=BETA,
-        lam=1.0,
-        learning_rate=3e-3,
-        schedule="linear",
-        critic_learning_rate=3e-3,
-        value_coef=1.0,
-        micro_batch_tokens=10_000,
         seed=seed,
+        sampling={"max_new_tokens": 2},
+        kl={"coef": BETA},
+        critic={"learning_rate": 3e-3, "coef": 1.0},
+        advantages={"lam": 1.0},
+        update={"epochs": 2, "minibatches": 2, "micro_batch_tokens": 10_000},
+        optimizer={"learning_rate": 3e-3, "schedule": "linear"},
     )
     start = bandit.objective(LlamaForCausalLM.from_pretrained(tmp_path), reference)
     fit(module, [repeated_prompt(64, i) for i in range(iterations)])
@@ -79,15 +76,12 @@ def test_values_that_bootstrap_cut_responses_settle_at_what_is_earned(tmp_path):
         tmp_path,
         One(),
         iterations=60,
-        epochs=2,
-        minibatches=2,
-        max_new_tokens=4,
-        kl_coef=0.0,
-        bootstrap_truncated=True,
-        learning_rate=1e-12,  # the policy stays, so half of all responses are cut throughout
-        critic_learning_rate=3e-3,
-        value_coef=1.0,
-        micro_batch_tokens=10_000,
+        sampling={"max_new_tokens": 4},
+        kl={"coef": 0.0},
+        critic={"learning_rate": 3e-3, "coef": 1.0},
+        advantages={"bootstrap_truncated": True},
+        update={"epochs": 2, "minibatches": 2, "micro_batch_tokens": 10_000},
+        optimizer={"learning_rate": 1e-12},
     )
     fit(module, [repeated_prompt(32, i) for i in range(60)])
     cut = torch.stack([rollout.truncated.float().mean() for rollout in module.rollouts])
@@ -109,7 +103,12 @@ def assert_same_training(one, other) -> None:
         torch.testing.assert_close(weights(other)[name], value, atol=2e-5, rtol=1e-4, msg=name)
 
 
-OPTIONS = {"epochs": 2, "minibatches": 2, "iterations": 2, "learning_rate": 1e-4, "adam_eps": 1e-3, "kl_coef": 0.1}
+OPTIONS = {
+    "iterations": 2,
+    "kl": {"coef": 0.1},
+    "update": {"epochs": 2, "minibatches": 2},
+    "optimizer": {"learning_rate": 1e-4, "eps": 1e-3},
+}
 
 
 @pytest.fixture
@@ -127,7 +126,12 @@ def test_training_moves_the_weights_far_more_than_the_tolerance(tiny_policy_dir,
 
 @pytest.mark.parametrize("critic", ["model", "head", 1])
 def test_micro_batches_do_not_change_the_result(tiny_policy_dir, critic):
-    modules = [make_module(tiny_policy_dir, critic=critic, micro_batch_tokens=n, **OPTIONS) for n in (1, 30, 10_000)]
+    modules = [
+        make_module(
+            tiny_policy_dir, **merged(OPTIONS, {"critic": {"kind": critic}, "update": {"micro_batch_tokens": n}})
+        )
+        for n in (1, 30, 10_000)
+    ]
     for module in modules:
         fit(module)
     assert_same_training(modules[0], modules[2])
@@ -141,7 +145,7 @@ def test_extra_padding_does_not_change_the_result(tiny_policy_dir, plain):
 
 
 def test_row_order_does_not_change_the_result(tiny_policy_dir):
-    options = {**OPTIONS, "minibatches": 1}
+    options = merged(OPTIONS, {"update": {"minibatches": 1}})
     order = torch.tensor([3, 0, 7, 5, 1, 6, 2, 4])
     plain, shuffled = make_module(tiny_policy_dir, **options), make_module(tiny_policy_dir, **options)
     fit(plain)
@@ -150,7 +154,7 @@ def test_row_order_does_not_change_the_result(tiny_policy_dir):
 
 
 def test_filler_rows_do_not_change_the_result(tiny_policy_dir):
-    options = {**OPTIONS, "minibatches": 1, "iterations": 1}
+    options = merged(OPTIONS, {"iterations": 1, "update": {"minibatches": 1}})
     plain, filled = make_module(tiny_policy_dir, **options), make_module(tiny_policy_dir, **options)
     fit(plain, [prompts(6)])
     batch = prompts(8)

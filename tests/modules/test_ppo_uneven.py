@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from making import make, merged
 from methods import METHODS, method
 from ppo_cases import run, write_prompts
 from ppo_harness import Recorder, TokenReward, fit, make_module, prompts
@@ -17,7 +18,13 @@ from torch.utils.data import DataLoader
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.ppo import PPOModule
 
-OPTIONS = {"iterations": 2, "epochs": 2, "minibatches": 3, "learning_rate": 3e-3, "critic": "head", "kl_target": 1.0}
+OPTIONS = {
+    "iterations": 2,
+    "kl": {"target": 1.0},
+    "critic": {"kind": "head"},
+    "update": {"epochs": 2, "minibatches": 3},
+    "optimizer": {"learning_rate": 3e-3},
+}
 
 
 class Skipping(TokenReward):
@@ -69,7 +76,7 @@ def test_an_iteration_without_any_response_left_makes_no_step_and_says_so(tiny_p
     assert module.logged[1]["policy/steps"] == 0
     assert module.logged[1]["reward/skipped"] == 8
     assert not any(math.isnan(value) for value in module.logged[1].values())
-    assert math.isfinite(module.kl_coefficient)
+    assert math.isfinite(module.kl.coef)
 
 
 def test_a_run_that_learnt_nothing_is_told_at_its_end(tiny_policy_dir):
@@ -92,10 +99,10 @@ def test_skipped_held_out_responses_are_counted_over_all_batches(tiny_policy_dir
     fit(module)
     batches = DataLoader([prompts(4), prompts(3, start=4), prompts(2, start=7)], batch_size=None)
     (logged,) = module.trainer.validate(module, batches, verbose=False)
-    assert logged["eval/skipped"] == 3
+    assert logged["val/skipped"] == 3
     module.reward.may_skip, module.reward.rows = False, torch.tensor([])
     (logged,) = module.trainer.validate(module, batches, verbose=False)
-    assert "eval/skipped" not in logged
+    assert "val/skipped" not in logged
 
 
 def test_nan_from_a_reward_that_may_not_skip_is_an_error(tiny_policy_dir):
@@ -128,15 +135,24 @@ class Silent(Recorder):
         )
 
 
+SMALL = {"sampling": {"max_new_tokens": 6}, "update": {"micro_batch_tokens": 64}}
+
+
 def silent(policy, rows, **options):
-    module = Silent(str(policy), TokenReward(), max_new_tokens=6, micro_batch_tokens=64, **{**OPTIONS, **options})
+    module = make(Silent, str(policy), TokenReward(), **merged(SMALL, OPTIONS, options))
     module.silent = tuple(rows)
     return module
 
 
 @pytest.mark.parametrize("critic", ["model", "head", 1])
 def test_a_response_without_a_token_teaches_nothing(tiny_policy_dir, critic):
-    options = {"minibatches": 1, "iterations": 1, "critic": critic, "kl_target": None, "bootstrap_truncated": True}
+    options = {
+        "iterations": 1,
+        "kl": {"target": None},
+        "critic": {"kind": critic},
+        "advantages": {"bootstrap_truncated": True},
+        "update": {"minibatches": 1},
+    }
     module = silent(tiny_policy_dir, [1, 6], **options)
     fit(module)
     without = silent(tiny_policy_dir, [], **options)
@@ -146,7 +162,7 @@ def test_a_response_without_a_token_teaches_nothing(tiny_policy_dir, critic):
 
 
 def test_a_minibatch_without_a_token_makes_no_step(tiny_policy_dir):
-    module = silent(tiny_policy_dir, [2, 5], minibatches=8, epochs=1, iterations=1)
+    module = silent(tiny_policy_dir, [2, 5], iterations=1, update={"minibatches": 8, "epochs": 1})
     fit(module)
     assert module.logged[0]["policy/steps"] == 6
 
@@ -170,7 +186,10 @@ def test_two_processes_of_which_one_has_nothing_left_learn_what_one_does(tiny_po
         "    return [len(r) / (0 if w % 2 == 0 else 1) for r, w in zip(responses, words)]\n"
     )
     case = {"policy": str(tiny_policy_dir), "data": str(tmp_path / "prompts.jsonl"), "batch_size": 5}
-    case |= {"function": f"{tmp_path / 'mine.py'}:even", "options": {**OPTIONS, "minibatches": 2, "adam_eps": 1e-3}}
+    case |= {
+        "function": f"{tmp_path / 'mine.py'}:even",
+        "options": merged(OPTIONS, {"update": {"minibatches": 2}, "optimizer": {"eps": 1e-3}}),
+    }
     one = run({**case, "trainer": {}})
     two = results_of_two("ppo_cases.py", {"a": {**case, "trainer": {"strategy": strategy, "devices": 2}}}, tmp_path)[
         "a"
@@ -183,7 +202,7 @@ def test_two_processes_of_which_one_has_nothing_left_learn_what_one_does(tiny_po
 @pytest.mark.parametrize("name", METHODS)
 def test_a_group_with_a_skipped_response_is_left_out_whole(tiny_policy_dir, name):
     cls, own = method(name)
-    options = {"epochs": 2, "minibatches": 2, **own}
+    options = merged(own, {"update": {"epochs": 2, "minibatches": 2}})
     group = own.get("group_size", 1)
     skipping = make_module(tiny_policy_dir, Skipping(2 * group + group - 1), cls, **options)
     fit(skipping, [prompts(5)])
@@ -194,7 +213,7 @@ def test_a_group_with_a_skipped_response_is_left_out_whole(tiny_policy_dir, name
 
 
 def test_the_best_of_several_is_never_a_skipped_one(tiny_policy_dir):
-    module = make_module(tiny_policy_dir, best_of=3)
+    module = make_module(tiny_policy_dir, sampling={"best_of": 3})
     fit(module)
     module.reward.forward = Skipping(0, 2, 3, 5).forward  # of rows 0 to 5, three to each of two prompts
     module.reward.may_skip = True

@@ -11,13 +11,13 @@ from train_cases import run
 
 # An epsilon far above rounding: with the usual one, Adam's first steps turn a rounding error of a near-zero gradient
 # into a full step.
-OPTIMIZER = {"learning_rate": 0.02, "adam_eps": 1e-3, "weight_decay": 0.01}
+OPTIMIZER = {"optimizer": {"learning_rate": 0.02, "eps": 1e-3, "weight_decay": 0.01}}
 ARGUMENTS = {
     "sft": OPTIMIZER,
-    "sft-compiled": {**OPTIMIZER, "compile_layers": True},
+    "sft-compiled": {**OPTIMIZER, "network": {"compile_layers": True}},
     "reward_model": {**OPTIMIZER, "label_smoothing": 0.1, "centring": 0.01, "seed": 3},
     "dpo": {**OPTIMIZER, "beta": 0.5, "sft_coef": 0.1},
-    "dpo-lora": {**OPTIMIZER, "beta": 0.5, "lora_rank": 4},
+    "dpo-lora": {**OPTIMIZER, "beta": 0.5, "lora": {"rank": 4}},
     "kto": {**OPTIMIZER, "beta": 0.5, "desirable_weight": 1.5},
     "kto-labelled": {**OPTIMIZER, "beta": 0.5, "desirable_weight": 1.5},
     "orpo": {**OPTIMIZER, "odds_coef": 0.5},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from making import make
 from small_data import SmallData, train
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
@@ -17,6 +18,7 @@ from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.training.optimizer import AdamWOptions
 
 BATCHES = [[0, 1, 2], [3, 4], [5, 6, 7], [8, 9], [10, 11, 12], [13, 14]]
 MODULES = {"sft": SFTModule, "reward_model": RewardModelModule, "dpo": DPOModule}
@@ -36,10 +38,13 @@ class CrashAfter(Callback):
         self.batches -= 1
 
 
+SCHEDULE = {"learning_rate": 0.01, "schedule": "linear", "warmup_steps": 2}
+
+
 def fit(kind: str, folder: Path, run: Path, *callbacks: Callback, **options: object) -> tuple[dict, RLHFModule]:
     kind, _, adapter = kind.partition("-")
-    lora = {"lora_rank": 4} if adapter else {}
-    module = MODULES[kind](str(folder), learning_rate=0.01, schedule="linear", warmup_steps=2, **lora)
+    lora = {"lora": {"rank": 4}} if adapter else {}
+    module = make(MODULES[kind], str(folder), optimizer=SCHEDULE, **lora)
     resume = options.pop("ckpt_path", None)
     data = SmallData(folder, BATCHES, held_out=bool(options.pop("held_out", False)))
     settings = {
@@ -132,7 +137,7 @@ def test_resume_with_the_real_data_and_validation(crash_after: int, tiny_policy_
 
     def fit_real(run: str, *callbacks: Callback, ckpt_path: str | None = None) -> dict:
         data = PreferenceDataModule(str(tmp_path / "rows.jsonl"), batch_size=4, validation_fraction=0.2)
-        module = SFTModule(str(tiny_policy_dir), learning_rate=0.01, schedule="cosine")
+        module = SFTModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=0.01, schedule="cosine"))
         checkpoint = RunCheckpoint(every_n_batches=1)
         options = {"callbacks": [checkpoint, *callbacks], "enable_checkpointing": True, "max_epochs": 3}
         return train(module, data, ckpt_path=ckpt_path, default_root_dir=tmp_path / run, **options)
@@ -162,7 +167,7 @@ def test_resume_under_fsdp2_from_a_folder_of_shards(kind: str, tiny_policy_dir: 
 def test_the_configured_learning_rate_wins_over_the_checkpoints(tiny_policy_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(Crash):
         fit("sft", tiny_policy_dir, tmp_path, CrashAfter(3))
-    module = SFTModule(str(tiny_policy_dir), learning_rate=0.5)
+    module = SFTModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=0.5))
     data = SmallData(tiny_policy_dir, BATCHES)
     train(module, data, ckpt_path=str(latest(tmp_path / "checkpoints")), default_root_dir=tmp_path)
     assert module.trainer.optimizers[0].param_groups[0]["lr"] == 0.5

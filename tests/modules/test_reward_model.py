@@ -14,7 +14,8 @@ from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_scalar_model
 from rlhf_lightning.modules.reward_model import RewardModelModule, wins
-from rlhf_lightning.modules.totals import Totals
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.totals import Totals
 
 
 class Fixed(RewardModelModule):
@@ -44,8 +45,9 @@ def pairs(chosen_lengths: list[int], rejected_lengths: list[int], weights: list[
 
 def measured(module: RewardModelModule, batch: PreferenceBatch) -> dict[str, float]:
     totals = Totals()
-    module.measure(batch, totals)
-    return module.summary(totals.means())
+    module.held_out_totals = totals
+    module.validation_step(batch, 0)
+    return module.held_out_metrics(totals)
 
 
 def test_metrics_by_hand() -> None:
@@ -90,7 +92,9 @@ def test_a_tie_counts_half() -> None:
 
 
 def test_scores_are_those_of_each_sequence_alone(tiny_reward_dir: Path) -> None:
-    module = RewardModelModule(str(tiny_reward_dir), head="trained", learning_rate=1e-12, normalise="none")
+    module = RewardModelModule(
+        str(tiny_reward_dir), head="trained", normalise="none", optimizer=AdamWOptions(learning_rate=1e-12)
+    )
     data = SmallData(tiny_reward_dir, [[0, 1, 2, 3]], extra=3)
     train(module, data)
     chosen, rejected = module.scores(data.collate([0, 1, 2, 3]))
@@ -105,7 +109,7 @@ def test_scores_are_those_of_each_sequence_alone(tiny_reward_dir: Path) -> None:
 def test_exported_scores_of_chosen_responses_are_normalised(
     tiny_policy_dir: Path, tmp_path: Path, normalise: str
 ) -> None:
-    module = RewardModelModule(str(tiny_policy_dir), learning_rate=0.01, normalise=normalise)
+    module = RewardModelModule(str(tiny_policy_dir), normalise=normalise, optimizer=AdamWOptions(learning_rate=0.01))
     train(module, SmallData(tiny_policy_dir, [[0, 1, 2, 3]] * 2, held_out=True))
     module.export(tmp_path / "model")
     again = RewardModelModule(str(tmp_path / "model"), head="trained")
@@ -114,7 +118,7 @@ def test_exported_scores_of_chosen_responses_are_normalised(
     trainer.validate(again, datamodule=data, verbose=False)
     chosen = torch.cat([again.scores(batch)[0] for batch in data.val_dataloader()]).detach()
     if normalise == "none":
-        assert again.scalar.reward_mean == 0.0 and abs(float(chosen.mean())) > 1e-3
+        assert again.reward_model.reward_mean == 0.0 and abs(float(chosen.mean())) > 1e-3
     else:
         assert float(chosen.detach().mean()) == pytest.approx(0.0, abs=1e-5)
     if normalise == "mean_and_std":
@@ -122,11 +126,11 @@ def test_exported_scores_of_chosen_responses_are_normalised(
 
 
 def test_without_held_out_data_the_training_scores_normalise(tiny_policy_dir: Path) -> None:
-    module = RewardModelModule(str(tiny_policy_dir), learning_rate=1e-12)
+    module = RewardModelModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=1e-12))
     data = SmallData(tiny_policy_dir, [[0, 1], [2, 3]])
     train(module, data, max_epochs=2)
     chosen = module.scores(data.collate([0, 1, 2, 3]))[0]
-    assert module.scalar.reward_mean != 0.0
+    assert module.reward_model.reward_mean != 0.0
     assert float(chosen.detach().mean()) == pytest.approx(0.0, abs=1e-5)
 
 
@@ -146,6 +150,6 @@ def test_a_trained_head_where_there_is_none_is_an_error(tiny_policy_dir: Path) -
 
 
 def test_training_separates_the_pairs(tiny_policy_dir: Path) -> None:
-    module = RewardModelModule(str(tiny_policy_dir), learning_rate=0.01)
+    module = RewardModelModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=0.01))
     train(module, SmallData(tiny_policy_dir, [list(range(13))] * 12, held_out=True))
     assert float(module.trainer.callback_metrics["val/accuracy"]) > 0.9

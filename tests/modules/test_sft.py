@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from making import make
 from small_data import SmallData, make_pairs, train
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.modules.sft import SFTModule
+from rlhf_lightning.training.optimizer import AdamWOptions
 
 # One step of plain gradient descent, in effect: with an epsilon far above the gradients, and its first step corrected
 # for bias, AdamW moves every weight by -rate * gradient / eps.
-DESCENT = {"learning_rate": 1.0, "adam_eps": 1e6}
+DESCENT = {"optimizer": {"learning_rate": 1.0, "eps": 1e6}}
 ALL = list(range(10))
 
 
@@ -23,7 +25,7 @@ def gradient(folder: Path, batches: list[list[int]], **options: object) -> dict[
     """The gradient that one optimizer step used, read off the movement of the weights; float64."""
     data = SmallData(folder, batches, extra=options.pop("extra", 0))
     before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).state_dict()
-    after = train(SFTModule(str(folder), **DESCENT), data, precision="64-true", **options)
+    after = train(make(SFTModule, str(folder), **DESCENT), data, precision="64-true", **options)
     return {name: (value - after[f"model.{name}"]) * 1e6 for name, value in before.items()}
 
 
@@ -71,7 +73,7 @@ def test_gradient_does_not_depend_on_row_order(tiny_policy_dir: Path, by_hand: d
 
 
 def test_held_out_loss_and_perplexity_are_of_the_tokens(tiny_policy_dir: Path) -> None:
-    module = SFTModule(str(tiny_policy_dir), learning_rate=1e-9)
+    module = SFTModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=1e-9))
     train(module, SmallData(tiny_policy_dir, [[0]], held_out=True))
     model = AutoModelForCausalLM.from_pretrained(tiny_policy_dir)
     total = count = 0.0
@@ -88,7 +90,7 @@ def test_held_out_loss_and_perplexity_are_of_the_tokens(tiny_policy_dir: Path) -
 def test_training_lowers_the_loss(tiny_policy_dir: Path) -> None:
     losses = []
     for rate in (1e-9, 0.01):
-        module = SFTModule(str(tiny_policy_dir), learning_rate=rate)
+        module = SFTModule(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=rate))
         train(module, SmallData(tiny_policy_dir, [list(range(13))] * 10, held_out=True))
         losses.append(float(module.trainer.callback_metrics["val/loss"]))
     assert losses[1] < 0.5 * losses[0]

@@ -9,16 +9,7 @@ from ppo_cases import run, write_prompts
 from ppo_harness import fit, make_module
 from test_rewards import make_rollout
 
-from rlhf_lightning.modules.shaping import ScoreShaping
-
-PLAIN = {
-    "normalise": False,
-    "missing_eos_penalty": 0.0,
-    "length_penalty": 0.0,
-    "length_threshold": 0,
-    "clip": None,
-    "max_new_tokens": 20,
-}
+from rlhf_lightning.training.shaping import ScoreOptions, ScoreShaping
 
 
 def rollout_of(lengths, truncated):
@@ -37,14 +28,14 @@ def soft_overlong_punishment(length, most, cache):
 
 def test_the_length_penalty_is_dapos_soft_overlong_punishment():
     lengths, most, cache = list(range(21)), 20, 8
-    shaping = ScoreShaping(**{**PLAIN, "length_penalty": 1 / cache, "length_threshold": most - cache})
+    shaping = ScoreShaping(ScoreOptions(length_penalty=1 / cache, length_threshold=most - cache), 20)
     shaped = shaping(torch.zeros(21), rollout_of(lengths, [False] * 21))
     torch.testing.assert_close(shaped, torch.tensor([soft_overlong_punishment(n, most, cache) for n in lengths]))
 
 
 def test_the_order_is_normalise_penalise_clip():
-    options = {"normalise": True, "missing_eos_penalty": 0.5, "length_penalty": 0.1, "length_threshold": 2, "clip": 1.0}
-    shaping = ScoreShaping(**{**PLAIN, **options})
+    options = ScoreOptions(normalise=True, missing_eos_penalty=0.5, length_penalty=0.1, length_threshold=2, clip=1.0)
+    shaping = ScoreShaping(options, 20)
     scores, lengths, truncated = [1.0, 2.0, 6.0], [2, 5, 1], [False, True, False]
     shaping.observe(torch.tensor([*scores, 100.0]), torch.tensor([True, True, True, False]))
     mean, deviation = statistics.mean(scores), statistics.pstdev(scores)
@@ -58,7 +49,7 @@ def test_the_order_is_normalise_penalise_clip():
 
 
 def test_normalisation_runs_over_all_iterations(tiny_policy_dir):
-    module = make_module(tiny_policy_dir, normalise_scores=True, iterations=3, kl_coef=0.0)
+    module = make_module(tiny_policy_dir, iterations=3, scores={"normalise": True}, kl={"coef": 0.0})
     fit(module)
     seen = []
     for rollout, experience in zip(module.rollouts, module.experiences, strict=True):
@@ -74,7 +65,7 @@ def test_normalisation_runs_over_all_iterations(tiny_policy_dir):
 
 def test_normalisation_goes_on_exactly_after_a_resume(tiny_policy_dir, tmp_path):
     write_prompts(tmp_path / "prompts.jsonl")
-    options = {"iterations": 3, "minibatches": 2, "normalise_scores": True}
+    options = {"iterations": 3, "scores": {"normalise": True}, "update": {"minibatches": 2}}
     case = {"policy": str(tiny_policy_dir), "data": str(tmp_path / "prompts.jsonl"), "batch_size": 5}
     case |= {"options": options, "trainer": {}, "checkpoints": True, "folder": str(tmp_path / "whole")}
     whole = run(case)
@@ -86,5 +77,5 @@ def test_normalisation_goes_on_exactly_after_a_resume(tiny_policy_dir, tmp_path)
 
 @pytest.mark.parametrize("clip", [None, 2.0])
 def test_without_options_scores_are_only_clipped(clip):
-    shaped = ScoreShaping(**{**PLAIN, "clip": clip})(torch.tensor([-3.0, 1.0]), rollout_of([3, 4], [True, False]))
+    shaped = ScoreShaping(ScoreOptions(clip=clip), 20)(torch.tensor([-3.0, 1.0]), rollout_of([3, 4], [True, False]))
     assert shaped.tolist() == ([-3.0, 1.0] if clip is None else [-2.0, 1.0])

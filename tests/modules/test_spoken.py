@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from making import make
 from small_data import SmallData, make_pairs, train
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -19,11 +20,12 @@ from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.kto import KTOModule, mismatched
 from rlhf_lightning.modules.orpo import ORPOModule
-from rlhf_lightning.modules.pairs import as_rows
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.modules.simpo import SimPOModule
+from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.pairs import as_rows
 
-DESCENT = {"learning_rate": 1.0, "adam_eps": 1e6}  # see test_sft.py
+DESCENT = {"optimizer": {"learning_rate": 1.0, "eps": 1e6}}  # see test_sft.py
 ALL = list(range(10))
 
 
@@ -63,7 +65,7 @@ def test_sft_learns_what_the_assistant_says(tiny_policy_dir: Path, batches: list
         total, count = total - pair.weight * torch.stack(terms).sum(), count + pair.weight * len(terms)
     (total / count).backward()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    module = SFTModule(str(tiny_policy_dir), **DESCENT)
+    module = make(SFTModule, str(tiny_policy_dir), **DESCENT)
     data = Turns(tiny_policy_dir, batches, extra)
     after = train(module, data, precision="64-true", accumulate_grad_batches=len(batches))
     for name, parameter in model.named_parameters():
@@ -102,7 +104,7 @@ def test_a_token_that_is_not_the_assistants_has_no_gradient(tiny_policy_dir: Pat
     ("cls", "options", "labelled"),
     [
         (DPOModule, {}, False),
-        (DPOModule, {"loss": "ipo"}, False),
+        (DPOModule, {"loss_type": "ipo"}, False),
         (KTOModule, {}, False),
         (KTOModule, {}, True),
         (ORPOModule, {}, False),
@@ -113,7 +115,7 @@ def test_preferences_are_of_what_the_assistant_says(
     tiny_policy_dir: Path, other_policy_dir: Path, cls: type, options: dict[str, Any], labelled: bool
 ) -> None:
     referenced = {"reference": str(other_policy_dir)} if cls in (DPOModule, KTOModule) else {}
-    module = cls(str(tiny_policy_dir), learning_rate=1e-12, **options, **referenced)
+    module = cls(str(tiny_policy_dir), optimizer=AdamWOptions(learning_rate=1e-12), **options, **referenced)
     train(module, Turns(tiny_policy_dir, [[2]], labelled=labelled), precision="64-true")
     model = AutoModelForCausalLM.from_pretrained(tiny_policy_dir, dtype=torch.float64)
     pair = make_pairs(24)[2]

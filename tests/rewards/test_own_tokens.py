@@ -10,6 +10,7 @@ import pytest
 import torch
 from chat_tokenizer import make_tokenizer as make_bytes
 from lightning.pytorch import LightningModule
+from rlhf_lightning.modules.sampling import SamplingModule
 from templates import BRACKETS, CHATML, DATED, NO_END, TOOLS
 from tiny_models import CHAT_TEMPLATE, make_config, make_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
@@ -19,7 +20,6 @@ from rlhf_lightning.data.collate import collate
 from rlhf_lightning.data.records import load_records
 from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.modules.sampling import SamplingModule
 from rlhf_lightning.rewards import ModelReward, Reward, WeightedSum
 
 USER = {"role": "user", "content": "the cat"}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from making import merged
 from methods import COARSE, METHODS, method
 from ppo_harness import LastTokenReward, fit, make_module, prompts
 from rollouts import sample
@@ -67,7 +68,9 @@ def test_what_an_engine_returns_is_checked(changes, message):
 
 def test_an_empty_response_trains_like_any_other(tiny_policy_dir):
     """Scored at the last token of its prompt, of no influence on the others' advantages but through whitening."""
-    module = make_module(tiny_policy_dir, engine=Constant(), kl_coef=0.0, minibatches=2, micro_batch_tokens=16)
+    module = make_module(
+        tiny_policy_dir, engine=Constant(), kl={"coef": 0.0}, update={"minibatches": 2, "micro_batch_tokens": 16}
+    )
     fit(module, [prompts(8)])
     [experience] = module.experiences
     assert experience.mask.sum(dim=1).tolist() == [0, 1, 2, 3, 3, 3, 3, 3]
@@ -87,14 +90,16 @@ def test_rollouts_of_nothing_but_empty_responses_are_survived(tiny_policy_dir):
 def test_every_method_takes_empty_responses(tiny_policy_dir, name):
     cls, own = method(name)
     reward = LastTokenReward() if name in COARSE else None
-    module = make_module(tiny_policy_dir, reward, cls, **{**own, "minibatches": 1, "engine": Constant()})
+    module = make_module(
+        tiny_policy_dir, reward, cls, **merged(own, {"engine": Constant(), "update": {"minibatches": 1}})
+    )
     fit(module, [prompts(8)])
     assert all(torch.isfinite(p).all() for p in module.parameters())
     assert all(torch.isfinite(torch.tensor(list(logged.values()))).all() for logged in module.logged)
 
 
 def test_the_entropy_that_is_logged_is_that_of_the_draws(tiny_policy_dir):
-    module = make_module(tiny_policy_dir, temperature=0.8)
+    module = make_module(tiny_policy_dir, sampling={"temperature": 0.8})
     fit(module, [prompts(8)])
     [rollout] = module.rollouts
     with torch.no_grad():
@@ -120,7 +125,9 @@ class Counting(NativeEngine):
 
 def test_an_engine_is_handed_the_weights_once_an_iteration(tiny_policy_dir):
     engine = Counting()
-    module = make_module(tiny_policy_dir, engine=engine, iterations=3, epochs=2, learning_rate=0.05)
+    module = make_module(
+        tiny_policy_dir, engine=engine, iterations=3, update={"epochs": 2}, optimizer={"learning_rate": 0.05}
+    )
     fit(module)
     assert len(engine.weights) == 3
     assert not torch.equal(engine.weights[0], engine.weights[1])
@@ -146,7 +153,7 @@ def test_logits_that_are_no_numbers_name_the_last_checkpoint(tiny_policy_dir, tm
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_an_update_that_diverges_names_the_iteration_and_the_last_checkpoint(tiny_policy_dir, tmp_path, what):
-    module = make_module(tiny_policy_dir, iterations=3, minibatches=2)
+    module = make_module(tiny_policy_dir, iterations=3, update={"minibatches": 2})
     losses = module.loss
 
     def broken(*arguments):
@@ -159,5 +166,7 @@ def test_an_update_that_diverges_names_the_iteration_and_the_last_checkpoint(tin
     module.loss = broken
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True)
     told = rf"the {what} is NaN or infinite at optimizer step 4 in iteration 1; the last checkpoint from before is "
-    with pytest.raises(TrainingDiverged, match=told + r".*\.ckpt; resume from it with a lower model.learning_rate"):
+    with pytest.raises(
+        TrainingDiverged, match=told + r".*\.ckpt; resume from it with a lower model.optimizer.learning_rate"
+    ):
         fit(module, enable_checkpointing=True, callbacks=[saves])

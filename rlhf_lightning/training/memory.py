@@ -38,11 +38,13 @@ def _advice(module: Any, trainer: Any, phase: str) -> list[str]:
     data = getattr(trainer, "datamodule", None)
     size = "batch_size" if trainer.training else "val_batch_size"
     batch, budget = (getattr(data, name, None) for name in (size, "batch_tokens"))
-    micro = getattr(module, "micro_batch_tokens", None)
+    options = getattr(module, "update_options", None)
+    micro = getattr(options, "micro_batch_tokens", None)
     if phase == "rollout":
-        return [f"lower --data.{size} ({batch}) or --model.max_new_tokens ({module.max_new_tokens})"]
+        longest = module.sampler.options.max_new_tokens
+        return [f"lower --data.{size} ({batch}) or --model.sampling.max_new_tokens ({longest})"]
     if micro is not None:
-        advice = [f"lower --model.micro_batch_tokens ({micro})"]
+        advice = [f"lower --model.update.micro_batch_tokens ({micro})"]
         if phase == "":
             advice.append("lower micro_batch_tokens of the reward model, if that was the one")
     else:
@@ -50,6 +52,6 @@ def _advice(module: Any, trainer: Any, phase: str) -> list[str]:
         if trainer.training:
             more = f"--trainer.accumulate_grad_batches ({trainer.accumulate_grad_batches})"
             advice[0] += f", with more {more} for steps of the same rows"
-    if trainer.training and not module.gradient_checkpointing:
-        advice.append("set --model.gradient_checkpointing true")
+    if trainer.training and not module.network.gradient_checkpointing:
+        advice.append("set --model.network.gradient_checkpointing true")
     return advice

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.policy import Policy
-from rlhf_lightning.models.routers import find_routers
 from rlhf_lightning.models.scalar import ScalarModel
-from rlhf_lightning.modules.totals import Totals
-
-
-def balance(model: Policy | ScalarModel, compiled: bool) -> None:
-    """Train the model's routers too, where its config asks for it.
-
-    Raises:
-        InputError: it asks for what is not known of this model, or not possible with other options.
-    """
-    model.routers = find_routers(model.model)
-    if model.routers is None:
-        return
-    way_out = f"or set output_router_logits to false in the config.json of {model.model.name_or_path}"
-    if compiled:
-        raise InputError(
-            "model.compile_layers: the routers' auxiliary loss, which the model's config asks for, needs layers that "
-            f"are not compiled; set it to false, {way_out}"
-        )
-    if isinstance(model, Policy) and model.branch is not None:
-        raise InputError(
-            "model.critic: a branch of the policy's layers has no auxiliary loss of its routers, which the model's "
-            f"config asks for; use critic: model or head, {way_out}"
-        )
+from rlhf_lightning.training.totals import Totals
 
 
 def router_loss(
@@ -59,6 +36,13 @@ def router_loss(
     return amount * model.routers.coefficient * loss
 
 
+def router_losses(
+    networks: Mapping[str, Policy | ScalarModel], counted: Tensor, amount: Tensor, totals: Totals
+) -> Tensor | float:
+    """`router_loss` of each network, logged under its name."""
+    return sum(router_loss(part, counted, amount, totals, f"{name}/router_loss") for name, part in networks.items())
+
+
 def check_taken(parts: Iterable[nn.Module]) -> None:
     """Refuse a step that has left out the routers' loss of a pass.
 
@@ -69,6 +53,6 @@ def check_taken(parts: Iterable[nn.Module]) -> None:
         if isinstance(part, Policy | ScalarModel) and part.routers is not None and part.routers.untaken:
             raise InputError(
                 "router_aux_loss_coef: the model's config asks for the routers' auxiliary loss, and this module adds "
-                "none; add modules.balancing.router_loss after each pass, or set output_router_logits to false in the "
+                "none; add training.balancing.router_loss after each pass, or set output_router_logits to false in the "
                 "model's config.json"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -33,6 +33,41 @@ def check_made_with(made: Mapping[str, Any], options: Mapping[str, Any], module:
             f"--ckpt_path: {made['module']} made the checkpoint, and {module} goes on from its weights, its optimizer "
             "and its step; to begin anew from the model alone, name its exported folder by --model.model"
         )
+
+
+def check_bases(made: Sequence[Sequence[str]], loaded: Sequence[tuple[str, str]]) -> None:
+    """Refuse adapters that were trained beside other weights: they are worth nothing beside these.
+
+    Args:
+        made: folder and fingerprint of the weights beside each adapter of the checkpoint.
+        loaded: the run's.
+
+    Raises:
+        InputError: names the folder.
+    """
+    for (then, expected), (folder, found) in zip(made, loaded, strict=False):
+        if found != expected:
+            now = "changed since" if then == folder else f"are not those of {folder}"
+            raise InputError(
+                f"the checkpoint's adapters were trained beside the weights of {then}, which {now}: they are worth "
+                "nothing beside others; resume with the weights that the run was started from"
+            )
+
+
+def wrong_weights(error: RuntimeError, module: str, model: str, made: str) -> InputError:
+    """What is said where torch refuses a checkpoint's weights, in place of its line for every parameter.
+
+    Args:
+        error: torch's.
+        module: the class that goes on.
+        model: the folder of its model.
+        made: by whom the checkpoint was made.
+    """
+    first = " ".join((str(error).splitlines()[1:2] or [str(error)])[0].split())[:200]
+    return InputError(
+        f"--ckpt_path: it does not fit {module} of {model} ({first}): it was made {made}; give the config and the "
+        "options that it was made with, or leave --ckpt_path out"
+    )
 
 
 def own_part(checkpoint: Mapping[str, Any], key: str, module: str, made: str) -> dict[str, Any]:

@@ -6,15 +6,45 @@ Shapes: ``B`` rows of this process, ``S`` prompt + response tokens, ``T`` respon
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from rlhf_lightning.batches import DemonstrationBatch
+from rlhf_lightning.batches import DemonstrationBatch, Rollout
 from rlhf_lightning.models.positions import response_mask
 
+_Own = TypeVar("_Own", bound="Learnable")
 _R = TypeVar("_R", bound="Sampled")
+_E = TypeVar("_E", bound="Experience")
+
+
+class ResponseScores(NamedTuple):
+    """What the passes over a rollout before the update give, all float32 (float64 under ``64-true``)."""
+
+    log_probs: Tensor  # [B, T] of the policy
+    reference_log_probs: Tensor  # [B, T]
+    values: Tensor | None  # [B, T + 1] of a critic: before each response token, and after the last; None without one
+
+
+class Learnable(Protocol):
+    """What an update asks of an experience: rows of this process that can be taken in micro-batches."""
+
+    weights: Tensor  # [B] float32; rows of weight 0 are in no minibatch
+
+    @property
+    def sizes(self) -> Tensor:
+        """[B] int64, the tokens that a row puts into a forward pass."""
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, lengths and prompt lengths of a forward pass over the rows."""
+
+    def take(self: _Own, rows: Tensor) -> _Own:
+        """The given rows."""
+
+    def uncounted(self: _Own) -> _Own:
+        """The same rows, none of which counts in any loss or metric."""
 
 
 @dataclass
@@ -38,6 +68,11 @@ class Sampled:
     def sizes(self) -> Tensor:
         """[B] int64, the tokens that a row puts into a forward pass."""
         return self.lengths
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Learnable.inputs`: ``[B, S]``, ``[B]``, ``[B]``."""
+        return self.tokens, self.lengths, self.prompt_lengths
 
     def take(self: _R, rows: Tensor) -> _R:
         """The given rows, cut to the longest of them: no padding is computed that the group does not need."""
@@ -68,6 +103,22 @@ class Experience(Sampled):
     log_probs: Tensor  # [B, T] of the policy before the update
     reference_log_probs: Tensor  # [B, T]
     advantages: Tensor  # [B, T], whitened where that is asked for
+
+    @classmethod
+    def of(
+        cls: type[_E], rollout: Rollout, old: ResponseScores, advantages: Tensor, weights: Tensor, **more: Any
+    ) -> _E:
+        """The rollout with its old log-probs and advantages ``[B, T]``; rows of weight 0 are not learnt from."""
+        return cls(
+            tokens=rollout.tokens,
+            lengths=rollout.lengths,
+            prompt_lengths=rollout.prompt_lengths,
+            weights=weights,
+            log_probs=old.log_probs,
+            reference_log_probs=old.reference_log_probs,
+            advantages=advantages,
+            **more,
+        )
 
 
 @dataclass
@@ -107,6 +158,11 @@ class Pairs:
     def sizes(self) -> Tensor:
         """[B] int64, the tokens that a pair puts into a forward pass, padding of the shorter one included."""
         return 2 * self.lengths.amax(dim=1)
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Learnable.inputs`: pair b is rows 2 b and 2 b + 1 of ``[2B, S]``, ``[2B]``, ``[2B]``."""
+        return self.tokens.flatten(0, 1), self.lengths.flatten(), self.prompt_lengths.flatten()
 
     def take(self, rows: Tensor) -> Pairs:
         """The given pairs, cut to the longest response of them."""

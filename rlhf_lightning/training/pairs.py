@@ -1,0 +1,123 @@
+"""Pairs of responses: both sides as one batch of rows, and what a method's loss and metrics are made of.
+
+Shapes: ``B`` pairs of this process, ``T`` response tokens. A pair's two rows stand apart: row ``b`` of ``2B`` is pair
+``b``'s chosen response, row ``B + b`` its rejected one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from jsonargparse.typing import restricted_number_type
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rlhf_lightning.algorithms.losses import PreferenceLoss, negative_log_likelihood
+from rlhf_lightning.batches import PreferenceBatch
+from rlhf_lightning.errors import InputError, check_choice
+from rlhf_lightning.models.policy import Policy, Reference
+from rlhf_lightning.training.totals import Totals
+
+# Half or more would say that the labels are worthless or the wrong way round.
+LabelSmoothing = restricted_number_type("LabelSmoothing", float, [(">=", 0), ("<", 0.5)])
+
+
+def check_smoothing(label_smoothing: float, loss_type: str) -> None:
+    """InputError where the loss is unknown, or where it is asked for label smoothing and has none."""
+    check_choice("model.loss_type", loss_type, PreferenceLoss)
+    if label_smoothing > 0 and loss_type != "sigmoid":
+        raise InputError(
+            f"model.label_smoothing: {label_smoothing} has no meaning for loss_type {loss_type}; set it to 0, or use "
+            "sigmoid"
+        )
+
+
+class Rows(NamedTuple):
+    """The chosen rows, then the rejected ones."""
+
+    tokens: Tensor  # [2B, S] int64, right-padded
+    lengths: Tensor  # [2B] int64, prompt + response
+    prompt_lengths: Tensor  # [2B] int64
+    response_mask: Tensor  # [2B, T] bool, the response tokens that count
+
+
+def as_rows(batch: PreferenceBatch) -> Rows:
+    """Chosen above rejected, the narrower side padded with 0 (any id would do: masks come from the lengths)."""
+    sides = (batch.chosen, batch.rejected)
+    width = max(side.tokens.shape[1] for side in sides)
+    masks = [side.response_mask for side in sides]
+    steps = max(mask.shape[1] for mask in masks)
+    return Rows(
+        tokens=torch.cat([pad(side.tokens, (0, width - side.tokens.shape[1])) for side in sides]),
+        lengths=torch.cat([side.lengths for side in sides]),
+        prompt_lengths=torch.cat([side.prompt_lengths for side in sides]),
+        response_mask=torch.cat([pad(mask, (0, steps - mask.shape[1])) for mask in masks]),
+    )
+
+
+def weighted_sum(losses: Tensor, weights: Tensor) -> Tensor:
+    """``sum_b weights[b] * losses[b]``; a row of weight 0 adds nothing, even where its loss is NaN."""
+    return torch.where(weights > 0, losses * weights, 0.0).sum()
+
+
+def wins(first: Tensor, second: Tensor) -> Tensor:
+    """1 where ``first`` is larger, 0 where it is smaller, one half at a tie; ``[B]`` float32."""
+    return (first > second).float() + 0.5 * (first == second).float()
+
+
+class RowScores(NamedTuple):
+    """Rows under the policy."""
+
+    rows: Rows
+    mask: Tensor  # [2B, T] bool, the response tokens that count
+    log_probs: Tensor  # [2B] summed over them
+
+    @property
+    def tokens(self) -> Tensor:
+        """``[2B]`` int64, tokens of the response that count; 1 where none does, so that it can be divided by."""
+        return self.mask.sum(dim=1).clamp(min=1)
+
+
+def score_rows(policy: Policy | Reference, rows: Rows) -> RowScores:
+    """The rows of any pairs in one forward pass."""
+    log_probs = policy(rows.tokens, rows.lengths, rows.prompt_lengths).log_probs
+    return RowScores(rows, rows.response_mask, -negative_log_likelihood(log_probs, rows.response_mask))
+
+
+@torch.no_grad()
+def reference_log_probs(reference: Reference, rows: Rows) -> Tensor:
+    """``[2B]``, summed over each response, under the frozen reference."""
+    return score_rows(reference, rows).log_probs
+
+
+class PairLoss(NamedTuple):
+    """What a method makes of a batch of pairs."""
+
+    losses: Tensor  # [B]
+    rewards: Tensor  # [2B] what the method takes for the responses' rewards; no gradient is asked of these
+    log_probs: Tensor  # [2B] summed over the response, under the policy
+    more: Mapping[str, Tensor] = MappingProxyType({})  # other metrics, [B] each, by name
+
+    def add_metrics(self, totals: Totals, weights: Tensor, prefix: str, separator: str) -> None:
+        """Add loss, accuracy and margin of the rewards, and rewards and log-probs themselves, to ``totals``.
+
+        Args:
+            totals: where to.
+            weights: ``[B]``, the pairs'.
+            prefix: of the names of the first three.
+            separator: in the names of the others, ``rewards/chosen``.
+        """
+        counted = weights > 0
+        chosen, rejected = self.rewards.chunk(2)
+        totals.add(f"{prefix}loss", self.losses, weights)
+        totals.add(f"{prefix}accuracy", wins(chosen, rejected), counted)
+        totals.add(f"{prefix}margin", chosen - rejected, counted)
+        for group, values in (("rewards", self.rewards), ("logps", self.log_probs)):
+            chosen, rejected = values.chunk(2)
+            totals.add(f"{group}{separator}chosen", chosen, counted)
+            totals.add(f"{group}{separator}rejected", rejected, counted)
+        for name, values in self.more.items():
+            totals.add(prefix + name, values, counted)

@@ -1,0 +1,77 @@
+"""What a module asks of its reward: models made ready, scores checked, responses without a score left out.
+
+Shapes: ``B`` responses of this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_lightning.batches import Rollout
+from rlhf_lightning.collectives import failing_together
+from rlhf_lightning.models.building import Place
+from rlhf_lightning.models.scalar import ScalarModel
+from rlhf_lightning.rewards.base import Reward, check_scores
+from rlhf_lightning.training.totals import Totals
+
+
+def parts_of(reward: Reward | None) -> Iterator[Reward]:
+    """A reward and all that it is made of."""
+    return (part for part in (reward.modules() if reward is not None else ()) if isinstance(part, Reward))
+
+
+def prepare_reward(reward: Reward | None, tokenizer: PreTrainedTokenizerBase, place: Place) -> None:
+    """Load what the reward needs; its own models get the run's precision, a reward of one's own has its own."""
+    if reward is None:
+        return
+    reward.prepare(tokenizer, place.device, place.mesh)
+    for part in reward.modules():
+        if isinstance(part, ScalarModel):  # of a `ModelReward`
+            place.convert(part)
+
+
+def checked_scores(
+    score: Callable[[Rollout], Tensor], rollout: Rollout, reward: Reward | None, source: str, date: str | None = None
+) -> Tensor:
+    """The scores ``[B]`` of a rollout, finite, or NaN for none where the reward may skip.
+
+    Args:
+        score: gives them.
+        rollout: the responses.
+        reward: what ``score`` asks.
+        source: where they are from, for messages.
+        date: the day that the run's chat templates say it is.
+
+    Raises:
+        InputError: the scores of a process are wrong; on all processes.
+    """
+    if date is not None:
+        for part in parts_of(reward):
+            part.date = date
+    with failing_together():
+        return check_scores(score(rollout), rollout, source, reward is not None and reward.may_skip)
+
+
+def settle(
+    rollout: Rollout, scores: Tensor, reward: Reward | None, totals: Totals, group_size: int = 1
+) -> tuple[Rollout, Tensor]:
+    """The rollout and its scores ``[B]`` without what has no score, and what the reward noted added to ``totals``.
+
+    Where the reward may skip, a response without a score has score 0 and weight 0 from here on, and with it the others
+    to the same prompt: a group is compared as a whole. ``reward/skipped`` counts them.
+    """
+    if reward is not None and reward.may_skip:
+        weights = rollout.prompts.weights
+        missing = torch.isnan(scores).reshape(-1, group_size).any(dim=1).repeat_interleave(group_size)
+        totals.add("reward/skipped", missing, weights > 0)
+        rollout = replace(rollout, prompts=replace(rollout.prompts, weights=weights.masked_fill(missing, 0.0)))
+        scores = scores.masked_fill(missing, 0.0)
+    for part in parts_of(reward):
+        for name, values in part.noted.items():
+            totals.add(f"reward/{name}", values, rollout.prompts.weights > 0)
+    return rollout, scores

@@ -1,0 +1,38 @@
+"""docs/metrics.md has every metric that the code logs, and no other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rlhf_lightning.callbacks.event_log import LAYOUT
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+GROUPS = "train|val|policy|critic|objective|rollout|reward|rewards|logps|importance|time"
+PAGE = set(re.findall(rf"`((?:{GROUPS})/\w+)`", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")))
+# Sums that other metrics are made of, and are logged as something else.
+INNER = {"policy/ratio_squared"}
+
+
+def logged() -> set[str]:
+    names = set()
+    for folder in ("modules", "training"):
+        for path in (ROOT / "rlhf_lightning" / folder).glob("*.py"):
+            names |= set(re.findall(rf'"((?:{GROUPS})/[a-z_0-9]+)"', path.read_text(encoding="utf-8")))
+    return names - INNER
+
+
+def test_the_page_has_every_metric() -> None:
+    assert logged() - PAGE == set()
+
+
+def test_the_page_has_no_metric_that_nobody_logs() -> None:
+    written_out = ("policy", "critic", "objective", "rollout", "importance")
+    made = {name for name in PAGE if name.partition("/")[0] in written_out}
+    by_network = {f"{network}/{what}" for network in ("policy", "critic") for what in ("grad_norm", "router_loss")}
+    assert made - logged() - by_network == set()
+
+
+def test_the_page_of_charts_shows_metrics_that_there_are() -> None:
+    shown = {name for charts in LAYOUT.values() for _, names in charts.values() for name in names}
+    assert shown <= PAGE
