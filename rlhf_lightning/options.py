@@ -5,9 +5,11 @@ The values are checked where a group is made, so a script of one's own is refuse
 
 from __future__ import annotations
 
+import inspect
 import types
 import typing
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from jsonargparse.typing import (
@@ -21,6 +23,8 @@ from jsonargparse.typing import (
 
 from rlhf_lightning.errors import InputError
 
+_HANDED_ON = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
 __all__ = [
     "ClosedUnitInterval",
     "NonNegativeFloat",
@@ -29,6 +33,9 @@ __all__ = [
     "Options",
     "PositiveFloat",
     "PositiveInt",
+    "arguments_of",
+    "groups_of",
+    "plain",
 ]
 
 
@@ -44,6 +51,48 @@ class Options:
         for name, kind in typing.get_type_hints(type(self)).items():
             if not _allowed(value := getattr(self, name), kind):
                 raise InputError(f"{type(self).__name__}.{name}: expected {_told(kind)}, got {value!r}")
+
+
+def plain(value: Any) -> Any:
+    """A constructor's argument as data for a checkpoint: a group as a mapping, an object by its class's name."""
+    if isinstance(value, Options):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {str(name): plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    for kind in (bool, int, float, str):  # and not one of jsonargparse's own classes of them
+        if isinstance(value, kind):
+            return kind(value)
+    return None if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def arguments_of(cls: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a constructor is called with, by name and with the defaults, also what it hands on to those of its bases."""
+    found: dict[str, Any] = {}
+    for init in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
+        signature = inspect.signature(init)
+        bound = signature.bind_partial(None, *args, **kwargs)
+        bound.apply_defaults()
+        kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+        by_kind = {kind: bound.arguments[name] for name, kind in kinds.items()}
+        own = [name for name, kind in kinds.items() if kind not in _HANDED_ON][1:]
+        found |= {name: bound.arguments[name] for name in own if name not in found}
+        if inspect.Parameter.VAR_KEYWORD not in by_kind:
+            return found
+        args, kwargs = by_kind.get(inspect.Parameter.VAR_POSITIONAL, ()), by_kind[inspect.Parameter.VAR_KEYWORD]
+    return found
+
+
+def groups_of(constructor: Any, given: Mapping[str, Any]) -> dict[str, Options]:
+    """The groups among the arguments of a constructor, made again of what `plain` made of them."""
+    kinds = typing.get_type_hints(constructor)
+    found = {name: kinds.get(name) for name in given}
+    return {
+        name: kind(**given[name])
+        for name, kind in found.items()
+        if isinstance(kind, type) and issubclass(kind, Options)
+    }
 
 
 def _allowed(value: Any, kind: Any) -> bool:

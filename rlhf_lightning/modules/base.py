@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -26,6 +26,7 @@ from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.models.policy import Policy, Reference
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.ops.extension import keep_memory
+from rlhf_lightning.options import arguments_of, groups_of, plain
 from rlhf_lightning.training.balancing import check_taken
 from rlhf_lightning.training.gradient_step import GradientStep
 from rlhf_lightning.training.made_with import check_bases, check_made_with, own_part, wrong_weights
@@ -68,6 +69,38 @@ class RLHFModule(LightningModule):
         self._step_began = time.monotonic()
         self._bases: list[tuple[str, str]] = []  # under LoRA: folder and fingerprint of the weights beside the adapters
         self._made_by = "otherwise"  # who made the checkpoint that is loaded, for messages
+        self._set_hparams(getattr(self, "_given", {}))
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember the arguments for ``hparams``, in whichever subclass they are named."""
+        self = super().__new__(cls)
+        if args or kwargs:  # a copy is made without
+            given = arguments_of(cls, args, kwargs)
+            object.__setattr__(self, "_given", {name: plain(value) for name, value in given.items()})
+        return self
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Lightning's, with the options that the checkpoint was made with; ``kwargs`` win over them.
+
+        Weights that are not trained are read from the folder in ``hparams.model``. Objects such as a reward are in no
+        checkpoint: give them again.
+
+        Raises:
+            InputError: the checkpoint is a folder of shards.
+        """
+        if not Path(checkpoint_path).is_file():
+            raise InputError(f"{checkpoint_path}: no checkpoint file; shards are read by trainer.fit(ckpt_path=...)")
+        made = torch.load(checkpoint_path, map_location="cpu", weights_only=True).get("hyper_parameters", {})
+        objects = {name: None for name in ("reward", "engine") if name in made}
+        options = {**objects, **groups_of(cls.__init__, made), **kwargs}
+        return super().load_from_checkpoint(checkpoint_path, *args, **options)
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """What the trained network gives: see `Policy.forward`, or `ScalarModel.forward`."""
+        if self.model is None:
+            raise InputError(f"{type(self).__name__}: there is no model yet; call configure_model() first")
+        return self.model(*inputs, **options)
 
     # Setting up
 
@@ -228,14 +261,12 @@ class RLHFModule(LightningModule):
             raise TrainingDiverged(f"{error}; {self._last_checkpoint()}") from error
 
     def _last_checkpoint(self) -> str:
+        lower = "with a lower model.optimizer.learning_rate"
         for callback in self.trainer.checkpoint_callbacks if self._trainer is not None else ():
             for name in ("newest", "last_model_path", "best_model_path"):
                 if path := getattr(callback, name, None):
-                    return (
-                        f"the last checkpoint from before is {path}; resume from it with a lower "
-                        "model.optimizer.learning_rate"
-                    )
-        return "no checkpoint was saved before; start again with a lower model.optimizer.learning_rate"
+                    return f"the last checkpoint from before is {path}; resume from it {lower}"
+        return f"no checkpoint was saved before; start again {lower}"
 
     def _log_step(self, optimizer: Optimizer, tokens: float) -> None:
         means = self.step.means()

@@ -91,12 +91,12 @@ class RewardModelModule(RLHFModule):
         """Load (and shard) the model; called again for every stage, so only the first time counts."""
         if self.reward_model is None:
             trainer = self._trainer
-            trains = trainer is not None and trainer.training
-            # A fresh head is for training, or for a checkpoint's weights to fill; measured, it would be noise.
-            to_be_filled = trains or (trainer is not None and trainer.ckpt_path is not None)
-            fresh = self.head == "fresh" and to_be_filled
+            # A fresh head is for training, or for a checkpoint's weights to fill (they may come next where there is no
+            # Trainer); measured, it would be noise.
+            filled = trainer is None or trainer.training or trainer.ckpt_path is not None
+            fresh = self.head == "fresh" and filled
             self.reward_model = self.factory().scalar(self.model_folder, fresh_head=fresh)
-            if trains:
+            if trainer is not None and trainer.training:
                 self.reward_model.set_normalisation(0.0, 1.0)
                 self._to_normalise = self.normalise != "none"
 
