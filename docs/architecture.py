@@ -70,9 +70,11 @@ def class_tree() -> list[str]:
 def parts() -> list[str]:
     """The parts that a PPO module holds, with the file of each."""
     from rlhf_lightning.modules import PPOModule
+    from rlhf_lightning.training.actors import Actors
 
     module: Any = PPOModule("model")
     held = {name: type(value) for name, value in vars(module).items() if not name.startswith("_")}
+    held["actors"] = Actors  # from `configure_model` on
     rows = ["| `self.` | class | file |", "|---|---|---|"]
     for name, cls in sorted(held.items()):
         if cls.__module__.startswith(("rlhf_lightning.training", "rlhf_lightning.models")):

@@ -5,6 +5,7 @@ The values are checked where a group is made, so a script of one's own is refuse
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
 import typing
@@ -33,8 +34,9 @@ __all__ = [
     "Options",
     "PositiveFloat",
     "PositiveInt",
+    "arguments_again",
     "arguments_of",
-    "groups_of",
+    "check_arguments",
     "plain",
 ]
 
@@ -54,7 +56,7 @@ class Options:
 
 
 def plain(value: Any) -> Any:
-    """A constructor's argument as data for a checkpoint: a group as a mapping, an object by its class's name."""
+    """A constructor's argument as data for a checkpoint: a group as a mapping, an object as ``<its class's name>``."""
     if isinstance(value, Options):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
@@ -64,7 +66,7 @@ def plain(value: Any) -> Any:
     for kind in (bool, int, float, str):  # and not one of jsonargparse's own classes of them
         if isinstance(value, kind):
             return kind(value)
-    return None if value is None else f"{type(value).__module__}.{type(value).__qualname__}"
+    return None if value is None else f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
 def arguments_of(cls: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,27 +74,51 @@ def arguments_of(cls: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
     found: dict[str, Any] = {}
     for init in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
         signature = inspect.signature(init)
-        bound = signature.bind_partial(None, *args, **kwargs)
+        try:
+            bound = signature.bind_partial(None, *args, **kwargs)
+        except TypeError:  # the constructor says it by itself
+            return found
         bound.apply_defaults()
         kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-        by_kind = {kind: bound.arguments[name] for name, kind in kinds.items()}
+        by_kind = {kind: bound.arguments.get(name) for name, kind in kinds.items()}
         own = [name for name, kind in kinds.items() if kind not in _HANDED_ON][1:]
-        found |= {name: bound.arguments[name] for name in own if name not in found}
+        found |= {name: bound.arguments[name] for name in own if name not in found and name in bound.arguments}
         if inspect.Parameter.VAR_KEYWORD not in by_kind:
             return found
         args, kwargs = by_kind.get(inspect.Parameter.VAR_POSITIONAL, ()), by_kind[inspect.Parameter.VAR_KEYWORD]
     return found
 
 
-def groups_of(constructor: Any, given: Mapping[str, Any]) -> dict[str, Options]:
-    """The groups among the arguments of a constructor, made again of what `plain` made of them."""
-    kinds = typing.get_type_hints(constructor)
-    found = {name: kinds.get(name) for name in given}
-    return {
-        name: kind(**given[name])
-        for name, kind in found.items()
-        if isinstance(kind, type) and issubclass(kind, Options)
-    }
+def check_arguments(cls: type, given: Mapping[str, Any]) -> None:
+    """InputError where an argument of a constructor is none that its type allows; names the class and the argument."""
+    for name, kind in _kinds(cls).items():
+        if name in given and not _allowed(given[name], kind):
+            raise InputError(f"{cls.__name__}.{name}: expected {_told(kind)}, got {given[name]!r}")
+
+
+def _kinds(cls: type) -> dict[str, Any]:
+    """The types of a constructor's arguments, and of those that it hands on to its bases."""
+    kinds: dict[str, Any] = {}
+    for init in (vars(base)["__init__"] for base in reversed(cls.__mro__) if "__init__" in vars(base)):
+        with contextlib.suppress(NameError):  # a class of the user's may name what it does not import
+            kinds |= typing.get_type_hints(init)
+    return kinds
+
+
+def arguments_again(cls: type, made: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments from what `plain` made of them; ``given`` wins.
+
+    Raises:
+        InputError: an object was among them and is not given; names it.
+    """
+    kinds, arguments = _kinds(cls), dict(given)
+    for name, value in made.items():
+        kind = kinds.get(name)
+        if isinstance(value, str) and value.startswith("<") and name not in given:
+            raise InputError(f"{name}: the checkpoint was made with {value}, which it does not hold; give {name}=...")
+        if isinstance(kind, type) and issubclass(kind, Options) and name not in given:
+            arguments[name] = kind(**value)
+    return arguments
 
 
 def _allowed(value: Any, kind: Any) -> bool:
@@ -102,6 +128,8 @@ def _allowed(value: Any, kind: Any) -> bool:
         return value in typing.get_args(kind)
     if kind is type(None):
         return value is None
+    if kind in (bool, str) or (isinstance(kind, type) and issubclass(kind, Options)):
+        return isinstance(value, kind)
     if hasattr(kind, "_restrictions"):  # one of jsonargparse's numbers with a range
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False

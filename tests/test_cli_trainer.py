@@ -13,10 +13,12 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 
 from rlhf_lightning.cli import main
+from rlhf_lightning.cli.classes import keys_of
 from rlhf_lightning.cli.configs import resolve_configs
 from rlhf_lightning.cli.suggestions import _ELSEWHERE, did_you_mean
 from rlhf_lightning.cli.training import TrainingCLI
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.modules import PPOModule
 
 
 class ParsedOnly(TrainingCLI):
@@ -199,7 +201,11 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
         ("--trainer.callbacks+=EarlyStoping", "no class 'EarlyStoping' is known (did you mean EarlyStopping?)"),
         ("--data.chat_template_kwargs {a:false}", "expected dict, got {a:false}; write a space behind each colon"),
         ("--data.chat_template_kwargs 5", "expected dict, got 5"),
-        ("--checkpoint x", "--checkpoint x: no such config file; its options are written --checkpoint.OPTION VALUE"),
+        (
+            "--checkpoint x",
+            "--checkpoint: x is no config file, and a group of options is expected; write --checkpoint.",
+        ),
+        ("--model.critic head", "--model.critic: head is no config file, .*write --model.critic.kind VALUE"),
         ("--print_config=nope", "--print_config=nope: no such flag; there are skip_default and skip_unset"),
     ],
 )
@@ -258,3 +264,38 @@ def test_a_gpu_that_is_not_there_is_told_by_its_option(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([*sft, "--trainer.accelerator", "gpu"]) == 2
     assert error_of(capsys) == "error: trainer.accelerator: torch finds no GPU here; leave the option out"
+
+
+# What options were called before they stood in groups, where the squashed name of today's does not say it already.
+ONCE = {
+    "learning_rate": "optimizer.learning_rate",
+    "adam_eps": "optimizer.eps",
+    "warmup_steps": "optimizer.warmup_steps",
+    "gradient_checkpointing": "network.gradient_checkpointing",
+    "lora_rank": "lora.rank",
+    "max_new_tokens": "sampling.max_new_tokens",
+    "micro_batch_tokens": "update.micro_batch_tokens",
+    "max_grad_norm": "update.max_grad_norm",
+    "normalise_scores": "scores.normalise",
+    "score_clip": "scores.clip",
+    "kl_coef": "kl.coef",
+    "kl_loss_coef": "kl.loss_coef",
+    "clip_high": "objective.clip_high",
+    "loss_normalisation": "objective.normalisation",
+    "critic": "critic.kind",
+    "critic_from": "critic.model",
+    "critic_learning_rate": "critic.learning_rate",
+    "critic_warmup": "critic.warmup",
+    "clip_value": "critic.clip",
+    "value_coef": "critic.coef",
+    "lam": "advantages.lam",
+    "whiten_advantages": "advantages.whiten",
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_an_option_that_was_flat_leads_to_its_group(name: str) -> None:
+    known = [f"model.{key}" for key in keys_of(PPOModule)]
+    for typed in (name, f"model.{name}"):
+        assert did_you_mean(typed, known, "--") == f" (did you mean --model.{ONCE[name]}?)"
+    assert did_you_mean("critic.lr", known) == " (did you mean model.critic.learning_rate?)"

@@ -234,6 +234,6 @@ def test_no_two_test_files_have_one_name() -> None:
 
 def test_no_two_files_of_the_package_have_one_name() -> None:
     """A name says what is in a file; ``base.py`` says it beside its folder's."""
-    spared = {"__init__.py", "base.py", "policy.py"}  # policy.py: until modules/policy.py is gone
+    spared = {"__init__.py", "base.py"}
     names = [path.name for path in SOURCES if path.name not in spared]
     assert {name for name in names if names.count(name) > 1} == set()

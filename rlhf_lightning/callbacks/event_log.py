@@ -14,7 +14,10 @@ _CHARTS = {
     "length, tokens a response": ["rollout/length", "val/length", "train/response_length", "val/response_length"],
     "losses": ["train/loss", "val/loss", "policy/loss", "critic/loss"],
 }
-LAYOUT = {"The run at a glance": {title: ["Multiline", names] for title, names in _CHARTS.items()}}
+# TensorBoard takes a name for the beginning of a regular expression.
+LAYOUT = {
+    "The run at a glance": {title: ["Multiline", [f"^{name}$" for name in names]] for title, names in _CHARTS.items()}
+}
 
 
 class EventLogger(TensorBoardLogger):

@@ -134,8 +134,11 @@ def _explain_class(message: str, place: str, key: str, accepted: Callable[[str |
             f"{place}: expected the name of a {found[1]} and its init_args, got {got[1] if got else 'something else'}"
         )
     if (found := _NO_CONFIG.search(message)) is not None:
-        name = key.rsplit(".", 1)[-1]
-        return f"--{name} {found[1]}: no such config file; its options are written --{name}.OPTION VALUE"
+        parts = key.replace(".init_args", "").split(".")
+        plain = ".".join(parts[:-1] if parts[-2:-1] == parts[-1:] else parts)  # the report names a group twice
+        options = [f"--{name}" for name in accepted(None) if name.startswith(f"{plain}.")]
+        several = f"--{plain}.OPTION VALUE" if not options else f"{options[0]} VALUE"
+        return f"--{plain}: {found[1]} is no config file, and a group of options is expected; write {several}"
     return None
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from rlhf_lightning.text import nearest
 
-# What TRL, transformers and peft call options of ours; by the last part of our name.
 # What TRL, transformers and peft call options of ours, and what these were called before they stood in groups; the
 # right side is the end of our dotted name.
 _ELSEWHERE = {
@@ -18,11 +17,17 @@ _ELSEWHERE = {
     "cliprange": "objective.clip_low",
     "clip_value": "critic.clip",
     "cliprange_value": "critic.clip",
+    "critic": "critic.kind",
     "critic_from": "critic.model",
+    "critic_lr": "critic.learning_rate",
     "dataset_name": "data.path",
+    "ent_coef": "objective.entropy_coef",
+    "epsilon": "objective.clip_low",
+    "epsilon_high": "objective.clip_high",
     "eval_steps": "val_check_interval",
     "fp16": "precision",
     "gradient_accumulation_steps": "accumulate_grad_batches",
+    "gae_lambda": "advantages.lam",
     "init_kl_coef": "kl.coef",
     "logging_steps": "log_every_n_steps",
     "lora_r": "lora.rank",
@@ -36,6 +41,7 @@ _ELSEWHERE = {
     "max_prompt_length": "max_prompt_tokens",
     "model_name_or_path": "model.model",
     "normalise_scores": "scores.normalise",
+    "normalize_scores": "scores.normalise",
     "num_generations": "group_size",
     "num_mini_batches": "update.minibatches",
     "num_ppo_epochs": "update.epochs",
@@ -50,10 +56,13 @@ _ELSEWHERE = {
     "save_steps": "every_n_batches",
     "score_clip": "scores.clip",
     "seed": "seed_everything",
-    "target_kl": "kl.target",
+    "target_kl": "kl.stop",
+    "value_clip": "critic.clip",
     "value_coef": "critic.coef",
     "vf_coef": "critic.coef",
     "warmup_ratio": "optimizer.warmup_steps",
+    "vf_loss_coef": "critic.coef",
+    "warmup": "optimizer.warmup_steps",
     "whiten_advantages": "advantages.whiten",
 }
 
@@ -71,19 +80,27 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     if rest and head not in heads and (near_head := nearest(head, heads)):
         near: str | None = f"{near_head}.{rest}" if f"{near_head}.{rest}" in known else near_head
     else:
-        near = _moved(name, known) or nearest(name, known) or _nearest_end(name, known)
+        near = _moved(name, known) or _nearest_end(name, known) or nearest(name, known)
     return f" (did you mean {prefix}{near}?)" if near else ""
 
 
 def _moved(name: str, known: list[str]) -> str | None:
-    """The known name that ends as ``name`` does, or as what another library calls so; the shallowest of several."""
-    last = name.rsplit(".", 1)[-1]
-    for wanted in (last, _ELSEWHERE.get(last)):
-        if wanted is None:
-            continue
+    """The known name that ends as ``name`` does, or as what another library calls so; of several the nearest.
+
+    One in the group that was typed comes first (``critic.lr`` means the critic's), then the shallowest; of equal ones
+    the critic's is the last.
+    """
+    *groups, last = name.split(".")
+    ours = _ELSEWHERE.get(last, last)
+    for wanted in (last, ours.rpartition(".")[2]) if groups and groups != ["model"] else ():
+        for other in known:
+            *place, end = other.split(".")
+            if end == wanted and place[-len(groups) :] == groups:
+                return other
+    for wanted in (last, ours):
         ends = [other for other in known if f".{other}".endswith(f".{wanted}") or _squashed(other, wanted)]
         if ends:
-            return min(ends, key=lambda other: other.count("."))
+            return min(ends, key=lambda other: (other.count("."), ".critic." in f".{other}"))
     return None
 
 

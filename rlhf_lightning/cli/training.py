@@ -256,6 +256,8 @@ class TrainingCLI(LightningCLI):
             for heading, text in [*notes, *(("note", line) for line in newer_models(read_from))]:
                 say(notice(heading, text))
         if subcommand == "predict":
+            if not hasattr(module, "generate"):
+                raise InputError(f"{module.__name__} has no policy to answer prompts with; use a policy's module")
             if self._predictions.suffix.lower() not in (".jsonl", ".json", ".ndjson", ""):
                 raise InputError(f"--output {self._predictions}: JSON lines are written, one a row; name a .jsonl file")
             read = inputs_of(self.options.data.init_args, self.options.model.init_args.get("model"))

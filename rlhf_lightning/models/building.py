@@ -151,6 +151,17 @@ class ModelFactory:
             policy = Policy(model, critic, self.seed, token_ids(self.tokenizer))
         return self._ready(policy, frozen)
 
+    def check_reference(self, folder: str | None, start: str) -> None:
+        """InputError where a reference in ``folder`` has another vocabulary than the model in ``start``."""
+        if folder is None or folder == start:
+            return
+        own = load_tokenizer(folder, self.network.trust_remote_code)
+        if not (same_vocabulary(self.tokenizer, own) and same_vocabulary(own, self.tokenizer)):
+            raise InputError(
+                f"model.reference: {folder} has another vocabulary than {start}; log-probs are compared token by "
+                "token, so give a reference with the same tokenizer"
+            )
+
     def scalar(self, folder: str, *, fresh_head: bool) -> ScalarModel:
         """A model with one scalar per token, for training: a reward model, or a critic."""
         remote = self.network.trust_remote_code
@@ -169,19 +180,9 @@ class ModelFactory:
                 adapter switched off, so that no second copy of the weights is held.
             policy: the trained one.
             start: the folder that it was loaded from.
-
-        Raises:
-            InputError: the reference has another vocabulary, so its log-probs would be of other tokens.
         """
         if folder is None and self.lora.rank is not None:
             return partial(policy, adapted=False)
-        if folder is not None and folder != start:
-            own = load_tokenizer(folder, self.network.trust_remote_code)
-            if not (same_vocabulary(self.tokenizer, own) and same_vocabulary(own, self.tokenizer)):
-                raise InputError(
-                    f"model.reference: {folder} has another vocabulary than {start}; log-probs are compared token by "
-                    "token, so give a reference with the same tokenizer"
-                )
         return self.policy(folder or start, frozen=True)
 
     def _add_adapter(self, model: PreTrainedModel, folder: str) -> None:
@@ -222,6 +223,6 @@ class ModelFactory:
             )
         if isinstance(model, Policy) and model.branch is not None:
             raise InputError(
-                "model.critic: a branch of the policy's layers has no auxiliary loss of its routers, which the model's "
-                f"config asks for; use critic.kind: model or head, {way_out}"
+                "model.critic.kind: a branch of the policy's layers has no auxiliary loss of its routers, which the "
+                f"model's config asks for; use model or head, {way_out}"
             )

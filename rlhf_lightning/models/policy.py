@@ -90,7 +90,7 @@ class Policy(nn.Module):
         if not self.head.alone:
             raise InputError(
                 f"critic: {type(model).__name__} cannot share its trunk with a critic, because its head cannot be run "
-                "apart from it: use critic: model, a critic model of its own"
+                "apart from it: use model.critic.kind: model, a critic model of its own"
             )
         if critic != "head":
             self._branch_layers = _checked_depth(critic, len(decoder_layers(self._trunk)[1]))
@@ -238,7 +238,9 @@ class Policy(nn.Module):
             InputError: there is no critic head, or the reward model has another width.
         """
         if self.critic_head is None:
-            raise InputError("the policy has no critic head to initialise: set critic to 'head' or a number of layers")
+            raise InputError(
+                "the policy has no critic head to initialise: set model.critic.kind to 'head' or a number of layers"
+            )
         if weight.shape != self.critic_head.weight.shape:
             raise InputError(
                 f"critic head {list(self.critic_head.weight.shape)} cannot start from score {list(weight.shape)}: "
@@ -283,7 +285,7 @@ class Policy(nn.Module):
         if not nearly_equal(self._branch_states(below, lengths), last, last.dtype):
             raise InputError(
                 f"critic: {self._branch_layers} does not work for {type(self.model).__name__}, whose trunk changes the "
-                "hidden states it is given: use critic: head, or a critic model of its own"
+                "hidden states it is given: use model.critic.kind: head, or a critic model of its own"
             )
 
 

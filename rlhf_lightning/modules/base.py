@@ -26,7 +26,7 @@ from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.models.policy import Policy, Reference
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.ops.extension import keep_memory
-from rlhf_lightning.options import arguments_of, groups_of, plain
+from rlhf_lightning.options import arguments_again, arguments_of, check_arguments, plain
 from rlhf_lightning.training.balancing import check_taken
 from rlhf_lightning.training.gradient_step import GradientStep
 from rlhf_lightning.training.made_with import check_bases, check_made_with, own_part, wrong_weights
@@ -76,6 +76,7 @@ class RLHFModule(LightningModule):
         self = super().__new__(cls)
         if args or kwargs:  # a copy is made without
             given = arguments_of(cls, args, kwargs)
+            check_arguments(cls, given)
             object.__setattr__(self, "_given", {name: plain(value) for name, value in given.items()})
         return self
 
@@ -87,20 +88,23 @@ class RLHFModule(LightningModule):
         checkpoint: give them again.
 
         Raises:
-            InputError: the checkpoint is a folder of shards.
+            InputError: the checkpoint is a folder of shards, or was made with an object that is not given again.
         """
         if not Path(checkpoint_path).is_file():
             raise InputError(f"{checkpoint_path}: no checkpoint file; shards are read by trainer.fit(ckpt_path=...)")
-        made = torch.load(checkpoint_path, map_location="cpu", weights_only=True).get("hyper_parameters", {})
-        objects = {name: None for name in ("reward", "engine") if name in made}
-        options = {**objects, **groups_of(cls.__init__, made), **kwargs}
+        made = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+        options = arguments_again(cls, made.get("hyper_parameters", {}), kwargs)
         return super().load_from_checkpoint(checkpoint_path, *args, **options)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """What the trained network gives: see `Policy.forward`, or `ScalarModel.forward`."""
+        return self.exported()(*inputs, **options)
+
+    def exported(self) -> Policy | ScalarModel:
+        """`model`; InputError before ``configure_model``."""
         if self.model is None:
             raise InputError(f"{type(self).__name__}: there is no model yet; call configure_model() first")
-        return self.model(*inputs, **options)
+        return self.model
 
     # Setting up
 
@@ -225,7 +229,7 @@ class RLHFModule(LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         accumulated = self.trainer.accumulate_grad_batches if self.automatic_optimization else 1
         networks = {} if self.automatic_optimization else self.networks()
-        check_taken(self.networks().values())
+        check_taken(self.modules())
         with self.naming_checkpoint():
             tokens = self.step.finish(parameters, networks, accumulated, self.moment, overflows=self._scaled)
         if self.automatic_optimization:
@@ -382,15 +386,13 @@ class RLHFModule(LightningModule):
             folder: where to.
             card: the folder's README.md; None writes none.
         """
-        model = self.model
+        model, dtype = self.exported(), self.network.export_dtype
         if isinstance(model, ScalarModel):
-            export_scalar(model, self.tokenizer, folder, self.network.export_dtype, card)
+            export_scalar(model, self.tokenizer, folder, dtype, card)
         else:
-            assert model is not None
-            export_policy(model, self.tokenizer, folder, self.network.export_dtype, card)
+            export_policy(model, self.tokenizer, folder, dtype, card)
 
     def try_export(self, folder: str | Path) -> list[str]:
         """See `models.export.try_export`; one process calls it, before there is anything to lose."""
-        assert self.model is not None
         options = self.network
-        return try_export(self.model, self.tokenizer, folder, options.export_dtype, options.trust_remote_code)
+        return try_export(self.exported(), self.tokenizer, folder, options.export_dtype, options.trust_remote_code)

@@ -9,7 +9,7 @@ from rlhf_lightning.modules.preference import PreferenceModule
 from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import LabelSmoothing, PairLoss, check_smoothing
+from rlhf_lightning.training.pairs import LabelSmoothing, PairLoss, check_smoothing, log_ratios
 from rlhf_lightning.training.sampler import SamplingOptions
 
 
@@ -70,7 +70,7 @@ class DPOModule(PreferenceModule):
     def loss(self, batch: PreferenceBatch) -> PairLoss:
         """The preference loss, equation 7, and the SFT loss where it is asked for."""
         scores = self.score_pairs(batch)
-        ratios = self.log_ratios(scores)
+        ratios = log_ratios(scores, self.reference)
         scaled = ratios / scores.tokens if self.loss_type == "ipo" else ratios
         chosen, rejected = scaled.chunk(2)
         losses = preference_loss(chosen, rejected, self.beta, self.loss_type, self.label_smoothing)

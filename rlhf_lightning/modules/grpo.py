@@ -125,7 +125,8 @@ class GRPOModule(OnPolicyModule):
             rewards = shaped - self.kl.coef * self.kl.per_response(old, rollout.response_mask)
             advantages = group_advantages(rewards, self.group_size, self.scale_by_std)
             weights = self.informative(shaped, rollout.prompts.weights)
-            experience = self.objective.experience(rollout, old, advantages, weights, self.totals)
+            tokenwise = advantages[:, None].expand_as(old.log_probs)
+            experience = self.objective.experience(rollout, old, tokenwise, weights, self.totals)
         self.finish(rollout, scores, self.learn(experience))
 
     def informative(self, scores: Tensor, weights: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from rlhf_lightning.modules.preference import PreferenceModule
 from rlhf_lightning.options import NonNegativeInt, PositiveFloat
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import PairLoss, Rows, score_rows, weighted_sum, wins
+from rlhf_lightning.training.pairs import PairLoss, Rows, log_ratios, score_rows, weighted_sum, wins
 from rlhf_lightning.training.sampler import SamplingOptions
 from rlhf_lightning.training.totals import Totals
 
@@ -90,7 +90,7 @@ class KTOModule(PreferenceModule):
     def loss(self, batch: PreferenceBatch) -> PairLoss:
         """The mean of a pair's two losses."""
         scores = self.score_pairs(batch)
-        ratios = self.log_ratios(scores)
+        ratios = log_ratios(scores, self.reference)
         baseline = self.baseline(scores.rows, batch.weights)
         chosen = torch.arange(len(ratios), device=ratios.device) < len(batch)
         losses = self.losses(ratios, baseline, chosen).reshape(2, -1).mean(dim=0)
@@ -111,15 +111,13 @@ class KTOModule(PreferenceModule):
         else:
             self.labelled_loss(batch, self.held_out_totals, "", "_")
 
-    test_step = validation_step
-
     def labelled_loss(self, batch: LabelledBatch, totals: Totals, prefix: str, separator: str) -> Tensor:
         """The weighted sum of the responses' losses; their metrics go into ``totals``, see `PairLoss.add_metrics`."""
         assert self.policy is not None
         given = batch.responses
         rows = Rows(given.tokens, given.lengths, given.prompt_lengths, given.response_mask)
         scores = score_rows(self.policy, rows)
-        ratios = self.log_ratios(scores)
+        ratios = log_ratios(scores, self.reference)
         baseline = self.baseline(rows, batch.weights)
         losses = self.losses(ratios, baseline, batch.desirable)
         counted = batch.weights > 0
@@ -132,10 +130,10 @@ class KTOModule(PreferenceModule):
             totals.add(f"{group}{separator}rejected", values, counted & ~batch.desirable)
         return weighted_sum(losses, batch.weights)
 
-    def losses(self, log_ratios: Tensor, baseline: Tensor, desirable: Tensor) -> Tensor:
+    def losses(self, ratios: Tensor, baseline: Tensor, desirable: Tensor) -> Tensor:
         """``[n]``, each response's loss with its weight: of log-ratios ``[n]``, z0 and labels ``[n]``."""
-        good = self.desirable_weight * kto_loss(log_ratios, baseline, self.beta, desirable=True)
-        bad = self.undesirable_weight * kto_loss(log_ratios, baseline, self.beta, desirable=False)
+        good = self.desirable_weight * kto_loss(ratios, baseline, self.beta, desirable=True)
+        bad = self.undesirable_weight * kto_loss(ratios, baseline, self.beta, desirable=False)
         return torch.where(desirable, good, bad)
 
     def longest_sequence(self) -> int:
@@ -153,8 +151,8 @@ class KTOModule(PreferenceModule):
         """
         assert self.policy is not None
         others, counted = mismatched(rows, weights)
-        log_ratios = self.log_ratios(score_rows(self.policy, others))
-        sums = all_reduce_sum(torch.stack([(log_ratios * counted).sum(), counted.sum()]).double())
+        ratios = log_ratios(score_rows(self.policy, others), self.reference)
+        sums = all_reduce_sum(torch.stack([(ratios * counted).sum(), counted.sum()]).double())
         if sums[1] == 0:
             rank_zero_warn(
                 "KTO: a batch has one prompt alone, so its baseline z0 is 0: there is no other response to estimate it "
@@ -162,7 +160,7 @@ class KTOModule(PreferenceModule):
                 "leaves a row by itself"
             )
         mean = sums[0] / sums[1] if sums[1] > 0 else sums[0]
-        return mean.clamp(min=0.0).to(log_ratios.dtype)
+        return mean.clamp(min=0.0).to(ratios.dtype)
 
 
 class _Answered(NamedTuple):

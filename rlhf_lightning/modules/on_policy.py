@@ -47,6 +47,7 @@ from rlhf_lightning.training.totals import Totals
 
 # The iteration number that validation's draws are made under: no training iteration has it.
 _VALIDATION = -1
+_NO_REWARD = "model.reward: none is given; name one (rlhf_lightning.rewards.ModelReward, ...) or override score()"
 _STOPPED_AT_ONCE = (
     "iteration {}: before its first step the policy is already past model.kl.stop, so no step was made: the rollout's "
     "log-probs are not the training pass's; set model.objective.old_log_probs to recompute, or raise kl.stop"
@@ -101,8 +102,7 @@ class OnPolicyModule(RLHFModule, ABC):
         self.data_view = View("prompts", steps=iterations, demonstrations="held_out")
         self.actors: Actors | None = None
         self.totals, self.phases = Totals(), Phases()  # of this iteration
-        self.iteration = 0
-        self._steps_made = 0  # since this process began
+        self.iteration, self._steps_made = 0, 0  # the second since this process began
 
     # Setting up
 
@@ -129,10 +129,7 @@ class OnPolicyModule(RLHFModule, ABC):
         super().setup(stage)
         self.sampler.forget()  # a checkpoint may be loaded next
         if self.reward is None and type(self).score is OnPolicyModule.score:
-            raise InputError(
-                "model.reward: none is given; name one (class_path: rlhf_lightning.rewards.ModelReward, ...) or "
-                "override score() in a subclass"
-            )
+            raise InputError(_NO_REWARD)
         self.sampler.warn_of_narrowing()
         prompts = getattr(self.datamodule, "batch_size", None)
         if prompts is not None:
@@ -158,6 +155,7 @@ class OnPolicyModule(RLHFModule, ABC):
 
     def build_actors(self, factory: ModelFactory, critic: Any = None) -> Actors:
         """Policy and reference, and the reward's own models; ``critic``: on the policy's trunk, see `Policy`."""
+        factory.check_reference(self.reference_folder, self.model_folder)
         policy = factory.policy(self.model_folder, critic)
         reference = factory.reference(self.reference_folder, policy, self.model_folder)
         prepare_reward(self.reward, self.tokenizer, factory.place)
@@ -166,7 +164,6 @@ class OnPolicyModule(RLHFModule, ABC):
             reference,
             temperature=self.sampling.temperature,
             micro_batch_tokens=self.update_options.micro_batch_tokens,
-            report=self.report_phase,
         )
 
     def total_steps(self) -> int:
@@ -187,6 +184,8 @@ class OnPolicyModule(RLHFModule, ABC):
         """The counterpart."""
         super().on_load_checkpoint(checkpoint)
         own = self.own_part(checkpoint, "on_policy")
+        if "kl" not in own:
+            raise InputError("--ckpt_path: the checkpoint is of an earlier version; start from its exported model")
         self.iteration = own["iteration"]
         self.kl.load(own["kl"])
         self.shape.load(own["scores"])
@@ -210,7 +209,8 @@ class OnPolicyModule(RLHFModule, ABC):
 
     def score(self, rollout: Rollout) -> Tensor:
         """One score a response, ``[B]``; asks ``reward``. Override it for a reward of your own."""
-        assert self.reward is not None
+        if self.reward is None:
+            raise InputError(_NO_REWARD)
         return self.reward(rollout)
 
     def checked_scores(self, rollout: Rollout) -> Tensor:
@@ -227,7 +227,7 @@ class OnPolicyModule(RLHFModule, ABC):
             known: the policy's log-probs ``[B, T]``, taken instead of a pass of its own.
         """
         assert self.actors is not None
-        old = self.actors.evaluate(rollout, known=known)
+        old = self.actors.evaluate(rollout, known=known, report=self.report_phase)
         count_rollout(self.totals, rollout, scores, old, self.kl)
         return old
 
@@ -384,14 +384,15 @@ class OnPolicyModule(RLHFModule, ABC):
         rollout = self.generate(batch, iteration=_VALIDATION, temperature=temperature)
         rollout, scores = settle(rollout, self.checked_scores(rollout), self.reward, totals)
         # Greedy samples have no KL: they are of no distribution that log-probs could be taken under.
-        old = self.actors.evaluate(rollout, temperature or self.sampling.temperature)
+        old = self.actors.evaluate(rollout, temperature or self.sampling.temperature, report=self.report_phase)
         count_rollout(totals, rollout, scores, old, self.kl)
         if batch.demonstrations is not None:
-            self.actors.measure_demonstrations(batch.demonstrations, totals)
+            self.actors.measure_demonstrations(batch.demonstrations, totals, self.report_phase)
         self.report_samples(rollout, {"score": scores})
 
-    # `test` and `validate` measure the same things, on the split that each names.
-    test_step = validation_step
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """As `validation_step`, logged as ``test/...``."""
+        self.validation_step(batch, batch_idx)
 
     def held_out_metrics(self, totals: Totals) -> dict[str, float]:
         """See `RLHFModule.held_out_metrics`."""

@@ -145,11 +145,9 @@ class PPOModule(OnPolicyModule):
             advantages = self.objective.apply_importance_weights(advantages, rollout, old, self.totals)
             explained = explained_variance(values, returns, states, all_reduce_sum)
             self.totals.add("critic/explained_variance", explained)
-            critic = {"values": values, "value_mask": states, "returns": returns}
-            demonstrations = self.demonstrations(batch)
-            experience = CriticExperience.of(
-                rollout, old, advantages, rollout.prompts.weights, **critic, demonstrations=demonstrations
-            )
+            weights, demonstrations = rollout.prompts.weights, self.demonstrations(batch)
+            critic = {"values": values, "value_mask": states, "returns": returns, "demonstrations": demonstrations}
+            experience = CriticExperience.of(rollout, old, advantages, weights, **critic)
         self.finish(rollout, scores, self.learn(experience))
 
     def loss(self, new: NewScores, experience: CriticExperience) -> Loss:

@@ -20,7 +20,7 @@ from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.training.balancing import router_loss
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import PairLoss, RowScores, as_rows, reference_log_probs, score_rows, weighted_sum
+from rlhf_lightning.training.pairs import PairLoss, RowScores, as_rows, score_rows, weighted_sum
 from rlhf_lightning.training.sampler import Sampler, SamplingOptions, answers
 
 
@@ -80,6 +80,7 @@ class PreferenceModule(RLHFModule, ABC):
         if self.policy is not None:
             return
         factory = self.factory()
+        factory.check_reference(self.reference_folder, self.model_folder)
         self.policy = factory.policy(self.model_folder)
         if self.referenced:
             reference = factory.reference(self.reference_folder, self.policy, self.model_folder)
@@ -106,7 +107,9 @@ class PreferenceModule(RLHFModule, ABC):
         """Loss, accuracy and margin of the rewards, and the rewards and log-probs themselves."""
         self.loss(batch).add_metrics(self.held_out_totals, batch.weights, "", "_")
 
-    test_step = validation_step
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """As `validation_step`, logged as ``test/...``."""
+        self.validation_step(batch, batch_idx)
 
     def counted(self, loss: Tensor, weights: Tensor, tokens: Tensor, sides: int) -> Tensor:
         """The summed loss of rows with weights ``[B]``, the routers' with it, counted into the optimizer step.
@@ -127,11 +130,6 @@ class PreferenceModule(RLHFModule, ABC):
         """Both responses of every pair under the policy, in one pass."""
         assert self.policy is not None
         return score_rows(self.policy, as_rows(batch))
-
-    def log_ratios(self, scores: RowScores) -> Tensor:
-        """``[2B]``, the responses' summed log-probs under the policy less those under the reference."""
-        assert self.reference is not None
-        return scores.log_probs - reference_log_probs(self.reference, scores.rows)
 
     # Held-out pairs
 

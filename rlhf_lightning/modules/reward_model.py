@@ -155,7 +155,9 @@ class RewardModelModule(RLHFModule):
             torch.cat([torch.ones_like(probabilities), torch.zeros_like(probabilities)]).long(),
         )
 
-    test_step = validation_step
+    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """As `validation_step`, logged as ``test/...``."""
+        self.validation_step(batch, batch_idx)
 
     def held_out_metrics(self, totals: Totals) -> dict[str, float]:
         """Length-balanced accuracy, deviation and calibration error are made of several sums."""

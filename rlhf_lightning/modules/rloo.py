@@ -95,7 +95,8 @@ class RLOOModule(OnPolicyModule):
             rewards = self.shape(scores, rollout) - self.kl.coef * self.kl.per_response(old, rollout.response_mask)
             advantages = leave_one_out_advantages(rewards, self.group_size)
             weights = rollout.prompts.weights
-            experience = self.objective.experience(rollout, old, advantages, weights, self.totals)
+            tokenwise = advantages[:, None].expand_as(old.log_probs)
+            experience = self.objective.experience(rollout, old, tokenwise, weights, self.totals)
         self.finish(rollout, scores, self.learn(experience))
 
     def counts(self, experience: Experience, rows: Tensor) -> Tensor:

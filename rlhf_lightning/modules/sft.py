@@ -94,7 +94,9 @@ class SFTModule(RLHFModule):
         self.held_out_totals.add("loss", -log_probs, weights)
         self.held_out_totals.add("response_length", mask.sum(dim=1), batch.weights > 0)
 
-    test_step = validation_step
+    def test_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
+        """As `validation_step`, logged as ``test/...``."""
+        self.validation_step(batch, batch_idx)
 
     def held_out_metrics(self, totals: Totals) -> dict[str, float]:
         """Perplexity is exp of the mean loss: it cannot be averaged itself."""

@@ -31,7 +31,6 @@ class Actors(nn.Module):
         critic: a critic that is a model of its own; None without one.
         temperature: of log-probs.
         micro_batch_tokens: padded tokens in one forward pass at most.
-        report: told how far a phase is.
 
     Attributes:
         resting: whether the policy rests while the critic learns alone. Its passes are then made without a graph.
@@ -47,7 +46,6 @@ class Actors(nn.Module):
         *,
         temperature: float = 1.0,
         micro_batch_tokens: int = 8192,
-        report: Report = silent,
     ) -> None:
         super().__init__()
         self.policy = policy
@@ -55,7 +53,6 @@ class Actors(nn.Module):
         object.__setattr__(self, "reference", reference)
         self.temperature = temperature
         self.micro_batch_tokens = micro_batch_tokens
-        self.report = report
         self.resting = False
 
     def networks(self) -> dict[str, Policy | ScalarModel]:
@@ -81,7 +78,11 @@ class Actors(nn.Module):
 
     @torch.no_grad()
     def evaluate(
-        self, rollout: Rollout, temperature: float | None = None, known: Tensor | None = None
+        self,
+        rollout: Rollout,
+        temperature: float | None = None,
+        known: Tensor | None = None,
+        report: Report = silent,
     ) -> ResponseScores:
         """Log-probs of policy and reference, and a critic's values, in micro-batches; no gradient.
 
@@ -89,12 +90,13 @@ class Actors(nn.Module):
             rollout: the responses.
             temperature: of the log-probs; None is the training temperature.
             known: the policy's log-probs ``[B, T]``, taken instead of a pass of its own; None where they are not known.
+            report: told how far it is.
         """
         temperature = self.temperature if temperature is None else temperature
         rows, width = len(rollout), rollout.log_probs.shape[1]
         log_probs, reference_log_probs, values = (rollout.log_probs.new_zeros(rows, width + n) for n in (0, 0, 1))
         valued = False
-        for part, counted, _ in self._rounds(rollout.lengths, "score"):
+        for part, counted, _ in self._rounds(rollout.lengths, "score", report):
             longest = int(rollout.lengths[part].max())
             inputs = rollout.tokens[part, :longest], rollout.lengths[part], rollout.prompt_lengths[part]
             if known is None or self.policy.critic_head is not None:  # such a critic has no pass of its own
@@ -112,20 +114,22 @@ class Actors(nn.Module):
         return ResponseScores(log_probs if known is None else known, reference_log_probs, values if valued else None)
 
     @torch.no_grad()
-    def measure_demonstrations(self, demonstrations: DemonstrationBatch, totals: Totals) -> None:
+    def measure_demonstrations(
+        self, demonstrations: DemonstrationBatch, totals: Totals, report: Report = silent
+    ) -> None:
         """Add the policy's negative log-likelihood of what people answered, a token, to ``totals``.
 
         It rises as the policy forgets. At temperature 1, as in supervised fine-tuning.
         """
-        for rows, counted, _ in self._rounds(demonstrations.lengths, "perplexity"):
+        for rows, counted, _ in self._rounds(demonstrations.lengths, "perplexity", report):
             part = demonstrations.take(rows)
             weights = part.response_weights if counted else torch.zeros_like(part.response_weights)
             log_probs = self.policy(part.tokens, part.lengths, part.prompt_lengths).log_probs
             totals.add("demonstrations/loss", -log_probs, weights)
 
-    def _rounds(self, sizes: Tensor, phase: str) -> Any:
+    def _rounds(self, sizes: Tensor, phase: str, report: Report) -> Any:
         rows = torch.arange(len(sizes), device=sizes.device)
-        return micro_rounds(sizes, rows, self.micro_batch_tokens, phase, self.report)
+        return micro_rounds(sizes, rows, self.micro_batch_tokens, phase, report)
 
     # Whose parameters are whose
 

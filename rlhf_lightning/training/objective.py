@@ -128,13 +128,17 @@ class ClippedObjective:
     def experience(
         self, rollout: Rollout, old: ResponseScores, advantages: Tensor, weights: Tensor, totals: Totals
     ) -> Experience:
-        """What an update learns from where every token of a response has the advantage ``[B]`` of the whole.
+        """What an update learns from.
 
-        Rows of weight 0 in ``weights`` ``[B]`` are not learnt from.
+        Args:
+            rollout: the responses.
+            old: their scores before the update.
+            advantages: ``[B, T]``.
+            weights: ``[B]``; rows of weight 0 are not learnt from.
+            totals: where importance weights are counted.
         """
-        tokenwise = advantages if advantages.dim() == 2 else advantages[:, None].expand_as(old.log_probs)
-        tokenwise = self.apply_importance_weights(tokenwise, rollout, old, totals)
-        return Experience.of(rollout, old, tokenwise, weights)
+        advantages = self.apply_importance_weights(advantages, rollout, old, totals)
+        return Experience.of(rollout, old, advantages, weights)
 
     def shares(self, mask: Tensor) -> TokenShares:
         """How much each of ``[B, T]`` tokens counts."""

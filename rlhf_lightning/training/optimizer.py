@@ -46,10 +46,8 @@ class AdamWOptions(Options):
         """
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return 1.0
         # The first step's share is asked for before the length of the training is known.
-        if step == self.warmup_steps:
+        if self.schedule == "constant" or step == self.warmup_steps:
             return 1.0
         progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps() - self.warmup_steps))
         return 1.0 - progress if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -87,10 +87,12 @@ def score_rows(policy: Policy | Reference, rows: Rows) -> RowScores:
     return RowScores(rows, rows.response_mask, -negative_log_likelihood(log_probs, rows.response_mask))
 
 
-@torch.no_grad()
-def reference_log_probs(reference: Reference, rows: Rows) -> Tensor:
-    """``[2B]``, summed over each response, under the frozen reference."""
-    return score_rows(reference, rows).log_probs
+def log_ratios(scores: RowScores, reference: Reference | None) -> Tensor:
+    """``[2B]``, the responses' summed log-probs under the policy less those under the frozen reference."""
+    assert reference is not None
+    with torch.no_grad():
+        frozen = score_rows(reference, scores.rows).log_probs
+    return scores.log_probs - frozen
 
 
 class PairLoss(NamedTuple):

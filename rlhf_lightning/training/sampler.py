@@ -125,11 +125,12 @@ class Sampler:
             overrides: fields of `rollout.engine.Sampling`.
 
         Raises:
-            InputError: a process has no prompt.
+            InputError: there is no policy yet, or a process has no prompt.
             TrainingDiverged: logits were NaN or infinite, on whichever process.
         """
         policy = host.policy
-        assert policy is not None, "configure_model() comes first"
+        if policy is None:
+            raise InputError(f"{type(host).__name__}: there is no model yet; call configure_model() first")
         options: dict[str, Any] = {
             "max_new_tokens": self.options.max_new_tokens,
             "temperature": self.options.temperature,

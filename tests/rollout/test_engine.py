@@ -18,6 +18,7 @@ from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.vocabulary import Vocabulary
 from rlhf_lightning.rollout import NativeEngine, Responses, RolloutEngine
+from rlhf_lightning.training.objective import Loss
 
 ANYONE = SimpleNamespace(vocabulary=Vocabulary(64))  # a policy that engines of a table do not ask
 
@@ -157,11 +158,12 @@ def test_an_update_that_diverges_names_the_iteration_and_the_last_checkpoint(tin
     losses = module.loss
 
     def broken(*arguments):
-        loss = losses(*arguments)
-        if module.trainer.global_step < 3:
-            return loss
-        weight = module.policy.model.lm_head.weight
-        return loss * torch.nan if what == "loss" else loss + torch.sqrt((weight * 0.0).sum())  # a gradient of 0 / 0
+        (loss, *rest), metrics = losses(*arguments)
+        if module.trainer.global_step >= 3:
+            weight = module.policy.model.lm_head.weight
+            zero = torch.sqrt((weight * 0.0).sum())  # with a gradient of 0 / 0
+            loss = loss * torch.nan if what == "loss" else loss + zero
+        return Loss((loss, *rest), metrics)
 
     module.loss = broken
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True)

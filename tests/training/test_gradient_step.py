@@ -30,6 +30,14 @@ def test_gradients_are_divided_by_the_count_of_all_micro_batches() -> None:
     assert step.norm == pytest.approx(4.0 * math.sqrt(4))
 
 
+def test_a_step_without_a_count_follows_one_with_it() -> None:
+    layer, step = network(6.0), GradientStep()
+    step.count(torch.tensor(3.0), torch.tensor(1.0))
+    step.finish(list(layer.parameters()), {}, 1, "step 1", overflows=False)
+    step.finish(list(layer.parameters()), {}, 1, "step 2", overflows=False)
+    assert layer.weight.grad.unique().tolist() == [2.0]
+
+
 def test_without_a_count_gradients_stay_and_norms_are_taken_by_network() -> None:
     one, two, step = network(1.0), network(2.0), GradientStep()
     step.finish([*one.parameters(), *two.parameters()], {"two": two}, 4, "step 1", overflows=False)
