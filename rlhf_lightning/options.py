@@ -85,7 +85,8 @@ def arguments_of(cls: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
         found |= {name: bound.arguments[name] for name in own if name not in found and name in bound.arguments}
         if inspect.Parameter.VAR_KEYWORD not in by_kind:
             return found
-        args, kwargs = by_kind.get(inspect.Parameter.VAR_POSITIONAL, ()), by_kind[inspect.Parameter.VAR_KEYWORD]
+        args = by_kind.get(inspect.Parameter.VAR_POSITIONAL) or ()
+        kwargs = by_kind[inspect.Parameter.VAR_KEYWORD] or {}
     return found
 
 

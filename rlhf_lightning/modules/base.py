@@ -81,7 +81,7 @@ class RLHFModule(LightningModule):
         return self
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Lightning's, with the options that the checkpoint was made with; ``kwargs`` win over them.
 
         Weights that are not trained are read from the folder in ``hparams.model``. Objects such as a reward are in no
