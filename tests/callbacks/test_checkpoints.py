@@ -179,7 +179,7 @@ def test_after_a_divergence_the_last_checkpoint_is_finite(tiny_policy_dir: Path,
     class Diverging(SFTModule):
         def training_step(self, batch: object, batch_idx: int) -> torch.Tensor:
             loss = super().training_step(batch, batch_idx) * (float("nan") if batch_idx == 3 else 1.0)
-            self.check(loss)
+            self.step.check(loss)
             return loss
 
     with pytest.raises(TrainingDiverged):

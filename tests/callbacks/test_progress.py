@@ -99,7 +99,7 @@ def test_the_batches_of_a_run(
     trainer = SimpleNamespace(
         num_training_batches=an_epoch, max_epochs=epochs, max_steps=steps, accumulate_grad_batches=accumulated
     )
-    module = SimpleNamespace(automatic_optimization=not manual, epochs=2, minibatches=2)
+    module = SimpleNamespace(automatic_optimization=not manual, steps_of_iteration=4)
     assert _batches_of_run(trainer, module) == expected
 
 

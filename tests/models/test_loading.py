@@ -229,5 +229,5 @@ def test_a_family_without_a_sequence_classifier_is_refused_in_one_line(tmp_path:
         load_scalar_model(tmp_path, fresh_head=True)
     assert str(caught.value) == (
         f"{tmp_path}: transformers has no sequence classifier of cohere models: give a reward model of another family; "
-        "for a critic, set model.critic to head"
+        "for a critic, set model.critic.kind to head"
     )

@@ -154,8 +154,8 @@ def test_a_checkpoint_holds_what_is_trained_and_resumes_bit_for_bit(tiny_policy_
     resumed = fit_saved(tiny_policy_dir, tmp_path / "broken", 5, checkpoint)
     for (name, got), expected in zip(resumed.named_parameters(), straight.parameters(), strict=True):
         assert torch.equal(got, expected), name
-    with pytest.raises(InputError, match=r"the checkpoint does not fit the model \(policy.*lora_targets"):
-        fit_saved(tiny_policy_dir, tmp_path / "other", 5, checkpoint, lora_targets=["q_proj"])
+    with pytest.raises(InputError, match=r"the checkpoint does not fit the model \(policy.*lora.targets"):
+        fit_saved(tiny_policy_dir, tmp_path / "other", 5, checkpoint, lora={"targets": ["q_proj"]})
 
 
 @pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
@@ -214,6 +214,6 @@ def test_modules_with_checkpoints_of_their_own_check_the_weights_too(
 
 
 def test_options_of_adapters_need_a_rank(tiny_policy_dir: Path) -> None:
-    for name, value in (("lora_alpha", 8.0), ("lora_targets", ["q_proj"])):
-        with pytest.raises(InputError, match=f"model.{name}: .* has no meaning without model.lora.rank"):
-            make(SFTModule, str(tiny_policy_dir), **{name: value})
+    for name, value in (("alpha", 8.0), ("targets", ["q_proj"])):
+        with pytest.raises(InputError, match=f"model.lora.{name}: .* has no meaning without model.lora.rank"):
+            make(SFTModule, str(tiny_policy_dir), lora={name: value})

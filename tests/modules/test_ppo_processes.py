@@ -23,10 +23,9 @@ KINDS = {
     "branch": {"critic": {"kind": 1}},
     "warm-up": {"critic": {"kind": "model", "warmup": 2}},
     "branch-warm-up": {"critic": {"kind": 1, "warmup": 1}},
-    "lora": {"critic": "head", "lora_rank": 4},
-    "one-row": {
-        "update": {"minibatches": 1}
-    },  # fewer prompts than processes, in training and in the last batch of validation
+    "lora": {"critic": {"kind": "head"}, "lora": {"rank": 4}},
+    # Fewer prompts than processes, in training and in the last batch of validation.
+    "one-row": {"update": {"minibatches": 1}},
 }
 ROWS = {"one-row": 1}  # of an iteration; else 5: two processes have three and two
 CASES = [(kind, strategy) for kind in KINDS for strategy in ("ddp", "fsdp2")]

@@ -82,29 +82,29 @@ def ppo_loss(model: PreTrainedModel, weight: Tensor, bias: Tensor, experiences: 
             end, start = int(e.lengths), int(e.prompt_lengths)
             steps = end - start
             ids, advantages = e.tokens[:end].tolist(), e.advantages[:steps].double()
-            rows = table(model, ids, start, PPO["temperature"])
+            rows = table(model, ids, start, PPO["sampling"]["temperature"])
             log_probs = torch.stack([row[token] for row, token in zip(rows, ids[start:], strict=True)])
             ratio = (log_probs - e.log_probs[:steps].double()).exp()
-            low, high = 1 - PPO["clip_low"], 1 + PPO["clip_high"]
+            low, high = 1 - PPO["objective"]["clip_low"], 1 + PPO["objective"]["clip_high"]
             loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(low, high))
-            bound = -PPO["dual_clip"] * advantages
+            bound = -PPO["objective"]["dual_clip"] * advantages
             bounded += int(((advantages < 0) & (loss > bound)).sum())
             loss = torch.where(advantages < 0, torch.min(loss, bound), loss)
             entropy = -(rows.exp() * rows).sum(-1)
             kl = 0.5 * (log_probs - e.reference_log_probs[:steps].double()) ** 2
-            actor = actor + (loss + PPO["kl_loss_coef"] * kl - PPO["entropy_coef"] * entropy).sum()
+            actor = actor + (loss + PPO["kl"]["loss_coef"] * kl - PPO["objective"]["entropy_coef"] * entropy).sum()
             tokens += steps
             hidden = model.base_model(torch.tensor([ids])).last_hidden_state[0, start - 1 :]
             old, returns, counted = (x[: steps + 1] for x in (e.values.double(), e.returns.double(), e.value_mask))
             values = hidden @ weight[0] + bias
-            clipped = old + (values - old).clamp(-PPO["clip_value"], PPO["clip_value"])
+            clipped = old + (values - old).clamp(-PPO["critic"]["clip"], PPO["critic"]["clip"])
             critic = critic + 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)[counted].sum()
             states += int(counted.sum())
             below += int(((ratio < low) & (advantages < 0)).sum())
             above += int(((ratio > high) & (advantages > 0)).sum())
-            far += int(((values - old).abs() > PPO["clip_value"])[counted].sum())
+            far += int(((values - old).abs() > PPO["critic"]["clip"])[counted].sum())
     assert min(below, above, bounded, far) > 0 and below + above + bounded < tokens and far < states  # some are clipped
-    return actor / tokens + PPO["value_coef"] * critic / states
+    return actor / tokens + PPO["critic"]["coef"] * critic / states
 
 
 def oracle(case: dict, got: dict) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from making import make
 from processes import run_cases
 from small_data import SmallData, train
 
@@ -28,7 +29,7 @@ MODULES = {
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    module = MODULES[case["module"]](model=case["model"], **case["arguments"])
+    module = make(MODULES[case["module"]], case["model"], **case["arguments"])
     labelled = case["module"].endswith("-labelled")
     data = SmallData(case["model"], case["batches"], held_out=True, labelled=labelled)
     weights = train(module, data, **case["trainer"])

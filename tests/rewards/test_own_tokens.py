@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
 from chat_tokenizer import make_tokenizer as make_bytes
-from lightning.pytorch import LightningModule
-from rlhf_lightning.modules.sampling import SamplingModule
 from templates import BRACKETS, CHATML, DATED, NO_END, TOOLS
 from tiny_models import CHAT_TEMPLATE, make_config, make_tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
@@ -21,6 +18,7 @@ from rlhf_lightning.data.records import load_records
 from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.rewards import ModelReward, Reward, WeightedSum
+from rlhf_lightning.training.scoring import checked_scores
 
 USER = {"role": "user", "content": "the cat"}
 CHAT = [
@@ -260,12 +258,6 @@ def test_a_module_tells_every_part_of_its_reward_the_runs_day():
 
         tokens = torch.zeros(1, 1)
 
-    class Asking(SamplingModule):
-        def __init__(self):
-            LightningModule.__init__(self)
-            self.keep_frozen("reward", WeightedSum([Told(), Told()], [1.0, 1.0]))
-
-    module = Asking()
-    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(date="2001-02-03"))
-    module.checked_scores(Prompts())
+    reward = WeightedSum([Told(), Told()], [1.0, 1.0])
+    checked_scores(reward, Prompts(), reward, "score", date="2001-02-03")
     assert told == ["2001-02-03"] * 2
