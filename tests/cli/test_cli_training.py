@@ -144,7 +144,10 @@ def test_checkpoints_hold_no_class_and_load_with_weights_only(sft: list[str]) ->
     assert main(["fit", *sft]) == 0
     (path,) = Path("runs/sft/checkpoints").glob("*.ckpt")
     checkpoint = torch.load(path, weights_only=True)
-    assert not checkpoint.get("hyper_parameters")
+    options = checkpoint["hyper_parameters"]
+    assert "_class_path" not in options and "_instantiator" not in options
+    assert json.loads(json.dumps(options)) == options  # plain data
+    assert type(options["optimizer"]["learning_rate"]) is float
     assert type(checkpoint["optimizer_states"][0]["param_groups"][0]["weight_decay"]) is float
 
 
