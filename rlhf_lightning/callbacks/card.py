@@ -104,7 +104,7 @@ def _stage(trainer: Trainer, module: RLHFModule) -> dict[str, Any]:
         },
         "learning_rate": float(module.optimizer_options.learning_rate),
         "precision": str(trainer.precision),
-        "lora_rank": module.lora.rank,
+        "lora_rank": module.lora_options.rank,
         "versions": _versions(),
     }
     return {name: fact for name, fact in facts.items() if fact is not None}

@@ -154,7 +154,7 @@ class PreferenceDataModule(LightningDataModule):
             if not isinstance(folder, str):
                 raise InputError("data.tokenizer: is not set, and the module names no model folder; set it")
             self.tokenizer = load_tokenizer(
-                folder, getattr(getattr(module, "network", None), "trust_remote_code", False)
+                folder, getattr(getattr(module, "network_options", None), "trust_remote_code", False)
             )
         self.date = self.trainer.strategy.broadcast(self.date)  # one for all, also around midnight
         self.prepare(cast(View, module.data_view), stage=stage)

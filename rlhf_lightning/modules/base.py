@@ -60,8 +60,8 @@ class RLHFModule(LightningModule):
         self.automatic_optimization = self.automatic
         self.model_folder = model
         self.optimizer_options = optimizer
-        self.lora = lora
-        self.network = network
+        self.lora_options = lora
+        self.network_options = network
         self.seed = seed
         self.step = GradientStep()
         self.held_out_totals = Totals()  # what is logged after validation
@@ -135,7 +135,7 @@ class RLHFModule(LightningModule):
 
     def load_tokenizer(self, folder: str) -> PreTrainedTokenizerBase:
         """The tokenizer of a model's folder."""
-        return load_tokenizer(folder, self.network.trust_remote_code)
+        return load_tokenizer(folder, self.network_options.trust_remote_code)
 
     def longest_sequence(self) -> int:
         """Tokens of the longest sequence that the models will see; 0 where the data cannot tell."""
@@ -149,9 +149,8 @@ class RLHFModule(LightningModule):
         if self._trainer is not None:
             mesh = None if self.device_mesh is None else self.device_mesh["data_parallel"]
             place = Place(self.trainer.strategy.root_device, mesh, self.trainer.precision_plugin.convert_module)
-        return ModelFactory(
-            self.network, self.lora, self.seed, self.tokenizer, self.longest_sequence(), place, self._bases
-        )
+        options = (self.network_options, self.lora_options, self.seed)
+        return ModelFactory(*options, self.tokenizer, self.longest_sequence(), place, self._bases)
 
     def networks(self) -> dict[str, Policy | ScalarModel]:
         """The networks that are trained, by name, the one that is exported first; none before ``configure_model``."""
@@ -311,7 +310,7 @@ class RLHFModule(LightningModule):
 
     def shape_options(self) -> dict[str, Any]:
         """The options, by name, that decide which weights there are: a checkpoint resumes with the same alone."""
-        return {"lora.rank": self.lora.rank}
+        return {"lora.rank": self.lora_options.rank}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What it was made with, and under LoRA which weights the adapters belong to."""
@@ -337,7 +336,7 @@ class RLHFModule(LightningModule):
         return own_part(checkpoint, key, type(self).__name__, self._made_by)
 
     def _loaded_from_folders(self) -> set[str]:
-        if self.lora.rank is None:
+        if self.lora_options.rank is None:
             return set()
         return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
@@ -386,7 +385,7 @@ class RLHFModule(LightningModule):
             folder: where to.
             card: the folder's README.md; None writes none.
         """
-        model, dtype = self.exported(), self.network.export_dtype
+        model, dtype = self.exported(), self.network_options.export_dtype
         if isinstance(model, ScalarModel):
             export_scalar(model, self.tokenizer, folder, dtype, card)
         else:
@@ -394,5 +393,5 @@ class RLHFModule(LightningModule):
 
     def try_export(self, folder: str | Path) -> list[str]:
         """See `models.export.try_export`; one process calls it, before there is anything to lose."""
-        options = self.network
+        options = self.network_options
         return try_export(self.exported(), self.tokenizer, folder, options.export_dtype, options.trust_remote_code)

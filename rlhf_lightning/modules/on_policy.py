@@ -97,7 +97,7 @@ class OnPolicyModule(RLHFModule, ABC):
         self.reference_folder = reference
         self.group_size, self.rows_per_prompt = group_size, rows_per_prompt or group_size
         self.iterations, self.update_options = iterations, update
-        self.sampling, self.sampler = sampling, Sampler(sampling, engine, seed)
+        self.sampling_options, self.sampler = sampling, Sampler(sampling, engine, seed)
         self.shape, self.kl = ScoreShaping(scores, sampling.max_new_tokens), KLController(kl)
         self.data_view = View("prompts", steps=iterations, demonstrations="held_out")
         self.actors: Actors | None = None
@@ -162,7 +162,7 @@ class OnPolicyModule(RLHFModule, ABC):
         return Actors(
             policy,
             reference,
-            temperature=self.sampling.temperature,
+            temperature=self.sampling_options.temperature,
             micro_batch_tokens=self.update_options.micro_batch_tokens,
         )
 
@@ -366,9 +366,9 @@ class OnPolicyModule(RLHFModule, ABC):
 
     def answer(self, prompts: PromptBatch) -> Rollout:
         """What ``predict`` says to the prompts: the best of ``best_of`` responses to each."""
-        if self.sampling.best_of == 1:
+        if self.sampling_options.best_of == 1:
             return self.generate(prompts)
-        rollout = self.generate(prompts.repeat(self.sampling.best_of))
+        rollout = self.generate(prompts.repeat(self.sampling_options.best_of))
         scores = self.checked_scores(rollout)
         return best_responses(rollout, scores.masked_fill(torch.isnan(scores), -torch.inf), prompts)
 
@@ -379,12 +379,12 @@ class OnPolicyModule(RLHFModule, ABC):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Held-out prompts, always answered with the same draws, so that two validations differ by the policy alone."""
         assert self.actors is not None
-        asked, totals = self.sampling.eval_temperature, self.held_out_totals
-        temperature = self.sampling.temperature if asked is None else asked
+        asked, totals = self.sampling_options.eval_temperature, self.held_out_totals
+        temperature = self.sampling_options.temperature if asked is None else asked
         rollout = self.generate(batch, iteration=_VALIDATION, temperature=temperature)
         rollout, scores = settle(rollout, self.checked_scores(rollout), self.reward, totals)
         # Greedy samples have no KL: they are of no distribution that log-probs could be taken under.
-        old = self.actors.evaluate(rollout, temperature or self.sampling.temperature, report=self.report_phase)
+        old = self.actors.evaluate(rollout, temperature or self.sampling_options.temperature, report=self.report_phase)
         count_rollout(totals, rollout, scores, old, self.kl)
         if batch.demonstrations is not None:
             self.actors.measure_demonstrations(batch.demonstrations, totals, self.report_phase)
@@ -396,4 +396,4 @@ class OnPolicyModule(RLHFModule, ABC):
 
     def held_out_metrics(self, totals: Totals) -> dict[str, float]:
         """See `RLHFModule.held_out_metrics`."""
-        return held_out_metrics(totals, with_kl=self.sampling.eval_temperature != 0)
+        return held_out_metrics(totals, with_kl=self.sampling_options.eval_temperature != 0)

@@ -52,6 +52,6 @@ def _advice(module: Any, trainer: Any, phase: str) -> list[str]:
         if trainer.training:
             more = f"--trainer.accumulate_grad_batches ({trainer.accumulate_grad_batches})"
             advice[0] += f", with more {more} for steps of the same rows"
-    if trainer.training and not module.network.gradient_checkpointing:
+    if trainer.training and not module.network_options.gradient_checkpointing:
         advice.append("set --model.network.gradient_checkpointing true")
     return advice

@@ -46,7 +46,7 @@ def test_float64_stays_float64_in_training_and_validation(tiny_policy_dir, criti
             torch.testing.assert_close(found[row, :steps], true, rtol=1e-10, atol=1e-12)
     seen = []
     evaluate = module.actors.evaluate
-    module.actors.evaluate = lambda *arguments: seen.append(evaluate(*arguments)) or seen[-1]
+    module.actors.evaluate = lambda *args, **kwargs: seen.append(evaluate(*args, **kwargs)) or seen[-1]
     trainer.validate(module, DataLoader([prompts(8)], batch_size=None), verbose=False)
     assert {scores.dtype for scores in seen[0]} == {torch.float64}
     assert all(torch.isfinite(scores).all() for scores in seen[0])
