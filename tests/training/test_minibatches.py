@@ -32,6 +32,8 @@ def test_every_weighted_row_is_in_one_minibatch() -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_minibatches_are_the_same_for_any_number_of_processes(group: int, world: int) -> None:
     weighted = [int(n % 5 != 3) for n in range(12 * group)]
+    rows = sorted(row for part in rows_of(weighted, 4, group, world, 7, 2, 1) for row in part)
+    assert rows == [n for n, counted in enumerate(weighted) if counted]
     assert rows_of(weighted, 4, group, world, 7, 2, 1) == rows_of(weighted, 4, group, 1, 7, 2, 1)
 
 
