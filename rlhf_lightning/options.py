@@ -72,7 +72,7 @@ def plain(value: Any) -> Any:
 def arguments_of(cls: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What a constructor is called with, by name and with the defaults, also what it hands on to those of its bases."""
     found: dict[str, Any] = {}
-    for init in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
+    for init in _constructors(cls):
         signature = inspect.signature(init)
         try:
             bound = signature.bind_partial(None, *args, **kwargs)
@@ -97,10 +97,15 @@ def check_arguments(cls: type, given: Mapping[str, Any]) -> None:
             raise InputError(f"{cls.__name__}.{name}: expected {_told(kind)}, got {given[name]!r}")
 
 
+def _constructors(cls: type) -> list[Any]:
+    """Its own and those of its bases, the nearest first."""
+    return [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
+
+
 def _kinds(cls: type) -> dict[str, Any]:
     """The types of a constructor's arguments, and of those that it hands on to its bases."""
     kinds: dict[str, Any] = {}
-    for init in (vars(base)["__init__"] for base in reversed(cls.__mro__) if "__init__" in vars(base)):
+    for init in reversed(_constructors(cls)):
         with contextlib.suppress(NameError):  # a class of the user's may name what it does not import
             kinds |= typing.get_type_hints(init)
     return kinds

@@ -72,7 +72,7 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
 
     First comes the same key in another place: one that was flat before it stood in a group (``kl_coef`` finds
     ``model.kl.coef``), or that has lost its section. Then another library's name for one of ours (``lr``), then the
-    nearest whole name, then the nearest last part. Where the first part is wrong, that is what is said.
+    nearest last part, then the nearest whole name. Where the first part is wrong, that is what is said.
     """
     known = list(known)
     head, _, rest = name.partition(".")
