@@ -1,4 +1,4 @@
-"""Folders of a peft adapter, given where a model's is expected: the base model, with the adapter in its weights."""
+"""A peft adapter's folder in place of a model's: loads its base model and adds the adapter to the weights."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def merge(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
 
 @cache
 def _say_merged(path: str, base: str) -> None:
-    """Once, though several models of a run are loaded from one folder."""
+    """Said once, even where several models of a run are loaded from one folder."""
     warnings.warn(f"{path}: an adapter; its model {base} has it added to its weights", stacklevel=2)

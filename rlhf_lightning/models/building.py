@@ -1,4 +1,4 @@
-"""Models made ready for their part in a run: loaded, adapted, compiled, sharded, and trained or frozen."""
+"""The factory of a run's models: it loads, adapts, compiles and shards them, for training or frozen."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class NetworkOptions(Options):
 
     Args:
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        compile_layers: let torch.compile make the layers of all models but the reward's: less time a step, after some
-            ten seconds or more in the first ones. Not with gradient checkpointing.
+        compile_layers: compile the layers of all models but the reward's by torch.compile. Steps get faster; the first
+            ones take ten seconds or more. It cannot be combined with gradient checkpointing.
         trust_remote_code: let transformers run Python code that comes with the model.
         export_dtype: of the exported model's weights; ``auto`` is that of ``model``'s folder. Training is in float32.
 
@@ -68,8 +68,8 @@ class LoRAOptions(Options):
 
     Args:
         rank: train adapters of this rank (LoRA); None trains all weights. A head that gives scores or values is trained
-            too. Checkpoints hold what is trained, and resume beside the same weights alone; exported models have the
-            adapter added to their weights.
+            too. Checkpoints hold the trained weights alone, and resume only beside the same base weights. Exported
+            models have the adapter added to their weights.
         alpha: the adapters' output is scaled by alpha / rank; None takes twice the rank.
         targets: endings of the names of the layers to adapt (``q_proj``); None: all linear layers but the head.
 
@@ -173,7 +173,7 @@ class ModelFactory:
         return self._ready(ScalarModel(model), frozen=False)
 
     def reference(self, folder: str | None, policy: Policy, start: str) -> Reference:
-        """What a KL or a log-ratio is measured against; keep it outside of the module tree.
+        """The frozen model that a KL or a log-ratio is measured against; keep it outside of the module tree.
 
         Args:
             folder: of the frozen model. None: ``policy`` as it is at the start, which under LoRA is itself with its

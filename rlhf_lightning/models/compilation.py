@@ -1,4 +1,4 @@
-"""Decoder layers made by torch.compile: a layer's many small kernels become few, in training and scoring alike."""
+"""Decoder layers compiled by torch.compile, in training and in scoring: fewer and larger kernels a layer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import trunks
 
-# Trained and frozen, with gradients and without, packed and padded: each is compiled once for all models and layers.
-# torch gives up after 8, and runs what comes then as it is.
+# A layer is compiled once for each mode: trained or frozen, with gradients or without, packed or padded. After 8 modes
+# torch would stop compiling and run the layer as it is.
 _VARIANTS = 64
 
 
 def compile_layers(module: Policy | ScalarModel) -> None:
     """Have each decoder layer compiled at its first call, for any number of rows and tokens.
 
-    Layer by layer and not the whole model: layers are alike, so one compilation serves them all, and FSDP2 gathers each
-    before it runs.
+    Layers are alike, so one compilation serves them all. FSDP2 gathers each layer before it runs, so the model is not
+    compiled as a whole.
     """
     from torch._dynamo import config  # takes a second, and only who compiles needs it
 
@@ -35,7 +35,7 @@ def compile_layers(module: Policy | ScalarModel) -> None:
 
 @contextmanager
 def uncompiled(module: nn.Module) -> Iterator[None]:
-    """Run the layers as they are: sampling calls them with a cache, whose every change would be another compilation."""
+    """Run the layers uncompiled: sampling calls them with a cache, and each change of it would compile them again."""
     compiled = {part: part._compiled_call_impl for part in module.modules() if part._compiled_call_impl is not None}
     for part in compiled:
         part._compiled_call_impl = None

@@ -1,4 +1,4 @@
-"""Trained models out, as folders that stock transformers loads.
+"""Export: writes trained models as folders that stock transformers loads.
 
 A folder appears whole or not at all: it is written beside its place, flushed to disk and renamed, and a folder that is
 there already is replaced only after that. Under FSDP2 every process calls; process 0 writes.
@@ -104,11 +104,11 @@ def try_export(
     dtype: ExportDtype = "auto",
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """All of an export but the weights, beside ``folder``, read back and removed: what would fail then, fails now.
+    """Write everything but the weights beside ``folder``, read it back and remove it, so that a failure shows now.
 
     One process calls it.
 
-    Returns: what an export changes that its user may not expect, a sentence each.
+    Returns: a sentence for each thing that an export changes and its user may not expect.
 
     Raises:
         InputError: ``folder`` cannot be written or has no room, holds something else than a model, or a config, a chat
@@ -157,7 +157,7 @@ def try_export(
 
 @contextlib.contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """An empty folder to write to, that takes ``folder``'s place when the block ends without an error.
+    """Give an empty folder to write to; it takes the place of ``folder`` when the block ends without an error.
 
     Raises:
         InputError: ``folder`` is a file, or has files but no config.json: it is somebody's, and not a model.

@@ -1,4 +1,4 @@
-"""Where a model's folder is, and what is in it, before anything is loaded: a mistyped path is told at once."""
+"""Finds a model's folder and looks into it before anything is loaded, so that a mistyped path is reported at once."""
 
 from __future__ import annotations
 

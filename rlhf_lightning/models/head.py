@@ -1,4 +1,4 @@
-"""The language-model head: what a model makes of its trunk's last states, found without knowing the architecture."""
+"""The language-model head: it turns the trunk's last states into logits, whatever the architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every decoder-only trunk has, found without knowing the architecture."""
+"""Parts that every decoder-only trunk has, found without knowing the architecture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-# How far two ways to the same numbers may be apart, as a fraction of the largest: rounding, not another function.
+# How much two computations of the same numbers may differ by rounding, as a fraction of the largest number.
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -22,7 +22,7 @@ def nearly_equal(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
 
 
 def computed_in(model: nn.Module) -> torch.dtype:
-    """What a model computes in, at its least precise; float64 models have parts that compute in float32.
+    """The least precise dtype that a model computes in; float64 models have parts that compute in float32.
 
     TF32, which float32 products on a GPU may be in, has the digits of float16.
     """

@@ -1,8 +1,8 @@
-"""Model folders and hub names in, models and tokenizers out, with every mistake named in one line.
+"""Loads models and tokenizers from folders or hub names, and names every mistake in one line.
 
-A path that exists is a local folder and nothing is fetched; anything else that reads like a hub name is left to
-transformers. Dropout is off in every model: log-probs of the rollout, of the update and of the reference must be of the
-same function, else the first PPO ratio is not 1.
+A path that exists is a local folder, and nothing is fetched. Any other name that reads like a hub name is left to
+transformers. Dropout is off in every model: rollout, update and reference must compute log-probs by the same function,
+else the first PPO ratio is not 1.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """The causal LM of a model folder or hub name, dropout off, in ``dtype``, on the CPU.
 
-    Here and in `load_scalar_model` the model's ``stored_dtype`` is the one that the folder has its weights in.
+    The model's ``stored_dtype`` is the dtype of the weights in the folder, here and in `load_scalar_model`.
 
     Raises:
         InputError: no such folder, missing or unreadable weights, not a causal LM.
@@ -144,7 +144,7 @@ def load_scalar_model(
 def draw_head(head: nn.Linear, seed: int) -> None:
     """Fill ``head`` from N(0, 1 / (in_features + 1)), its bias with 0; the same on every machine for a seed."""
     generator = torch.Generator().manual_seed(seed)
-    # Where and how is said in full: Lightning builds models under the device and dtype that they will train with.
+    # Device and dtype are given explicitly, because Lightning builds models under defaults of its own.
     drawn = torch.randn(head.weight.shape, generator=generator, device="cpu", dtype=torch.float32)
     drawn /= math.sqrt(head.in_features + 1)
     with torch.no_grad():
@@ -270,7 +270,7 @@ def _load_model(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below, in one line
+            ignore_mismatched_sizes=True,  # reported below, in one line
             **options,
         )
         if base is not None:

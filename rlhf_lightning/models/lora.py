@@ -1,4 +1,4 @@
-"""Low-rank adapters: the loaded weights stay as they are, and two small matrices beside each linear layer learn.
+"""Low-rank adapters: the loaded weights stay fixed, and two small matrices beside each linear layer are trained.
 
 LoRA (Hu et al. 2021, equation 3): ``W x`` becomes ``W x + alpha / r * B (A x)``, where A ``[r, in]`` is drawn, B
 ``[out, r]`` starts at zero and W is frozen. The layers are peft's (the ``lora`` extra), put into the trunk: the head
@@ -94,10 +94,10 @@ def _ends(name: str, targets: Sequence[str]) -> bool:
 
 
 def base_fingerprint(model: PreTrainedModel) -> str:
-    """Tells one set of loaded weights from another: of names, shapes and 64 numbers of each, spread evenly.
+    """A hash that tells one set of loaded weights from another: of names, shapes and 64 spread numbers of each.
 
-    An adapter is worth nothing beside other weights, and training changes all of them. A head that is trained with the
-    adapter (``score``) is left out.
+    An adapter only works beside the weights that it was trained with. A head that is trained with the adapter
+    (``score``) is left out of the hash.
 
     Args:
         model: whole, on the CPU, and before `add_adapter`.

@@ -1,4 +1,4 @@
-"""Rows of tokens as one long row: where each token goes, and the copies there and back.
+"""Packed rows: many rows of tokens as one long row, and the copies there and back.
 
 The long row has the real tokens of all rows, one row after the other. Rows may begin with the same tokens, as both
 sides of a pair do, or the responses to one prompt. The long row has such a common beginning once, because a causal

@@ -1,4 +1,4 @@
-"""Forward passes without padding, and without computing anything twice: the trunk gets one long row of tokens.
+"""Forward passes over one long row of tokens, so that nothing is computed for padding or computed twice.
 
 `packed_rows.PackedRows` makes that row. All layers but attention treat tokens one by one, so they do no work for
 padding and compute a common beginning once. Attention needs rows: for it, the queries, keys and values are copied back
@@ -72,7 +72,7 @@ def hidden_states(
     below: int | None = None,
     routers: Routers | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """What the trunk makes of right-padded rows; nothing is computed for padding where it is worth that.
+    """The trunk's hidden states of right-padded rows, packed where that saves enough.
 
     No attention mask: in a causal model the real tokens of a right-padded row never see the padding after them, and
     without a mask the attention kernels take their fast causal path.

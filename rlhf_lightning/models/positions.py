@@ -1,4 +1,4 @@
-"""Which position is which, in right-padded sequences: the last token, the response, the states that predict it.
+"""Positions in right-padded sequences: the last token, the response, and the states that predict it.
 
 Shapes: ``B`` rows, ``S`` prompt + response tokens, ``T`` response tokens of the longest response. Every function works
 from lengths and never looks at token ids, so the pad token may be anything, EOS included.

@@ -1,4 +1,4 @@
-"""The heads of reward models that other libraries saved, found by their names among the weights.
+"""Finds the head of a reward model that another library saved, by its name among the weights.
 
 transformers and TRL's reward trainer call it ``score``; OpenRLHF ``score`` or ``value_head``, in folders whose
 config.json may not say how many outputs there are; TRL's value-head models ``v_head.summary``, with a bias.

@@ -21,7 +21,7 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "
 
 
 class Routed(NamedTuple):
-    """What the routers said in one pass with a gradient."""
+    """The routers' logits of one pass with a gradient."""
 
     logits: tuple[Tensor, ...]  # [N, E] for each layer with experts
     real: Tensor  # [B, S] bool
@@ -104,16 +104,16 @@ class Routers:
 
 
 def routing(model: PreTrainedModel, wanted: bool) -> dict[str, bool]:
-    """The argument of a forward pass that says whether routers' logits are returned.
+    """The argument of a forward pass that turns the routers' logits on or off.
 
-    Empty for a model whose config does not ask for them: it returns none by itself, and may not know the argument.
+    It is empty for a model whose config does not ask for them: such a model may not know the argument.
     """
     asks = getattr(model.config, "output_router_logits", False)
     return {"output_router_logits": wanted} if asks else {}
 
 
 def find_routers(model: PreTrainedModel) -> Routers | None:
-    """What trains the routers of a model whose config asks for it; None for all others.
+    """The `Routers` of a model whose config asks for their loss; None for all others.
 
     It asks by ``output_router_logits: true`` and a ``router_aux_loss_coef`` above 0.
 

@@ -1,6 +1,6 @@
-"""One number at every position of a sequence: a reward model, or a critic of its own.
+"""A model with one number at every position of a sequence: a reward model, or a critic of its own.
 
-There is no LM head here, and so nothing for the fused one to take over: the head is one row wide.
+Its head has one row, so the fused language-model head has no use here.
 """
 
 from __future__ import annotations

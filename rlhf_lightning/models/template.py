@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer: which one is used, what it renders, and the token that ends a turn in it."""
+"""The chat template of a tokenizer: the choice among several, the rendering, and the token that ends a turn."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from rlhf_lightning.errors import InputError
 
-# Stands for a text whose place in a rendering is looked for: a character of Unicode's last private plane.
+# Marks a text whose place in a rendering is wanted. It is a character of Unicode's last private plane.
 MARK = "\U0010fffd"
-# Jinja in place of the template's clock: transformers hands functions of ours to no template.
+# Replaces the template's clock by Jinja, because transformers passes no function of ours to a template.
 _CLOCK = (
     "{%- macro strftime_now(format) -%}{{ dates_of_run[format] if format in dates_of_run else "
     "raise_exception('strftime_now is called with a format that is no plain text') }}{%- endmacro -%}"

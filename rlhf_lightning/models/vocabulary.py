@@ -1,4 +1,4 @@
-"""Which of a model's ids stand for a token. The others are never sampled, and have no share in any probability.
+"""The ids of a model that stand for a token. The others are never sampled and have no share in any probability.
 
 Embeddings are often padded to a round number of rows (Qwen's by some hundred), and some tokenizers have no token for
 ids below their highest (Phi-4's). A response with such an id could be read by nobody: not by a reward model, whose

@@ -1,10 +1,10 @@
-"""What every module shares: Lightning's hooks around the parts that are held."""
+"""The base of every module: Lightning's hooks, which call the parts that a module holds."""
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.batches import Rollout, View
 from rlhf_lightning.collectives import scale_grads
 from rlhf_lightning.distributed import FSDP2Strategy
-from rlhf_lightning.errors import InputError, TrainingDiverged
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.building import LoRAOptions, ModelFactory, NetworkOptions, Place
 from rlhf_lightning.models.export import export_policy, export_scalar, try_export
 from rlhf_lightning.models.loading import load_tokenizer
@@ -29,9 +29,11 @@ from rlhf_lightning.ops.extension import keep_memory
 from rlhf_lightning.options import arguments_again, arguments_of, check_arguments, plain
 from rlhf_lightning.training.balancing import check_taken
 from rlhf_lightning.training.gradient_step import GradientStep
+from rlhf_lightning.training.last_checkpoint import naming_checkpoint
 from rlhf_lightning.training.made_with import check_bases, check_made_with, own_part, wrong_weights
 from rlhf_lightning.training.memory import ExplainMemory
 from rlhf_lightning.training.optimizer import AdamWOptions, decay_groups, make_adamw, steps_of_training
+from rlhf_lightning.training.sampler import Sampler
 from rlhf_lightning.training.totals import Totals
 
 
@@ -44,6 +46,7 @@ class RLHFModule(LightningModule):
         lora: low-rank adapters.
         network: how the models are loaded, run and written.
         seed: of everything that is drawn.
+        sampler: what answers prompts with the policy; None where there is no policy.
 
     Attributes:
         step: the optimizer step that is being made; a ``training_step`` counts its loss there.
@@ -54,7 +57,14 @@ class RLHFModule(LightningModule):
     automatic = True  # whether Lightning steps the optimizer; on-policy methods do it themselves
 
     def __init__(
-        self, model: str, *, optimizer: AdamWOptions, lora: LoRAOptions, network: NetworkOptions, seed: int
+        self,
+        model: str,
+        *,
+        optimizer: AdamWOptions,
+        lora: LoRAOptions,
+        network: NetworkOptions,
+        seed: int,
+        sampler: Sampler | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = self.automatic
@@ -63,6 +73,7 @@ class RLHFModule(LightningModule):
         self.lora_options = lora
         self.network_options = network
         self.seed = seed
+        self.sampler = sampler
         self.step = GradientStep()
         self.held_out_totals = Totals()  # what is logged after validation
         self._configured: list[dict[str, Any]] = []  # the options of the optimizer's groups, lr at its peak
@@ -119,13 +130,15 @@ class RLHFModule(LightningModule):
             raise InputError(
                 f"trainer.strategy: {type(strategy).__name__} is not supported; use ddp, or fsdp2 to shard the model"
             )
-        # Lightning's bf16-true would round a batch's weights and margins, and nothing else in it is a float.
+        # A batch's only floats are weights and margins. Lightning's bf16-true would round them.
         self.trainer.precision_plugin.convert_input = lambda data: data  # type: ignore[method-assign]
+        if self.sampler is not None:
+            self.sampler.forget()  # a checkpoint may be loaded next
         given = getattr(self.datamodule, "tokenizer", None)
         self.tokenizer = given if given is not None else self.load_tokenizer(self.model_folder)
 
     def configure_callbacks(self) -> list[Callback]:
-        """What explains the memory that a pass did not get."""
+        """A callback that explains out-of-memory errors."""
         return [ExplainMemory()]
 
     @property
@@ -138,11 +151,12 @@ class RLHFModule(LightningModule):
         return load_tokenizer(folder, self.network_options.trust_remote_code)
 
     def longest_sequence(self) -> int:
-        """Tokens of the longest sequence that the models will see; 0 where the data cannot tell."""
-        return int(getattr(self.datamodule, "longest_sequence", 0))
+        """Tokens of the longest sequence that the models will see, what may be sampled included; 0 where unknown."""
+        longest = int(getattr(self.datamodule, "longest_sequence", 0))
+        return longest if self.sampler is None else self.sampler.longest(self.datamodule, longest)
 
     def factory(self) -> ModelFactory:
-        """What loads the models; without a Trainer they run on the CPU, in float32."""
+        """The factory that loads the models; without a Trainer they run on the CPU, in float32."""
         if not hasattr(self, "tokenizer"):
             self.tokenizer = self.load_tokenizer(self.model_folder)
         place = Place(torch.device("cpu"))
@@ -153,7 +167,7 @@ class RLHFModule(LightningModule):
         return ModelFactory(*options, self.tokenizer, self.longest_sequence(), place, self._bases)
 
     def networks(self) -> dict[str, Policy | ScalarModel]:
-        """The networks that are trained, by name, the one that is exported first; none before ``configure_model``."""
+        """The trained networks by name, the exported one first; empty before ``configure_model``."""
         return {}
 
     @property
@@ -162,7 +176,7 @@ class RLHFModule(LightningModule):
         return next(iter(self.networks().values()), None)
 
     def keep_frozen(self, name: str, module: nn.Module | Reference | None) -> None:
-        """Set an attribute outside the module tree: it is in no checkpoint, no optimizer and no gradient reduction."""
+        """Set an attribute outside the module tree, so that no checkpoint, optimizer or gradient reduction sees it."""
         object.__setattr__(self, name, module)
 
     # The optimizer
@@ -174,12 +188,12 @@ class RLHFModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, and the schedule, stepped once an optimizer step."""
-        # Not fused under a scaler of fp16 gradients: it would take the scale off in its step, after
-        # `on_before_optimizer_step` has measured and clipped.
+        # A fused optimizer takes the scale of fp16 gradients off inside its step. That is too late:
+        # `on_before_optimizer_step` measures and clips before it.
         optimizer = make_adamw(self.parameter_groups(), self.optimizer_options, fused=not self._scaled)
         options = ("lr", "weight_decay", "betas", "eps")
         self._configured = [{name: group[name] for name in options} for group in optimizer.param_groups]
-        # A lambda and not a bound method: LambdaLR saves the attributes of anything that is not a plain function.
+        # LambdaLR saves the attributes of anything that is not a plain function, so this is a lambda.
         scheduler = LambdaLR(optimizer, lambda step: self.optimizer_options.factor(step, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -197,17 +211,17 @@ class RLHFModule(LightningModule):
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def on_fit_start(self) -> None:
-        """Training on the CPU keeps the memory of large tensors from step to step."""
+        """On a CPU, keep the memory of large tensors from step to step."""
         if self.device.type == "cpu":
             keep_memory(True)
 
     def on_fit_end(self) -> None:
-        """And gives it back."""
+        """Give that memory back."""
         if self.device.type == "cpu":
             keep_memory(False)
 
     def on_train_start(self) -> None:
-        """The configured optimizer options win over a checkpoint's; a schedule without an end is refused now."""
+        """Let the configured optimizer options win over a checkpoint's, and refuse a schedule without an end."""
         if self.optimizer_options.schedule != "constant":
             self.total_steps()
         schedulers = self.lr_schedulers()
@@ -219,17 +233,17 @@ class RLHFModule(LightningModule):
         self._step_began = time.monotonic()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Normalise, check, measure; Lightning clips after this.
+        """Divide the gradients by the step's count, check them and measure their norms; Lightning clips after this.
 
         Raises:
-            TrainingDiverged: loss or gradient NaN or infinite; on all processes together, and before the step. Names
-                the last checkpoint.
+            TrainingDiverged: the loss or a gradient is NaN or infinite. All processes raise it together, before the
+                step. The message names the last checkpoint.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         accumulated = self.trainer.accumulate_grad_batches if self.automatic_optimization else 1
         networks = {} if self.automatic_optimization else self.networks()
         check_taken(self.modules())
-        with self.naming_checkpoint():
+        with naming_checkpoint(self._trainer):
             tokens = self.step.finish(parameters, networks, accumulated, self.moment, overflows=self._scaled)
         if self.automatic_optimization:
             self._log_step(optimizer, tokens)
@@ -240,9 +254,9 @@ class RLHFModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """``trainer.gradient_clip_val`` by the norm that is measured already; other algorithms are Lightning's.
+        """Clip to ``trainer.gradient_clip_val`` by the norm that is already measured; Lightning clips by value.
 
-        A module's own ``on_before_optimizer_step`` has to call ``super()``'s, which measures it.
+        A subclass that overrides ``on_before_optimizer_step`` must call ``super()``'s, which measures the norm.
         """
         if not gradient_clip_val or gradient_clip_algorithm not in (None, "norm"):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -252,38 +266,20 @@ class RLHFModule(LightningModule):
 
     @property
     def moment(self) -> str:
-        """Where the training is, as an error tells it."""
+        """Where the training is, for error messages."""
         return f"optimizer step {self.trainer.global_step + 1}"
-
-    @contextmanager
-    def naming_checkpoint(self) -> Iterator[None]:
-        """A divergence inside says where to go on from, by the run's checkpoint callback."""
-        try:
-            yield
-        except TrainingDiverged as error:
-            raise TrainingDiverged(f"{error}; {self._last_checkpoint()}") from error
-
-    def _last_checkpoint(self) -> str:
-        lower = "with a lower model.optimizer.learning_rate"
-        for callback in self.trainer.checkpoint_callbacks if self._trainer is not None else ():
-            for name in ("newest", "last_model_path", "best_model_path"):
-                if path := getattr(callback, name, None):
-                    return f"the last checkpoint from before is {path}; resume from it {lower}"
-        return f"no checkpoint was saved before; start again {lower}"
 
     def _log_step(self, optimizer: Optimizer, tokens: float) -> None:
         means = self.step.means()
-        now = time.monotonic()
-        means["train/tokens_per_second"] = tokens / max(now - self._step_began, 1e-9)
-        self._step_began = now
-        means["train/grad_norm"] = self.step.norm
-        means["train/learning_rate"] = optimizer.param_groups[0]["lr"]
-        self.log_dict(means)
+        began, self._step_began = self._step_began, time.monotonic()
+        means["train/tokens_per_second"] = tokens / max(self._step_began - began, 1e-9)
+        rates = {"train/grad_norm": self.step.norm, "train/learning_rate": optimizer.param_groups[0]["lr"]}
+        self.log_dict(means | rates)
 
     # What a checkpoint holds
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """All weights; under LoRA those that are trained, because the others are in ``model``'s folder."""
+        """All weights; under LoRA only the trained ones, since ``model``'s folder has the others."""
         state = super().state_dict(*args, **kwargs)
         for name in self._loaded_from_folders() & state.keys():
             del state[name]
@@ -309,21 +305,20 @@ class RLHFModule(LightningModule):
         return keys
 
     def shape_options(self) -> dict[str, Any]:
-        """The options, by name, that decide which weights there are: a checkpoint resumes with the same alone."""
+        """The options, by name, that decide which weights exist. A checkpoint resumes only with the same values."""
         return {"lora.rank": self.lora_options.rank}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What it was made with, and under LoRA which weights the adapters belong to."""
+        """Save the options that the weights depend on, and under LoRA which weights the adapters belong to."""
         checkpoint["made_with"] = {"module": type(self).__name__, "model": self.model_folder, **self.shape_options()}
         if self._bases:
             checkpoint["bases"] = [list(base) for base in self._bases]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The counterpart.
+        """Check that the checkpoint fits this module.
 
         Raises:
-            InputError: the run it was made in had other `shape_options`, or its adapters were trained beside other
-                weights than those that were loaded.
+            InputError: its run had other `shape_options`, or its adapters were trained beside other weights.
         """
         made = checkpoint.get("made_with", {})
         self._made_by = f"by {made['module']} of {made['model']}" if made else "by another module or of another model"
@@ -336,11 +331,14 @@ class RLHFModule(LightningModule):
         return own_part(checkpoint, key, type(self).__name__, self._made_by)
 
     def _loaded_from_folders(self) -> set[str]:
-        if self.lora_options.rank is None:
-            return set()
-        return {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        named = () if self.lora_options.rank is None else self.named_parameters(remove_duplicate=False)
+        return {name for name, p in named if not p.requires_grad}
 
     # Held-out metrics
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As ``validation_step``, logged as ``test/...``."""
+        self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/...``."""
@@ -352,7 +350,7 @@ class RLHFModule(LightningModule):
         self._log_held_out("test")
 
     def held_out_metrics(self, totals: Totals) -> dict[str, float]:
-        """What is logged of a validation's totals, by names without their stage; override it for other metrics."""
+        """The metrics of a validation, by names without their stage; override this for other metrics."""
         return totals.means()
 
     def _log_held_out(self, stage: str) -> None:
@@ -395,3 +393,7 @@ class RLHFModule(LightningModule):
         """See `models.export.try_export`; one process calls it, before there is anything to lose."""
         options = self.network_options
         return try_export(self.exported(), self.tokenizer, folder, options.export_dtype, options.trust_remote_code)
+
+
+# `__new__` comes first where Python looks for a class's signature; the constructor's is the one to show.
+RLHFModule.__new__.__signature__ = inspect.signature(RLHFModule.__init__)  # type: ignore[attr-defined]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from rlhf_lightning.algorithms.losses import PreferenceLoss, preference_loss
-from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
 from rlhf_lightning.modules.preference import PreferenceModule
 from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.training.frozen_reference import FrozenReference
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import LabelSmoothing, PairLoss, check_smoothing, log_ratios
+from rlhf_lightning.training.pairs import JudgedPairs, LabelSmoothing, PairLoss, check_smoothing
 from rlhf_lightning.training.sampler import SamplingOptions
 
 
@@ -34,8 +36,6 @@ class DPOModule(PreferenceModule):
         seed: of the sampling, and of adapters.
     """
 
-    referenced = True
-
     def __init__(
         self,
         model: str,
@@ -53,7 +53,7 @@ class DPOModule(PreferenceModule):
     ) -> None:
         super().__init__(
             model,
-            reference=reference,
+            reference=FrozenReference(reference),
             sampling=sampling,
             engine=engine,
             optimizer=optimizer,
@@ -67,13 +67,12 @@ class DPOModule(PreferenceModule):
         self.label_smoothing = label_smoothing
         self.sft_coef = sft_coef
 
-    def loss(self, batch: PreferenceBatch) -> PairLoss:
+    def loss(self, log_probs: Tensor, experience: JudgedPairs) -> PairLoss:
         """The preference loss, equation 7, and the SFT loss where it is asked for."""
-        scores = self.score_pairs(batch)
-        ratios = log_ratios(scores, self.reference)
-        scaled = ratios / scores.tokens if self.loss_type == "ipo" else ratios
+        ratios, tokens = experience.log_ratios(log_probs), experience.rows.response_tokens
+        scaled = ratios / tokens if self.loss_type == "ipo" else ratios
         chosen, rejected = scaled.chunk(2)
         losses = preference_loss(chosen, rejected, self.beta, self.loss_type, self.label_smoothing)
         if self.sft_coef > 0:
-            losses = losses - self.sft_coef * (scores.log_probs / scores.tokens).chunk(2)[0]
-        return PairLoss(losses, self.beta * ratios, scores.log_probs)
+            losses = losses - self.sft_coef * (log_probs / tokens).chunk(2)[0]
+        return PairLoss(losses, self.beta * ratios, log_probs)

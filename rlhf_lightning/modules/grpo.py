@@ -121,7 +121,7 @@ class GRPOModule(OnPolicyModule):
         rollout, scores = self.sample(batch)
         with self.phases.timed("score"), torch.no_grad():
             old = self.evaluate(rollout, scores, self.objective.known(rollout))
-            shaped = self.shape(scores, rollout)
+            shaped = self.shaping(scores, rollout)
             rewards = shaped - self.kl.coef * self.kl.per_response(old, rollout.response_mask)
             advantages = group_advantages(rewards, self.group_size, self.scale_by_std)
             weights = self.informative(shaped, rollout.prompts.weights)

@@ -1,4 +1,4 @@
-"""KTO: each response is desirable or not by itself, and is weighed against how far the policy has moved in general."""
+"""KTO: each response is desirable or undesirable by itself, and is compared with the policy's mean drift."""
 
 from __future__ import annotations
 
@@ -17,10 +17,42 @@ from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
 from rlhf_lightning.modules.preference import PreferenceModule
 from rlhf_lightning.options import NonNegativeInt, PositiveFloat
 from rlhf_lightning.rollout.engine import RolloutEngine
+from rlhf_lightning.training.frozen_reference import FrozenReference
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import PairLoss, Rows, log_ratios, score_rows, weighted_sum, wins
+from rlhf_lightning.training.pairs import PairLoss, Rows, as_rows, response_log_probs, wins
 from rlhf_lightning.training.sampler import SamplingOptions
 from rlhf_lightning.training.totals import Totals
+
+
+class JudgedResponses(NamedTuple):
+    """Responses with their labels, and what stays fixed while the policy learns from them."""
+
+    rows: Rows  # n responses
+    reference_log_probs: Tensor  # [n] summed over the response
+    baseline: Tensor  # scalar, z0
+    desirable: Tensor  # [n] bool
+    paired: bool  # whether the first half are chosen responses, and the second half the rejected ones beside them
+
+
+class LabelledLoss(NamedTuple):
+    """What the method makes of a batch of labelled responses."""
+
+    losses: Tensor  # [n]
+    rewards: Tensor  # [n]
+    log_probs: Tensor  # [n] summed over the response, under the policy
+    right: Tensor  # [n] 1 where the reward is on the label's side of beta z0, one half at a tie
+    baseline: Tensor  # scalar, z0
+    desirable: Tensor  # [n] bool
+
+    def add_metrics(self, totals: Totals, weights: Tensor, prefix: str, separator: str) -> None:
+        """See `PairLoss.add_metrics`."""
+        counted = weights > 0
+        totals.add(f"{prefix}loss", self.losses, weights)
+        totals.add(f"{prefix}accuracy", self.right, counted)
+        totals.add(f"{prefix}baseline", self.baseline.expand(len(weights)), counted)
+        for group, values in (("rewards", self.rewards), ("logps", self.log_probs)):
+            totals.add(f"{group}{separator}chosen", values, counted & self.desirable)
+            totals.add(f"{group}{separator}rejected", values, counted & ~self.desirable)
 
 
 class KTOModule(PreferenceModule):
@@ -28,9 +60,9 @@ class KTOModule(PreferenceModule):
 
     An example is one response with a label (data of ``prompt, completion, label``); or a pair is two examples, its
     chosen response a desirable one and its rejected response an undesirable one. The loss is the mean over examples,
-    however many of them are desirable. None sees another: they meet in the baseline ``z0`` alone, an estimate of
-    ``KL(policy || reference)``, held constant in the gradient. It is the mean log-ratio of responses to prompts they do
-    not belong to, at least 0: every prompt of the batch with the response of the next row that has another prompt.
+    however many of them are desirable. Examples share nothing but the baseline ``z0``, an estimate of
+    ``KL(policy || reference)`` without a gradient. It is the mean log-ratio of responses to prompts that they do not
+    belong to, at least 0: each prompt of the batch is paired with the response of the next row that has another prompt.
 
     The batch is that of a training step, ``data.batch_size`` rows over all processes together, so ``z0`` and the
     gradient are the same for any number of processes. Batches that ``accumulate_grad_batches`` adds up have a ``z0``
@@ -57,7 +89,7 @@ class KTOModule(PreferenceModule):
     """
 
     data_view = View("pairs", labels=True)
-    referenced = True
+    frozen: FrozenReference
 
     def __init__(
         self,
@@ -75,7 +107,7 @@ class KTOModule(PreferenceModule):
     ) -> None:
         super().__init__(
             model,
-            reference=reference,
+            reference=FrozenReference(reference),
             sampling=sampling,
             engine=engine,
             optimizer=optimizer,
@@ -87,48 +119,29 @@ class KTOModule(PreferenceModule):
         self.desirable_weight = desirable_weight
         self.undesirable_weight = undesirable_weight
 
-    def loss(self, batch: PreferenceBatch) -> PairLoss:
-        """The mean of a pair's two losses."""
-        scores = self.score_pairs(batch)
-        ratios = log_ratios(scores, self.reference)
-        baseline = self.baseline(scores.rows, batch.weights)
-        chosen = torch.arange(len(ratios), device=ratios.device) < len(batch)
-        losses = self.losses(ratios, baseline, chosen).reshape(2, -1).mean(dim=0)
-        more = {"baseline": baseline.expand(len(batch))}
-        return PairLoss(losses, self.beta * ratios, scores.log_probs, more)
-
-    def training_step(self, batch: PreferenceBatch | LabelledBatch, batch_idx: int) -> Tensor:
-        """The weighted sum of the pairs' or the labelled responses' losses."""
+    def experience(self, batch: PreferenceBatch | LabelledBatch) -> JudgedResponses:
+        """See `PreferenceModule.experience`; with the baseline and the labels."""
+        paired = isinstance(batch, PreferenceBatch)
         if isinstance(batch, PreferenceBatch):
-            return super().training_step(batch, batch_idx)
-        loss = self.labelled_loss(batch, self.step.totals, "train/", "/")
-        return self.counted(loss, batch.weights, batch.responses.lengths.sum(), sides=1)
-
-    def validation_step(self, batch: PreferenceBatch | LabelledBatch, batch_idx: int) -> None:
-        """Loss, accuracy, rewards and log-probs; of pairs also the margin."""
-        if isinstance(batch, PreferenceBatch):
-            super().validation_step(batch, batch_idx)
+            rows = as_rows(batch)
+            desirable = torch.arange(len(rows.lengths), device=rows.lengths.device) < len(batch)
         else:
-            self.labelled_loss(batch, self.held_out_totals, "", "_")
+            given, desirable = batch.responses, batch.desirable
+            rows = Rows(given.tokens, given.lengths, given.prompt_lengths, given.response_mask)
+        baseline = self.estimate_baseline(rows, batch.weights)
+        return JudgedResponses(rows, self.frozen.log_probs(rows), baseline, desirable, paired)
 
-    def labelled_loss(self, batch: LabelledBatch, totals: Totals, prefix: str, separator: str) -> Tensor:
-        """The weighted sum of the responses' losses; their metrics go into ``totals``, see `PairLoss.add_metrics`."""
-        assert self.policy is not None
-        given = batch.responses
-        rows = Rows(given.tokens, given.lengths, given.prompt_lengths, given.response_mask)
-        scores = score_rows(self.policy, rows)
-        ratios = log_ratios(scores, self.reference)
-        baseline = self.baseline(rows, batch.weights)
-        losses = self.losses(ratios, baseline, batch.desirable)
-        counted = batch.weights > 0
-        right = torch.where(batch.desirable, wins(ratios, baseline), wins(baseline, ratios))
-        totals.add(f"{prefix}loss", losses, batch.weights)
-        totals.add(f"{prefix}accuracy", right, counted)
-        totals.add(f"{prefix}baseline", baseline.expand(len(batch)), counted)
-        for group, values in (("rewards", self.beta * ratios), ("logps", scores.log_probs)):
-            totals.add(f"{group}{separator}chosen", values, counted & batch.desirable)
-            totals.add(f"{group}{separator}rejected", values, counted & ~batch.desirable)
-        return weighted_sum(losses, batch.weights)
+    def loss(self, log_probs: Tensor, experience: JudgedResponses) -> PairLoss | LabelledLoss:
+        """Equation 8; of a pair the mean of its two losses."""
+        ratios, baseline = log_probs - experience.reference_log_probs, experience.baseline
+        losses = self.losses(ratios, baseline, experience.desirable)
+        rewards = self.beta * ratios
+        if experience.paired:
+            losses = losses.reshape(2, -1).mean(dim=0)
+            return PairLoss(losses, rewards, log_probs, {"baseline": baseline.expand(len(losses))})
+        desirable = experience.desirable
+        right = torch.where(desirable, wins(ratios, baseline), wins(baseline, ratios))
+        return LabelledLoss(losses, rewards, log_probs, right, baseline, desirable)
 
     def losses(self, ratios: Tensor, baseline: Tensor, desirable: Tensor) -> Tensor:
         """``[n]``, each response's loss with its weight: of log-ratios ``[n]``, z0 and labels ``[n]``."""
@@ -142,7 +155,7 @@ class KTOModule(PreferenceModule):
         return max(super().longest_sequence(), mixed)
 
     @torch.no_grad()
-    def baseline(self, rows: Rows, weights: Tensor) -> Tensor:
+    def estimate_baseline(self, rows: Rows, weights: Tensor) -> Tensor:
         """``z0``, a scalar: the same on every process, each of which calls it.
 
         Args:
@@ -150,9 +163,9 @@ class KTOModule(PreferenceModule):
             weights: ``[B]``, theirs.
         """
         assert self.policy is not None
-        others, counted = mismatched(rows, weights)
-        ratios = log_ratios(score_rows(self.policy, others), self.reference)
-        sums = all_reduce_sum(torch.stack([(ratios * counted).sum(), counted.sum()]).double())
+        others, weights = mismatched(rows, weights)
+        ratios = response_log_probs(self.policy, others) - self.frozen.log_probs(others)
+        sums = all_reduce_sum(torch.stack([(ratios * weights).sum(), weights.sum()]).double())
         if sums[1] == 0:
             rank_zero_warn(
                 "KTO: a batch has one prompt alone, so its baseline z0 is 0: there is no other response to estimate it "
@@ -191,28 +204,28 @@ def mismatched(rows: Rows, weights: Tensor) -> tuple[Rows, Tensor]:
     batch = [one for turn in dealt for one in turn if one is not None]
     sides: list[list[list[int]]] = [[] for _ in range(len(rows.lengths) // len(weights))]
     masks: list[list[list[bool]]] = [[] for _ in sides]
-    prompts, counted = [], []
+    prompts, prompt_weights = [], []
     for place, one in enumerate(batch):
         if one.process != number:
             continue
         following = batch[place + 1 :] + batch[:place]
         other = next((o for o in following if o.weight > 0 and o.prompt != one.prompt), None)
         prompts.append(len(one.prompt))
-        counted.append(0.0 if other is None else one.weight)
+        prompt_weights.append(0.0 if other is None else one.weight)
         for side, response in zip(sides, (other or one).responses, strict=True):
             side.append(one.prompt + response)
         for side_masks, mask in zip(masks, (other or one).masks, strict=True):
             side_masks.append(mask)
     sequences = [torch.tensor(sequence) for side in sides for sequence in side]
-    counted_tokens = [torch.tensor(mask, dtype=torch.bool) for side_masks in masks for mask in side_masks]
+    token_masks = [torch.tensor(mask, dtype=torch.bool) for side_masks in masks for mask in side_masks]
     device = rows.tokens.device
     mixed = Rows(
         tokens=pad_sequence(sequences, batch_first=True).to(device),
         lengths=torch.tensor([len(sequence) for sequence in sequences], device=device),
         prompt_lengths=torch.tensor(prompts * len(sides), device=device),
-        response_mask=pad_sequence(counted_tokens, batch_first=True).to(device),
+        response_mask=pad_sequence(token_masks, batch_first=True).to(device),
     )
-    return mixed, torch.tensor(counted * len(sides), device=device)
+    return mixed, torch.tensor(prompt_weights * len(sides), device=device)
 
 
 def _texts(rows: Rows, weights: Tensor) -> list[tuple[list[int], list[list[int]], list[list[bool]]]]:

@@ -1,7 +1,7 @@
-"""The loop of every method that learns from its own samples: sample, score, and a few passes of updates.
+"""The base of every method that learns from its own samples: it samples, scores, and makes a few passes of updates.
 
 Shapes: ``B`` rows of this process, ``S`` prompt + response tokens, ``T`` response tokens. One ``training_step`` is one
-iteration. A method writes its ``training_step``, from what is here, and the `loss` of a micro-batch.
+iteration. A method writes its ``training_step`` with the methods of this class, and the `loss` of a micro-batch.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from rlhf_lightning.training.actors import Actors
 from rlhf_lightning.training.balancing import router_losses
 from rlhf_lightning.training.experience import Learnable, ResponseScores
 from rlhf_lightning.training.kl_control import KLController, KLOptions
+from rlhf_lightning.training.last_checkpoint import naming_checkpoint
 from rlhf_lightning.training.minibatches import UpdateOptions, flags_of_all, micro_rounds, minibatches
 from rlhf_lightning.training.objective import Loss
 from rlhf_lightning.training.optimizer import AdamWOptions
@@ -45,7 +46,7 @@ from rlhf_lightning.training.scoring import checked_scores, prepare_reward, sett
 from rlhf_lightning.training.shaping import ScoreOptions, ScoreShaping
 from rlhf_lightning.training.totals import Totals
 
-# The iteration number that validation's draws are made under: no training iteration has it.
+# Validation draws its samples under this iteration number, which no training iteration has.
 _VALIDATION = -1
 _NO_REWARD = "model.reward: none is given; name one (rlhf_lightning.rewards.ModelReward, ...) or override score()"
 _STOPPED_AT_ONCE = (
@@ -65,12 +66,13 @@ class OnPolicyModule(RLHFModule, ABC):
             `PPOModule`, which has them all.
 
     Attributes:
-        totals: of this iteration, what is logged at its end.
+        totals: the metrics of this iteration, logged at its end.
         actors: policy, reference and critic; None before ``configure_model``.
-        iteration: beside weights and optimizer, what a checkpoint holds; draws are functions of it.
+        iteration: how many iterations are done. All draws are functions of it, and a checkpoint holds it.
     """
 
     automatic = False
+    sampler: Sampler
     reward: Reward | None  # frozen, and kept out of the module tree
 
     def __init__(
@@ -92,13 +94,14 @@ class OnPolicyModule(RLHFModule, ABC):
         group_size: int = 1,
         rows_per_prompt: int | None = None,
     ) -> None:
-        super().__init__(model, optimizer=optimizer, lora=lora, network=network, seed=seed)
+        sampler = Sampler(sampling, engine, seed)
+        super().__init__(model, optimizer=optimizer, lora=lora, network=network, seed=seed, sampler=sampler)
         self.keep_frozen("reward", reward)
         self.reference_folder = reference
         self.group_size, self.rows_per_prompt = group_size, rows_per_prompt or group_size
         self.iterations, self.update_options = iterations, update
-        self.sampling_options, self.sampler = sampling, Sampler(sampling, engine, seed)
-        self.shape, self.kl = ScoreShaping(scores, sampling.max_new_tokens), KLController(kl)
+        self.sampling_options = sampling
+        self.shaping, self.kl = ScoreShaping(scores, sampling.max_new_tokens), KLController(kl)
         self.data_view = View("prompts", steps=iterations, demonstrations="held_out")
         self.actors: Actors | None = None
         self.totals, self.phases = Totals(), Phases()  # of this iteration
@@ -121,13 +124,12 @@ class OnPolicyModule(RLHFModule, ABC):
         return {} if self.actors is None else self.actors.networks()
 
     def setup(self, stage: str) -> None:
-        """Checks that need the tokenizer or the data; see `RLHFModule.setup`.
+        """Check what needs the tokenizer or the data; see `RLHFModule.setup`.
 
         Raises:
             InputError: there is no reward, or the minibatches outnumber an iteration's responses.
         """
         super().setup(stage)
-        self.sampler.forget()  # a checkpoint may be loaded next
         if self.reward is None and type(self).score is OnPolicyModule.score:
             raise InputError(_NO_REWARD)
         self.sampler.warn_of_narrowing()
@@ -144,19 +146,19 @@ class OnPolicyModule(RLHFModule, ABC):
                 "data.batch_size or lower it"
             )
 
-    def longest_sequence(self) -> int:
-        """See `RLHFModule.longest_sequence`; with what may be sampled."""
-        return self.sampler.longest(self.datamodule, super().longest_sequence())
-
     def configure_model(self) -> None:
-        """Load, shard and ready all models; called again for every stage, does it once."""
+        """Load, shard and prepare all models. Every stage calls this; only the first call does the work."""
         if self.actors is None:
             self.actors = self.build_actors(self.factory())
 
-    def build_actors(self, factory: ModelFactory, critic: Any = None) -> Actors:
-        """Policy and reference, and the reward's own models; ``critic``: on the policy's trunk, see `Policy`."""
+    def build_policy(self, factory: ModelFactory) -> Policy:
+        """The policy to train."""
+        return factory.policy(self.model_folder)
+
+    def build_actors(self, factory: ModelFactory) -> Actors:
+        """Policy and reference; this also prepares the reward's own models."""
         factory.check_reference(self.reference_folder, self.model_folder)
-        policy = factory.policy(self.model_folder, critic)
+        policy = self.build_policy(factory)
         reference = factory.reference(self.reference_folder, policy, self.model_folder)
         prepare_reward(self.reward, self.tokenizer, factory.place)
         return Actors(
@@ -178,7 +180,7 @@ class OnPolicyModule(RLHFModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """See `RLHFModule.on_save_checkpoint`; with the iteration, the KL coefficient and the scores' moments."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["on_policy"] = {"iteration": self.iteration, "kl": self.kl.state(), "scores": self.shape.state()}
+        checkpoint["on_policy"] = {"iteration": self.iteration, "kl": self.kl.state(), "scores": self.shaping.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The counterpart."""
@@ -188,7 +190,7 @@ class OnPolicyModule(RLHFModule, ABC):
             raise InputError("--ckpt_path: the checkpoint is of an earlier version; start from its exported model")
         self.iteration = own["iteration"]
         self.kl.load(own["kl"])
-        self.shape.load(own["scores"])
+        self.shaping.load(own["scores"])
 
     # The parts of an iteration, in their order
 
@@ -204,7 +206,7 @@ class OnPolicyModule(RLHFModule, ABC):
             rollout = self.generate(batch.repeat(self.group_size), iteration=self.iteration)
         with self.phases.timed("score"):
             rollout, scores = settle(rollout, self.checked_scores(rollout), self.reward, self.totals, self.group_size)
-            self.shape.observe(scores, rollout.prompts.weights > 0)
+            self.shaping.observe(scores, rollout.prompts.weights > 0)
         return rollout, scores
 
     def score(self, rollout: Rollout) -> Tensor:
@@ -219,7 +221,7 @@ class OnPolicyModule(RLHFModule, ABC):
         return checked_scores(self.score, rollout, self.reward, f"{type(self).__name__}.score", date)
 
     def evaluate(self, rollout: Rollout, scores: Tensor, known: Tensor | None = None) -> ResponseScores:
-        """The scores of policy, reference and critic before the update; counts what is known of the rollout.
+        """The scores of policy, reference and critic before the update; also adds the rollout's metrics to `totals`.
 
         Args:
             rollout: the responses.
@@ -234,8 +236,8 @@ class OnPolicyModule(RLHFModule, ABC):
     def learn(self, experience: Learnable) -> int:
         """``epochs`` passes of ``minibatches`` optimizer steps each; a pass is a fresh permutation of all rows.
 
-        Returns: the steps made, fewer than epochs x minibatches only where the KL's ``stop`` ended them, or where a
-            minibatch has nothing that counts: fewer rows with a weight than minibatches, or no token in any response.
+        Returns: the number of steps made. It is below epochs x minibatches where the KL's ``stop`` ended them, or where
+            a minibatch had nothing to learn from (fewer weighted rows than minibatches, or only empty responses).
         """
         options, layout = self.update_options, (self.rows_per_prompt, world_size(), rank())
         weighted = flags_of_all(experience.weights > 0, *layout, largest(len(experience.weights)), all_reduce_sum)
@@ -257,14 +259,14 @@ class OnPolicyModule(RLHFModule, ABC):
 
     @abstractmethod
     def counts(self, experience: Any, rows: Tensor) -> Tensor:
-        """``[n]``: what the given rows add to the counts that a minibatch's `Loss.sums` are divided by."""
+        """``[n]``: the given rows' share of the counts that a minibatch's `Loss.sums` are divided by."""
 
     @abstractmethod
     def loss(self, new: Any, experience: Any) -> Loss:
-        """The loss of a micro-batch: a pure function of the new scores and of what stays fixed."""
+        """The loss of a micro-batch: a pure function of the new scores and of the fixed experience."""
 
     def new_scores(self, micro: Any) -> Any:
-        """What `loss` is a function of: the policy's scores of the micro-batch, and a critic's."""
+        """The first argument of `loss`: the scores of the micro-batch by the policy, and by a critic."""
         assert self.actors is not None
         scores: TokenScores = self.actors(*micro.inputs)
         return scores
@@ -279,17 +281,17 @@ class OnPolicyModule(RLHFModule, ABC):
         assert isinstance(optimizer, LightningOptimizer) and isinstance(scheduler, LRScheduler)
         optimizer.zero_grad()
         counts = torch.where(counts > 0, counts, 1)
-        moved = Totals()
+        change = Totals()
         budget = self.update_options.micro_batch_tokens
-        for group, counted, last in micro_rounds(experience.sizes, rows, budget, "update", self.report_phase):
+        for group, real, last in micro_rounds(experience.sizes, rows, budget, "update", self.report_phase):
             micro = experience.take(group)
             with gradient_sync(self, last):
-                micro = micro if counted else micro.uncounted()
+                micro = micro if real else micro.uncounted()
                 sums, metrics = self.loss(self.new_scores(micro), micro)
                 for name, (values, mask) in metrics.items():
                     self.totals.add(name, values, mask)
                 if "policy/approx_kl" in metrics:
-                    moved.add("approx_kl", *metrics["policy/approx_kl"])
+                    change.add("approx_kl", *metrics["policy/approx_kl"])
                 loss = reduce(add, (total / count for total, count in zip(sums, counts, strict=True)))
                 if self.actors.resting and isinstance(self.trainer.strategy.model, DistributedDataParallel):
                     loss = loss + self.actors.no_loss()
@@ -297,7 +299,7 @@ class OnPolicyModule(RLHFModule, ABC):
                 loss = world_size() * (loss + self.router_losses(micro) / counts[0])
                 self.step.check(loss)
                 self.manual_backward(loss)
-        if self.kl.options.stop is not None and self.kl.exceeds_stop(moved.means()["approx_kl"]):
+        if self.kl.options.stop is not None and self.kl.exceeds_stop(change.means()["approx_kl"]):
             optimizer.zero_grad()
             return False
         optimizer.step()
@@ -307,7 +309,7 @@ class OnPolicyModule(RLHFModule, ABC):
         return True
 
     def router_losses(self, micro: Any) -> Tensor | float:
-        """The routers' losses with the micro-batch's share in the policy's loss, the first of `counts`."""
+        """The routers' losses, each with the micro-batch's share in the policy's loss (the first of `counts`)."""
         networks = self.networks()
         if all(part.routers is None for part in networks.values()):
             return 0.0
@@ -342,7 +344,7 @@ class OnPolicyModule(RLHFModule, ABC):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Check (see `RLHFModule`), then clip the gradients of each network, the critic's apart from the policy's.
 
-        Here and not before the step, because a scaler of fp16 gradients has taken its scale off by now.
+        A scaler of fp16 gradients has taken its scale off by now, so this is the place to clip.
         """
         if self.actors is not None and self.actors.resting:
             self.actors.rest(optimizer)
@@ -353,7 +355,7 @@ class OnPolicyModule(RLHFModule, ABC):
                 scale_grads(network.parameters(), bound / self.step.norms[name])
 
     def on_train_end(self) -> None:
-        """A run that learnt nothing at all is told once more, where it is seen."""
+        """Warn once more, at the end, of a run that made no step."""
         if not self._steps_made:
             rank_zero_warn("no step was made in this run: the model is the one that it began with")
 
@@ -361,11 +363,11 @@ class OnPolicyModule(RLHFModule, ABC):
 
     def generate(self, prompts: PromptBatch, iteration: int = 0, **overrides: Any) -> Rollout:
         """One response to every prompt; see `training.sampler.Sampler`."""
-        with self.naming_checkpoint():
+        with naming_checkpoint(self._trainer):
             return self.sampler(self, prompts, iteration, **overrides)
 
     def answer(self, prompts: PromptBatch) -> Rollout:
-        """What ``predict`` says to the prompts: the best of ``best_of`` responses to each."""
+        """The responses that ``predict`` gives: for each prompt the best of ``best_of``."""
         if self.sampling_options.best_of == 1:
             return self.generate(prompts)
         rollout = self.generate(prompts.repeat(self.sampling_options.best_of))
@@ -377,22 +379,18 @@ class OnPolicyModule(RLHFModule, ABC):
         return answers(batch, self.answer(batch))
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Held-out prompts, always answered with the same draws, so that two validations differ by the policy alone."""
+        """Answer held-out prompts with the same draws each time, so that two validations differ by the policy alone."""
         assert self.actors is not None
         asked, totals = self.sampling_options.eval_temperature, self.held_out_totals
         temperature = self.sampling_options.temperature if asked is None else asked
         rollout = self.generate(batch, iteration=_VALIDATION, temperature=temperature)
         rollout, scores = settle(rollout, self.checked_scores(rollout), self.reward, totals)
-        # Greedy samples have no KL: they are of no distribution that log-probs could be taken under.
+        # Greedy samples come from no distribution that log-probs could be taken under, so they have no KL.
         old = self.actors.evaluate(rollout, temperature or self.sampling_options.temperature, report=self.report_phase)
         count_rollout(totals, rollout, scores, old, self.kl)
         if batch.demonstrations is not None:
             self.actors.measure_demonstrations(batch.demonstrations, totals, self.report_phase)
         self.report_samples(rollout, {"score": scores})
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """As `validation_step`, logged as ``test/...``."""
-        self.validation_step(batch, batch_idx)
 
     def held_out_metrics(self, totals: Totals) -> dict[str, float]:
         """See `RLHFModule.held_out_metrics`."""

@@ -105,7 +105,7 @@ class OnlineDPOModule(OnPolicyModule):
         rollout, scores = self.sample(batch)
         with self.phases.timed("score"), torch.no_grad():
             old = self.evaluate(rollout, scores, self.sampler.policy_log_probs(rollout))
-            shaped = self.shape(scores, rollout)
+            shaped = self.shaping(scores, rollout)
             best, worst = best_rows(shaped, self.group_size), best_rows(-shaped, self.group_size)
             pairs = torch.cat([best, worst], dim=1)
             weights, ahead = rollout.prompts.weights[pairs[:, 0]], shaped[pairs[:, 0]] > shaped[pairs[:, 1]]

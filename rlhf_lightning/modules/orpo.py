@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from rlhf_lightning.algorithms.losses import log_odds, odds_ratio_loss
-from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
 from rlhf_lightning.modules.preference import PreferenceModule
 from rlhf_lightning.options import NonNegativeInt, PositiveFloat
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import PairLoss
+from rlhf_lightning.training.pairs import JudgedPairs, PairLoss
 from rlhf_lightning.training.sampler import SamplingOptions
 
 
@@ -53,10 +54,9 @@ class ORPOModule(PreferenceModule):
         )
         self.odds_coef = odds_coef
 
-    def loss(self, batch: PreferenceBatch) -> PairLoss:
+    def loss(self, log_probs: Tensor, experience: JudgedPairs) -> PairLoss:
         """The SFT loss, a mean over each chosen response's tokens, and the odds-ratio loss."""
-        scores = self.score_pairs(batch)
-        means = scores.log_probs / scores.tokens
+        means = log_probs / experience.rows.response_tokens
         chosen, rejected = means.chunk(2)
         losses = -chosen + self.odds_coef * odds_ratio_loss(chosen, rejected)
-        return PairLoss(losses, log_odds(means), scores.log_probs, {"sft_loss": -chosen})
+        return PairLoss(losses, log_odds(means), log_probs, {"sft_loss": -chosen})

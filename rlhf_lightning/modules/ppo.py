@@ -17,6 +17,7 @@ from rlhf_lightning.batches import DemonstrationBatch, PromptBatch
 from rlhf_lightning.collectives import all_reduce_sum
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.building import LoRAOptions, ModelFactory, NetworkOptions
+from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.modules.on_policy import OnPolicyModule
 from rlhf_lightning.ops.clipped_value_loss import clipped_value_loss
@@ -137,7 +138,7 @@ class PPOModule(OnPolicyModule):
         rollout, scores = self.sample(batch)
         with self.phases.timed("score"), torch.no_grad():
             old = self.evaluate(rollout, scores, self.objective.known(rollout))
-            shaped, kl, values = self.shape(scores, rollout), self.kl.per_token(old), old.values
+            shaped, kl, values = self.shaping(scores, rollout), self.kl.per_token(old), old.values
             assert values is not None
             rewards, states = self.credit.token_rewards(shaped, kl, self.kl.coef, rollout, values)
             mask = rollout.response_mask & (rollout.prompts.weights > 0)[:, None]
@@ -173,9 +174,13 @@ class PPOModule(OnPolicyModule):
         """The critic that is a model of its own; None before ``configure_model``, or where it is a head."""
         return None if self.actors is None else self.actors.critic
 
-    def build_actors(self, factory: ModelFactory, critic: Any = None) -> Actors:
-        """See `OnPolicyModule.build_actors`; with the critic, of its own or on the policy's trunk."""
-        actors = super().build_actors(factory, self.critic_options.on_trunk)
+    def build_policy(self, factory: ModelFactory) -> Policy:
+        """See `OnPolicyModule.build_policy`; with a critic's head or branch where it stands on the policy's trunk."""
+        return factory.policy(self.model_folder, self.critic_options.on_trunk)
+
+    def build_actors(self, factory: ModelFactory) -> Actors:
+        """See `OnPolicyModule.build_actors`; with the critic that is a model of its own."""
+        actors = super().build_actors(factory)
         actors.critic = start_critic(self.critic_options, factory, actors.policy, self.model_folder, self.reward)
         return actors
 

@@ -1,4 +1,4 @@
-"""What the methods that learn from judgements alone share: the models, a step over pairs, and the metrics.
+"""The base of the methods that learn from people's judgements alone: the models, a step over pairs, the metrics.
 
 Shapes: ``B`` pairs of this process, ``T`` response tokens; see `training.pairs`.
 """
@@ -6,26 +6,25 @@ Shapes: ``B`` pairs of this process, ``T`` response tokens; see `training.pairs`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rlhf_lightning.batches import PreferenceBatch, PromptBatch, Rollout, View
-from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
 from rlhf_lightning.models.policy import Policy, Reference
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.training.balancing import router_loss
+from rlhf_lightning.training.frozen_reference import FrozenReference
+from rlhf_lightning.training.last_checkpoint import naming_checkpoint
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import PairLoss, RowScores, as_rows, score_rows, weighted_sum
+from rlhf_lightning.training.pairs import JudgedLoss, JudgedPairs, as_rows, response_log_probs, weighted_sum
 from rlhf_lightning.training.sampler import Sampler, SamplingOptions, answers
 
 
 class PreferenceModule(RLHFModule, ABC):
-    """The base of the methods without sampling and without a reward model; a method says what its `loss` is.
+    """The base of the methods without sampling and without a reward model. A method writes its `loss`.
 
     Logs ``train/loss``, ``train/accuracy``, ``train/margin``, ``rewards/chosen``, ``rewards/rejected``,
     ``logps/chosen`` and ``logps/rejected``; held out ``val/loss``, ``val/accuracy``, ``val/margin`` and so on. The loss
@@ -33,8 +32,7 @@ class PreferenceModule(RLHFModule, ABC):
 
     Args:
         model: folder of the policy to train.
-        reference: folder of the frozen model that a `referenced` method is held near; None takes ``model`` as it is at
-            the start.
+        reference: the frozen model that the method is held near; None for a method without one.
         sampling: how ``predict`` and the sample tables draw responses; the training draws none.
         engine: what answers there.
         optimizer: AdamW and its learning rate.
@@ -44,14 +42,13 @@ class PreferenceModule(RLHFModule, ABC):
     """
 
     data_view = View("pairs")
-    referenced = False  # whether the method is held near a frozen reference
-    reference: Reference | None
+    sampler: Sampler
 
     def __init__(
         self,
         model: str,
         *,
-        reference: str | None = None,
+        reference: FrozenReference | None = None,
         sampling: SamplingOptions,
         engine: RolloutEngine | None,
         optimizer: AdamWOptions,
@@ -59,32 +56,26 @@ class PreferenceModule(RLHFModule, ABC):
         network: NetworkOptions,
         seed: int,
     ) -> None:
-        super().__init__(model, optimizer=optimizer, lora=lora, network=network, seed=seed)
-        self.reference_folder = reference
-        self.sampler = Sampler(sampling, engine, seed)
+        sampler = Sampler(sampling, engine, seed)
+        super().__init__(model, optimizer=optimizer, lora=lora, network=network, seed=seed, sampler=sampler)
+        self.frozen = reference
         self.policy: Policy | None = None
-        if self.referenced:
-            self.keep_frozen("reference", None)
-
-    def setup(self, stage: str) -> None:
-        """See `RLHFModule.setup`."""
-        super().setup(stage)
-        self.sampler.forget()  # a checkpoint may be loaded next
-
-    def longest_sequence(self) -> int:
-        """See `RLHFModule.longest_sequence`; with what may be sampled."""
-        return self.sampler.longest(self.datamodule, super().longest_sequence())
 
     def configure_model(self) -> None:
-        """Load (and shard) the policy, and its reference, which shares nothing with it; only the first call counts."""
+        """Load (and shard) the policy and its reference. Every stage calls this; only the first call does the work."""
         if self.policy is not None:
             return
         factory = self.factory()
-        factory.check_reference(self.reference_folder, self.model_folder)
+        if self.frozen is not None:
+            factory.check_reference(self.frozen.folder, self.model_folder)
         self.policy = factory.policy(self.model_folder)
-        if self.referenced:
-            reference = factory.reference(self.reference_folder, self.policy, self.model_folder)
-            self.keep_frozen("reference", reference)
+        if self.frozen is not None:
+            self.frozen.load(factory, self.policy, self.model_folder)
+
+    @property
+    def reference(self) -> Reference | None:
+        """The frozen model; None before ``configure_model``, or where the method has none."""
+        return None if self.frozen is None else self.frozen.model
 
     def networks(self) -> dict[str, Any]:
         """See `RLHFModule.networks`."""
@@ -92,75 +83,56 @@ class PreferenceModule(RLHFModule, ABC):
 
     # A step
 
+    def experience(self, batch: PreferenceBatch) -> Any:
+        """The batch's rows, and what stays fixed while the policy learns from them."""
+        rows = as_rows(batch)
+        return JudgedPairs(rows, None if self.frozen is None else self.frozen.log_probs(rows))
+
     @abstractmethod
-    def loss(self, batch: PreferenceBatch) -> PairLoss:
-        """Losses, rewards and log-probs of the pairs."""
+    def loss(self, log_probs: Tensor, experience: Any) -> JudgedLoss:
+        """The losses of the pairs: a pure function of their new log-probs and of what stays fixed.
+
+        Args:
+            log_probs: ``[2B]``, the responses' summed log-probs under the policy.
+            experience: see `experience`.
+        """
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the pairs' losses."""
-        pairs = self.loss(batch)
+        assert self.policy is not None
+        experience = self.experience(batch)
+        pairs = self.loss(response_log_probs(self.policy, experience.rows), experience)
         pairs.add_metrics(self.step.totals, batch.weights, "train/", "/")
+        total, lengths = batch.weights.sum(), experience.rows.lengths
+        counted = (batch.weights > 0).repeat(len(lengths) // len(batch))
         loss = weighted_sum(pairs.losses, batch.weights)
-        return self.counted(loss, batch.weights, batch.chosen.lengths.sum() + batch.rejected.lengths.sum(), sides=2)
+        loss = loss + router_loss(self.policy, counted, total, self.step.totals)
+        self.step.count(total, loss, tokens=lengths.sum())
+        return loss
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Loss, accuracy and margin of the rewards, and the rewards and log-probs themselves."""
-        self.loss(batch).add_metrics(self.held_out_totals, batch.weights, "", "_")
-
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """As `validation_step`, logged as ``test/...``."""
-        self.validation_step(batch, batch_idx)
-
-    def counted(self, loss: Tensor, weights: Tensor, tokens: Tensor, sides: int) -> Tensor:
-        """The summed loss of rows with weights ``[B]``, the routers' with it, counted into the optimizer step.
-
-        Args:
-            loss: scalar.
-            weights: ``[B]``.
-            tokens: real tokens processed.
-            sides: rows that each weight has in the pass.
-        """
         assert self.policy is not None
-        total, rows = weights.sum(), (weights > 0).repeat(sides)
-        loss = loss + router_loss(self.policy, rows, total, self.step.totals)
-        self.step.count(total, loss, tokens=tokens)
-        return loss
-
-    def score_pairs(self, batch: PreferenceBatch) -> RowScores:
-        """Both responses of every pair under the policy, in one pass."""
-        assert self.policy is not None
-        return score_rows(self.policy, as_rows(batch))
-
-    # Held-out pairs
+        experience = self.experience(batch)
+        pairs = self.loss(response_log_probs(self.policy, experience.rows), experience)
+        pairs.add_metrics(self.held_out_totals, batch.weights, "", "_")
 
     def on_validation_start(self) -> None:
-        """Refuse to measure a model against itself; see `_refuse_itself`."""
+        """Refuse to measure a model against itself; see `FrozenReference.refuse_itself`."""
         super().on_validation_start()
-        self._refuse_itself()
+        if self.frozen is not None:
+            self.frozen.refuse_itself(self.trainer, self.model_folder)
 
     def on_test_start(self) -> None:
         """As `on_validation_start`."""
         super().on_test_start()
-        self._refuse_itself()
-
-    def _refuse_itself(self) -> None:
-        """InputError where nothing has been trained and the reference is the model: every margin would be 0."""
-        trainer, given = self.trainer, self.reference_folder
-        if not self.referenced or trainer.state.fn not in (TrainerFn.VALIDATING, TrainerFn.TESTING):
-            return
-        same = given is None or Path(given).expanduser().resolve() == Path(self.model_folder).expanduser().resolve()
-        if same and trainer.ckpt_path is None and trainer.global_step == 0:
-            raise InputError(
-                f"model.reference: {given or self.model_folder} is the model that is measured too, and against itself "
-                "all rewards and margins are 0: give the trained model's folder as model.model and the one that it "
-                "started from as model.reference, or a checkpoint by --ckpt_path"
-            )
+        self.on_validation_start()
 
     # The policy's answers
 
     def generate(self, prompts: PromptBatch, iteration: int = 0, **overrides: Any) -> Rollout:
         """One response to every prompt; see `training.sampler.Sampler`."""
-        with self.naming_checkpoint():
+        with naming_checkpoint(self._trainer):
             return self.sampler(self, prompts, iteration, **overrides)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

@@ -104,7 +104,7 @@ class ReinforcePlusPlusModule(OnPolicyModule):
         rollout, scores = self.sample(batch)
         with self.phases.timed("score"), torch.no_grad():
             old = self.evaluate(rollout, scores, self.objective.known(rollout))
-            shaped = self.shape(scores, rollout)
+            shaped = self.shaping(scores, rollout)
             if self.baseline_kind == "group_mean":
                 groups = shaped.reshape(-1, self.group_size)
                 shaped = (groups - groups.mean(dim=1, keepdim=True)).flatten()

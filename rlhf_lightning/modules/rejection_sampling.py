@@ -99,7 +99,7 @@ class RejectionSamplingModule(OnPolicyModule):
         rollout, scores = self.sample(batch)
         with self.phases.timed("score"), torch.no_grad():
             self.evaluate(rollout, scores, self.sampler.policy_log_probs(rollout))
-            kept = best_rows(self.shape(scores, rollout), self.group_size, self.keep).flatten()
+            kept = best_rows(self.shaping(scores, rollout), self.group_size, self.keep).flatten()
             weights = rollout.prompts.weights[kept]
             self.totals.add("rollout/kept_scores", scores[kept], weights > 0)
             experience = Sampled(rollout.tokens[kept], rollout.lengths[kept], rollout.prompt_lengths[kept], weights)

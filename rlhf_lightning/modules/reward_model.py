@@ -88,11 +88,11 @@ class RewardModelModule(RLHFModule):
         self.calibration = BinaryCalibrationError(n_bins=10, norm="l1")
 
     def configure_model(self) -> None:
-        """Load (and shard) the model; called again for every stage, so only the first time counts."""
+        """Load (and shard) the model. Every stage calls this; only the first call does the work."""
         if self.reward_model is None:
             trainer = self._trainer
-            # A fresh head is for training, or for a checkpoint's weights to fill (they may come next where there is no
-            # Trainer); measured, it would be noise.
+            # A fresh head is right for training, or where a checkpoint fills it next (as it may without a Trainer).
+            # Measured as it is, it would give noise.
             filled = trainer is None or trainer.training or trainer.ckpt_path is not None
             fresh = self.head == "fresh" and filled
             self.reward_model = self.factory().scalar(self.model_folder, fresh_head=fresh)
@@ -116,8 +116,8 @@ class RewardModelModule(RLHFModule):
         self.step.totals.add("train/loss", losses, batch.weights)
         self.step.totals.add("train/accuracy", wins(chosen, rejected), counted)
         self.step.totals.add("train/margin", chosen - rejected, counted)
-        # Scores of earlier epochs are those of another model. (Resumed at an epoch's end, Lightning enters the next one
-        # without `on_train_epoch_start`.)
+        # Scores of an earlier epoch belong to another model, so the sums start anew with each epoch. Lightning does not
+        # call `on_train_epoch_start` where a run resumes at the end of an epoch, so the first batch starts them.
         before = self._trained_on.to(chosen.device) if batch_idx > 0 else 0.0
         self._trained_on = before + _moments(chosen, counted)
         return loss
@@ -134,7 +134,7 @@ class RewardModelModule(RLHFModule):
         return bradley_terry_loss(chosen, rejected, batch.margins, self.label_smoothing, self.centring)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """The metrics of the class's docstring, as sums."""
+        """Add the sums behind the metrics that the class's docstring lists."""
         totals = self.held_out_totals
         chosen, rejected = self.scores(batch)
         counted = batch.weights > 0
@@ -155,12 +155,8 @@ class RewardModelModule(RLHFModule):
             torch.cat([torch.ones_like(probabilities), torch.zeros_like(probabilities)]).long(),
         )
 
-    def test_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """As `validation_step`, logged as ``test/...``."""
-        self.validation_step(batch, batch_idx)
-
     def held_out_metrics(self, totals: Totals) -> dict[str, float]:
-        """Length-balanced accuracy, deviation and calibration error are made of several sums."""
+        """Also computes the metrics that need several sums: length-balanced accuracy, deviation, calibration error."""
         means = totals.means()
         if not means:
             return means
@@ -172,19 +168,19 @@ class RewardModelModule(RLHFModule):
         return means
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The sums behind the normalisation, those of all processes added up; every process calls it."""
+        """Save the sums behind the normalisation, added up over all processes; every process calls this."""
         super().on_save_checkpoint(checkpoint)
         sums = all_reduce_sum(self._trained_on.to(self.trainer.strategy.root_device))
         checkpoint["reward_model"] = {"trained_on": sums.tolist()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The first process goes on from all sums; the others from none."""
+        """Give the saved sums to the first process; the others start from zero."""
         super().on_load_checkpoint(checkpoint)
         sums = torch.tensor(self.own_part(checkpoint, "reward_model")["trained_on"], dtype=torch.float64)
         self._trained_on = sums if rank() == 0 else torch.zeros_like(sums)
 
     def on_train_end(self) -> None:
-        """Measure the chosen responses and store their mean (and deviation) with the model."""
+        """Score the chosen responses and store the scores' mean (and deviation) with the model."""
         self._set_normalisation()
 
     def _set_normalisation(self) -> None:

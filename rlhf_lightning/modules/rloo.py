@@ -92,7 +92,7 @@ class RLOOModule(OnPolicyModule):
         rollout, scores = self.sample(batch)
         with self.phases.timed("score"), torch.no_grad():
             old = self.evaluate(rollout, scores, self.objective.known(rollout))
-            rewards = self.shape(scores, rollout) - self.kl.coef * self.kl.per_response(old, rollout.response_mask)
+            rewards = self.shaping(scores, rollout) - self.kl.coef * self.kl.per_response(old, rollout.response_mask)
             advantages = leave_one_out_advantages(rewards, self.group_size)
             weights = rollout.prompts.weights
             tokenwise = advantages[:, None].expand_as(old.log_probs)

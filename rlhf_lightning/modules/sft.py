@@ -17,6 +17,7 @@ from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.options import NonNegativeInt
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.training.balancing import router_loss
+from rlhf_lightning.training.last_checkpoint import naming_checkpoint
 from rlhf_lightning.training.optimizer import AdamWOptions
 from rlhf_lightning.training.sampler import Sampler, SamplingOptions, answers
 from rlhf_lightning.training.totals import Totals
@@ -41,6 +42,7 @@ class SFTModule(RLHFModule):
     """
 
     data_view = View("demonstrations")
+    sampler: Sampler
 
     def __init__(
         self,
@@ -52,21 +54,12 @@ class SFTModule(RLHFModule):
         network: NetworkOptions = NetworkOptions(),
         seed: NonNegativeInt = 0,
     ) -> None:
-        super().__init__(model, optimizer=optimizer, lora=lora, network=network, seed=seed)
-        self.sampler = Sampler(sampling, engine, seed)
+        sampler = Sampler(sampling, engine, seed)
+        super().__init__(model, optimizer=optimizer, lora=lora, network=network, seed=seed, sampler=sampler)
         self.policy: Policy | None = None
 
-    def setup(self, stage: str) -> None:
-        """See `RLHFModule.setup`."""
-        super().setup(stage)
-        self.sampler.forget()  # a checkpoint may be loaded next
-
-    def longest_sequence(self) -> int:
-        """See `RLHFModule.longest_sequence`; with what may be sampled."""
-        return self.sampler.longest(self.datamodule, super().longest_sequence())
-
     def configure_model(self) -> None:
-        """Load (and shard) the policy; called again for every stage, so only the first time counts."""
+        """Load (and shard) the policy. Every stage calls this; only the first call does the work."""
         if self.policy is None:
             self.policy = self.factory().policy(self.model_folder)
 
@@ -78,7 +71,7 @@ class SFTModule(RLHFModule):
         """The weighted sum of the tokens' negative log-likelihoods."""
         assert self.policy is not None
         mask, weights = batch.response_mask, batch.response_weights
-        # Known before the forward pass, so the head can make its gradients in it.
+        # The weights are known before the forward pass, so the head can compute its gradients in that pass.
         loss, log_probs = self.policy.cross_entropy(batch.tokens, batch.lengths, batch.prompt_lengths, weights)
         loss = loss + router_loss(self.policy, batch.weights > 0, weights.sum(), self.step.totals)
         self.step.count(weights.sum(), loss, tokens=batch.lengths.sum())
@@ -94,10 +87,6 @@ class SFTModule(RLHFModule):
         self.held_out_totals.add("loss", -log_probs, weights)
         self.held_out_totals.add("response_length", mask.sum(dim=1), batch.weights > 0)
 
-    def test_step(self, batch: DemonstrationBatch, batch_idx: int) -> None:
-        """As `validation_step`, logged as ``test/...``."""
-        self.validation_step(batch, batch_idx)
-
     def held_out_metrics(self, totals: Totals) -> dict[str, float]:
         """Perplexity is exp of the mean loss: it cannot be averaged itself."""
         means = totals.means()
@@ -105,7 +94,7 @@ class SFTModule(RLHFModule):
 
     def generate(self, prompts: PromptBatch, iteration: int = 0, **overrides: Any) -> Rollout:
         """One response to every prompt; see `training.sampler.Sampler`."""
-        with self.naming_checkpoint():
+        with naming_checkpoint(self._trainer):
             return self.sampler(self, prompts, iteration, **overrides)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from rlhf_lightning.algorithms.losses import simpo_loss
-from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
 from rlhf_lightning.modules.preference import PreferenceModule
 from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import PairLoss
+from rlhf_lightning.training.pairs import JudgedPairs, PairLoss
 from rlhf_lightning.training.sampler import SamplingOptions
 
 
@@ -55,10 +56,9 @@ class SimPOModule(PreferenceModule):
         self.beta = beta
         self.gamma = gamma
 
-    def loss(self, batch: PreferenceBatch) -> PairLoss:
+    def loss(self, log_probs: Tensor, experience: JudgedPairs) -> PairLoss:
         """The loss of the mean log-probs."""
-        scores = self.score_pairs(batch)
-        means = scores.log_probs / scores.tokens
+        means = log_probs / experience.rows.response_tokens
         chosen, rejected = means.chunk(2)
         losses = simpo_loss(chosen, rejected, self.beta, self.gamma)
-        return PairLoss(losses, self.beta * means, scores.log_probs)
+        return PairLoss(losses, self.beta * means, log_probs)

@@ -1,4 +1,4 @@
-"""Policy, reference and critic of a method that samples, and their passes over responses.
+"""The actors of a method that samples: policy, reference and critic, and their passes over responses.
 
 Shapes: ``B`` rows of this process, ``S`` prompt + response tokens, ``T`` response tokens. A critic is asked about
 ``T + 1`` states: before each response token, and after the last one.
@@ -33,7 +33,7 @@ class Actors(nn.Module):
         micro_batch_tokens: padded tokens in one forward pass at most.
 
     Attributes:
-        resting: whether the policy rests while the critic learns alone. Its passes are then made without a graph.
+        resting: whether the critic learns alone while the policy rests. The policy's passes then build no graph.
     """
 
     reference: Reference
@@ -73,7 +73,7 @@ class Actors(nn.Module):
         """The values ``[B, T + 1]`` of a critic that is a model of its own; None without one."""
         if self.critic is None:
             return None
-        # One state more than there are response tokens: the one after the last, which a bootstrap needs.
+        # A bootstrap needs the state after the last token too, so there is one state more than response tokens.
         return response_states(self.critic(tokens, lengths), prompt_lengths, lengths + 1)
 
     @torch.no_grad()
@@ -96,15 +96,15 @@ class Actors(nn.Module):
         rows, width = len(rollout), rollout.log_probs.shape[1]
         log_probs, reference_log_probs, values = (rollout.log_probs.new_zeros(rows, width + n) for n in (0, 0, 1))
         valued = False
-        for part, counted, _ in self._rounds(rollout.lengths, "score", report):
+        for part, real, _ in self._rounds(rollout.lengths, "score", report):
             longest = int(rollout.lengths[part].max())
             inputs = rollout.tokens[part, :longest], rollout.lengths[part], rollout.prompt_lengths[part]
-            if known is None or self.policy.critic_head is not None:  # such a critic has no pass of its own
+            if known is None or self.policy.critic_head is not None:  # a critic on the trunk needs the policy's pass
                 own, _, state_values = self(*inputs, temperature)
             else:
                 own, state_values = None, self.values(*inputs)
             reference = self.reference(*inputs, temperature).log_probs
-            if counted:
+            if real:
                 steps = reference.shape[1]
                 if own is not None:
                     log_probs[part, :steps] = own
@@ -121,9 +121,9 @@ class Actors(nn.Module):
 
         It rises as the policy forgets. At temperature 1, as in supervised fine-tuning.
         """
-        for rows, counted, _ in self._rounds(demonstrations.lengths, "perplexity", report):
+        for rows, real, _ in self._rounds(demonstrations.lengths, "perplexity", report):
             part = demonstrations.take(rows)
-            weights = part.response_weights if counted else torch.zeros_like(part.response_weights)
+            weights = part.response_weights if real else torch.zeros_like(part.response_weights)
             log_probs = self.policy(part.tokens, part.lengths, part.prompt_lengths).log_probs
             totals.add("demonstrations/loss", -log_probs, weights)
 
@@ -141,15 +141,14 @@ class Actors(nn.Module):
         return [p for p in self.parameters() if p.requires_grad and id(p) not in own], critic
 
     def no_loss(self) -> Tensor:
-        """0, with a gradient of 0 for every parameter of the policy: what DDP waits for while the policy rests."""
+        """0, with a gradient of 0 for every parameter of the policy: DDP waits for them even while it rests."""
         return torch.stack([(0.0 * parameter).sum() for parameter in self.own_parameters()[0]]).sum()
 
     def rest(self, optimizer: Optimizer) -> None:
         """Leave the policy as it is in the coming step.
 
-        Its gradients become None, and not 0: AdamW passes over such parameters, where it would decay others, and count
-        the step. Their state is made all the same, as it is before a first step: a sharded checkpoint must have every
-        parameter's.
+        Its gradients become None and not 0, because AdamW skips parameters without a gradient and would decay the
+        others. Their optimizer state is created all the same, since a sharded checkpoint needs every parameter's.
         """
         if isinstance(self.policy, FSDPModule):
             self.policy.reshard()  # as a backward pass would have; the optimizer knows the shards alone

@@ -1,4 +1,4 @@
-"""The load balancing of a mixture of experts in training: each pass's share of the step's auxiliary loss."""
+"""Load balancing of a mixture of experts: the share that each pass has in the step's auxiliary loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_lightning.training.totals import Totals
 def router_loss(
     model: Policy | ScalarModel, counted: Tensor, amount: Tensor, totals: Totals, name: str = "train/router_loss"
 ) -> Tensor | float:
-    """What a summed loss gets added for the newest pass of ``model``: amount x coefficient x load-balancing loss.
+    """The term to add to a summed loss for the newest pass of ``model``: amount x coefficient x load-balancing loss.
 
     A step's summed losses are divided by the step's amount (its tokens, pairs or rows), so the step's auxiliary loss is
     the mean over its passes, each with the weight that it has in the loss beside it, as under transformers' gradient
@@ -23,7 +23,7 @@ def router_loss(
 
     Args:
         counted: ``[B]`` bool, rows of the pass that count.
-        amount: scalar; what the summed loss of the pass will be divided by, if it were alone.
+        amount: scalar; what the summed loss of the pass would be divided by if it were the only pass.
         totals: where the loss is logged, without its coefficient.
         name: under which name.
 

@@ -1,4 +1,4 @@
-"""Credit assignment: what each token of a response earned, by the critic's values.
+"""Credit assignment: the advantage of each token of a response, with the critic's values as the baseline.
 
 Shapes: ``B`` rows of this process, ``T`` response tokens. Rewards, values and returns are of ``T + 1`` states: before
 each response token, and after the last one.
@@ -81,7 +81,7 @@ class CreditAssignment:
         Args:
             scores: ``[B]``, as shaped.
             kl: ``[B, T]`` nats.
-            kl_coef: the price of one.
+            kl_coef: the penalty per nat.
             rollout: the responses.
             values: ``[B, T + 1]``, for the bootstrap of cut responses.
 

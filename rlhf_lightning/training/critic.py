@@ -1,4 +1,4 @@
-"""The critic: which model it is, where it starts, and how it learns."""
+"""The critic's options, and its start: a model of its own, or a head on the policy's trunk."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _folder_of(reward: Reward | None, factory: ModelFactory) -> str | None:
 
 
 def _start_head(policy: Policy, folder: str, factory: ModelFactory, asked: bool) -> None:
-    """Give the head the reward model's; it stays fresh where widths differ and nobody asked for it."""
+    """Start the head from the reward model's. Where widths differ and nobody named that model, it stays fresh."""
     assert policy.critic_head is not None
     model = load_scalar_model(folder, fresh_head=False, trust_remote_code=factory.network.trust_remote_code)
     start, head = ScalarModel(model), cast(torch.nn.Linear, model.score).weight.detach()

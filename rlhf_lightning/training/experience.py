@@ -1,4 +1,4 @@
-"""What one iteration learns from: the sampled responses with everything that is held fixed during the update.
+"""What one iteration learns from: the sampled responses, with everything that stays fixed during the update.
 
 Shapes: ``B`` rows of this process, ``S`` prompt + response tokens, ``T`` response tokens.
 """
@@ -20,7 +20,7 @@ _E = TypeVar("_E", bound="Experience")
 
 
 class ResponseScores(NamedTuple):
-    """What the passes over a rollout before the update give, all float32 (float64 under ``64-true``)."""
+    """The scores of a rollout before the update, all float32 (float64 under ``64-true``)."""
 
     log_probs: Tensor  # [B, T] of the policy
     reference_log_probs: Tensor  # [B, T]
@@ -98,7 +98,7 @@ class Sampled:
 
 @dataclass
 class Experience(Sampled):
-    """With what a policy gradient is made of, fp32 under every precision setting but ``64-true``."""
+    """Also has the parts of a policy gradient, float32 under every precision setting but ``64-true``."""
 
     log_probs: Tensor  # [B, T] of the policy before the update
     reference_log_probs: Tensor  # [B, T]
@@ -123,7 +123,7 @@ class Experience(Sampled):
 
 @dataclass
 class CriticExperience(Experience):
-    """With what a critic learns from: ``T + 1`` states, before each response token and after the last one."""
+    """Also has what a critic learns from: ``T + 1`` states, before each response token and after the last one."""
 
     values: Tensor  # [B, T + 1] of the critic before the update
     value_mask: Tensor  # [B, T + 1] bool, the states that the critic is trained on

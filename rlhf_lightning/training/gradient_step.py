@@ -1,4 +1,4 @@
-"""One optimizer step over its micro-batches and processes: the division of summed losses, the guard against NaN.
+"""One optimizer step over its micro-batches and processes: it divides summed losses and stops at NaN.
 
 Losses are sums. A ``training_step`` returns the sum over its rows and calls `GradientStep.count` with what that sum is
 to be divided by. Before the optimizer step, and before clipping, the gradients are divided by the count of the whole
@@ -50,7 +50,7 @@ class GradientStep:
         self.check(loss)
 
     def check(self, loss: Tensor) -> None:
-        """Remember whether the loss has a NaN or infinity on any process: no process takes the step then."""
+        """Remember whether the loss is NaN or infinite on any process; then no process takes the step."""
         self._add(1, (~torch.isfinite(loss.detach())).any())
 
     def _add(self, slot: int, amount: Tensor) -> None:
@@ -73,8 +73,8 @@ class GradientStep:
             networks: whose norms are measured apart.
             accumulated: micro-batches that the gradients were averaged over already.
             moment: when this is, for messages.
-            overflows: whether a gradient that is not finite is business as usual: a scaler of fp16 gradients skips the
-                step and lowers its scale.
+            overflows: whether a gradient may be infinite: a scaler of fp16 gradients then skips the step and lowers its
+                scale.
 
         Returns: the real tokens of the step, of all processes.
 

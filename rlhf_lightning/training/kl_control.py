@@ -1,4 +1,4 @@
-"""The KL penalty: what a nat costs, by which estimate, and how the price adapts.
+"""The KL penalty: its coefficient, fixed or adaptive, and the estimate that it is charged on.
 
 Shapes: ``B`` rows of this process, ``T`` response tokens.
 """
@@ -60,7 +60,7 @@ class KLController:
     """The coefficient of the KL penalty, fixed or adaptive, and the penalty itself.
 
     Attributes:
-        coef: what a nat costs now.
+        coef: the penalty per nat, now.
     """
 
     def __init__(self, options: KLOptions) -> None:
@@ -81,12 +81,12 @@ class KLController:
 
     def adapt(self, kl: float, responses: int) -> None:
         """Move an adaptive coefficient, by an iteration's mean KL in nats per response and its number of responses."""
-        if self.options.target is not None and responses > 0:
+        if self.options.target is not None:
             horizon = self.options.horizon or 10000.0
             self.coef = adapt_kl_coefficient(self.coef, kl, self.options.target, horizon, responses)
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint holds of it."""
+        """The part that a checkpoint holds."""
         return {"coef": self.coef}
 
     def load(self, state: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the run that would go on from it."""
+"""Checks that a checkpoint fits the run that goes on from it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_bases(made: Sequence[Sequence[str]], loaded: Sequence[tuple[str, str]]
 
 
 def wrong_weights(error: RuntimeError, module: str, model: str, made: str) -> InputError:
-    """What is said where torch refuses a checkpoint's weights, in place of its line for every parameter.
+    """The error for weights that torch refuses: one line in place of torch's line for every parameter.
 
     Args:
         error: torch's.

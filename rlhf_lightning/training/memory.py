@@ -1,4 +1,4 @@
-"""What a module's user is told when memory runs out: the sizes of the pass, and the options that make it smaller."""
+"""The out-of-memory message: the sizes of the pass, and the options that make it smaller."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rlhf_lightning.ops.extension import keep_memory
 
 
 class ExplainMemory(Callback):
-    """Gives an out-of-memory error the words that help, and kept memory back; every `RLHFModule` brings it with it.
+    """Rewrites an out-of-memory error so that it helps, and gives kept memory back. Every `RLHFModule` brings it.
 
-    That covers the forward, the backward and the optimizer's step of modules that users write, too.
+    It covers the forward and backward passes and the optimizer's step, in modules that users write too.
     """
 
     def __init__(self) -> None:
         self._phase = ""
 
     def on_phase(self, trainer: Trainer, module: LightningModule, phase: str, done: int, total: int) -> None:
-        """A part of an on-policy step goes on, or is done."""
+        """Remember which part of an on-policy step is running."""
         self._phase = phase if done < total else ""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Rewrite the message, and do what ``on_fit_end`` does after a training without an error."""
+        """Rewrite the message, and give kept memory back, as ``on_fit_end`` does after a training without an error."""
         if trainer.state.fn == TrainerFn.FITTING and pl_module.device.type == "cpu":
             keep_memory(False)
         if out_of_memory(exception):

@@ -47,7 +47,8 @@ def micro_rounds(
 ) -> Iterator[tuple[Tensor, bool, bool]]:
     """The given rows in micro-batches, as (row numbers, whether they count, whether it is the last round).
 
-    As many on every process, see `collectives.rounds`; where one has no rows, its row 0 stands for them, uncounted.
+    Every process makes as many, see `collectives.rounds`. A process without rows repeats its row 0, which then does not
+    count.
 
     Args:
         sizes: ``[B]`` int64, tokens that each row puts into a forward pass.
@@ -58,9 +59,9 @@ def micro_rounds(
     """
     groups = micro_batches(sizes[rows], budget)
     parts = list(rounds(len(groups)))
-    for done, (number, counted, last) in enumerate(parts):
+    for done, (number, real, last) in enumerate(parts):
         report(phase, done, len(parts))
-        yield (rows[groups[number]] if counted else rows.new_zeros(1)), counted, last
+        yield (rows[groups[number]] if real else rows.new_zeros(1)), real, last
     report(phase, len(parts), len(parts))
 
 
@@ -82,8 +83,8 @@ def minibatches(
 
     Yields: int64 numbers of this process's own rows, perhaps none.
     """
-    counted = weighted.nonzero()[:, 0]
-    order = counted[permutation(len(counted), seed, MINIBATCHES, iteration, epoch)]
+    rows = weighted.nonzero()[:, 0]
+    order = rows[permutation(len(rows), seed, MINIBATCHES, iteration, epoch)]
     for minibatch in torch.tensor_split(order, number):
         prompts = minibatch // group
         yield (prompts // world * group + minibatch % group)[prompts % world == rank]

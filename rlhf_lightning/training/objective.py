@@ -106,15 +106,15 @@ class ClippedObjective:
         self.max_new_tokens = max_new_tokens
 
     def known(self, rollout: Rollout) -> Tensor | None:
-        """The log-probs ``[B, T]`` that ratios are taken to, where they are the rollout's; None: compute them."""
+        """The rollout's log-probs ``[B, T]`` where ratios are taken to them; None where a pass computes them."""
         return rollout.log_probs if self.options.old_log_probs == "rollout" else None
 
     def apply_importance_weights(
         self, advantages: Tensor, rollout: Rollout, old: ResponseScores, totals: Totals
     ) -> Tensor:
-        """The advantages ``[B, T]`` times the importance weights of their tokens; the loss is linear in them.
+        """The advantages ``[B, T]`` times their tokens' importance weights, which is right since the loss is linear.
 
-        The mean of the weights and the share that the cap has cut go into ``totals``.
+        Adds the mean weight and the share of capped weights to ``totals``.
         """
         cap = self.options.importance_cap
         if cap is None:

@@ -78,7 +78,7 @@ def make_adamw(groups: list[dict[str, Any]], options: AdamWOptions, *, fused: bo
 def steps_of_training(trainer: Trainer, schedule: str) -> int:
     """Optimizer steps until ``max_steps`` or ``max_epochs`` end an automatically optimised training.
 
-    Not Lightning's ``estimated_stepping_batches``, which sets up the loader too early.
+    Lightning's ``estimated_stepping_batches`` would set up the loader too early.
 
     Args:
         trainer: whose.

@@ -1,4 +1,4 @@
-"""Pairs of responses: both sides as one batch of rows, and what a method's loss and metrics are made of.
+"""Pairs of responses: both sides as one batch of rows, their log-probs, and the loss and metrics of a method.
 
 Shapes: ``B`` pairs of this process, ``T`` response tokens. A pair's two rows stand apart: row ``b`` of ``2B`` is pair
 ``b``'s chosen response, row ``B + b`` its rejected one.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from jsonargparse.typing import restricted_number_type
@@ -43,6 +43,11 @@ class Rows(NamedTuple):
     prompt_lengths: Tensor  # [2B] int64
     response_mask: Tensor  # [2B, T] bool, the response tokens that count
 
+    @property
+    def response_tokens(self) -> Tensor:
+        """``[2B]`` int64, tokens of the response that count; 1 where none does, so that it can be divided by."""
+        return self.response_mask.sum(dim=1).clamp(min=1)
+
 
 def as_rows(batch: PreferenceBatch) -> Rows:
     """Chosen above rejected, the narrower side padded with 0 (any id would do: masks come from the lengths)."""
@@ -68,31 +73,33 @@ def wins(first: Tensor, second: Tensor) -> Tensor:
     return (first > second).float() + 0.5 * (first == second).float()
 
 
-class RowScores(NamedTuple):
-    """Rows under the policy."""
+def response_log_probs(model: Policy | Reference, rows: Rows) -> Tensor:
+    """The responses' summed log-probs ``[2B]`` under a model, in one forward pass; the tokens that count alone."""
+    log_probs = model(rows.tokens, rows.lengths, rows.prompt_lengths).log_probs
+    return -negative_log_likelihood(log_probs, rows.response_mask)
+
+
+class JudgedPairs(NamedTuple):
+    """Pairs, and what stays fixed while the policy learns from them."""
 
     rows: Rows
-    mask: Tensor  # [2B, T] bool, the response tokens that count
-    log_probs: Tensor  # [2B] summed over them
+    reference_log_probs: Tensor | None  # [2B] summed over the response; None without a reference
+
+    def log_ratios(self, log_probs: Tensor) -> Tensor:
+        """``[2B]``: the policy's summed log-probs ``[2B]`` less those of the reference."""
+        assert self.reference_log_probs is not None
+        return log_probs - self.reference_log_probs
+
+
+class JudgedLoss(Protocol):
+    """What a method makes of a batch of judged responses."""
 
     @property
-    def tokens(self) -> Tensor:
-        """``[2B]`` int64, tokens of the response that count; 1 where none does, so that it can be divided by."""
-        return self.mask.sum(dim=1).clamp(min=1)
+    def losses(self) -> Tensor:
+        """``[B]``, one for each weight of the batch."""
 
-
-def score_rows(policy: Policy | Reference, rows: Rows) -> RowScores:
-    """The rows of any pairs in one forward pass."""
-    log_probs = policy(rows.tokens, rows.lengths, rows.prompt_lengths).log_probs
-    return RowScores(rows, rows.response_mask, -negative_log_likelihood(log_probs, rows.response_mask))
-
-
-def log_ratios(scores: RowScores, reference: Reference | None) -> Tensor:
-    """``[2B]``, the responses' summed log-probs under the policy less those under the frozen reference."""
-    assert reference is not None
-    with torch.no_grad():
-        frozen = score_rows(reference, scores.rows).log_probs
-    return scores.log_probs - frozen
+    def add_metrics(self, totals: Totals, weights: Tensor, prefix: str, separator: str) -> None:
+        """See `PairLoss.add_metrics`."""
 
 
 class PairLoss(NamedTuple):

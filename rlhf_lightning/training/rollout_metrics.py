@@ -1,4 +1,4 @@
-"""What an iteration of sampling and learning logs, under the names that users of other trainers know.
+"""The metrics of an iteration of sampling and learning, under the names that users of other trainers know.
 
 ``objective/*`` are means over responses (KL and entropy summed over a response's tokens, in nats), ``policy/*`` and
 ``critic/*`` means over the tokens and updates of the iteration. All means are over all processes. docs/metrics.md has

@@ -1,4 +1,4 @@
-"""How a module's policy answers prompts: the options of sampling, the engine, and when it takes new weights over."""
+"""The sampler: it answers prompts with a module's policy, by an engine that it hands new weights when they change."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ class Sampler:
             "eos_ids": eos_ids(policy.model, host.tokenizer),
             "seed": self.seed,
         }
-        # Before the engine's work, which the processes may have to do together, and after it.
+        # Errors are shared before the engine's work and after it: the processes may have to do that work together.
         with failing_together():
             if len(prompts) == 0:
                 raise InputError(
@@ -158,13 +158,13 @@ class Sampler:
             return self.engine.rollout(policy, prompts, host.tokenizer, sampling, report)
 
     def longest(self, data: Any, given: int) -> int:
-        """Tokens of the longest sequence, of what is ``given`` and of what the prompts of ``data`` may become."""
+        """Tokens of the longest sequence: ``given``, or the longest prompt of ``data`` with the longest response."""
         return max(given, int(getattr(data, "longest_prompt", 0)) + self.options.max_new_tokens)
 
     def policy_log_probs(self, rollout: Rollout) -> Tensor | None:
-        """The rollout's log-probs ``[B, T]`` where they are the policy's, for metrics; None where they are not.
+        """The rollout's log-probs ``[B, T]`` where they equal the policy's, for metrics; None where they do not.
 
-        They are where the engine is exact and samples from the full distribution.
+        They equal the policy's where the engine is exact and samples from the full distribution.
         """
         return rollout.log_probs if self.engine is not None and self.engine.exact and self.options.whole else None
 

@@ -1,4 +1,4 @@
-"""What a module asks of its reward: models made ready, scores checked, responses without a score left out.
+"""How a module uses its reward: it prepares the reward's models, checks scores, and drops unscored responses.
 
 Shapes: ``B`` responses of this process.
 """
@@ -26,7 +26,7 @@ def parts_of(reward: Reward | None) -> Iterator[Reward]:
 
 
 def prepare_reward(reward: Reward | None, tokenizer: PreTrainedTokenizerBase, place: Place) -> None:
-    """Load what the reward needs; its own models get the run's precision, a reward of one's own has its own."""
+    """Load what the reward needs. A `ModelReward`'s model gets the run's precision; a user's reward keeps its own."""
     if reward is None:
         return
     reward.prepare(tokenizer, place.device, place.mesh)
@@ -60,10 +60,10 @@ def checked_scores(
 def settle(
     rollout: Rollout, scores: Tensor, reward: Reward | None, totals: Totals, group_size: int = 1
 ) -> tuple[Rollout, Tensor]:
-    """The rollout and its scores ``[B]`` without what has no score, and what the reward noted added to ``totals``.
+    """The rollout and its scores ``[B]``, unscored responses taken out; the reward's notes are added to ``totals``.
 
-    Where the reward may skip, a response without a score has score 0 and weight 0 from here on, and with it the others
-    to the same prompt: a group is compared as a whole. ``reward/skipped`` counts them.
+    A reward may skip a response. That response then gets score 0 and weight 0, and so do the others to the same prompt,
+    because a group is compared as a whole. ``reward/skipped`` counts them.
     """
     if reward is not None and reward.may_skip:
         weights = rollout.prompts.weights

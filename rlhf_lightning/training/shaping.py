@@ -1,4 +1,4 @@
-"""From the scores of a reward to the scores that an on-policy method learns from.
+"""Score shaping: from a reward's scores to the scores that an on-policy method learns from.
 
 Shapes: ``B`` responses of this process.
 """
@@ -87,7 +87,7 @@ class ScoreShaping:
         return scores if options.clip is None else scores.clamp(-options.clip, options.clip)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
+        """The part that a checkpoint holds."""
         return {} if self.moments is None else self.moments.state()
 
     def load(self, state: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ class ScoreShaping:
 
 
 def check_group(size: int) -> int:
-    """The size; InputError where so many responses make no group to compare within."""
+    """The size; InputError where it is below 2, which leaves nothing to compare."""
     if size < 2:
         raise InputError(f"model.group_size: expected at least 2 responses to each prompt, got {size}")
     return size

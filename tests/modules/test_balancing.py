@@ -11,7 +11,9 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from making import make
+from ppo_cases import write_prompts
 from ppo_harness import fit, make_module
+from processes import results_of_two
 from small_data import SmallData, log_prob, make_pairs, train
 from tiny_models import make_config, make_tokenizer
 from torch import Tensor
@@ -203,6 +205,18 @@ def test_on_policy_updates_add_the_loss_of_their_rows(asking: Path, silent: Path
     assert modules[0].logged[0]["policy/router_loss"] > 0
     if method is PPOModule:  # the critic of its own is the same mixture
         assert_same(less(on["critic"], off["critic"]), expected)
+
+
+def test_ddp_and_shards_add_the_same_loss_in_two_processes(asking: Path, tmp_path: Path) -> None:
+    """The loss of a pass is no sum over its rows, so two processes are compared with two, which make the same passes."""
+    write_prompts(tmp_path / "prompts.jsonl")
+    job = {"policy": str(asking), "data": str(tmp_path / "prompts.jsonl"), "batch_size": 5}
+    options = {**PPO, "iterations": 1, "optimizer": {"learning_rate": 3e-3}}
+    cases = {s: {**job, "options": options, "trainer": {"strategy": s, "devices": 2}} for s in ("ddp", "fsdp2")}
+    ddp, fsdp2 = (results_of_two("ppo_cases.py", cases, tmp_path)[strategy] for strategy in cases)
+    assert all(metrics["policy/router_loss"] > 0 and metrics["critic/router_loss"] > 0 for metrics in ddp["metrics"])
+    for name, weight in ddp["weights"].items():
+        torch.testing.assert_close(fsdp2["weights"][name], weight, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(

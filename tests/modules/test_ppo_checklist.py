@@ -271,8 +271,8 @@ def test_18_a_response_without_eos_is_marked_and_penalised_or_credited_with_the_
     assert truncated.any()
     assert not truncated.all()
     rollout, scores = plain.rollouts[0], torch.arange(8.0)
-    torch.testing.assert_close(penalised.shape(scores, rollout), scores - 3.0 * truncated)
-    assert torch.equal(plain.shape(scores, rollout), scores)
+    torch.testing.assert_close(penalised.shaping(scores, rollout), scores - 3.0 * truncated)
+    assert torch.equal(plain.shaping(scores, rollout), scores)
     boot = one_iteration(
         tiny_policy_dir, kl={"coef": 0.0}, advantages={"bootstrap_truncated": True, "lam": 1.0, "gamma": 0.9}
     )
