@@ -1,4 +1,4 @@
-"""A reward by subclassing: PPO whose score adds to the configured reward what only the tokens show.
+"""A reward by subclassing: the score of this PPO is the configured reward plus a bonus computed from the tokens.
 
     python -m rlhf_lightning fit --config ppo.yaml --model examples.custom_reward_module.PatientPPO \
         --model.patience 0.02 --data.path prompts.jsonl
@@ -16,7 +16,7 @@ from rlhf_lightning.modules.ppo import PPOModule
 
 
 class PatientPPO(PPOModule):
-    """PPO that pays for every response token up to 20, and nothing to a response that was cut off.
+    """PPO that adds a bonus for every response token up to 20. A response that was cut off gets no bonus.
 
     Args:
         patience: reward per token.

@@ -1,10 +1,10 @@
-"""An engine of one's own: responses come from a copy of the policy, as from a serving engine such as vLLM or SGLang.
+"""A custom engine: responses come from a copy of the policy, as from a serving engine such as vLLM or SGLang.
 
     python -m rlhf_lightning fit --config ppo.yaml --model.engine examples.own_engine.CopyEngine \
         --model.engine.folder runs/sft/model
 
-What a serving engine does, a transformers model does here, prompt by prompt: it keeps weights of its own, which
-``receive`` replaces, and it draws tokens as it likes, of which ``generate`` returns the log-probs.
+A transformers model does here, prompt by prompt, what a serving engine does. It keeps its own weights, which
+``receive`` replaces. It draws tokens with its own random numbers, and ``generate`` returns their log-probs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CopyEngine(RolloutEngine):
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
 
     def receive(self, policy: Policy) -> None:
-        """Take the weights, one whole tensor at a time, also where the policy is sharded."""
+        """Take the weights, one whole tensor at a time, also if the policy is sharded."""
         own = dict(self.model.named_parameters())
         for name, tensor in gathered(policy.model):
             own[name].data.copy_(tensor)
@@ -38,10 +38,10 @@ class CopyEngine(RolloutEngine):
     def generate(
         self, policy: Policy, prompts: PromptBatch, sampling: Sampling, progress: Progress | None = None
     ) -> Responses:
-        """One response to every prompt; log-probs are those of the distribution sampled from."""
+        """One response to every prompt; log-probs are those of the distribution that was sampled from."""
         rows, width = len(prompts), sampling.max_new_tokens
         ids = torch.arange(self.model.get_output_embeddings().weight.shape[0], device=prompts.tokens.device)
-        without_token = ids[policy.vocabulary.strangers(ids)].tolist()  # rows of the head that only fill it up
+        without_token = ids[policy.vocabulary.strangers(ids)].tolist()  # rows of the head without a token
         tokens, log_probs = torch.zeros(rows, width, dtype=torch.int64), torch.zeros(rows, width)
         lengths, truncated = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.bool)
         for row in range(rows):

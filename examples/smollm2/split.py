@@ -1,14 +1,14 @@
-"""Cut one preference file into three with no prompt in common: for the policy, for the judge, and held out.
+"""Split one preference file into three without a common prompt: for the policy, for the judge, and held out.
 
-A win rate by the reward model that PPO climbed says how well it was climbed, not whether answers got better. So the
-rows of one part of the prompts train the policy's reward model (and SFT, DPO and PPO), those of a second part train
-another reward model that only judges, and a third part is for measuring. The cut is by a hash of the prompt: every row
-of a prompt lands in the same part, and adding rows to the file moves none of the others.
+A win rate by the reward model that PPO optimised says how well it was optimised, not whether answers got better. So the
+first part of the prompts trains the policy's reward model (and SFT, DPO and PPO). The second part trains another reward
+model that only judges. The third part is for measuring. The split is by a hash of the prompt: all rows of a prompt are
+in the same part, and new rows in the file move none of the others.
 
     python examples/smollm2/split.py pairs.jsonl.gz --out runs/smollm2/data
 
-writes policy.jsonl, judge.jsonl, heldout.jsonl (rows as they were) and heldout_prompts.jsonl (each held-out prompt
-once, for `evaluate`; long ones left out on request).
+It writes policy.jsonl, judge.jsonl and heldout.jsonl (rows as they were). It also writes heldout_prompts.jsonl, which
+has each held-out prompt once, for `evaluate`, and leaves out long ones on request.
 """
 
 from __future__ import annotations
