@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from harness import clock, report
 from training import sizes
-from training.limits import decoding_bytes
+from training.entrants import decoding_bytes
 from training.ours import examples
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -119,7 +119,6 @@ def table(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Measures, prints, writes."""
     parser = report.parser(__doc__)
-    report.add_device(parser)
     parser.add_argument("--size", choices=sizes.SIZES, default="16m")
     parser.add_argument("--weights", choices=["float32", "bfloat16"], help="default: by device")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["native", "generate"])
@@ -135,8 +134,8 @@ def main() -> None:
         what += f"{found['limit_seconds']:.3f} s at least."
         lines[:] = [what, "", *table(found)]
         if options.json:
-            page = [f"# Rollouts: {options.size}", "", *report.header(about, options.json), *lines]
-            report.write({"about": about, "size": options.size, **found}, options.json, page)
+            results = {"about": about, "size": options.size, **found}
+            report.write(results, options.json, f"Rollouts: {options.size}", lines)
 
     measure(options, keep)
     print("\n".join(lines))

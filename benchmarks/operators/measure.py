@@ -15,14 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from harness import clock, memory
-from harness.worker import Refused, Serve, Worker
-from torch import Tensor
-
+from harness import clock
+from harness.worker import NATIVE, Refused, Serve, Worker
 from operators import cases, sides
 from operators.cases import BACKWARD, BOTH, ENTRANTS, FORWARD, LIMIT, OURS, TRL_LOOP, VERL_LOOP, Case
 from operators.inputs import TOLERANCE, Inputs, allocate, errors
-from operators.report import as_row
+from torch import Tensor
 
 WARM_UP = 2
 LOOPS = (TRL_LOOP, VERL_LOOP)  # thousands of launches: on a GPU they are timed as they are used, not in a graph
@@ -192,7 +190,7 @@ def answered(
     # What gives back the memory that the entrant keeps between calls: peers keep none on a CPU.
     release: Callable[[], object] = sides.release_kept_memory if name == OURS else lambda: None
     if do == "memory":
-        return {"mb": memory.peak_mb(run.single, device, release)}
+        return {"mb": clock.peak_mb(run.single, device, release)}
     if do == "first calls":
         return {"ms": clock.first_calls(run.call, samples, release)}
     run.draw(seed)
@@ -229,8 +227,7 @@ class Workers:
                 *(name, self.device, self.threads),
                 threads=self.threads,
                 folder=ENTRANTS[name].folder,
-                ours=name == OURS,
-                environment=environment,
+                environment={**environment, **(NATIVE if name == OURS else {})},
                 limit=TIME_LIMIT,
             )
         if greeting and key in self._workers:
@@ -294,3 +291,51 @@ def measure(case: Case, workers: Workers, rounds: int, least: int, seed: int) ->
     if first is not None:
         row["first_call_ms"] = statistics.median(first["ms"])
     return row
+
+
+def as_row(
+    case: Case,
+    device: str,
+    times: dict[str, list[float]],
+    held: dict[str, float | None],
+    errors: dict[str, dict[str, float]],
+    not_timed: dict[str, str],
+) -> dict[str, Any]:
+    """One row of the results: medians of the ``times``, MiB ``held``, goals, and why an entrant was not timed."""
+    median = {name: statistics.median(of_entrant) for name, of_entrant in times.items()}
+    peers = {name: median[name] for name in case.peers if name in median}
+    row: dict[str, Any] = {
+        "operator": case.operator,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "pass": case.passes,
+        "ours_ms": median.get(OURS),
+        "limit_ms": median.get(LIMIT),
+        "peers": peers,
+        "environment": case.environment,
+        "limit_does": cases.work(case, device),
+        "ours_mb": held.get(OURS),
+        "peers_mb": {name: held[name] for name in peers},
+        "quartiles_ms": {name: statistics.quantiles(of_entrant, n=4)[::2] for name, of_entrant in times.items()},
+        "samples": {name: len(of_entrant) for name, of_entrant in times.items()},
+        "errors": {name: errors[name] for name in times if errors.get(name)},
+        "not_timed": not_timed,
+    }
+    row["goals"] = [_reached(row, name, goal) for name, goal in case.goals.items()]
+    if case.memory_goal is not None:
+        row["goals"].append(_reached(row, "memory", case.memory_goal))
+    return row
+
+
+def _reached(row: dict[str, Any], against: str, goal: float) -> dict[str, Any]:
+    """A goal with what was reached: None where there was nothing to compare."""
+    ours, other = row["ours_ms"], row["limit_ms"] if against == LIMIT else row["peers"].get(against)
+    if against == "memory":
+        reached = row["ours_mb"]
+    elif not ours or not other:
+        reached = None
+    else:
+        reached = ours / other if against == LIMIT else other / ours
+    at_most = against in (LIMIT, "memory")
+    met = None if reached is None else reached <= goal if at_most else reached >= goal
+    return {"against": against, "goal": goal, "reached": reached, "met": met}
