@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -76,8 +76,8 @@ def bytes_of_decoding(policy: Policy, prompts: PromptBatch, new_tokens: int) -> 
     return decoding_bytes(weights, entry, prompts.lengths.tolist(), new_tokens)
 
 
-def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Seconds of every repeat by engine, and the limit; ``keep`` is given all there is after every timed rollout."""
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Seconds of every repeat by engine, and the limit: all there is, after every timed rollout."""
     device = options.device
     folder, size = sizes.prepare(options.size, device), sizes.size_of(options.size, device)
     policy = Policy(load_causal_lm(folder / "policy", dtype=getattr(torch, options.weights))).to(device)
@@ -103,7 +103,7 @@ def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None])
                 found["first_seconds"][name] = taken
             else:
                 found["seconds"].setdefault(name, []).append(taken)
-                keep(found)
+                yield found
 
 
 def table(found: dict[str, Any]) -> list[str]:
@@ -126,19 +126,15 @@ def main() -> None:
     options = parser.parse_args()
     options.weights = options.weights or ("float32" if options.device == "cpu" else "bfloat16")
     torch.set_num_threads(options.threads)
-    about, lines = report.about(options.device, options.threads), [""]
-
-    def keep(found: dict[str, Any]) -> None:
+    about = report.about(options.device, options.threads)
+    for found in measure(options):
         what = f"{options.size}, {found['rows']} rows of {found['new_tokens']} new tokens, weights in "
         what += f"{found['weights']}. A copy moves {found['copy_gb_a_second']:.1f} GB a second: "
         what += f"{found['limit_seconds']:.3f} s at least."
-        lines[:] = [what, "", *table(found)]
         if options.json:
             results = {"about": about, "size": options.size, **found}
-            report.write(results, options.json, f"Rollouts: {options.size}", lines)
-
-    measure(options, keep)
-    print("\n".join(lines))
+            report.write(results, options.json, f"Rollouts: {options.size}", what, table(found))
+    print("\n".join([what, "", *table(found)]))
 
 
 if __name__ == "__main__":

@@ -61,43 +61,39 @@ class Run:
         self.renew()
 
     def _check(self, forward: Callable[[], dict[str, Tensor]], seed: int) -> None:
-        inputs = self.inputs[0]
-        outputs = forward()
-        gradients = () if self.case.passes == FORWARD or not inputs.leaves else self._gradients(inputs, outputs)
-        if any(
-            gradient.data_ptr() == leaf.data_ptr() for gradient, leaf in zip(gradients, inputs.leaves, strict=False)
-        ):
+        inputs, outputs = self.inputs[0], forward()
+        gradients = self._backward(inputs, outputs)(outputs) if self.case.passes != FORWARD and inputs.leaves else ()
+        pairs = zip(gradients, inputs.leaves, strict=False)
+        if any(gradient.data_ptr() == leaf.data_ptr() for gradient, leaf in pairs):
             gradients = tuple(gradient.clone() for gradient in gradients)  # made in place of the logits
         self.draw(seed)  # for the same reason
         self.errors = errors(inputs, outputs, gradients)
 
     @staticmethod
-    def _gradients(inputs: Inputs, outputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        trained = {name: tensor for name, tensor in outputs.items() if tensor.requires_grad}
-        incoming = tuple(inputs.incoming(name) for name in trained)
-        return torch.autograd.grad(tuple(trained.values()), inputs.leaves, incoming)
+    def _backward(inputs: Inputs, outputs: dict[str, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        """From outputs like these to the gradients; the incoming ones, which are the loss's part, are made here."""
+        names = [name for name, tensor in outputs.items() if tensor.requires_grad]
+        incoming = tuple(inputs.incoming(name) for name in names)
+
+        def gradients(made: dict[str, Tensor], retain: bool = False) -> tuple[Tensor, ...]:
+            trained = tuple(made[name] for name in names)
+            return torch.autograd.grad(trained, inputs.leaves, incoming, retain_graph=retain)
+
+        return gradients
 
     def _single(self, forward: Callable[[], dict[str, Tensor]]) -> Callable[[], object]:
         """The case's pass as one call that returns what it leaves behind."""
-        inputs = self.inputs[0]
         if self.case.passes == FORWARD:
             return lambda: tuple(forward().values())
-        # The incoming gradients are made beforehand: they are the loss's part.
         kept = forward()
-        names = [name for name, tensor in kept.items() if tensor.requires_grad]
-        incoming = tuple(inputs.incoming(name) for name in names)
-
-        def gradients(outputs: dict[str, Tensor], retain: bool) -> tuple[Tensor, ...]:
-            trained = tuple(outputs[name] for name in names)
-            return torch.autograd.grad(trained, inputs.leaves, incoming, retain_graph=retain)
-
+        gradients = self._backward(self.inputs[0], kept)
         if self.case.passes == BACKWARD:
             self.renew = lambda: kept.update(forward())  # autograd refuses inputs that changed since the forward
-            return lambda: gradients(kept, True)
+            return lambda: gradients(kept, retain=True)
 
         def both() -> tuple[Tensor, ...]:
             outputs = forward()
-            return (*gradients(outputs, False), *outputs.values())
+            return (*gradients(outputs), *outputs.values())
 
         kept = {}
         return both
@@ -112,21 +108,13 @@ class Run:
                 for inputs, forward in zip(self.inputs, forwards, strict=True):
                     outputs = forward()
                     if self.case.passes != FORWARD:
-                        self._gradients(inputs, outputs)
+                        self._backward(inputs, outputs)(outputs)
         torch.cuda.current_stream().wait_stream(stream)
         stages: list[Callable[[], object]] = [lambda: kept.extend(forward() for forward in forwards)]
         if self.case.passes != FORWARD:
-            names = [name for name, tensor in outputs.items() if tensor.requires_grad]
-            # Of its own for each copy: one for all would stay in the L2 cache.
-            incoming = [tuple(inputs.incoming(name) for name in names) for inputs in self.inputs]
-
-            def backward() -> list[tuple[Tensor, ...]]:
-                return [
-                    torch.autograd.grad(tuple(made[name] for name in names), inputs.leaves, given)
-                    for made, inputs, given in zip(kept, self.inputs, incoming, strict=True)
-                ]
-
-            stages.append(backward)
+            # With incoming gradients of its own for each copy: one for all would stay in the L2 cache.
+            backwards = [self._backward(inputs, outputs) for inputs in self.inputs]
+            stages.append(lambda: [back(made) for back, made in zip(backwards, kept, strict=True)])
         counted = {FORWARD: [True], BACKWARD: [False, True], BOTH: [True, True]}[self.case.passes]
         graph = self._graph(stages, counted, len(forwards))
         graph.results.append(kept)

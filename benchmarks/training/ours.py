@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from harness.clock import Meter
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 from training.sizes import Size, work
 
@@ -87,32 +87,19 @@ class Watch(Callback):
         self.meter.step_ended()
 
 
-class Same(LightningDataModule):
-    """The same rows in every step, made into a batch anew in each."""
-
-    def __init__(self, tokenizer: Any, kind: Kind, examples: list[Example], steps: int) -> None:
-        super().__init__()
-        self.tokenizer, self.kind, self.examples, self.steps = tokenizer, kind, examples, steps
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(
-            self.examples * self.steps,  # type: ignore[arg-type]
-            batch_size=len(self.examples),
-            collate_fn=lambda examples: collate(examples, self.kind, self.tokenizer.pad_token_id),
-        )
-
-
 def run(
     task: str, size: Size, folder: Path, device: str, precision: str, meter: Meter, seed: int, **network: Any
 ) -> dict[str, Any]:
-    """Trains ``meter.total`` steps; ``network``: its `NetworkOptions`."""
+    """Trains ``meter.total`` steps on the same rows, made into a batch anew in each; ``network``: `NetworkOptions`."""
     from transformers import AutoTokenizer
 
     warnings.filterwarnings("ignore")
     module = make_module(task, size, folder, meter.total, seed, NetworkOptions(**network))
     trainer = make_trainer(task, LIGHTNING[precision], Watch(meter), device)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    trainer.fit(module, datamodule=Same(tokenizer, *examples(task, work(folder)), meter.total))
+    pad_id = AutoTokenizer.from_pretrained(folder / "policy").pad_token_id
+    kind, rows = examples(task, work(folder))
+    batches: Any = rows * meter.total
+    trainer.fit(module, DataLoader(batches, len(rows), collate_fn=lambda taken: collate(taken, kind, pad_id)))
     names = ("policy", "reference", "critic", "reward", "reward_model")
     models = [model for name in names if (model := getattr(module, name, None)) is not None]
     return meter.result(models, trainer.optimizers[0])

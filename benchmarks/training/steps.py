@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from harness.clock import MIB, resident
 from harness.worker import Answer, Serve
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -54,8 +54,8 @@ def answer(
         replace_everywhere(original, clock.wrap(name, plain.get(name, original) if way == "plain" else original))
     count, timer = WARM_UP + 2 * steps, Steps(clock)
     module = make_module(task, folder, count, chosen.new_tokens, ppo)
-    batches = RandomBatches(folder, task, chosen, count)
-    make_trainer(task, precision, timer).fit(module, datamodule=batches)
+    batches: Any = random_batches(folder, task, chosen, count)
+    make_trainer(task, precision, timer).fit(module, DataLoader(batches, batch_size=None))
     return {
         "step_ms": timer.bare,
         "clocked_step_ms": timer.clocked,
@@ -115,17 +115,11 @@ class Steps(Callback):
             self.phases.append({name: 1e3 * value for name, value in seconds.items()})
 
 
-class RandomBatches(LightningDataModule):
-    """``count`` batches of random tokens and lengths, fresh in every step."""
-
-    def __init__(self, folder: str, task: str, size: Size, count: int) -> None:
-        super().__init__()
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        drawn = [examples(task, draw_work(size, seed)) for seed in range(count)]
-        self.batches = [collate(rows, kind, self.tokenizer.pad_token_id) for kind, rows in drawn]
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.batches, batch_size=None)
+def random_batches(folder: str, task: str, size: Size, count: int) -> list[Any]:
+    """Random tokens and lengths, fresh in every batch."""
+    pad_id = PreTrainedTokenizerFast.from_pretrained(folder).pad_token_id
+    drawn = [examples(task, draw_work(size, seed)) for seed in range(count)]
+    return [collate(rows, kind, pad_id) for kind, rows in drawn]
 
 
 # The clock
