@@ -124,6 +124,8 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["native", "generate"])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error("--repeats: one at least")
     options.weights = options.weights or ("float32" if options.device == "cpu" else "bfloat16")
     torch.set_num_threads(options.threads)
     about = report.about(options.device, options.threads)
