@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from harness import clock, report
 from training import sizes
-from training.limits import decoding_bytes
+from training.entrants import decoding_bytes
 from training.ours import examples
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -76,8 +76,8 @@ def bytes_of_decoding(policy: Policy, prompts: PromptBatch, new_tokens: int) -> 
     return decoding_bytes(weights, entry, prompts.lengths.tolist(), new_tokens)
 
 
-def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Seconds of every repeat by engine, and the limit; ``keep`` is given all there is after every timed rollout."""
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Seconds of every repeat by engine, and the limit: all there is, after every timed rollout."""
     device = options.device
     folder, size = sizes.prepare(options.size, device), sizes.size_of(options.size, device)
     policy = Policy(load_causal_lm(folder / "policy", dtype=getattr(torch, options.weights))).to(device)
@@ -103,7 +103,7 @@ def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None])
                 found["first_seconds"][name] = taken
             else:
                 found["seconds"].setdefault(name, []).append(taken)
-                keep(found)
+                yield found
 
 
 def table(found: dict[str, Any]) -> list[str]:
@@ -119,27 +119,24 @@ def table(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Measures, prints, writes."""
     parser = report.parser(__doc__)
-    report.add_device(parser)
     parser.add_argument("--size", choices=sizes.SIZES, default="16m")
     parser.add_argument("--weights", choices=["float32", "bfloat16"], help="default: by device")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["native", "generate"])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error("--repeats: one at least")
     options.weights = options.weights or ("float32" if options.device == "cpu" else "bfloat16")
     torch.set_num_threads(options.threads)
-    about, lines = report.about(options.device, options.threads), [""]
-
-    def keep(found: dict[str, Any]) -> None:
+    about = report.about(options.device, options.threads)
+    for found in measure(options):
         what = f"{options.size}, {found['rows']} rows of {found['new_tokens']} new tokens, weights in "
         what += f"{found['weights']}. A copy moves {found['copy_gb_a_second']:.1f} GB a second: "
         what += f"{found['limit_seconds']:.3f} s at least."
-        lines[:] = [what, "", *table(found)]
         if options.json:
-            page = [f"# Rollouts: {options.size}", "", *report.header(about, options.json), *lines]
-            report.write({"about": about, "size": options.size, **found}, options.json, page)
-
-    measure(options, keep)
-    print("\n".join(lines))
+            results = {"about": about, "size": options.size, **found}
+            report.write(results, options.json, f"Rollouts: {options.size}", what, table(found))
+    print("\n".join([what, "", *table(found)]))
 
 
 if __name__ == "__main__":

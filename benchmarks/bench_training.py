@@ -20,11 +20,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from harness import report
 from harness.worker import Refused
-from training.report import breakdown, closing, summary, table, write
-from training.sides import ENTRANTS, LIMITS, OURS, measure
+from training.entrants import ENTRANTS, LIMITS, OURS, measure
+from training.rounds import breakdown, summary, table, verdicts, write
 from training.sizes import PRECISIONS, SIZES, TASKS, prepare
 
 MACHINE = ("cpu", "cores", "threads", "torch", "gpu", "cuda")
@@ -33,7 +32,6 @@ SAME = ("task", "size", "device", "precision", "compile")  # for runs that are p
 
 def options() -> argparse.Namespace:
     parser = report.parser(f"{__doc__}\n{report.CODES}")
-    report.add_device(parser)
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--size", choices=tuple(SIZES), required=True, help="tiny: does the benchmark itself work?")
     parser.add_argument(
@@ -76,13 +74,16 @@ def start(chosen: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
 def take_part(
     name: str, work: dict[str, Any], folder: Path, steps: tuple[int, int, int], results: dict[str, Any]
 ) -> None:
-    """One process of a side, added to the results; or why there is none."""
+    """One process of a side, or the limits, added to the results; or why there is none."""
     try:
         run = measure(name, work, folder, steps)
     except Refused as refused:
         results["missing"][name] = str(refused)
         return
     results["missing"].pop(name, None)
+    if name == LIMITS:
+        results["limits"] = run
+        return
     results["versions"][name] = run.pop("versions")
     results["runs"].setdefault(name, []).append(run)
 
@@ -96,9 +97,6 @@ def keep(results: dict[str, Any], path: Path | None) -> None:
 
 def main() -> int:
     chosen = options()
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        print("bench_training: no GPU that torch can use", file=sys.stderr)
-        return 1
     precision = chosen.precision or ("float32" if chosen.device == "cpu" else "bfloat16")
     names = ("task", "size", "device", "threads", "compile")
     work = {"precision": precision, **{key: getattr(chosen, key) for key in names}}
@@ -112,14 +110,13 @@ def main() -> int:
             take_part(name, {**work, "seed": chosen.seed + number}, folder, steps, results)
             keep(results, chosen.json)
     if LIMITS in wanted:
-        try:
-            results["limits"] = measure(LIMITS, work, folder, steps)
-        except Refused as refused:
-            results["missing"][LIMITS] = str(refused)
+        take_part(LIMITS, work, folder, steps, results)
     keep(results, chosen.json)
-    for rows in (table(results), breakdown(results)):
-        print(report.terminal(rows), end="\n\n")
-    print(closing(results, chosen.json))
+    for lines in (report.markdown(table(results)), report.markdown(breakdown(results)), verdicts(results)):
+        print("\n".join(lines), end="\n\n")
+    if not results["same_work"]:
+        print(f"NOT THE SAME WORK: {results['work']}")
+    print(report.closing(results["missing"], chosen.json))
     ours_failed = OURS in results["missing"] or not results["same_work"]
     return report.exit_code(ours_failed, [name for name in sides if name in results["missing"] and name != OURS])
 

@@ -19,10 +19,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import report
@@ -45,17 +47,11 @@ class Kernel:
     spill_stores: int = 0  # bytes
     spill_loads: int = 0
     shared: int = 0  # bytes a block has, beside what a launch asks for
-    accesses: Accesses | None = None
+    accesses: Counter[str] | None = None  # see `read_sass`
 
-
-@dataclass
-class Accesses:
-    """How many instructions touch global memory, by kind; the ``wide`` ones move 16 bytes a thread."""
-
-    loads: int = 0
-    wide_loads: int = 0
-    stores: int = 0
-    wide_stores: int = 0
+    def wide(self, instruction: str) -> str:
+        found = self.accesses
+        return "?" if found is None else f"{found[f'wide {instruction}']} of {found[instruction]}"
 
 
 def find_tool(name: str, package: str | None = None) -> Path | None:
@@ -74,21 +70,9 @@ def find_tool(name: str, package: str | None = None) -> Path | None:
 
 def nvcc_flags() -> list[str]:
     """Those of setup.py, and those that torch adds to every extension; C++17 is what torch 2.10 compiles as."""
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    names = {
-        node.targets[0].id: node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
-    tables = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
-    (flags,) = [
-        value
-        for table in tables
-        for key, value in zip(table.keys, table.values, strict=True)
-        if isinstance(key, ast.Constant) and key.value == "nvcc"
-    ]
-    own = ast.literal_eval(names[flags.id] if isinstance(flags, ast.Name) else flags)
-    return [*COMMON_NVCC_FLAGS, "-std=c++17", "-Xcompiler", "-fPIC", *own]
+    own = re.search(r"^NVCC_FLAGS = (\[.*\])$", (ROOT / "setup.py").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert own is not None
+    return [*COMMON_NVCC_FLAGS, "-std=c++17", "-Xcompiler", "-fPIC", *ast.literal_eval(own[1])]
 
 
 def compile_file(nvcc: Path, source: Path, architectures: Sequence[str], output: Path) -> list[Kernel]:
@@ -133,45 +117,38 @@ def compile_all(nvcc: Path, architectures: Sequence[str], folder: Path, jobs: in
         return dict(zip((source.name for source in SOURCES), pool.map(one, SOURCES), strict=True))
 
 
-def read_sass(cuobjdump: Path, nvdisasm: Path, file: Path) -> dict[tuple[str, str], Accesses]:
-    """The accesses to global memory in an object file's machine code, by kernel and architecture."""
+def read_sass(cuobjdump: Path, nvdisasm: Path, file: Path) -> dict[tuple[str, str], Counter[str]]:
+    """How many instructions of an object file touch global memory, by kernel and architecture.
+
+    They are ``LDG`` and ``STG``; those that move 16 bytes a thread are counted as ``wide LDG`` and ``wide STG``, too.
+    """
     path = os.pathsep.join([str(nvdisasm.parent), os.environ.get("PATH", "")])  # cuobjdump runs nvdisasm
-    text = subprocess.run(
-        [str(cuobjdump), "-sass", str(file)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PATH": path},
-    ).stdout
-    found: dict[tuple[str, str], Accesses] = {}
+    text = output_of([str(cuobjdump), "-sass", str(file)], env={**os.environ, "PATH": path})
+    found: dict[tuple[str, str], Counter[str]] = {}
     architecture = ""
     for line in text.splitlines():
         if match := re.match(r"\s*arch = sm_(\w+)", line):
             architecture = match[1]
         elif match := re.match(r"\s*Function : (\w+)", line):
-            accesses = found[match[1], architecture] = Accesses()
+            accesses = found[match[1], architecture] = Counter()
         elif match := re.search(r"\b(LDG|STG)\.([\w.]+)", line):
-            wide = "128" in match[2].split(".")
-            if match[1] == "LDG":
-                accesses.loads += 1
-                accesses.wide_loads += wide
-            else:
-                accesses.stores += 1
-                accesses.wide_stores += wide
+            accesses[match[1]] += 1
+            accesses[f"wide {match[1]}"] += "128" in match[2].split(".")
     return found
 
 
-def readable(names: Iterable[str]) -> dict[str, str]:
+def output_of(command: Sequence[str], **options: Any) -> str:
+    """What a command prints, which must succeed."""
+    return subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
+
+
+def readable(names: Sequence[str]) -> dict[str, str]:
     """Mangled names as a person would write them: no namespaces and no arguments."""
-    names = list(names)
     filt = shutil.which("c++filt") or shutil.which("cu++filt")
     if filt is None or not names:
         return {name: name for name in names}
-    lines = subprocess.run(
-        [filt], input="\n".join(names), capture_output=True, text=True, check=True
-    ).stdout.splitlines()
     short = {}
-    for name, line in zip(names, lines, strict=True):
+    for name, line in zip(names, output_of([filt], input="\n".join(names)).splitlines(), strict=True):
         line = re.sub(r"rlhf_lightning::|\(anonymous namespace\)::|^void ", "", line)
         line = line.replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
         depth, end = 0, len(line)
@@ -186,25 +163,21 @@ def readable(names: Iterable[str]) -> dict[str, str]:
 
 def table(kernels: Sequence[Kernel]) -> str:
     """The kernels as a Markdown table; a cell has one value where the architectures agree, else one for each."""
-    names = readable(kernel.name for kernel in kernels)
+    names = readable([kernel.name for kernel in kernels])
     architectures = list(dict.fromkeys(kernel.architecture for kernel in kernels))
     groups: dict[tuple[str, str], list[Kernel]] = {}
     for kernel in kernels:
         groups.setdefault((kernel.file, kernel.name), []).append(kernel)
     rows = [["kernel", "file", "registers", "stack", "spills", "shared", "16-byte loads", "16-byte stores"]]
-    rows.append(["---"] * len(rows[0]))
     for (file, name), group in groups.items():
-        columns = [
-            [str(k.registers) for k in group],
-            [str(k.stack) for k in group],
-            [str(k.spill_stores + k.spill_loads) for k in group],
-            [str(k.shared) for k in group],
-            [f"{a.wide_loads} of {a.loads}" if (a := k.accesses) else "?" for k in group],
-            [f"{a.wide_stores} of {a.stores}" if (a := k.accesses) else "?" for k in group],
+        cells = [
+            (one.registers, one.stack, one.spill_stores + one.spill_loads, one.shared, one.wide("LDG"), one.wide("STG"))
+            for one in group
         ]
+        columns = [list(map(str, column)) for column in zip(*cells, strict=True)]
         rows.append([f"`{names[name]}`", file, *(c[0] if len(set(c)) == 1 else " / ".join(c) for c in columns)])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return f"Where they differ: {' / '.join(f'sm_{a}' for a in architectures)}.\n\n" + "\n".join(lines) + "\n"
+    lines = "\n".join(report.markdown(rows, left=len(rows[0])))
+    return f"Where they differ: {' / '.join(f'sm_{a}' for a in architectures)}.\n\n{lines}\n"
 
 
 def main() -> int:
@@ -227,8 +200,7 @@ def main() -> int:
                         kernel.accesses = accesses[kernel.name, kernel.architecture]
         else:
             print("no cuobjdump or no nvdisasm: the machine code is not read", file=sys.stderr)
-    version = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release [\d.]+, V([\d.]+)", version)
+    release = re.search(r"release [\d.]+, V([\d.]+)", output_of([str(nvcc), "--version"]))
     facts = report.about("cpu", torch.get_num_threads())
     commit = facts["commit"] + (" and changes not yet committed" if facts["changed"] else "")
     text = (

@@ -19,7 +19,6 @@ import math
 import shutil
 import statistics
 import sys
-import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from harness import report
 from harness.report import ROOT, STYLES
 from harness.worker import Refused, once
 from peers.install import missing
-from training.sides import ENTRANTS, TRL_PPO
+from training.entrants import ENTRANTS, TRL_PPO
 
 from rlhf_lightning.data.batching import prompt_batches
 from rlhf_lightning.data.records import load_records
@@ -43,14 +42,11 @@ from rlhf_lightning.rewards import FunctionReward, ModelReward
 
 CONFIG = yaml.safe_load((ROOT / "configs" / "demo" / "ppo.yaml").read_text(encoding="utf-8"))
 # Both sides learn from the bare score of the reward model.
-BARE = (
-    "--model.scores.missing_eos_penalty",
-    "0",
-    "--model.scores.length_threshold",
-    "0",
-    "--model.scores.length_penalty",
-    "0",
-)
+BARE = [
+    word
+    for name in ("missing_eos_penalty", "length_threshold", "length_penalty")
+    for word in (f"--model.scores.{name}", "0")
+]
 BIN = 0.5  # nats
 LAST = 10  # iterations
 OURS, TRL = "ours", TRL_PPO
@@ -150,25 +146,27 @@ def _settings(folder: stages.Folder, size: stages.Size, seed: int, threads: int)
     }
 
 
-def page(results: dict[str, Any], path: Path, picture: Path | None) -> list[str]:
-    """The facts of the JSON in Markdown."""
-    facts = {**results["about"], "command": results["about"]["command"].replace("\n", "\n    ")}
-    text = ["# Our PPO and TRL 1.12.0's on the demo task", "", *report.header(facts, path)]
-    text += [textwrap.fill(f"Size: {results['size']}. {NOTES}", 120), "", *DIFFERENCES, ""]
+def write(results: dict[str, Any], path: Path, picture: Path | None) -> None:
+    """The JSON at ``path``, the page beside it."""
     head = ["seed", "equal KL: ours less TRL's (bins)", f"ours, last {LAST}", f"TRL, last {LAST}"]
-    head += ["ours held out", "TRL held out"]
-    rows = [head]
+    rows = [[*head, "ours held out", "TRL held out"]]
     for seed, found in results["seeds"].items():
         equal = found["at_equal_kl"]
         cells = [f"{equal['difference']:+.3f} ({equal['bins']})" if equal["bins"] else "no common bin"]
         for kind, keys in (("last", ("score", "kl", "objective")), ("held_out", ("proxy", "kl", "gold"))):
             cells += [" / ".join(f"{found[kind][name][key]:.2f}" for key in keys) for name in (OURS, TRL)]
         rows.append([seed, *cells])
-    text += [*report.markdown(rows), "", *(f"- {line}" for line in verdict(results)), ""]
-    if picture:
-        text += ["Points: iterations. Lines: means of the bins that both sides visited.", ""]
-        text += [f"![Score against KL, a panel for each seed]({picture.name})"]
-    return text
+    report.write(
+        results,
+        path,
+        "Our PPO and TRL 1.12.0's on the demo task",
+        f"Size: {results['size']}. {NOTES}",
+        DIFFERENCES.splitlines(),
+        report.markdown(rows),
+        [f"- {line}" for line in verdict(results)],
+        "Points: iterations. Lines: means of the bins that both sides visited." if picture else "",
+        [f"![Score against KL, a panel for each seed]({picture.name})"] if picture else "",
+    )
 
 
 def verdict(results: dict[str, Any]) -> list[str]:
@@ -199,41 +197,27 @@ def draw(results: dict[str, Any], path: Path) -> Path | None:
     if (pyplot := report.pyplot()) is None:
         return None
     seeds = results["seeds"]
-    columns = min(3, len(seeds))
-    rows = -(-len(seeds) // columns)
     figure, panels = pyplot.subplots(
-        rows, columns, figsize=(4.4 * columns, 3.4 * rows + 0.6), squeeze=False, sharex=True, sharey=True
+        1, len(seeds), figsize=(4.0 * len(seeds) + 0.6, 4.0), squeeze=False, sharex=True, sharey=True
     )
-    for panel, (seed, found) in zip(panels.flat, seeds.items(), strict=False):
+    for panel, (seed, found) in zip(panels[0], seeds.items(), strict=True):
         binned = {name: _binned(found["curves"][name]) for name in (OURS, TRL)}
         common = sorted(binned[OURS].keys() & binned[TRL].keys())
         for name, (colour, marker) in zip((OURS, TRL), STYLES, strict=False):
-            points = found["curves"][name][1:]
-            panel.plot(
-                *([point[key] for point in points] for key in ("kl", "score")),
-                **{"color": colour, "marker": marker, "markersize": 4, "alpha": 0.4, "linestyle": "none"},
-            )
+            kls, scores = ([point[key] for point in found["curves"][name][1:]] for key in ("kl", "score"))
+            panel.plot(kls, scores, color=colour, marker=marker, markersize=4, alpha=0.4, linestyle="none")
             middles = [(place + 0.5) * BIN for place in common]
             panel.plot(middles, [binned[name][place] for place in common], color=colour, label=name)
         panel.set_title(f"seed {seed}", fontsize=11)
-        panel.grid(True, color="#dddddd", linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.xaxis.set_tick_params(labelbottom=True)
-    for panel in panels.flat[len(seeds) :]:
-        panel.set_visible(False)
+        report.tidy(panel)
     figure.supxlabel("KL to the SFT model, nats", fontsize=10)
     figure.supylabel("score of the iteration's samples, deviations", fontsize=10)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncol=2, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.35 / (3.4 * rows + 0.6)))
-    picture = path.with_suffix(".png")
-    figure.savefig(picture, dpi=110)
-    pyplot.close(figure)
-    return picture
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center", ncol=2, frameon=False)
+    return report.save_plot(figure, path.with_suffix(".png"), top=0.92)
 
 
 def main() -> int:
-    parser = report.parser(f"{__doc__}\n{report.CODES}")
+    parser = report.parser(f"{__doc__}\n{report.CODES}", device=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--quick", action="store_true", help="the demo's reduced size")
     parser.add_argument("--out", type=Path, default=Path("runs/against_trl"))
@@ -264,7 +248,7 @@ def main() -> int:
             seen.update(compared(seen["curves"]))
         if chosen.json:
             chosen.json.parent.mkdir(parents=True, exist_ok=True)
-            report.write(results, chosen.json, page(results, chosen.json, draw(results, chosen.json)))
+            write(results, chosen.json, draw(results, chosen.json))
         print(f"seed {seed}: {json.dumps(found['at_equal_kl'])}", flush=True)
     print("\n".join(verdict(results)))
     return 0
@@ -280,7 +264,7 @@ Models, prompts, rates, batches, epochs, clip ranges and KL coefficient are the 
 
 - Gradients: ours are clipped to norm 1, policy and critic each (our default); TRL's PPO does not clip them.
 - The score: ours is credited to the last token, the EOS; TRL's to the slot after it, which has a value of its own.
-- Draws: each side shuffles prompts and samples with its own generator.""".splitlines()
+- Draws: each side shuffles prompts and samples with its own generator."""
 
 
 if __name__ == "__main__":

@@ -135,9 +135,8 @@ def _summary(size: str, runs: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _rows(runs: dict[str, dict[str, Any]]) -> list[str]:
-    head = ("seed", "threads", "PPO win rate", "KL", "gold reward, SFT → PPO", "DPO win rate", "KL")
-    head += ("reward accuracy / ceiling", "CPU, s")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    head = ["seed", "threads", "PPO win rate", "KL", "gold reward, SFT → PPO", "DPO win rate", "KL"]
+    rows = [[*head, "reward accuracy / ceiling", "CPU, s"]]
     for key, found in sorted(runs.items(), key=lambda item: (int(item[0].split()[2]), item[0])):
         _, _, seed, _, threads = key.split()
         ppo, dpo, model = found["ppo"], found["dpo"], found["reward_model"]
@@ -145,9 +144,8 @@ def _rows(runs: dict[str, dict[str, Any]]) -> list[str]:
         cells = [seed, threads, f"{ppo['win_rate_vs_sft']:.3f} [{low:.3f}, {high:.3f}]", f"{ppo['kl']:.1f}"]
         cells += [f"{found['sft']['gold_reward']:.2f} → {ppo['gold_reward']:.2f}", f"{dpo['win_rate_vs_sft']:.3f}"]
         cells += [f"{dpo['kl']:.1f}", f"{model['accuracy']:.3f} / {model['label_ceiling']:.3f}"]
-        cells += [f"{found['cpu_seconds']:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append([*cells, f"{found['cpu_seconds']:.0f}"])
+    return report.markdown(rows, left=len(rows[0]))
 
 
 def write_page(results: dict[str, Any], page: Path) -> None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +69,8 @@ def medians(rows: list[dict[str, float]]) -> dict[str, float]:
 # The results for people
 
 
-def quartiles(times: list[float]) -> tuple[float, float, float]:
-    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
-    return low, middle, high
-
-
 def spent(way: dict[str, Any], name: str) -> float:
+    """Milliseconds of an operator in a clocked step."""
     taken = way["operators"].get(name, {"forward_ms": 0.0, "backward_ms": 0.0})
     return taken["forward_ms"] + taken["backward_ms"]
 
@@ -86,92 +81,85 @@ def steady(way: dict[str, Any]) -> bool:
     return max(bare, clocked) <= (1 + STEADY) * min(bare, clocked)
 
 
-def share(ms: float, ways: dict[str, Any], *names: str) -> float | None:
-    """``ms`` over the clocked steps of the last of ``names``; None where one of these ways was unsteady."""
-    if not all(steady(ways[name]) for name in names):
-        return None
-    return ms / statistics.median(ways[names[-1]]["clocked_step_ms"])
+def noise(times: list[float]) -> float:
+    """Half the distance of the quartiles, relative to the median."""
+    low, middle, high = statistics.quantiles(times, method="inclusive")
+    return (high - low) / 2 / middle
 
 
-def gain(part: float | None, noise: float) -> str:
+def gain(part: float, noise: float, *ways: dict[str, Any]) -> str:
     """A gain in words: nothing below 1%, or below what steps differ by themselves."""
-    if part is None:
+    if not all(map(steady, ways)):
         return "unsteady"
     return "nothing" if abs(part) < max(0.01, noise) else f"{100 * part:+.0f}%"
 
 
-def noise(times: list[float]) -> float:
-    """Half the distance of the quartiles, relative to the median."""
-    low, middle, high = quartiles(times)
-    return (high - low) / 2 / middle
-
-
-def step_gain(ways: dict[str, Any], before: str) -> str:
+def step_gain(was: dict[str, Any], native: dict[str, Any]) -> str:
     """By how much the native step is shorter: from bare steps alone."""
-    was, native = ways[before], ways["native"]
-    if not (steady(was) and steady(native)):
-        return "unsteady"
     part = 1 - statistics.median(native["step_ms"]) / statistics.median(was["step_ms"])
-    return gain(part, max(noise(was["step_ms"]), noise(native["step_ms"])))
+    return gain(part, max(noise(was["step_ms"]), noise(native["step_ms"])), was, native)
 
 
-def saved(ways: dict[str, Any], before: str, name: str) -> str:
+def saved(was: dict[str, Any], native: dict[str, Any], name: str) -> str:
     """What the native operator saves of a step: from clocked steps alone."""
-    part = share(spent(ways[before], name) - spent(ways["native"], name), ways, "native", before)
-    return gain(part, noise(ways[before]["clocked_step_ms"]))
+    part = (spent(was, name) - spent(native, name)) / statistics.median(was["clocked_step_ms"])
+    return gain(part, noise(was["clocked_step_ms"]), was, native)
 
 
 def table(ways: dict[str, Any]) -> list[str]:
     """Markdown: the steps, and the operators in them."""
-    steps = {way: quartiles(ways[way]["step_ms"]) for way in WAYS}
-    clocked = {way: statistics.median(ways[way]["clocked_step_ms"]) for way in WAYS}
-    marks = {way: "" if steady(ways[way]) else " (unsteady)" for way in WAYS}
-    native = steps["native"][1]
+    native, *others = (ways[way] for way in WAYS)
+    steps = [statistics.quantiles(ways[way]["step_ms"], method="inclusive") for way in WAYS]
+    clocked = [statistics.median(ways[way]["clocked_step_ms"]) for way in WAYS]
+    marks = ["" if steady(ways[way]) else " (unsteady)" for way in WAYS]
     rows = [
         ["", *WAYS],
-        ["step, ms", *(f"{middle:.0f} ({low:.0f} to {high:.0f})" for low, middle, high in steps.values())],
-        ["clocked step, ms", *(f"{clocked[way]:.0f}{marks[way]}" for way in WAYS)],
-        ["times native", *(f"{middle / native:.2f}" for _, middle, _ in steps.values())],
-        ["the native step gained", "", *(step_gain(ways, before) for before in WAYS[1:])],
+        ["step, ms", *(f"{middle:.0f} ({low:.0f} to {high:.0f})" for low, middle, high in steps)],
+        ["clocked step, ms", *(f"{ms:.0f}{mark}" for ms, mark in zip(clocked, marks, strict=True))],
+        ["times native", *(f"{middle / steps[0][1]:.2f}" for _, middle, _ in steps)],
+        ["the native step gained", "", *(step_gain(was, native) for was in others)],
     ]
-    for phase in ways["native"]["phases_ms"]:
+    for phase in native["phases_ms"]:
         rows.append([f"{phase}, ms", *(f"{ways[way]['phases_ms'][phase]:.0f}" for way in WAYS)])
     rows.append(["peak, MiB", *(f"{ways[way]['peak_mib']:.0f}" for way in WAYS)])
     parts = [["operator", "calls", *(f"{way}, ms" for way in WAYS), *(f"saved over {way}" for way in WAYS[1:])]]
-    for name, taken in ways["native"]["operators"].items():
+    for name, taken in native["operators"].items():
         times = []
-        for way in WAYS:
-            part = share(spent(ways[way], name), ways, way)
-            times.append(f"{spent(ways[way], name):.2f} ({'unsteady' if part is None else f'{100 * part:.1f}%'})")
-        parts.append([name, f"{taken['calls']:.0f}", *times, *(saved(ways, before, name) for before in WAYS[1:])])
-    rest = [clocked[way] - sum(spent(ways[way], name) for name in ways[way]["operators"]) for way in WAYS]
-    parts.append(["all else", "", *(f"{ms:.0f}" for ms in rest), *[""] * len(WAYS[1:])])
+        for way, whole in zip(WAYS, clocked, strict=True):
+            ms = spent(ways[way], name)
+            times.append(f"{ms:.2f} ({f'{100 * ms / whole:.1f}%' if steady(ways[way]) else 'unsteady'})")
+        parts.append([name, f"{taken['calls']:.0f}", *times, *(saved(was, native, name) for was in others)])
+    wholes = zip(WAYS, clocked, strict=True)
+    rest = [ms - sum(spent(ways[way], name) for name in native["operators"]) for way, ms in wholes]
+    parts.append(["all else", "", *(f"{ms:.0f}" for ms in rest), *[""] * len(others)])
     return [*report.markdown(rows), "", *report.markdown(parts)]
 
 
-def page(facts: dict[str, Any], ways: dict[str, Any], path: Path) -> list[str]:
-    """The table in Markdown, with what it needs to be understood."""
+def write(facts: dict[str, Any], ways: dict[str, Any], path: Path) -> None:
+    """The JSON at ``path``, and beside it a page with the tables and what they need to be understood."""
     size, task = facts["size"], facts["task"]
     responses = f"{size['response'][1]}" if task == "ppo" else f"{size['response'][0]} to {size['response'][1]}"
     what = (
         f"A Llama of random weights, {size['layers']} layers of width {size['hidden']}, vocabulary "
         f"{size['vocabulary']}, {size['precision']}; {size['rows'][task]} {'pairs' if task == 'dpo' else 'rows'} a "
         f"step, prompts of {size['prompt'][0]} to {size['prompt'][1]} tokens, responses of {responses}. Milliseconds: "
-        f"the median of {facts['steps']} bare steps and, in brackets, their quartiles. As many others are clocked: "
-        "an operator's forward and backward together, and its share of the median clocked step. `native`: as "
-        "installed; `reference`: the operators in plain PyTorch; `plain`: those, and the head as people write it, with "
-        "all logits of the responses held. What the native step gained is from bare steps alone; what an operator "
-        "saved of the step, in the last columns, from clocked ones alone; what is less than 1%, or less than steps "
-        f"differ by themselves, is nothing. Where bare and clocked steps of a way differ by more than {STEADY:.0%}, "
-        "the run was unsteady and no share is told. `peak` is the process's largest resident memory, PyTorch and model "
-        "included."
+        f"the median of {facts['steps']} bare steps and, in brackets, their quartiles. {NOTES}"
     )
-    title = f"# The operators in a whole {task.upper()} step: {size['name']}"
-    return [title, "", *report.header(facts, path), textwrap.fill(what, 120), "", *table(ways)]
+    title = f"The operators in a whole {task.upper()} step: {size['name']}"
+    report.write({"about": facts, "ways": ways}, path, title, what, table(ways))
+
+
+NOTES = f"""\
+As many others are clocked: an operator's forward and backward together, and its share of the median clocked step.
+`native`: as installed; `reference`: the operators in plain PyTorch; `plain`: those, and the head as people write
+it, with all logits of the responses held. What the native step gained is from bare steps alone; what an operator
+saved of the step, in the last columns, from clocked ones alone; what is less than 1%, or less than steps differ by
+themselves, is nothing. Where bare and clocked steps of a way differ by more than {STEADY:.0%}, the run was unsteady
+and no share is told. `peak` is the process's largest resident memory, PyTorch and model included."""
 
 
 def main() -> None:
-    parser = report.parser(__doc__)
+    parser = report.parser(__doc__, device=False)
     parser.add_argument("--task", choices=("ppo", "sft", "dpo"), required=True)
     parser.add_argument("--size", choices=PROFILED, default="16m")
     parser.add_argument("--precision", help="of Lightning's Trainer; the size's own by default")
@@ -195,7 +183,7 @@ def main() -> None:
     ways = measure(options, ppo)
     print("\n".join(table(ways)))
     if options.json:
-        report.write({"about": facts, "ways": ways}, options.json, page(facts, ways, options.json))
+        write(facts, ways, options.json)
 
 
 if __name__ == "__main__":

@@ -16,19 +16,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_training  # noqa: E402
-from harness import memory  # noqa: E402
-from harness.clock import Meter  # noqa: E402
-from training import ours, plain_ppo, report, sizes  # noqa: E402
+from harness.clock import Meter, state_bytes  # noqa: E402
+from training import ours, plain_ppo, rounds, sizes  # noqa: E402
 
 
 def test_state_is_counted_from_shapes() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 3))
     model[1].weight = torch.nn.Parameter(model[0].weight.detach().T)  # shares its storage
     optimizer = torch.optim.AdamW(model[0].parameters())
-    assert memory.state_bytes([model], optimizer) == {"models": 4 * (12 + 4 + 3), "gradients": 4 * 16, "optimizer": 0}
+    assert state_bytes([model], optimizer) == {"models": 4 * (12 + 4 + 3), "gradients": 4 * 16, "optimizer": 0}
     model[0](torch.ones(3)).sum().backward()
     optimizer.step()
-    assert memory.state_bytes([model], optimizer)["optimizer"] == 2 * 4 * 16 + 2 * 4  # two moments, and a step each
+    assert state_bytes([model], optimizer)["optimizer"] == 2 * 4 * 16 + 2 * 4  # two moments, and a step each
 
 
 def test_different_work_is_found() -> None:
@@ -39,11 +38,11 @@ def test_different_work_is_found() -> None:
         return {"seconds": seconds, "work": [step], "phases": [{"update": 1.0}], **held}
 
     results = {"runs": {"ours": [run(5.0, [1.0, 3.0]), run(5.0, [2.0])], "peer": [run(5.0, [8.0])]}}
-    report.summary(results)
+    rounds.summary(results)
     assert results["ours"] == {"seconds": 2.0, "peak_mb": 50.0}
     assert results["ratio"] == {"peer": {"time": 4.0, "memory": 1.0}} and results["same_work"]
     results["runs"]["peer"] = [run(6.0, [8.0])]
-    report.summary(results)
+    rounds.summary(results)
     assert not results["same_work"]
 
 

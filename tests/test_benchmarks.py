@@ -14,10 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_operators  # noqa: E402
-from harness import clock, memory  # noqa: E402
-from harness import report as harness_report  # noqa: E402
+from harness import clock, report  # noqa: E402
 from harness.worker import Refused, Worker, once  # noqa: E402
-from operators import cases, measure, report, sides  # noqa: E402
+from operators import cases, measure, sides  # noqa: E402
 from operators.cases import ENTRANTS, OPERATORS, OURS  # noqa: E402
 from operators.inputs import TOLERANCE, allocate, errors  # noqa: E402
 from operators.measure import Run  # noqa: E402
@@ -144,7 +143,7 @@ def test_cross_entropy_of_bf16_logits_passes_the_check_of_bf16() -> None:
 def test_the_recorded_command_holds_no_absolute_path(monkeypatch: pytest.MonkeyPatch) -> None:
     inside, outside = str(ROOT / "benchmarks" / "a.json"), "--json=/elsewhere/b.json"
     monkeypatch.setattr(sys, "argv", ["bench_operators.py", "--json", inside, outside, "--seed=3"])
-    command = harness_report.about("cpu", 1)["command"]
+    command = report.about("cpu", 1)["command"]
     assert command == "python benchmarks/bench_operators.py --json benchmarks/a.json --json=b.json --seed=3"
 
 
@@ -153,7 +152,7 @@ def test_a_first_call_and_a_peak_are_measured_after_the_kept_memory_is_given_bac
     times = clock.first_calls(lambda: order.append("call"), 3, lambda: order.append("release"))
     assert len(times) == 3 and order == ["release", "call"] * 3
     order.clear()
-    memory.peak_mb(lambda: order.append("call"), "cpu", lambda: order.append("release"))
+    clock.peak_mb(lambda: order.append("call"), "cpu", lambda: order.append("release"))
     assert order in (["release", "call"], [])  # none where there is no resident set to read
 
 
@@ -204,7 +203,7 @@ def test_the_gpus_side_of_the_clock_on_a_stand_in(operator: str, passes: str, gp
         graphed = operator in ("gae", "clipped_policy_loss", "clipped_value_loss")
         assert isinstance(run.call, clock.Graph) == graphed
         assert run.calls > 1 if graphed else run.calls == 1
-        assert memory.peak_mb(run.single, gpu_stand_in, lambda: None) == 0.0
+        assert clock.peak_mb(run.single, gpu_stand_in, lambda: None) == 0.0
         run.draw(1)
         if graphed:
             before = [graph.replays for graph in run.call.graphs]
@@ -218,10 +217,10 @@ def test_goals() -> None:
     case = case_of("gae", goals={cases.LIMIT: 2.0, cases.TRL_LOOP: 100.0, cases.VERL_LOOP: 10.0}, memory_goal=1.0)
     times = {OURS: [1.0] * 4, cases.LIMIT: [0.6] * 4, cases.TRL_LOOP: [99.0] * 4}
     case = cases.replace(case, peers=(cases.TRL_LOOP, cases.VERL_LOOP))
-    row = report.as_row(case, "cpu", times, {OURS: 0.5, cases.TRL_LOOP: 3.0}, {}, {cases.VERL_LOOP: "not installed"})
+    row = measure.as_row(case, "cpu", times, {OURS: 0.5, cases.TRL_LOOP: 3.0}, {}, {cases.VERL_LOOP: "not installed"})
     met = {goal["against"]: goal["met"] for goal in row["goals"]}
     assert met == {cases.LIMIT: True, cases.TRL_LOOP: False, cases.VERL_LOOP: None, "memory": True}
-    shown = report.block(row)
+    shown = "\n".join(bench_operators.section(row))
     assert "at least 100.0x: missed" in shown and "at most 2.00x: met" in shown and "not installed" in shown
 
 
@@ -240,14 +239,14 @@ def assert_published(results: dict) -> None:
 def test_the_json_has_rows_of_seven_keys_and_the_details_beside(tmp_path: Path) -> None:
     times = {OURS: [1.0] * 4, cases.LIMIT: [0.5] * 4, cases.TRL_LOOP: [2.0] * 4}
     case = cases.replace(case_of("gae"), peers=(cases.TRL_LOOP,))
-    row = report.as_row(case, "cpu", times, {OURS: 0.5, cases.TRL_LOOP: 3.0}, {}, {})
-    about = {**harness_report.about("cpu", 1), "quick": True, "peers": {}}
+    row = measure.as_row(case, "cpu", times, {OURS: 0.5, cases.TRL_LOOP: 3.0}, {}, {})
+    about = {**report.about("cpu", 1), "quick": True, "peers": {}}
     results = {"about": about, "rows": [row], "missing": {}, "sweeps": [row, row]}
-    report.write(results, tmp_path / "found.json", [])
+    bench_operators.write(results, tmp_path / "found.json", [])
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert_published(found)
     assert {**found["rows"][0], **found["details"][0]} == row and found["sweep_details"] == found["details"] * 2
-    assert report.title(row) in (tmp_path / "found.md").read_text(encoding="utf-8")
+    assert bench_operators.title(row) in (tmp_path / "found.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +267,7 @@ def test_every_row_can_be_built(table: list[cases.Case]) -> None:
                 assert (ROOT / "benchmarks" / "peers" / f"{entrant.folder}.txt").exists()
         assert next(iter(cases.work(case, "cpu").values())) > 0
     if table[0].memory_goal is None and not any(case.goals for case in table):
-        assert len({report._points(table_rows(table, "gae"), "T")[0]["shape"]["B"]}) == 1
+        assert len({bench_operators._points(table_rows(table, "gae"), "T")[0]["shape"]["B"]}) == 1
 
 
 def table_rows(table: list[cases.Case], operator: str) -> list[dict]:
@@ -322,7 +321,7 @@ def test_a_run_writes_what_it_measured_names_missing_peers_and_ends_with_their_e
         assert all(count >= 20 for count in row["samples"].values())
         assert max(row["errors"]["ours"].values()) < TOLERANCE[row["dtype"]]
         assert (row.get("first_call_ms", 0.0) > 0) == (row["operator"] == "token_log_probs")
-        assert report.title(row) in page and report.title(row) in said.out
+        assert bench_operators.title(row) in page and bench_operators.title(row) in said.out
     assert results["missing"][cases.CCE] == "not installed: python benchmarks/peers/install.py cce"
     assert set(results["missing"]) == {cases.CCE, *cases.COMPILES}  # these are left out by --quick, and not asked for
     assert said.err.splitlines()[-1] == f"asked for, and could not run: {cases.CCE}"
@@ -356,7 +355,7 @@ def test_the_help_says_what_the_exit_codes_mean(
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit):
         importlib.import_module(script).main()
-    assert harness_report.CODES in capsys.readouterr().out
+    assert report.CODES in capsys.readouterr().out
 
 
 def test_a_peers_list_has_what_pandas_imports() -> None:

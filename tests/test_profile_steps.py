@@ -21,10 +21,10 @@ from profile_steps import table  # noqa: E402
 from training.sizes import SIZES, save_random  # noqa: E402
 from training.steps import (  # noqa: E402
     OperatorClock,
-    RandomBatches,
     operator,
     plain_cross_entropy,
     plain_log_probs,
+    random_batches,
     replace_everywhere,
 )
 
@@ -176,7 +176,7 @@ def test_the_file_has_the_form_of_the_committed_ones_and_says_which_filter(
 def test_batches_are_random_and_fresh_in_every_step(task: str, tmp_path: Path) -> None:
     size = replace(SIZES["tiny"], prompts=3, rows=4)
     save_random(size, tmp_path)
-    first, second = RandomBatches(str(tmp_path), task, size, 2).batches
+    first, second = random_batches(str(tmp_path), task, size, 2)
     assert len(first) == len(second) == (3 if task == "ppo" else 4)
     sides = [batch.chosen if task == "dpo" else batch for batch in (first, second)]
     assert sides[0].tokens.shape != sides[1].tokens.shape or not torch.equal(sides[0].tokens, sides[1].tokens)

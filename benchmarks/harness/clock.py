@@ -1,21 +1,24 @@
-"""The one clock: times of calls on a CPU and on a GPU, the bandwidth of a copy, and the steps of a training."""
+"""The one clock and the one reader of memory: of calls on a CPU and on a GPU, and of the steps of a training."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from harness import memory
-
 Call = Callable[[], object]
+MIB = 2**20
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FLUSHED = 1 << 28  # bytes written between calls on a GPU, several times its L2
 
 
@@ -112,6 +115,77 @@ def graph_copies(size: int) -> int:
     return max(1, min(24, -(-4 * cache // size)))
 
 
+# Memory
+
+
+def start_peak(device: str, release: Call = lambda: None) -> int:
+    """From here on the peak counts; the bytes that are held now. ``release`` gives back what is kept for later calls.
+
+    Raises OSError on a CPU where there is no /proc to read from: Linux has it.
+    """
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    release()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept would hide the same amount asked for again
+    RESET.write_text("5")
+    return resident("VmRSS")
+
+
+def read_peak(device: str) -> int:
+    """Bytes: the largest resident set, or the most that was allocated on the GPU, since `start_peak`.
+
+    What a CUDA graph writes while it replays counts as free after its capture, and is not in it: it is in what the
+    allocator holds.
+    """
+    if device == "cpu":
+        return resident("VmHWM")
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def resident(name: str) -> int:
+    """``VmRSS`` or ``VmHWM`` of this process, in bytes."""
+    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith(name + ":")]
+    return int(line.split()[1]) * 1024
+
+
+def peak_mb(call: Call, device: str, release: Call) -> float | None:
+    """MiB that a call holds at its peak beyond what was there before it and the tensors that it returns.
+
+    None on a CPU that is not Linux's.
+    """
+    if device == "cpu" and not (STATUS.exists() and RESET.exists()):
+        return None
+    before = start_peak(device, release)
+    results = call()
+    peak = read_peak(device) - before
+    tensors = results if isinstance(results, (tuple, list)) else ()
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return max(0.0, peak - sum(storages.values())) / MIB
+
+
+def state_bytes(models: Iterable[nn.Module], optimizer: Optimizer) -> dict[str, int]:
+    """Bytes of the models' parameters and buffers, of the gradients of what is trained, of the optimizer's state.
+
+    Counted from the tensors' shapes and dtypes, a shared tensor once. Gradients count as the parameters that the
+    optimizer has, whether they are there at the moment or not.
+    """
+    tensors = {t.data_ptr(): t for model in models for t in (*model.parameters(), *model.buffers())}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    return {
+        "models": sum(t.nbytes for t in tensors.values()),
+        "gradients": sum(p.nbytes for p in trained),
+        "optimizer": sum(t.nbytes for t in states),
+    }
+
+
+# The steps of a training
+
+
 class Meter:
     """Hears of the end of every step: the first ones warm up, the next are timed, and the last are taken apart.
 
@@ -133,7 +207,7 @@ class Meter:
         self.work: list[dict[str, Any]] = []  # of every step: what was done in it
         self.peak_bytes: int | None = None
         self.reserved_bytes = 0  # on a GPU
-        self.library_bytes = 0 if device != "cpu" else memory.resident("VmRSS")  # before the models are there
+        self.library_bytes = 0 if device != "cpu" else resident("VmRSS")  # before the models are there
         self._open: AbstractContextManager[None] | None = None
         self._now: dict[str, float] = defaultdict(float)
         self._done: dict[str, Any] = defaultdict(float)
@@ -172,9 +246,9 @@ class Meter:
 
     def _prepare(self) -> None:
         if self.steps == self.warm_up:
-            memory.start_peak(self.device)
+            start_peak(self.device)
         elif self.steps == self.warm_up + self.timed and self.peak_bytes is None:
-            self.peak_bytes = memory.read_peak(self.device)
+            self.peak_bytes = read_peak(self.device)
             if self.device != "cpu":
                 self.reserved_bytes = torch.cuda.max_memory_reserved()
 
@@ -205,14 +279,14 @@ class Meter:
 
     def result(self, models: Iterable[nn.Module], optimizer: Optimizer) -> dict[str, Any]:
         """What the side reports; call it after the last step, while the models are there."""
-        held = memory.state_bytes(models, optimizer)
+        held = state_bytes(models, optimizer)
         assert self.peak_bytes is not None and self.steps == self.total
         return {
             "seconds": self.seconds,
-            "peak_mb": (self.peak_bytes - sum(held.values())) / memory.MIB,
-            "libraries_mb": self.library_bytes / memory.MIB,
-            "reserved_mb": self.reserved_bytes / memory.MIB,
-            "state_mb": {name: size / memory.MIB for name, size in held.items()},
+            "peak_mb": (self.peak_bytes - sum(held.values())) / MIB,
+            "libraries_mb": self.library_bytes / MIB,
+            "reserved_mb": self.reserved_bytes / MIB,
+            "state_mb": {name: size / MIB for name, size in held.items()},
             "phases": self.phases,
             "work": [{name: float(amount) for name, amount in step.items()} for step in self.work],
         }

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Collection, Sequence
 from datetime import date
 from pathlib import Path
@@ -29,16 +30,14 @@ reason."""
 STYLES = (("#1b5e9c", "o"), ("#d1782c", "s"), ("#5f9e6e", "^"), ("#8c6bb1", "D"))
 
 
-def parser(about: str | None, json_help: str = BESIDE) -> argparse.ArgumentParser:
-    """The options that all benchmarks have: how many threads, and where the results go."""
+def parser(about: str | None, json_help: str = BESIDE, device: bool = True) -> argparse.ArgumentParser:
+    """The options that all benchmarks have: where it runs, on how many threads, and where the results go."""
     found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--threads", type=int, default=torch.get_num_threads())
     found.add_argument("--json", type=Path, help=json_help)
+    if device:
+        found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return found
-
-
-def add_device(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
 def exit_code(ours_failed: bool, missing: Collection[str]) -> int:
@@ -49,7 +48,9 @@ def exit_code(ours_failed: bool, missing: Collection[str]) -> int:
 
 
 def about(device: str, threads: int) -> dict[str, Any]:
-    """The facts of this process's run, as they stand in every file of results."""
+    """The facts of this process's run, as they stand in every file of results; ends it where the device is missing."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"{Path(sys.argv[0]).stem}: no GPU that torch can use")
     facts: dict[str, Any] = {
         "date": date.today().isoformat(),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_portable, sys.argv[1:])]),
@@ -85,8 +86,7 @@ def header(facts: dict[str, Any], path: Path) -> list[str]:
         f"{machine}. torch {facts['torch']}, Python {facts['python']}, commit {commit}, {facts['date']}.",
         f"All numbers: `{path.name}`. Made by",
         "",
-        f"    {facts['command']}",
-        "",
+        *(f"    {command}" for command in facts.get("commands") or facts["command"].splitlines()),
     ]
 
 
@@ -139,29 +139,25 @@ def markdown(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     return [lines[0], "|" + "---|" * left + "---:|" * (len(rows[0]) - left), *lines[1:]]
 
 
-def terminal(rows: Sequence[Sequence[str]]) -> str:
-    """The same rows for people without Markdown."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+def write(results: dict[str, Any], path: Path, title: str, *parts: str | Sequence[str]) -> None:
+    """The JSON at ``path``, and beside it a page: title, facts and the parts that are not empty.
 
-
-def write(results: dict[str, Any], path: Path, page: Sequence[str]) -> None:
-    """The JSON at ``path``, the page's lines beside it."""
+    A part is prose to be filled, or lines as they are.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text("\n".join([*page, ""]), encoding="utf-8")
+    blocks = [[f"# {title}"], header(results["about"], path)]
+    blocks += [[textwrap.fill(part, 120)] if isinstance(part, str) else list(part) for part in parts if part]
+    path.with_suffix(".md").write_text("\n\n".join("\n".join(block) for block in blocks) + "\n", encoding="utf-8")
 
 
-def closing(missing: dict[str, str], path: Path | None, nothing: str = "no --json") -> list[str]:
+def closing(missing: dict[str, str], path: Path | None, nothing: str = "no --json") -> str:
     """The last lines on the terminal."""
     lines = [f"missing: {name}: {reason}" for name, reason in missing.items()]
-    return [*lines, f"written: {path} and the page beside it" if path else f"nothing written: {nothing}"]
+    return "\n".join([*lines, f"written: {path} and the page beside it" if path else f"nothing written: {nothing}"])
+
+
+# Plots
 
 
 def pyplot() -> Any:
@@ -175,3 +171,18 @@ def pyplot() -> Any:
     from matplotlib import pyplot as found
 
     return found
+
+
+def tidy(panel: Any) -> None:
+    """A light grid, and no frame above and on the right."""
+    panel.minorticks_off()
+    panel.grid(True, color="#dddddd", linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def save_plot(figure: Any, path: Path, top: float) -> Path:
+    """The figure at ``path``, which is given back; the panels end at the share ``top`` of the height."""
+    figure.tight_layout(rect=(0, 0, 1, top))
+    figure.savefig(path, dpi=120)
+    figure.clear()
+    return path

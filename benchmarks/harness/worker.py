@@ -23,6 +23,7 @@ from typing import Any
 from peers.install import INSTALLED, missing
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
+NATIVE = {"RLHF_LIGHTNING_OPS": "native"}  # for ours: a reference must not pass for the operator
 Answer = dict[str, Any]
 Serve = tuple[Answer, Callable[..., Answer]]
 
@@ -38,7 +39,6 @@ class Worker:
         module: with the function `serve`; ``arguments`` are for it.
         threads: of its arithmetic.
         folder: of build/peers, first on its path; Refused where it is not there.
-        ours: only native operators will do: a reference must not pass for the operator.
         environment: further variables.
         limit: seconds for one answer; None for all that it takes.
     """
@@ -49,7 +49,6 @@ class Worker:
         *arguments: object,
         threads: int,
         folder: str | None = None,
-        ours: bool = False,
         environment: dict[str, str] | None = None,
         limit: float | None = None,
     ) -> None:
@@ -60,7 +59,6 @@ class Worker:
         path = os.pathsep.join([*map(str, places), *filter(None, [os.environ.get("PYTHONPATH")])])
         variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
         variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        variables |= {"RLHF_LIGHTNING_OPS": "native"} if ours else {}
         self.complaints = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the process
         self.process = subprocess.Popen(
             [sys.executable, "-m", "harness.worker", module, *map(str, arguments)],

@@ -15,9 +15,7 @@ from typing import NamedTuple
 import torch
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
-HUGE_PAGES = {
-    "THP_MEM_ALLOC_ENABLE": "1"
-}  # torch's own variable: large CPU tensors are aligned, and advised to the kernel
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # torch's own: large CPU tensors are aligned, and advised to the kernel
 
 # The peers, by the names under which they are reported.
 CROSS_ENTROPY = "F.cross_entropy"

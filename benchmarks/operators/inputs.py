@@ -8,15 +8,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from operators.cases import Case
+from torch import Tensor
 
 GAMMA, LAM, CLIP, ENTROPY_WEIGHT = 0.99, 0.95, 0.2, 0.1
 # Relative to the norm of the truth: far above what an implementation of that dtype rounds away (products of bfloat16
 # summed in bfloat16 reach 2e-2), far below what a missing term would make.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 4e-2}
 ROWS = 1024  # of logits that the truth holds in float64 at a time
+# In the order in which the operator takes them; their sizes by the letters of a case's shape.
+_HEAD = {"hidden": "NH", "weight": "VH", "tokens": "N"}
+_CLIPPED = {"now": "N", "old": "N", "target": "N"}
+TENSORS = {
+    "token_log_probs": {"logits": "NV", "tokens": "N"},
+    "linear_token_log_probs": _HEAD,
+    "linear_cross_entropy": _HEAD,
+    "gae": {"rewards": "BT", "values": "BT", "mask": "BT"},
+    "clipped_policy_loss": _CLIPPED,
+    "clipped_value_loss": _CLIPPED,
+    "sample_tokens": {"logits": "BV", "draws": "B"},
+}
+DTYPES = {"tokens": torch.int64, "mask": torch.bool, "draws": torch.float64}  # the others have the case's
+DEVIATIONS = {"logits": 3.0, "weight": 0.05, "now": CLIP}  # of the normal numbers; "now" lies around "old"
+TRAINED = ("logits", "hidden", "weight", "now")
 EDGE = 1e-6  # nearer than this in mass to a token's edge float32 may draw, or keep, its neighbour
 MARGIN = 1e-5  # nearer than this to a clip boundary float32 may choose the other branch
 
@@ -51,57 +65,31 @@ class Inputs:
     def draw(self, seed: int) -> None:
         """New random values."""
         generator = torch.Generator(next(iter(self.tensors.values())).device).manual_seed(seed)
-        operator, tensors = self.case.operator, self.tensors
-        if operator in ("token_log_probs", "sample_tokens"):
-            tensors["logits"].normal_(0, 3, generator=generator)
-            if "draws" in tensors:
-                tensors["draws"].uniform_(generator=generator)
-        elif operator.startswith("linear"):
-            tensors["hidden"].normal_(generator=generator)
-            tensors["weight"].normal_(0, 0.05, generator=generator)
-        elif operator == "gae":
-            rows, length = tensors["rewards"].shape
-            ends = torch.empty(rows, 1, device=tensors["mask"].device).uniform_(0.5, 1, generator=generator) * length
-            tensors["mask"].copy_(torch.arange(length, device=ends.device) < ends)
-            for name in ("rewards", "values"):  # 0 past the end: TRL's loop knows no mask and relies on it
-                tensors[name].normal_(generator=generator).mul_(tensors["mask"])
-        else:
-            now, old, target = (tensors[name] for name in ("now", "old", "target"))
-            old.normal_(generator=generator)
-            now.normal_(0, CLIP, generator=generator).add_(old)
-            target.normal_(generator=generator)
-        if "tokens" in tensors:
-            tensors["tokens"].random_(0, self.case.shape["V"], generator=generator)
+        for name, tensor in self.tensors.items():
+            if name == "draws":
+                tensor.uniform_(generator=generator)
+            elif name == "tokens":
+                tensor.random_(0, self.case.shape["V"], generator=generator)
+            elif name == "mask":
+                length = tensor.shape[1]
+                ends = torch.empty(len(tensor), 1, device=tensor.device).uniform_(0.5, 1, generator=generator) * length
+                tensor.copy_(torch.arange(length, device=ends.device) < ends)
+                for padded in ("rewards", "values"):  # 0 past the end: TRL's loop knows no mask and relies on it
+                    self[padded].mul_(tensor)
+            else:
+                tensor.normal_(0, DEVIATIONS.get(name, 1.0), generator=generator)
+        if "now" in self.tensors:
+            self["now"].add_(self["old"])
 
 
 def allocate(case: Case, device: str) -> Inputs:
     """Room for the inputs of ``case``; ``draw`` fills it."""
-    shape, dtype = case.shape, getattr(torch, case.dtype)
-
-    def empty(*sizes: int, dtype: torch.dtype = dtype, leaf: bool = False) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device=device).requires_grad_(leaf)
-
-    if case.operator == "gae":
-        size = (shape["B"], shape["T"])
-        tensors = {"rewards": empty(*size), "values": empty(*size), "mask": empty(*size, dtype=torch.bool)}
-        leaves = ()
-    elif case.operator == "sample_tokens":
-        draws = empty(shape["B"], dtype=torch.float64)
-        tensors, leaves = {"logits": empty(shape["B"], shape["V"]), "draws": draws}, ()
-    elif case.operator.startswith("clipped"):
-        tensors = {"now": empty(shape["N"], leaf=True), "old": empty(shape["N"]), "target": empty(shape["N"])}
-        leaves = (tensors["now"],)
-    else:
-        if case.operator == "token_log_probs":
-            tensors = {"logits": empty(shape["N"], shape["V"], leaf=True)}
-        else:
-            tensors = {
-                "hidden": empty(shape["N"], shape["H"], leaf=True),
-                "weight": empty(shape["V"], shape["H"], leaf=True),
-            }
-        leaves = tuple(tensors.values())
-        tensors["tokens"] = empty(shape["N"], dtype=torch.int64)
-    return Inputs(case, tensors, leaves)
+    tensors = {}
+    for name, sizes in TENSORS[case.operator].items():
+        dtype = DTYPES.get(name, getattr(torch, case.dtype))
+        tensors[name] = torch.empty([int(case.shape[size]) for size in sizes], dtype=dtype, device=device)
+    trained = [name for name in tensors if name in TRAINED and case.operator != "sample_tokens"]
+    return Inputs(case, tensors, tuple(tensors[name].requires_grad_() for name in trained))
 
 
 class Errors:

@@ -15,14 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from harness import clock, memory
-from harness.worker import Refused, Serve, Worker
-from torch import Tensor
-
+from harness import clock
+from harness.worker import NATIVE, Refused, Serve, Worker
 from operators import cases, sides
 from operators.cases import BACKWARD, BOTH, ENTRANTS, FORWARD, LIMIT, OURS, TRL_LOOP, VERL_LOOP, Case
 from operators.inputs import TOLERANCE, Inputs, allocate, errors
-from operators.report import as_row
+from torch import Tensor
 
 WARM_UP = 2
 LOOPS = (TRL_LOOP, VERL_LOOP)  # thousands of launches: on a GPU they are timed as they are used, not in a graph
@@ -63,43 +61,39 @@ class Run:
         self.renew()
 
     def _check(self, forward: Callable[[], dict[str, Tensor]], seed: int) -> None:
-        inputs = self.inputs[0]
-        outputs = forward()
-        gradients = () if self.case.passes == FORWARD or not inputs.leaves else self._gradients(inputs, outputs)
-        if any(
-            gradient.data_ptr() == leaf.data_ptr() for gradient, leaf in zip(gradients, inputs.leaves, strict=False)
-        ):
+        inputs, outputs = self.inputs[0], forward()
+        gradients = self._backward(inputs, outputs)(outputs) if self.case.passes != FORWARD and inputs.leaves else ()
+        pairs = zip(gradients, inputs.leaves, strict=False)
+        if any(gradient.data_ptr() == leaf.data_ptr() for gradient, leaf in pairs):
             gradients = tuple(gradient.clone() for gradient in gradients)  # made in place of the logits
         self.draw(seed)  # for the same reason
         self.errors = errors(inputs, outputs, gradients)
 
     @staticmethod
-    def _gradients(inputs: Inputs, outputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        trained = {name: tensor for name, tensor in outputs.items() if tensor.requires_grad}
-        incoming = tuple(inputs.incoming(name) for name in trained)
-        return torch.autograd.grad(tuple(trained.values()), inputs.leaves, incoming)
+    def _backward(inputs: Inputs, outputs: dict[str, Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        """From outputs like these to the gradients; the incoming ones, which are the loss's part, are made here."""
+        names = [name for name, tensor in outputs.items() if tensor.requires_grad]
+        incoming = tuple(inputs.incoming(name) for name in names)
+
+        def gradients(made: dict[str, Tensor], retain: bool = False) -> tuple[Tensor, ...]:
+            trained = tuple(made[name] for name in names)
+            return torch.autograd.grad(trained, inputs.leaves, incoming, retain_graph=retain)
+
+        return gradients
 
     def _single(self, forward: Callable[[], dict[str, Tensor]]) -> Callable[[], object]:
         """The case's pass as one call that returns what it leaves behind."""
-        inputs = self.inputs[0]
         if self.case.passes == FORWARD:
             return lambda: tuple(forward().values())
-        # The incoming gradients are made beforehand: they are the loss's part.
         kept = forward()
-        names = [name for name, tensor in kept.items() if tensor.requires_grad]
-        incoming = tuple(inputs.incoming(name) for name in names)
-
-        def gradients(outputs: dict[str, Tensor], retain: bool) -> tuple[Tensor, ...]:
-            trained = tuple(outputs[name] for name in names)
-            return torch.autograd.grad(trained, inputs.leaves, incoming, retain_graph=retain)
-
+        gradients = self._backward(self.inputs[0], kept)
         if self.case.passes == BACKWARD:
             self.renew = lambda: kept.update(forward())  # autograd refuses inputs that changed since the forward
-            return lambda: gradients(kept, True)
+            return lambda: gradients(kept, retain=True)
 
         def both() -> tuple[Tensor, ...]:
             outputs = forward()
-            return (*gradients(outputs, False), *outputs.values())
+            return (*gradients(outputs), *outputs.values())
 
         kept = {}
         return both
@@ -114,21 +108,13 @@ class Run:
                 for inputs, forward in zip(self.inputs, forwards, strict=True):
                     outputs = forward()
                     if self.case.passes != FORWARD:
-                        self._gradients(inputs, outputs)
+                        self._backward(inputs, outputs)(outputs)
         torch.cuda.current_stream().wait_stream(stream)
         stages: list[Callable[[], object]] = [lambda: kept.extend(forward() for forward in forwards)]
         if self.case.passes != FORWARD:
-            names = [name for name, tensor in outputs.items() if tensor.requires_grad]
-            # Of its own for each copy: one for all would stay in the L2 cache.
-            incoming = [tuple(inputs.incoming(name) for name in names) for inputs in self.inputs]
-
-            def backward() -> list[tuple[Tensor, ...]]:
-                return [
-                    torch.autograd.grad(tuple(made[name] for name in names), inputs.leaves, given)
-                    for made, inputs, given in zip(kept, self.inputs, incoming, strict=True)
-                ]
-
-            stages.append(backward)
+            # With incoming gradients of its own for each copy: one for all would stay in the L2 cache.
+            backwards = [self._backward(inputs, outputs) for inputs in self.inputs]
+            stages.append(lambda: [back(made) for back, made in zip(backwards, kept, strict=True)])
         counted = {FORWARD: [True], BACKWARD: [False, True], BOTH: [True, True]}[self.case.passes]
         graph = self._graph(stages, counted, len(forwards))
         graph.results.append(kept)
@@ -192,7 +178,7 @@ def answered(
     # What gives back the memory that the entrant keeps between calls: peers keep none on a CPU.
     release: Callable[[], object] = sides.release_kept_memory if name == OURS else lambda: None
     if do == "memory":
-        return {"mb": memory.peak_mb(run.single, device, release)}
+        return {"mb": clock.peak_mb(run.single, device, release)}
     if do == "first calls":
         return {"ms": clock.first_calls(run.call, samples, release)}
     run.draw(seed)
@@ -229,8 +215,7 @@ class Workers:
                 *(name, self.device, self.threads),
                 threads=self.threads,
                 folder=ENTRANTS[name].folder,
-                ours=name == OURS,
-                environment=environment,
+                environment={**environment, **(NATIVE if name == OURS else {})},
                 limit=TIME_LIMIT,
             )
         if greeting and key in self._workers:
@@ -294,3 +279,51 @@ def measure(case: Case, workers: Workers, rounds: int, least: int, seed: int) ->
     if first is not None:
         row["first_call_ms"] = statistics.median(first["ms"])
     return row
+
+
+def as_row(
+    case: Case,
+    device: str,
+    times: dict[str, list[float]],
+    held: dict[str, float | None],
+    errors: dict[str, dict[str, float]],
+    not_timed: dict[str, str],
+) -> dict[str, Any]:
+    """One row of the results: medians of the ``times``, MiB ``held``, goals, and why an entrant was not timed."""
+    median = {name: statistics.median(of_entrant) for name, of_entrant in times.items()}
+    peers = {name: median[name] for name in case.peers if name in median}
+    row: dict[str, Any] = {
+        "operator": case.operator,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "pass": case.passes,
+        "ours_ms": median.get(OURS),
+        "limit_ms": median.get(LIMIT),
+        "peers": peers,
+        "environment": case.environment,
+        "limit_does": cases.work(case, device),
+        "ours_mb": held.get(OURS),
+        "peers_mb": {name: held[name] for name in peers},
+        "quartiles_ms": {name: statistics.quantiles(of_entrant, n=4)[::2] for name, of_entrant in times.items()},
+        "samples": {name: len(of_entrant) for name, of_entrant in times.items()},
+        "errors": {name: errors[name] for name in times if errors.get(name)},
+        "not_timed": not_timed,
+    }
+    row["goals"] = [_reached(row, name, goal) for name, goal in case.goals.items()]
+    if case.memory_goal is not None:
+        row["goals"].append(_reached(row, "memory", case.memory_goal))
+    return row
+
+
+def _reached(row: dict[str, Any], against: str, goal: float) -> dict[str, Any]:
+    """A goal with what was reached: None where there was nothing to compare."""
+    ours, other = row["ours_ms"], row["limit_ms"] if against == LIMIT else row["peers"].get(against)
+    if against == "memory":
+        reached = row["ours_mb"]
+    elif not ours or not other:
+        reached = None
+    else:
+        reached = ours / other if against == LIMIT else other / ours
+    at_most = against in (LIMIT, "memory")
+    met = None if reached is None else reached <= goal if at_most else reached >= goal
+    return {"against": against, "goal": goal, "reached": reached, "met": met}

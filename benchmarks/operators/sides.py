@@ -12,11 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor
-from torch.nn import functional
-
 from operators.cases import FILTERS
 from operators.inputs import CLIP, GAMMA, LAM, Inputs
+from torch import Tensor
+from torch.nn import functional
 
 Forward = Callable[[], dict[str, Tensor]]
 

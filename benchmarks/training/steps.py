@@ -15,18 +15,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness import memory
+from harness.clock import MIB, resident
 from harness.worker import Answer, Serve
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
+from training.ours import examples, make_trainer
+from training.sizes import PROFILED, Size, draw_work
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_lightning.batches import Rollout
 from rlhf_lightning.data.collate import collate
+from rlhf_lightning.modules import DPOModule, PPOModule, SFTModule
 from rlhf_lightning.ops import extension
-from training.ours import examples, make_bare_module, make_trainer
-from training.sizes import PROFILED, Size, draw_work
+from rlhf_lightning.rewards import Reward
+from rlhf_lightning.training.critic import CriticOptions
+from rlhf_lightning.training.minibatches import UpdateOptions
+from rlhf_lightning.training.sampler import RolloutOptions
 
 WARM_UP = 2
 
@@ -47,16 +53,39 @@ def answer(
         original = operator(name)
         replace_everywhere(original, clock.wrap(name, plain.get(name, original) if way == "plain" else original))
     count, timer = WARM_UP + 2 * steps, Steps(clock)
-    module = make_bare_module(task, folder, count, chosen.new_tokens, ppo)
-    batches = RandomBatches(folder, task, chosen, count)
-    make_trainer(task, precision, timer).fit(module, datamodule=batches)
+    module = make_module(task, folder, count, chosen.new_tokens, ppo)
+    batches: Any = random_batches(folder, task, chosen, count)
+    make_trainer(task, precision, timer).fit(module, DataLoader(batches, batch_size=None))
     return {
         "step_ms": timer.bare,
         "clocked_step_ms": timer.clocked,
-        "peak_mib": [memory.resident("VmHWM") / memory.MIB],
+        "peak_mib": [resident("VmHWM") / MIB],
         "phases": timer.phases,
         "operators": timer.operators,
     }
+
+
+class EvenTokens(Reward):
+    """The share of tokens with an even id: costs nothing."""
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        return (rollout.tokens % 2 == 0).float().mean(dim=1)
+
+
+def make_module(task: str, folder: str, iterations: int, new_tokens: int, ppo: dict[str, Any]) -> Any:
+    """PPO's reward costs nothing; ``ppo``: see `training.sizes.PROFILED`."""
+    if task != "ppo":
+        return {"sft": SFTModule, "dpo": DPOModule}[task](folder)
+    update = dict(ppo)
+    filters = {name: update.pop(name) for name in ("top_k", "top_p") if name in update}
+    return PPOModule(
+        folder,
+        EvenTokens(),
+        iterations=iterations,
+        sampling=RolloutOptions(max_new_tokens=new_tokens, **filters),
+        critic=CriticOptions(kind=update.pop("critic", "model")),
+        update=UpdateOptions(**update),
+    )
 
 
 class Steps(Callback):
@@ -86,17 +115,11 @@ class Steps(Callback):
             self.phases.append({name: 1e3 * value for name, value in seconds.items()})
 
 
-class RandomBatches(LightningDataModule):
-    """``count`` batches of random tokens and lengths, fresh in every step."""
-
-    def __init__(self, folder: str, task: str, size: Size, count: int) -> None:
-        super().__init__()
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        drawn = [examples(task, draw_work(size, seed)) for seed in range(count)]
-        self.batches = [collate(rows, kind, self.tokenizer.pad_token_id) for kind, rows in drawn]
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.batches, batch_size=None)
+def random_batches(folder: str, task: str, size: Size, count: int) -> list[Any]:
+    """Random tokens and lengths, fresh in every batch."""
+    pad_id = PreTrainedTokenizerFast.from_pretrained(folder).pad_token_id
+    drawn = [examples(task, draw_work(size, seed)) for seed in range(count)]
+    return [collate(rows, kind, pad_id) for kind, rows in drawn]
 
 
 # The clock

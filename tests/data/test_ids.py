@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from chat_tokenizer import make_tokenizer
+from tokenizer_families import BRACKETS, FAMILIES, TEMPLATE, count, family
 from transformers import AddedToken
 
 from rlhf_lightning.data import forms
@@ -15,10 +14,6 @@ from rlhf_lightning.data.conversations import Rendered
 from rlhf_lightning.data.ids import TextIds, readable
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Encoder
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from token_borders import BRACKETS, FAMILIES, TEMPLATE, count, family
 
 TEXT = "the cat sees a dog, and 12 birds find the fish: hello world! why not? it is new; it's (very) good"
 WORDS = TEXT.split()

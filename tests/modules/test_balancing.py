@@ -208,7 +208,7 @@ def test_on_policy_updates_add_the_loss_of_their_rows(asking: Path, silent: Path
 
 
 def test_ddp_and_shards_add_the_same_loss_in_two_processes(asking: Path, tmp_path: Path) -> None:
-    """The loss of a pass is no sum over its rows, so two processes are compared with two, which make the same passes."""
+    """A pass's loss is no sum over its rows, so two runs of two processes, with the same passes, are compared."""
     write_prompts(tmp_path / "prompts.jsonl")
     job = {"policy": str(asking), "data": str(tmp_path / "prompts.jsonl"), "batch_size": 5}
     options = {**PPO, "iterations": 1, "optimizer": {"learning_rate": 3e-3}}

@@ -1,4 +1,4 @@
-"""The held parts by themselves, without a Trainer: each number is worked out by hand or by float64 loops over tokens."""
+"""The held parts alone, without a Trainer: each number is worked out by hand or by float64 loops over tokens."""
 
 from __future__ import annotations
 

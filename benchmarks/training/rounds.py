@@ -1,17 +1,15 @@
-"""What the rounds together say, and the results for people: the table on the terminal, the JSON, the page."""
+"""What the rounds of `bench_training.py` together say, and its results for people: the tables, the page."""
 
 from __future__ import annotations
 
 import json
 import statistics
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from harness import report
 from harness.report import markdown, number
-
-from training.sides import OURS, PLAIN
+from training.entrants import OURS, PLAIN
 from training.sizes import Size, size_of
 
 COUNTS = ("new_tokens", "tokens", "optimizer_steps")  # of a step: the same on every side
@@ -22,19 +20,17 @@ SUPERVISED_GOAL = (1.5, 1.0)
 
 def summary(results: dict[str, Any]) -> None:
     """Fills in all that follows from ``runs``: medians, ratios, the work, the quality and the breakdown."""
-    runs = {name: found for name, found in results["runs"].items() if found}
+    runs = results["runs"]
     rows = {name: _row(found) for name, found in runs.items()}
-    results["ours"] = rows.get(OURS)
-    results["peers"] = {name: row for name, row in rows.items() if name != OURS}
-    results["ratio"] = {name: _ratio(row, rows[OURS]) for name, row in results["peers"].items() if OURS in rows}
+    memory = {name: _held(found) for name, found in runs.items()}
+    ours, peers = rows.get(OURS), {name: row for name, row in rows.items() if name != OURS}
+    results["ours"], results["peers"] = ours, peers
+    results["ratio"] = {name: _ratio(row, ours) for name, row in peers.items() if ours}
     results["work"] = {name: _work(found) for name, found in runs.items()}
     results["same_work"] = len({json.dumps(done, sort_keys=True) for done in results["work"].values()}) <= 1
     results["quality"] = {name: _quality(found) for name, found in runs.items()}
-    results["memory"] = {name: _held(found) for name, found in runs.items()}
-    steps = {name: memory["step"] for name, memory in results["memory"].items()}
-    results["step_memory_ratio"] = {
-        name: step / steps[OURS] for name, step in steps.items() if name != OURS and OURS in steps
-    }
+    results["memory"] = memory
+    results["step_memory_ratio"] = {name: memory[name]["step"] / memory[OURS]["step"] for name in peers if ours}
     results["breakdown"] = {name: _phases(found) for name, found in runs.items()}
 
 
@@ -132,50 +128,28 @@ def breakdown(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def closing(results: dict[str, Any], path: Path | None) -> str:
-    said = verdicts(results)
-    if not results["same_work"]:
-        said.append(f"NOT THE SAME WORK: {results['work']}")
-    return "\n".join([*said, *report.closing(results["missing"], path)])
-
-
 def write(results: dict[str, Any], path: Path) -> None:
     """The JSON at ``path``, the page beside it."""
-    report.write(results, path, page(results, path))
-
-
-def page(results: dict[str, Any], path: Path) -> list[str]:
-    """The facts of the JSON in Markdown."""
-    facts, size = results["about"], size_of(results["size"], results["device"])
+    size = size_of(results["size"], results["device"])
     versions = {f"{name} {version}" for found in results["versions"].values() for name, version in found.items()}
-    return [
-        f"# {TITLES[results['task']]}, {results['size']}, {'a CPU' if results['device'] == 'cpu' else 'a GPU'}",
-        "",
-        *report.header({**facts, "command": "\n    ".join(facts["commands"])}, path),
+    report.write(
+        results,
+        path,
+        f"{TITLES[results['task']]}, {results['size']}, {'a CPU' if results['device'] == 'cpu' else 'a GPU'}",
         f"{', '.join(sorted(versions))}.",
-        "",
-        textwrap.fill(_what(results, size), 120),
-        "",
-        *markdown(table(results)),
-        "",
-        *(f"- {verdict}" for verdict in verdicts(results)),
-        "",
-        textwrap.fill(NOTES, 120),
-        "",
-        *(f"Not there: {name} ({reason})." for name, reason in results["missing"].items()),
+        _what(results, size),
+        markdown(table(results)),
+        [f"- {verdict}" for verdict in verdicts(results)],
+        NOTES,
+        [f"Not there: {name} ({reason})." for name, reason in results["missing"].items()],
         "" if results["same_work"] else f"**Not the same work: {results['work']}**",
         "## Where the time goes",
-        "",
-        *markdown(breakdown(results)),
-        "",
-        textwrap.fill(LIMITS, 120),
-        "",
+        markdown(breakdown(results)),
+        LIMITS,
         "## Memory",
-        "",
-        *markdown(_memory(results)),
-        "",
-        textwrap.fill(MEMORY, 120),
-    ]
+        markdown(_memory(results)),
+        MEMORY,
+    )
 
 
 def _memory(results: dict[str, Any]) -> list[list[str]]:
@@ -189,29 +163,30 @@ def _memory(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _what(results: dict[str, Any], size: Size) -> str:
+    """The work in words."""
     done = next(iter(results["work"].values()), {})
     weights = "random weights" if size.folder is None else "its own weights"
-    mixed = results["precision"] == "bf16-mixed"
-    model = (
-        f"A Llama of {size.layers} layers of width {size.hidden}, vocabulary {size.vocabulary}, {weights}, "
-        f"{'float32 under autocast to bfloat16' if mixed else results['precision']}. "
-    )
-    passes = (
-        f"Peers pass {size.micro_rows} rows of a minibatch at a time, ours by its default. " if size.micro_rows else ""
-    )
-    if results["task"] == "ppo":
-        model += "Of TRL's passes those of the update alone are under it. " if mixed else ""
-        return model + (
-            f"{size.prompts} prompts of {size.prompt[0]} to {size.prompt[1]} tokens, {size.new_tokens} new tokens to "
-            f"each (no response ends before), {size.minibatches} minibatches, 1 epoch; policy, critic, reference and "
-            f"reward model of the same size, the old log-probs those of the rollout. {passes}Each step of every side: "
-            f"{done}."
+    mixed, ppo = results["precision"] == "bf16-mixed", results["task"] == "ppo"
+    dtype = "float32 under autocast to bfloat16" if mixed else results["precision"]
+    said = f"A Llama of {size.layers} layers of width {size.hidden}, vocabulary {size.vocabulary}, {weights}, {dtype}. "
+    if ppo and mixed:
+        said += "Of TRL's passes those of the update alone are under it. "
+    prompts = f"prompts of {size.prompt[0]} to {size.prompt[1]} tokens"
+    if ppo:
+        said += (
+            f"{size.prompts} {prompts}, {size.new_tokens} new tokens to each (no response ends before), "
+            f"{size.minibatches} minibatches, 1 epoch; policy, critic, reference and reward model of the same size, "
+            "the old log-probs those of the rollout. "
         )
-    what = "rows" if results["task"] == "sft" else "pairs"
-    return model + (
-        f"{size.rows} {what} a step, prompts of {size.prompt[0]} to {size.prompt[1]} tokens, responses of "
-        f"{size.response[0]} to {size.response[1]}, the same rows in every step. Each step of every side: {done}."
-    )
+    else:
+        what = "rows" if results["task"] == "sft" else "pairs"
+        said += (
+            f"{size.rows} {what} a step, {prompts}, responses of {size.response[0]} to {size.response[1]}, the same "
+            "rows in every step. "
+        )
+    if ppo and size.micro_rows:
+        said += f"Peers pass {size.micro_rows} rows of a minibatch at a time, ours by its default. "
+    return f"{said}Each step of every side: {done}."
 
 
 MEMORY = """\

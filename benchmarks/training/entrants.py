@@ -1,23 +1,103 @@
-"""The least that a step of ours can take on this machine: its bare matrix products, and the bytes it must move.
+"""Who takes part in which task of `bench_training.py`, the process of a side, and the limit of the machine.
 
-Measured by the products of the model's own shapes, on no padding and on a pair's prompt once, each layer with weights
-of its own and into results that are already there; backward passes as two products each; the optimizer's step at the
-bandwidth of a copy (parameter, gradient and two moments in; parameter and moments out). Attention's own products, norms
-and activations are left out, so no program reaches this. On a GPU a decoding step is limited by the bytes of weights
-and cache.
+The limit is the least that a step of ours can take: its bare matrix products, and the bytes it must move. Measured by
+the products of the model's own shapes, on no padding and on a pair's prompt once, each layer with weights of its own
+and into results that are already there; backward passes as two products each; the optimizer's step at the bandwidth of
+a copy (parameter, gradient and two moments in; parameter and moments out). Attention's own products, norms and
+activations are left out, so no program reaches this. On a GPU a decoding step is limited by the bytes of weights and
+cache.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import clock
+from harness.clock import Meter, copy_bandwidth, median_seconds
+from harness.worker import NATIVE, Answer, Serve, once
 from torch import Tensor
+from training.sizes import PRECISIONS, TASKS, Size, size_of, work
 
-from training.sizes import PRECISIONS, Size, work
+OURS, LIMITS = "ours", "limits"
+TRL_PPO = "TRL 1.12.0 PPO"
+PLAIN = "plain PyTorch"
+TRL = "TRL 1.16.0"
+TIME_LIMIT = 1800.0  # seconds of one process
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """``module``: the file here with its `run`; ``compiled``: what that is called with where layers are compiled."""
+
+    module: str
+    tasks: tuple[str, ...]
+    folder: str | None = None  # of build/peers
+    packages: tuple[str, ...] = ()  # whose versions are reported
+    compiled: dict[str, Any] = field(default_factory=dict)
+
+
+ENTRANTS = {
+    OURS: Entrant("ours", TASKS, packages=("lightning",), compiled={"compile_layers": True}),
+    TRL_PPO: Entrant("trl_sides", ("ppo",), "trl_ppo", ("trl", "accelerate")),
+    PLAIN: Entrant("plain_ppo", ("ppo",)),
+    TRL: Entrant("trl_sides", TASKS[1:], "trl", ("trl", "accelerate"), compiled={"torch_compile": True}),
+}
+
+
+def measure(name: str, work: dict[str, Any], folder: Path, steps: tuple[int, int, int]) -> Answer:
+    """One process of a side, or the limits; raises Refused.
+
+    ``work``: task, size, device, precision, threads, compile and seed; ``steps``: see `Meter`.
+    """
+    question = {"name": name, **work, "steps": steps, "folder": str(folder)}
+    peer = None if name == LIMITS else ENTRANTS[name].folder
+    start = {"folder": peer, "environment": NATIVE if name == OURS else {}, "limit": TIME_LIMIT}
+    return once("training.entrants", question, threads=work["threads"], **start)
+
+
+# The process
+
+
+def serve() -> Serve:
+    """For `harness.worker`."""
+    from transformers.models.llama import modeling_llama  # noqa: F401, so that it counts among the libraries
+
+    return {}, answer
+
+
+def answer(
+    name: str,
+    task: str,
+    size: str,
+    device: str,
+    precision: str,
+    threads: int,
+    compile: bool,
+    steps: tuple[int, int, int],
+    folder: str,
+    seed: int = 0,
+) -> Answer:
+    """What `measure` asks."""
+    torch.set_num_threads(threads)
+    place = (task, size_of(size, device), Path(folder), device, precision)
+    if name == LIMITS:
+        return limits(*place)
+    torch.manual_seed(seed)
+    entrant = ENTRANTS[name]
+    side = importlib.import_module(f"training.{entrant.module}")
+    names = (*entrant.packages, "torch", "transformers")
+    versions = {package: importlib.metadata.version(package) for package in names}
+    meter = Meter(device, *steps, rest="other" if task == "ppo" else "update")
+    measured = side.run(*place, meter, seed, **(entrant.compiled if compile else {}))
+    return {**measured, "versions": versions}
+
+
+# The limit of the machine
 
 
 class Machine:
@@ -32,7 +112,7 @@ class Machine:
         shapes += [(size.intermediate, size.hidden)] * 2 + [(size.hidden, size.intermediate)]
         self.layers = [self._random(*shape) for _ in range(size.layers) for shape in shapes]
         self.head = self._random(size.vocabulary, size.hidden)
-        self.bytes_a_second = clock.copy_bandwidth(device)
+        self.bytes_a_second = copy_bandwidth(device)
 
     @property
     def trunk_bytes(self) -> int:
@@ -63,7 +143,7 @@ class Machine:
                 torch.mm(results[weight.shape], weight, out=back[weight.shape])
                 torch.mm(results[weight.shape].T, inputs[weight.shape], out=grads[weight.shape])
 
-        return clock.median_seconds(run, self.device)
+        return median_seconds(run, self.device)
 
     def _random(self, rows: int, columns: int) -> Tensor:
         return (0.05 * torch.randn(rows, columns, device=self.device)).to(self.dtype)
@@ -130,10 +210,10 @@ def _of_supervised(task: str, machine: Machine, rows: dict[str, Any]) -> dict[st
     return {"reference": machine.trunk(tokens) + machine.logits(answered), "update": update}
 
 
-def of(task: str, size: Size, folder: Path, device: str, precision: str) -> dict[str, Any]:
-    """Seconds by phase, and the bandwidth of a copy."""
+def limits(task: str, size: Size, folder: Path, device: str, precision: str) -> dict[str, Any]:
+    """Seconds by phase of the machine's limit, and the bandwidth of a copy in GB a second."""
     rows = work(folder)
     products = torch.float32 if precision == "float32" else torch.bfloat16
     machine = Machine(size, device, products, getattr(torch, PRECISIONS[precision]))
-    found = _of_ppo(machine, size, rows) if task == "ppo" else _of_supervised(task, machine, rows)
-    return {"seconds": found, "copy_gb_a_second": machine.bytes_a_second / 1e9}
+    seconds = _of_ppo(machine, size, rows) if task == "ppo" else _of_supervised(task, machine, rows)
+    return {"seconds": seconds, "copy_gb_a_second": machine.bytes_a_second / 1e9}

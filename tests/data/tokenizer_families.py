@@ -1,31 +1,16 @@
-"""Are prompt and response, tokenised apart, the tokens of the whole text? By tokenizer family and by data file.
-
-    python benchmarks/token_borders.py --data pairs.jsonl.gz [more ...] [--tokenizer FOLDER ...] [--json OUT]
-
-Trains a small tokenizer of each family on the files' own text (folders are taken as they are), encodes rows plain and
-as chats, and compares them with the ids of the joined text, and of what the chat template renders for the whole
-conversation. ``equal``: the same ids. ``merged``: other ids, since in the whole text one token crosses the border; on
-both sides of it they are the same. ``other``: anything else, which should not occur. ``alone`` is what a response
-tokenised by itself would give.
-"""
+"""A small tokenizer of each family, and how its ids of prompt and response compare with those of the whole text."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-from harness.report import about
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_lightning.data.records import load_records
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Encoder
-from rlhf_lightning.models.loading import load_tokenizer
 
 VOCABULARY = 4000
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -134,7 +119,7 @@ def family(name: str, texts: Sequence[str], template: str = TEMPLATE) -> PreTrai
 
 
 def count(tokenizer: Any, records: Sequence[Record], chat: bool) -> Counter[str]:
-    """Rows by how their ids compare with those of the whole text."""
+    """Rows by how their ids, or those of chats, compare with the whole text's: see `compared`."""
     encoder = Encoder(tokenizer, chat=chat)
     found: Counter[str] = Counter()
     for example in encoder.encode(records, "demonstrations")[0]:
@@ -145,14 +130,10 @@ def count(tokenizer: Any, records: Sequence[Record], chat: bool) -> Counter[str]
             text = tokenizer.apply_chat_template(turns, tokenize=False)
             whole = tokenizer(text, add_special_tokens=False).input_ids
             whole = whole[: len(whole) - whole[::-1].index(response[-1])]
-            alone = tokenizer(turns[-1]["content"], add_special_tokens=False).input_ids
-            found["alone"] += prompt + alone + response[-1:] == whole
         else:
             prompt, response = prompt[len(encoder.ids.bos) :], response[:-1]
             text = str(record.prompt) + str(record.responses[0])
-            options = {"add_special_tokens": False, "split_special_tokens": True}
-            whole = tokenizer(text, **options).input_ids
-            found["alone"] += prompt + tokenizer(str(record.responses[0]), **options).input_ids == whole
+            whole = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
         found[compared(prompt, response, whole)] += 1
     return found
 
@@ -166,38 +147,3 @@ def compared(prompt: list[int], response: list[int], whole: list[int]) -> str:
     same = next((i for i in range(shorter) if ids[i] != whole[i]), shorter)
     behind = next((i for i in range(shorter) if ids[-1 - i] != whole[-1 - i]), shorter)
     return "merged" if same <= len(prompt) <= len(ids) - behind else "other"
-
-
-def main() -> None:
-    """Print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", required=True, help="files of pairs or demonstrations")
-    parser.add_argument("--tokenizer", nargs="*", default=[], help="folders with a tokenizer, beside the families")
-    parser.add_argument("--rows", type=int, default=200, help="of each file")
-    parser.add_argument("--json", type=Path, help="write the counts there, too")
-    options = parser.parse_args()
-    files = {Path(path).name: load_records(path).rows[: options.rows] for path in options.data}
-    texts = [str(text) for rows in files.values() for r in rows for text in (r.prompt, *r.responses)]
-    tokenizers: dict[str, Any] = {name: family(name, texts) for name in FAMILIES}
-    tokenizers |= {f"{name}, brackets": family(name, texts, BRACKETS) for name in FAMILIES if "BPE" not in name}
-    tokenizers |= {folder: load_tokenizer(folder) for folder in options.tokenizer}
-    print("| tokenizer | data | | rows | equal | merged | other | alone equal |\n|---|---|---|---|---|---|---|---|")
-    results = []
-    for name, tokenizer in tokenizers.items():
-        for file, rows in files.items():
-            for chat in (False, True):
-                found = count(tokenizer, rows, chat)
-                total = found["equal"] + found["merged"] + found["other"]
-                kind = "chat" if chat else "plain"
-                print(
-                    f"| {name} | {file} | {kind} | {total} | {found['equal']} | {found['merged']} | {found['other']} | "
-                    f"{found['alone']} |",
-                    flush=True,
-                )
-                results.append({"tokenizer": name, "data": file, "kind": kind, "rows": total, **found})
-    if options.json:
-        options.json.write_text(json.dumps({"about": about("cpu", 1), "results": results}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

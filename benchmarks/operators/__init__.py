@@ -1,1 +1,0 @@
-"""The stages of ``bench_operators.py``: cases, inputs, sides, measure, report."""
