@@ -166,7 +166,8 @@ class PromptBatch(_Batch):
     def repeat(self, times: int) -> PromptBatch:
         """Every prompt ``times`` times in a row: ``[B]`` rows -> ``[B * times]`` rows, without demonstrations.
 
-        Copy k of row r has the number ``r * times + k``, so that each copy gets its own draws.        """
+        Copy k of row r has the number ``r * times + k``, so that each copy gets its own draws.
+        """
         if times == 1:
             return self
         copies = torch.arange(len(self), device=self.rows.device).repeat_interleave(times)
