@@ -1,11 +1,11 @@
-"""The nouns of the pipeline: what the data side hands to the modules, with a shape on every field.
+"""The batches that the data side passes to the modules, and the rollouts, with a shape on every field.
 
 Shapes: ``B`` rows, ``S`` prompt + response tokens, ``P`` prompt tokens, ``T`` response tokens. Sequences are
-right-padded and carry their lengths; masks are made from lengths, never from ``tokens != pad``, so a pad token that
-equals EOS is right by construction. Masks are bool and True counts.
+right-padded and carry their lengths. Masks are made from lengths, never from ``tokens != pad``, so the pad token may
+equal EOS. Masks are bool and True counts.
 
-Batches are plain dataclasses with their own ``.to`` and are never mutated (Lightning rebuilds dataclass batches field
-by field, which refuses frozen ones).
+Batches are plain dataclasses with their own ``.to``, and are never changed. (They are not frozen, because Lightning
+rebuilds dataclass batches field by field.)
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def micro_batches(lengths: Tensor, budget: int) -> list[Tensor]:
-    """Row numbers grouped so that a group's padded tokens, rows times its longest, stay within the budget.
+    """Groups row numbers so that a group's padded tokens (rows times longest row) stay within the budget.
 
     Args:
         lengths: ``[B]`` int64, tokens in each row.
-        budget: padded tokens in a group at most; a single row longer than it is a group of its own.
+        budget: most padded tokens in a group; a single longer row is a group of its own.
 
-    Returns: int64 tensors that together hold every row number once, rows of similar length together, longest first
-    (what does not fit into memory then fails at once).
+    Returns: int64 tensors that together hold every row number once. Rows of similar length are together, the longest
+    first, so that a lack of memory shows at once.
     """
     order = torch.argsort(lengths, descending=True, stable=True)
     groups, start = [], 0
@@ -50,7 +50,7 @@ def micro_batches(lengths: Tensor, budget: int) -> list[Tensor]:
 @dataclass
 class _Batch:
     def to(self: _B, device: torch.device | str, **kwargs: Any) -> _B:
-        """A copy with every tensor (also of nested batches) on ``device``; anything else is shared."""
+        """A copy with every tensor (also of nested batches) on ``device``. Other values are shared, not copied."""
         return self._map(lambda tensor: tensor.to(device, **kwargs))
 
     def pin_memory(self: _B) -> _B:
@@ -76,8 +76,8 @@ class DemonstrationBatch(_Batch):
     lengths: Tensor  # [B] int64, prompt + response tokens
     prompt_lengths: Tensor  # [B] int64, prompt tokens; the response is tokens[b, prompt_lengths[b]:lengths[b]]
     weights: Tensor  # [B] float32, how much the row counts; 0 marks a filler row that evens out the ranks
-    # [B, T] bool, which response tokens are the assistant's own words: False on the user's and the tools' between two
-    # of its turns, and past the end. None where all of a response is.
+    # [B, T] bool, True on the assistant's own words; False on the user's and tools' words between its turns, and past
+    # the end. None if the assistant says all of every response.
     spoken: Tensor | None = None
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class DemonstrationBatch(_Batch):
 
     @property
     def response_mask(self) -> Tensor:
-        """[B, T] bool, True on the response tokens that are learnt from and measured."""
+        """[B, T] bool, True on the response tokens that count in losses and measurements."""
         if self.spoken is not None:
             return self.spoken
         steps = self.lengths - self.prompt_lengths
@@ -98,7 +98,7 @@ class DemonstrationBatch(_Batch):
 
     @property
     def response_weights(self) -> Tensor:
-        """[B, T] float32, how much each response token counts: its row's weight, and 0 where it does not."""
+        """[B, T] float32, how much each response token counts: its row's weight, or 0 if it does not count."""
         return self.response_mask * self.weights[:, None]
 
     def take(self, rows: Tensor) -> DemonstrationBatch:
@@ -121,7 +121,7 @@ class PreferenceBatch(_Batch):
 
     chosen: DemonstrationBatch  # B rows
     rejected: DemonstrationBatch  # B rows, its own width S
-    margins: Tensor  # [B] float32, by how much the chosen one is better, in reward units; 0 where not given
+    margins: Tensor  # [B] float32, by how much the chosen one is better, in reward units; 0 if not given
     weights: Tensor  # [B] float32, how much the pair counts; 0 marks a filler row
 
     def __len__(self) -> int:
@@ -153,21 +153,20 @@ class PromptBatch(_Batch):
     rows: Tensor  # [B] int64, the row's number in the whole prompt set: the same for any batching or process count
     weights: Tensor  # [B] float32; 0 marks a filler row
     prompts: list[str]  # B raw prompts as the user wrote them (chat prompts: the last user message)
-    columns: dict[str, list[Any]]  # the rows' other columns, each a list of B; handed to reward functions by name
-    # B rows, what people answered to the same prompts: an empty response of weight 0 where the data has none
+    columns: dict[str, list[Any]]  # the rows' other columns, each a list of B; reward functions get them by name
+    # B rows, the data's responses to the same prompts; an empty response of weight 0 if a row has none
     demonstrations: DemonstrationBatch | None = None
-    # B prompts as chat templates read them: `messages` (the last perhaps the assistant's own beginning) and `tools`, a
-    # list or None; None for a prompt that is plain text. None for all where nobody said.
+    # B prompts as chat templates read them: `messages` (the last may be the beginning of the assistant's answer) and
+    # `tools`, a list or None. A prompt that is plain text has None; the field is None if all prompts are plain text.
     conversations: list[dict[str, Any] | None] | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def repeat(self, times: int) -> PromptBatch:
-        """Every prompt ``times`` times in a row; copy k of row r is numbered ``r * times + k``, so each draws its own.
-        Demonstrations are left behind.
+        """Every prompt ``times`` times in a row: ``[B]`` rows -> ``[B * times]`` rows, without demonstrations.
 
-        ``[B]`` rows -> ``[B * times]`` rows.
+        Copy k of row r has the number ``r * times + k``, so that each copy gets its own draws.
         """
         if times == 1:
             return self
@@ -195,18 +194,18 @@ class Rollout(_Batch):
 
     prompts: PromptBatch  # B rows
     tokens: Tensor  # [B, S] int64, prompt then response, right-padded
-    lengths: Tensor  # [B] int64, prompt + response tokens, the EOS token included where one was sampled
+    lengths: Tensor  # [B] int64, prompt + response tokens, with the EOS token if one was sampled
     prompt_lengths: Tensor  # [B] int64
     log_probs: Tensor  # [B, T] float32 (float64 of a float64 policy), of each token as it was sampled; 0 past the end
-    truncated: Tensor  # [B] bool, True where the token limit ended the response: no EOS was sampled, none is added
-    responses: list[str]  # B decoded responses; of special tokens those of a format (`<think>`) stay, see `decoded`
-    entropy: Tensor | None = None  # [B, T] nats, of the distributions sampled from; None where not known
+    truncated: Tensor  # [B] bool, True if the token limit ended the response: no EOS was sampled, none is added
+    responses: list[str]  # B decoded responses; special tokens of a format (`<think>`) stay, see `decoded`
+    entropy: Tensor | None = None  # [B, T] nats, of the distributions sampled from; None if unknown
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def take(self, rows: Tensor) -> Rollout:
-        """The given rows, in that order; as wide as before."""
+        """The given rows, in that order. The widths stay the same."""
         return Rollout(
             prompts=self.prompts.take(rows),
             tokens=self.tokens[rows],
@@ -234,9 +233,9 @@ class View:
     """What a module wants from the DataModule; modules set it as ``data_view``."""
 
     kind: ViewKind
-    steps: int | None = None  # prompts only: serve this many batches, going round the prompts; None: each row once
-    labels: bool = False  # pairs only: data of labelled responses will do as well, and is served as LabelledBatch
-    # prompts only: beside them, the best response that their rows have, where they have any
+    steps: int | None = None  # prompts only: serve this many batches, pass after pass; None: each row once
+    labels: bool = False  # pairs only: labelled responses are also accepted, and served as LabelledBatch
+    # prompts only: for which prompts to serve their rows' best responses, too
     demonstrations: Beside = "none"
 
     def __post_init__(self) -> None:

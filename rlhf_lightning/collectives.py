@@ -1,4 +1,4 @@
-"""The few collective operations that parts need. Without a process group each is that of a single process."""
+"""Collective operations over all processes. Without a process group they act as for a single process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """This process's number among them, from 0."""
+    """This process's number, from 0."""
     return dist.get_rank() if _initialised() else 0
 
 
@@ -41,14 +41,14 @@ def largest(count: int) -> int:
 
 
 def rounds(parts: int, together: bool = True) -> Iterator[tuple[int, bool, bool]]:
-    """The numbers of ``parts`` micro-batches, as (number, whether it counts, whether it is the last round).
+    """The rounds over ``parts`` micro-batches, as (number, whether it counts, whether it is the last round).
 
-    Sharded models exchange their weights in every pass, so every process has to make as many: one that runs out of
-    parts repeats its first one, uncounted, for as long as any other still works. At least one round is made.
+    Sharded models exchange their weights in every pass, so all processes must make the same number of passes. A process
+    without parts left repeats its first one, uncounted, until the others are done. There is at least one round.
 
     Args:
-        parts: of this process.
-        together: False where the processes need not make as many.
+        parts: the number of micro-batches on this process.
+        together: False if the processes need not make the same number of rounds.
     """
     total = max(1, largest(parts) if together else parts)
     for number in range(total):
@@ -70,17 +70,17 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Waits until all processes have called this."""
     any_true(False)
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """What the block raises on one process is raised on all, so that none waits for one that has stopped.
+    """If the block raises an error on one process, raises it on all, so that no process waits for a stopped one.
 
-    For a block that every process enters and that may fail on one alone (a user's function, a NaN), with no collective
-    left to make after the failure. `InputError` and `TrainingDiverged` are raised as such, with the number of the first
-    process that failed; anything else as it is where it happened, and as a RuntimeError elsewhere.
+    It is for a block that every process enters and that may fail on a single one (a user's function, a NaN). After the
+    failure the block must make no collective. `InputError` and `TrainingDiverged` keep their class, and name the first
+    process that failed. Other errors are raised unchanged where they happened, and as a RuntimeError elsewhere.
     """
     if world_size() == 1:
         yield
@@ -114,13 +114,13 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> float:
 
 
 def _norms(x: Tensor) -> Tensor:
-    """``x``, or the norms of its rows, which have the same norm: on a CPU torch is four times as fast at those."""
+    """``x``, or the norms of its rows, which have the same norm. On a CPU torch is four times as fast with rows."""
     rows = not isinstance(x, DTensor) and x.device.type == "cpu" and x.dim() > 1
     return torch.linalg.vector_norm(x, dim=-1) if rows else x
 
 
 def scale_grads(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Multiply every gradient by ``factor``, in place; sharded gradients too."""
+    """Multiplies every gradient, also sharded ones, by ``factor``, in place."""
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.mul_(factor)
@@ -133,7 +133,7 @@ def _initialised() -> bool:
 def _all_reduce(tensor: Tensor, op: Any) -> Tensor:
     if world_size() == 1:
         return tensor.clone()
-    # NCCL reduces GPU tensors alone.
+    # NCCL reduces only GPU tensors.
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else tensor.device
     reduced = tensor.detach().to(device, copy=True).contiguous()
     dist.all_reduce(reduced, op=op)

@@ -1,7 +1,7 @@
-"""The ``fsdp2`` strategy, and when gradients are exchanged.
+"""The ``fsdp2`` strategy, and a switch for the exchange of gradients.
 
-Lightning's DDP and PyTorch's FSDP2 both average gradients over the processes. The losses here are sums: modules
-multiply by the process count, and divide by a count over all processes (`GradientStep`, `OnPolicyModule`).
+Lightning's DDP and PyTorch's FSDP2 both average gradients over the processes. The losses here are sums, so modules
+multiply by the number of processes, and divide by a count over all processes (`GradientStep`, `OnPolicyModule`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Parameters, gradients and optimizer state sharded over all processes (PyTorch's ``fully_shard``).
+    """Shards parameters, gradients and optimizer state over all processes (PyTorch's ``fully_shard``).
 
-    Lightning's ``ModelParallelStrategy`` with its two sizes filled in: all processes are data-parallel. The module
-    shards itself in ``configure_model``. Runs on CPUs over gloo as well as on GPUs.
+    It is Lightning's ``ModelParallelStrategy`` with all processes data-parallel. The module shards itself in
+    ``configure_model``. It runs on CPUs (over gloo) and on GPUs.
 
     Args:
-        save_distributed_checkpoint: write a folder with one file a process, each its own shards, instead of one file.
-        process_group_backend: of torch.distributed; None takes nccl on GPUs and gloo on CPUs.
+        save_distributed_checkpoint: write a folder with one file for each process's shards, instead of one file.
+        process_group_backend: backend of torch.distributed; None takes nccl on GPUs and gloo on CPUs.
         timeout: how long a collective may wait for the other processes.
     """
 
@@ -43,7 +43,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Size the mesh: the numbers of nodes and devices are known by now, they were not in the constructor."""
+        """Sets the size of the mesh. The constructor does not know the numbers of nodes and devices yet."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -54,10 +54,10 @@ if "fsdp2" not in StrategyRegistry:
 
 @contextmanager
 def gradient_sync(module: LightningModule, on: bool) -> Iterator[None]:
-    """Whether ``backward`` inside adds the gradients up over the processes; off on all but the last micro-batch.
+    """Sets whether ``backward`` inside reduces gradients over the processes. Only the last micro-batch needs it on.
 
-    With it off, DDP and FSDP2 keep adding local gradients, which the next backward with it on reduces once. For manual
-    optimisation; under automatic optimisation Lightning does this.
+    If it is off, DDP and FSDP2 add up local gradients, and the next backward pass with it on reduces them once. It is
+    for manual optimisation; under automatic optimisation Lightning does this.
     """
     strategy_model = module.trainer.strategy.model
     sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]

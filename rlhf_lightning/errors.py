@@ -1,4 +1,4 @@
-"""The two ways a run can end badly, told apart so that the command line can answer with the right exit code."""
+"""The two errors that end a run with an exit code of their own, and a command parser that raises one of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf_lightning.text import nearest
 class InputError(ValueError):
     """The user's input is at fault: a file, a row, a key, a value, an option.
 
-    The message is one line that says what was wrong, where (file, line, key, or option), and what to do about it. The
+    The message is one line that says where (file, line, key, or option), what was wrong, and what to do about it. The
     command line prints it without a traceback and exits with code 2.
     """
 
@@ -25,12 +25,12 @@ class TrainingDiverged(RuntimeError):
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Refuse a value that is none of a ``Literal``'s.
+    """Refuses a value that is not one of a ``Literal``'s.
 
     Args:
-        name: of the option, for the message.
-        value: what was given.
-        choices: the ``Literal``, of two values or more.
+        name: the option's name, for the message.
+        value: the given value.
+        choices: the ``Literal``, with two values or more.
 
     Raises: InputError with the value and the choices.
     """
@@ -40,7 +40,7 @@ def check_choice(name: str, value: object, choices: Any) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch got no memory. On a GPU that is a class of its own; on the CPU the words of a RuntimeError tell."""
+    """Whether torch ran out of memory: on a GPU that is an error class of its own, on the CPU certain words tell."""
     words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return type(error).__name__ == "OutOfMemoryError" or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -48,9 +48,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` that raises `InputError` in one line where the plain one prints its usage and exits.
+    """An ``ArgumentParser`` that raises a one-line `InputError` instead of printing its usage and exiting.
 
-    Options are written in full: a shortened one that works today means another one tomorrow.
+    Options must be written in full. A shortened option could mean another one in a later version.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -58,14 +58,14 @@ class CommandParser(argparse.ArgumentParser):
         self._given: list[str] = []
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As the plain one; what was given is kept for `error`."""
+        """Parses as usual, and stores the arguments for `error`."""
         self._given = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raise; an unknown option comes with the nearest known one.
+        """Raises the error. For an unknown option it names the nearest known one.
 
-        It comes first too where something required is missing: often that is the same option, spelt rightly.
+        Unknown options are reported before missing ones, since often a missing option is a misspelt one.
         """
         names = [word.partition("=")[0] for word in self._given if word.startswith("--")]
         unknown = [name for name in names if name not in self._option_string_actions]

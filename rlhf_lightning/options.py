@@ -1,6 +1,6 @@
-"""Groups of options: what a constructor takes beside its models, and what the command line nests under one name.
+"""Groups of options: arguments of constructors that the command line nests under one name.
 
-The values are checked where a group is made, so a script of one's own is refused what the command line is refused.
+A group checks its values when it is made, so scripts and the command line accept the same values.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Options:
     """The base of all groups, which are frozen dataclasses with their options as fields.
 
     Raises:
-        InputError: a field's value is none that its type allows; names the field and the type.
+        InputError: a field's type does not allow its value; names the field and the type.
     """
 
     def __post_init__(self) -> None:
@@ -63,26 +63,26 @@ def plain(value: Any) -> Any:
         return {str(name): plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
-    for kind in (bool, int, float, str):  # and not one of jsonargparse's own classes of them
+    for kind in (bool, int, float, str):  # jsonargparse's subclasses become plain ones
         if isinstance(value, kind):
             return kind(value)
     return None if value is None else f"<{type(value).__module__}.{type(value).__qualname__}>"
 
 
 def arguments_of(cls: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a constructor is called with, by name and with the defaults, also what it hands on to those of its bases."""
+    """The arguments of a constructor's call by name, with defaults, and those that it passes on to base classes."""
     found: dict[str, Any] = {}
     for init in _constructors(cls):
         signature = inspect.signature(init)
         try:
             bound = signature.bind_partial(None, *args, **kwargs)
-        except TypeError:  # the constructor says it by itself
+        except TypeError:  # the constructor will report it itself
             return found
         bound.apply_defaults()
         kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
         by_kind = {kind: bound.arguments.get(name) for name, kind in kinds.items()}
-        own = [name for name, kind in kinds.items() if kind not in _HANDED_ON][1:]
-        found |= {name: bound.arguments[name] for name in own if name not in found and name in bound.arguments}
+        named = [name for name, kind in kinds.items() if kind not in _HANDED_ON][1:]
+        found |= {name: bound.arguments[name] for name in named if name not in found and name in bound.arguments}
         if inspect.Parameter.VAR_KEYWORD not in by_kind:
             return found
         args = by_kind.get(inspect.Parameter.VAR_POSITIONAL) or ()
@@ -91,34 +91,34 @@ def arguments_of(cls: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
 
 
 def check_arguments(cls: type, given: Mapping[str, Any]) -> None:
-    """InputError where an argument of a constructor is none that its type allows; names the class and the argument."""
+    """Raises an InputError if an argument's type does not allow its value; names the class and the argument."""
     for name, kind in _kinds(cls).items():
         if name in given and not _allowed(given[name], kind):
             raise InputError(f"{cls.__name__}.{name}: expected {_told(kind)}, got {given[name]!r}")
 
 
 def _constructors(cls: type) -> list[Any]:
-    """Its own and those of its bases, the nearest first."""
+    """The constructors of a class and its bases, the nearest first."""
     return [vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)]
 
 
 def _kinds(cls: type) -> dict[str, Any]:
-    """The types of a constructor's arguments, and of those that it hands on to its bases."""
+    """The types of a constructor's arguments, and of those that it passes on to base classes."""
     kinds: dict[str, Any] = {}
     for init in reversed(_constructors(cls)):
-        with contextlib.suppress(NameError):  # a class of the user's may name what it does not import
+        with contextlib.suppress(NameError):  # a user's class may have type hints that it does not import
             kinds |= typing.get_type_hints(init)
     return kinds
 
 
-def arguments_again(cls: type, made: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A constructor's arguments from what `plain` made of them; ``given`` wins.
+def arguments_again(cls: type, saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments, restored from the data that `plain` made of them. ``given`` wins over ``saved``.
 
     Raises:
-        InputError: an object was among them and is not given; names it.
+        InputError: ``saved`` has the name of an object, which must be given; names it.
     """
     kinds, arguments = _kinds(cls), dict(given)
-    for name, value in made.items():
+    for name, value in saved.items():
         kind = kinds.get(name)
         if isinstance(value, str) and value.startswith("<") and name not in given:
             raise InputError(f"{name}: the checkpoint was made with {value}, which it does not hold; give {name}=...")

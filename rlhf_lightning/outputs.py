@@ -1,4 +1,4 @@
-"""Files that a command writes: refused before the work where they cannot or must not be, and whole or not there."""
+"""Output files of commands: checks before the work that they may be written, and writes them in one step."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rlhf_lightning.errors import InputError
 
 
 def check_output(path: str | Path, option: str, inputs: Iterable[str | Path] = ()) -> None:
-    """Ask before the work whether the file may be written.
+    """Checks before the work that the file may be written.
 
     Args:
         path: the file.
-        option: of the command line, for the message.
-        inputs: files and folders that the command reads; what does not exist (a hub name) is passed over.
+        option: the option that names it, for the message.
+        inputs: files and folders that the command reads; names that do not exist (hub names) are skipped.
 
     Raises:
-        InputError: it is a folder, a device or a pipe, one of the inputs, or in a place that cannot be written to.
+        InputError: it is a folder, a device or a pipe, one of the inputs, or in a folder that cannot be written to.
     """
     given, path = f"{option} {path}", Path(path).absolute()
     place = path.resolve()
@@ -44,20 +44,20 @@ def check_output(path: str | Path, option: str, inputs: Iterable[str | Path] = (
 
 
 def check_room(folder: str | Path, needed: int, what: str, remedy: str) -> None:
-    """Ask before the work whether the disk has room.
+    """Checks before the work that the disk has room.
 
     Args:
-        folder: where it will be written; it need not exist yet.
-        needed: bytes.
-        what: what takes them, as in "a checkpoint takes".
-        remedy: another place to choose.
+        folder: the folder to write to; it need not exist yet.
+        needed: number of bytes.
+        what: subject and verb of the message, as "a checkpoint takes".
+        remedy: the end of the message, after "choose".
 
     Raises:
-        InputError: fewer are free.
+        InputError: fewer bytes are free.
     """
     there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
     disk = shutil.disk_usage(there)
-    if disk.total > 0 and disk.free < needed:  # some network file systems know no sizes
+    if disk.total > 0 and disk.free < needed:  # some network file systems report no sizes
         raise InputError(
             f"{folder}: {disk.free / 1e9:,.1f} GB of the disk are free, and {what} {needed / 1e9:,.1f} GB; make room, "
             f"or choose {remedy}"
@@ -65,8 +65,8 @@ def check_room(folder: str | Path, needed: int, what: str, remedy: str) -> None:
 
 
 def _is_special(path: Path, place: Path) -> bool:
-    """Whether it is a device or a pipe by its kind, or a name of what this process has open, whatever stands behind."""
-    # A shell may have put a regular file behind /dev/stdout.
+    """Whether the path is a device or a pipe, or a name of a stream that this process has open."""
+    # Such a name counts even if a shell has put a regular file behind /dev/stdout.
     open_ones = (Path("/dev/stdin"), Path("/dev/stdout"), Path("/dev/stderr"), Path("/dev/fd"), Path("/proc"))
     if any(part.is_relative_to(name) for part in (path, place) for name in open_ones):
         return True
@@ -74,7 +74,7 @@ def _is_special(path: Path, place: Path) -> bool:
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Write a text file in one rename, with the folders that it lies in; a link is followed.
+    """Writes a text file, so that it is complete as soon as it exists. Makes its folders; follows a link.
 
     A lone surrogate, which a JSON escape may put into a text, has no UTF-8 form and becomes a question mark.
     """

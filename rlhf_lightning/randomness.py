@@ -1,7 +1,7 @@
-"""Counter-based random numbers: a draw is a pure function of where it is used, not of how many draws came before.
+"""Counter-based random numbers: a draw depends on where it is used, and not on the number of draws before it.
 
-There is no generator state. So the process count, the batching, the order of rows and a resumed run cannot change a
-draw, and a checkpoint has no random state to restore.
+There is no generator state. So the number of processes, batching, the order of rows, or a resume cannot change a draw,
+and a checkpoint has no random state to restore.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Salts keep the streams of different uses apart; the values only have to differ.
+# Salts separate the streams of different uses. Their values only have to differ.
 SAMPLING = 1
 MINIBATCHES = 2
 DATA_ORDER = 3
@@ -18,15 +18,15 @@ ANNOTATION = 5
 
 
 def uniform(seed: int, stream: int, *counters: int | Tensor) -> Tensor:
-    """Uniform draws in the open interval (0, 1), float64, one per element of the broadcast counters.
+    """Uniform draws in the open interval (0, 1), float64, one for each element of the broadcast counters.
 
     Args:
         seed: the run's seed.
         stream: one of this module's salts.
         counters: ints or int64 tensors that broadcast together, e.g. iteration, rows ``[B]``, token position.
 
-    The counters are absorbed one after the other by the splitmix64 finaliser (Steele, Lea, Flood 2014, "Fast splittable
-    pseudorandom number generators"); the top 52 bits, plus a half, make the float, so 0 and 1 never occur.
+    The splitmix64 finaliser (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators") mixes in the
+    counters one after the other. The top 52 bits, plus a half, make the float, so 0 and 1 never occur.
     """
     device = next((c.device for c in counters if isinstance(c, Tensor)), torch.device("cpu"))
     state = torch.tensor(seed, dtype=torch.int64, device=device)
@@ -50,7 +50,7 @@ _MULTIPLY_2 = _signed(0x94D049BB133111EB)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    # int64 shifts are arithmetic: clear the copies of the sign bit to get the logical shift that the mixer needs.
+    # int64 shifts are arithmetic. The mixer needs logical ones, so the copies of the sign bit are cleared.
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Text of others (models, data files) made fit to be shown, and shown; and the name that was likely meant."""
+"""Prints lines for users, makes text of models and data files safe to print, and finds the nearest known name."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-_INDENT = 10  # of what stands behind a heading
-_TO_COPY = ("curves", "next")  # commands, in one piece
+_INDENT = 10  # column of the text after a heading
+_TO_COPY = ("curves", "next")  # headings of commands, which stay on one line so that users can copy them
 PACKAGE = Path(__file__).resolve().parent
 _T = TypeVar("_T")
 
 
 def printable(text: str) -> str:
-    """Text without control characters (a model may emit terminal escapes), line breaks and tabs kept.
+    """Text without control characters (a model may emit terminal escapes), except line breaks and tabs.
 
-    A lone surrogate, as in the name of a file that is no UTF-8, can not be printed and becomes a question mark.
+    A lone surrogate, as in a file name that is not UTF-8, cannot be printed and becomes a question mark.
     """
-    kept = (c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
-    return "".join("?" if unicodedata.category(c) == "Cs" else c for c in kept)
+    allowed = (c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
+    return "".join("?" if unicodedata.category(c) == "Cs" else c for c in allowed)
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that is spelt most like ``name``, or None where none is alike by ``cutoff`` of 1."""
+    """The known name that is spelt most like ``name``; None if no similarity reaches ``cutoff``, between 0 and 1."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def alike(path: Path, kind: Callable[[Path], bool]) -> str:
-    """`` (did you mean X?)`` for what lies beside a missing path, is of its kind, and is spelt most like it."""
+    """`` (did you mean X?)`` with the path of the same folder and kind that is spelt most like a missing one."""
     folder = path.parent
     names = sorted(entry.name for entry in folder.iterdir() if kind(entry)) if folder.is_dir() else []
     meant = nearest(path.name, names)
@@ -43,18 +43,18 @@ def alike(path: Path, kind: Callable[[Path], bool]) -> str:
 
 
 def counted(items: Sequence[_T], what: str, every: float = 10.0) -> Iterator[_T]:
-    """The items; where they take long, the first process says every so many seconds how many are done."""
+    """Yields the items. Every so many seconds the first process prints how many are done."""
     first = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
-    told = time.monotonic()
+    printed = time.monotonic()
     for done, item in enumerate(items):
-        if first and time.monotonic() - told >= every:
-            told = time.monotonic()
+        if first and time.monotonic() - printed >= every:
+            printed = time.monotonic()
             say(f"{what}: {done:,} of {len(items):,}")
         yield item
 
 
 def notice(name: str, text: str) -> str:
-    """A line of a heading and a text; in a terminal it is broken between words, but for commands."""
+    """A line with a heading and a text. In a terminal, long lines are broken between words, except commands."""
     line = f"{name:<{_INDENT}}{text}"
     if name in _TO_COPY or not sys.stdout.isatty():
         return line
@@ -64,9 +64,9 @@ def notice(name: str, text: str) -> str:
 
 
 def plain_warnings() -> None:
-    """From here on a warning of this library's is a `notice`: where in the code it was said helps nobody.
+    """Makes this library's warnings appear as a `notice`, without the line of code that they come from.
 
-    Lightning sets the same hook where it is imported, so this comes after.
+    Lightning sets the same hook when it is imported, so this must be called after that.
     """
     warnings.formatwarning = _plain_warning
 
@@ -74,16 +74,16 @@ def plain_warnings() -> None:
 def _plain_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    own = Path(filename).is_relative_to(PACKAGE)
-    return f"{notice('warning', str(message))}\n" if own else f"{filename}:{lineno}: {message}\n"
+    ours = Path(filename).is_relative_to(PACKAGE)
+    return f"{notice('warning', str(message))}\n" if ours else f"{filename}:{lineno}: {message}\n"
 
 
 def say(line: str, stream: TextIO | None = None) -> bool:
-    """Print a line at once; whether that worked. A stream that is closed, full or narrow is no reason to end a run.
+    """Prints a line at once, and returns whether that worked. A closed or full stream must not end a run.
 
     Args:
-        line: what the stream's encoding has no character for is escaped.
-        stream: by default stdout.
+        line: the line; characters that the stream's encoding lacks are escaped.
+        stream: the stream, by default stdout.
     """
     stream = stream or sys.stdout
     try:
@@ -93,7 +93,7 @@ def say(line: str, stream: TextIO | None = None) -> bool:
             encoding = stream.encoding or "ascii"
             print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
     except BrokenPipeError:
-        # Nobody reads it any more; what is pending in it would fail once more when Python ends.
+        # Nobody reads the stream any more. Its pending text would fail once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
     except (OSError, ValueError):

@@ -105,7 +105,7 @@ def test_an_overlay_before_its_config_is_laid_over_it_and_says_so() -> None:
     cli = parsed("fit --config lora.yaml --config sft.yaml --model.model m --data.path x")
     assert cli.options.model.init_args.optimizer.learning_rate == 2e-4
     (note,) = cli.layers.notes
-    assert "model.optimizer.learning_rate: 0.0002 of lora.yaml is laid over 2e-05 of sft.yaml" in note
+    assert "model.optimizer.learning_rate: 0.0002 of lora.yaml wins over 2e-05 of sft.yaml" in note
     assert parsed("fit --config sft.yaml --config lora.yaml --model.model m --data.path x").layers.notes == []
 
 

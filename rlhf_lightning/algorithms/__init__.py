@@ -1,1 +1,1 @@
-"""Pure functions of tensors: the mathematics of RLHF, with no model, no trainer and no tokenizer."""
+"""The mathematics of RLHF as pure functions of tensors, without model, trainer or tokenizer."""

@@ -1,6 +1,6 @@
-"""From one score a response to what each token earns: rewards with and without a critic, and advantages of groups.
+"""Rewards and advantages: turns one score for each response into rewards of tokens, and into advantages of groups.
 
-Groups: ``B`` rows are ``B / group_size`` prompts with ``group_size`` responses each, a prompt's rows beside each other.
+Groups: ``B`` rows are ``B / group_size`` prompts with ``group_size`` responses each. The rows of a prompt are adjacent.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ ScorePosition = Literal["last_token", "after_eos"]
 
 
 class TokenRewards(NamedTuple):
-    """Rewards on the slots that the value function is asked about: T response tokens, and one slot after the last."""
+    """Rewards on the slots for which the critic has a value: T response tokens, and one slot after the last."""
 
-    rewards: Tensor  # [B, T + 1] float32, or float64 as the KL's
+    rewards: Tensor  # [B, T + 1] float32, or float64 if the KL is
     mask: Tensor  # [B, T + 1] bool, the slots that count as steps
 
 
@@ -37,17 +37,17 @@ def token_rewards(
     """``-kl_coef * kl`` on every response token, plus the response's score on one slot.
 
     Args:
-        scores: ``[B]`` float32, one a response.
-        kl: ``[B, T]`` float32 or float64, per-token KL estimate; what lies past a response's end is ignored.
+        scores: ``[B]`` float32, one for each response.
+        kl: ``[B, T]`` float32 or float64, per-token KL estimate; values after a response's end are ignored.
         lengths: ``[B]`` int64, response tokens, EOS included.
         truncated: ``[B]`` bool, the responses that did not end by EOS.
         weights: ``[B]`` float32; a row of weight 0 has no counted slot.
         kl_coef: the penalty per nat.
-        score_position: ``last_token``, the last counted token (EOS where there is one); or ``after_eos``, one slot
-            later where the response ended by EOS, as in Stiennon et al. 2020's code: with lambda below 1 this discounts
-            the score once more for the EOS token's own advantage.
+        score_position: ``last_token`` puts the score on the last counted token (EOS if there is one). ``after_eos``
+            puts it one slot later if the response ended by EOS, as in Stiennon et al. 2020's code; with lambda below 1
+            this discounts the score once more for the EOS token's own advantage.
 
-    A response without any token gets no reward: there is no action to credit.
+    A response without tokens gets no reward, since there is no action to credit.
     """
     check_choice("score_position", score_position, ScorePosition)
     rows, width = kl.shape
@@ -65,9 +65,9 @@ def token_rewards(
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """``sum_{k >= t} gamma^(k - t) reward_k``: what is still to come at each counted step, 0 elsewhere; ``[B, T]``.
+    """``sum_{k >= t} gamma^(k - t) reward_k``: the discounted return at each counted step, 0 elsewhere; ``[B, T]``.
 
-    This is GAE with lambda 1 and a critic that says 0.
+    This is GAE with lambda 1 and a critic whose values are 0.
     """
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
 
@@ -78,10 +78,10 @@ def group_advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Te
     Args:
         rewards: ``[B]``.
         group_size: at least 2.
-        scale: divide by the deviation; without it this is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3).
+        scale: divide by the deviation; if False, this is Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3).
 
-    Returns: ``[B]``; the deviation is that of a sample (divided by ``group_size - 1``, which the paper leaves
-        open) plus 1e-6, so that a group of equal rewards gets 0.
+    Returns: ``[B]``. The deviation is the sample deviation (divided by ``group_size - 1``; the paper does not say) plus
+        1e-6, so that a group of equal rewards gets 0.
     """
     groups = rewards.double().reshape(-1, group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
@@ -91,7 +91,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale: bool = True) -> Te
 
 
 def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """Each reward less the mean of the group's others; ``[B]`` -> ``[B]``. ``group_size`` is at least 2.
+    """Each reward minus the mean of the others in its group; ``[B]`` -> ``[B]``. ``group_size`` is at least 2.
 
     RLOO: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024, arXiv 2402.14740.
     """
@@ -101,17 +101,17 @@ def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def varied_groups(scores: Tensor, group_size: int) -> Tensor:
-    """``[B]`` bool: whether the row's group has different scores. One of equal scores teaches nothing about them."""
+    """``[B]`` bool: whether the scores in the row's group differ. From equal scores nothing can be learned."""
     groups = scores.reshape(-1, group_size)
     return (groups.amax(dim=1) > groups.amin(dim=1)).repeat_interleave(group_size)
 
 
 def length_adaptive_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, alpha: float) -> Tensor:
-    """GAE with ``lambda = 1 - 1 / (alpha * l)`` in a row of l steps, and 0 where that is negative.
+    """Length-adaptive GAE: ``lambda = 1 - 1 / (alpha * l)`` in a row of l steps, or 0 if that is negative.
 
-    Lambda's weights then reach about ``alpha * l`` steps far in short and in long responses alike: length-adaptive GAE,
-    Yue et al. 2025, arXiv 2504.05118, who take 0.05 for responses of thousands of tokens. Arguments but ``alpha`` and
-    the result as `ops.gae`'s.
+    Lambda's weights then reach about ``alpha * l`` steps far, in short and in long responses alike. Yue et al. 2025,
+    arXiv 2504.05118, take alpha 0.05 for responses of thousands of tokens. The other arguments and the result are those
+    of `ops.gae`.
     """
     steps = mask.sum(dim=1)
     advantages = torch.zeros_like(rewards)
@@ -124,7 +124,7 @@ def length_adaptive_advantages(rewards: Tensor, values: Tensor, mask: Tensor, ga
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
     """``1 - Var(returns - values) / Var(returns)`` over the counted entries; 1 is a perfect critic, 0 a constant one.
 
-    All ``[B, T]``; returns a float64 scalar, NaN where the returns do not vary. ``reduce`` as in `masked.masked_mean`.
+    All are ``[B, T]``. Returns a float64 scalar, NaN if the returns do not vary. ``reduce``: see `masked.masked_mean`.
     """
     error = masked_variance(returns.double() - values.double(), mask, reduce)
     spread = masked_variance(returns.double(), mask, reduce)

@@ -1,7 +1,7 @@
 """The losses of supervised and preference training, as pure functions of tensors.
 
-Every loss comes back per row, ``[B]``; callers weight the rows, add up, and divide by the count of the whole optimizer
-step, which only they know.
+Every loss is returned per row, ``[B]``. Callers weight the rows, add them up, and divide by the count of the whole
+optimizer step, which only they know.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ LossNormalisation = Literal["token", "sequence", "constant"]
 
 
 class TokenShares(NamedTuple):
-    """A batch's loss is ``(weights * token_loss).sum() / total``; both add up over parts of it, and over processes."""
+    """A batch's loss is ``(weights * token_loss).sum() / total``. Both add up over micro-batches and processes."""
 
     weights: Tensor  # [B, T] float32, 0 where a token does not count
     total: Tensor  # scalar float32
 
 
 def token_shares(mask: Tensor, normalisation: LossNormalisation, constant: int) -> TokenShares:
-    """How much each token counts in a mean of per-token losses.
+    """The weight of each token in a mean of per-token losses.
 
     - ``token``: the mean over all tokens, so a long response counts more (Yu et al. 2025, arXiv 2503.14476, eq. 12).
     - ``sequence``: the mean over responses of the mean over their tokens (Shao et al. 2024, arXiv 2402.03300, eq. 3).
@@ -34,9 +34,9 @@ def token_shares(mask: Tensor, normalisation: LossNormalisation, constant: int) 
       2503.20783, section 3).
 
     Args:
-        mask: ``[B, T]`` bool, the tokens that count; a response without any is none of the responses.
-        normalisation: which.
-        constant: what ``constant`` divides by, usually the most tokens a response may have.
+        mask: ``[B, T]`` bool, the tokens that count; a response without any does not count as a response.
+        normalisation: which of the three.
+        constant: the divisor of ``constant``, usually the most tokens that a response may have.
     """
     check_choice("normalisation", normalisation, LossNormalisation)
     weights = mask.float()
@@ -51,7 +51,7 @@ def negative_log_likelihood(log_probs: Tensor, mask: Tensor) -> Tensor:
     """``-sum_t log p(token_t)`` over the counted tokens: the loss of supervised fine-tuning, in nats.
 
     Args:
-        log_probs: ``[B, T]`` of the response tokens. Entries where the mask is False are ignored, even NaN.
+        log_probs: ``[B, T]``, log-probs of the response tokens. Where the mask is False, entries are ignored, even NaN.
         mask: ``[B, T]`` bool.
 
     Returns: ``[B]``.
@@ -70,17 +70,17 @@ def bradley_terry_loss(
 
     Args:
         chosen, rejected: ``[B]`` scores of the two responses.
-        margins: ``[B]``, by how much the chosen one should be ahead (Touvron et al. 2023, arXiv 2307.09288, eq. 2);
-            None is 0.
+        margins: ``[B]``, by how much the chosen score should exceed the other (Touvron et al. 2023, arXiv 2307.09288,
+            eq. 2); None means 0.
         label_smoothing: the probability that a label is wrong; the loss is then the mean over both labels.
-        centring: weight of ``(chosen + rejected)^2``, which keeps the scores around 0; they are otherwise free up to a
-            constant (Eisenstein et al. 2023, arXiv 2312.09244).
+        centring: weight of ``(chosen + rejected)^2``, which keeps the scores around 0; without it they are determined
+            only up to a constant (Eisenstein et al. 2023, arXiv 2312.09244).
 
     Returns: ``[B]``, in nats. Ouyang et al. 2022, arXiv 2203.02155, eq. 1; Bradley and Terry 1952.
     """
     ahead = chosen - rejected if margins is None else chosen - rejected - margins
     loss = -(1.0 - label_smoothing) * logsigmoid(ahead)
-    # Not computed where it is not asked for: 0 times an infinite loss would be NaN.
+    # Skipped if the weight is 0, because 0 times an infinite loss would be NaN.
     if label_smoothing > 0.0:
         loss = loss - label_smoothing * logsigmoid(-ahead)
     if centring > 0.0:
@@ -95,7 +95,7 @@ def preference_loss(
     kind: PreferenceLoss = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The losses of direct preference optimisation, of ``h = chosen_log_ratio - rejected_log_ratio``.
+    """The losses of direct preference optimisation, with ``h = chosen_log_ratio - rejected_log_ratio``.
 
     - ``sigmoid``: ``-log sigmoid(beta h)`` (Rafailov et al. 2023, arXiv 2305.18290, eq. 7); with label smoothing e,
       ``-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)`` (Mitchell 2023, "A note on DPO with noisy preferences").
@@ -104,11 +104,11 @@ def preference_loss(
     - ``hinge``: ``max(0, 1 - beta h)`` (Zhao et al. 2023, arXiv 2305.10425, as in Liu et al. 2023, arXiv 2309.06657).
 
     Args:
-        chosen_log_ratios, rejected_log_ratios: ``[B]``, log-prob of the response under the policy less that under the
+        chosen_log_ratios, rejected_log_ratios: ``[B]``, log-prob of the response under the policy minus that under the
             reference, in nats.
-        beta: the strength of the pull to the reference; for the two IPO losses the tau of the paper.
+        beta: how strongly the policy is kept near the reference; for the two IPO losses the tau of the paper.
         kind: which loss.
-        label_smoothing: of ``sigmoid`` alone; must be 0 for the others.
+        label_smoothing: for ``sigmoid`` only; must be 0 for the others.
 
     Returns: ``[B]``.
     """
@@ -123,13 +123,13 @@ def preference_loss(
 
 
 def kto_loss(log_ratios: Tensor, baseline: Tensor, beta: float, *, desirable: bool) -> Tensor:
-    """``1 - sigmoid(beta (r - z0))`` of a desirable response, ``1 - sigmoid(beta (z0 - r))`` of an undesirable one.
+    """``1 - sigmoid(beta (r - z0))`` for a desirable response, ``1 - sigmoid(beta (z0 - r))`` for an undesirable one.
 
     Args:
-        log_ratios: ``[B]``, r: the response's log-prob under the policy less that under the reference, in nats.
-        baseline: scalar, z0: what r is compared with, at least 0.
+        log_ratios: ``[B]``, r: the response's log-prob under the policy minus that under the reference, in nats.
+        baseline: scalar, z0: the baseline of r, at least 0.
         beta: how fast the value saturates.
-        desirable: which of the two all responses are.
+        desirable: whether all responses are desirable, or all undesirable.
 
     Returns: ``[B]``, between 0 and 1. Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8 with weights of 1.
     """
@@ -138,9 +138,9 @@ def kto_loss(log_ratios: Tensor, baseline: Tensor, beta: float, *, desirable: bo
 
 
 def log_odds(log_probs: Tensor) -> Tensor:
-    """``log(p / (1 - p))`` from ``log p``; a p nearer to 1 than rounding counts as that near, so all stays finite.
+    """``log(p / (1 - p))`` from ``log p``, of the same shape. A p that rounds to 1 is lowered, so the result is finite.
 
-    Shape kept. Hong et al. 2024, arXiv 2403.07691, eq. 4.
+    Hong et al. 2024, arXiv 2403.07691, eq. 4.
     """
     below_one = log_probs.clamp(max=-torch.finfo(log_probs.dtype).eps)
     return below_one - torch.log(-torch.expm1(below_one))
@@ -163,7 +163,7 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> T
     Args:
         chosen, rejected: ``[B]``, mean log-prob of the response's tokens, in nats.
         beta: scale of the reward.
-        gamma: the margin by which the chosen one's reward should be ahead.
+        gamma: the margin by which the chosen response's reward should exceed the other.
 
     Returns: ``[B]``, in nats. Meng et al. 2024, arXiv 2405.14734, eq. 6.
     """

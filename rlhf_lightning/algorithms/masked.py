@@ -1,4 +1,4 @@
-"""Means and whitening over the counted entries of a padded tensor, on one process or over all of them."""
+"""Means, variances and whitening over the counted entries of a padded tensor, on one process or over all processes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Adds a tensor up over all processes; the identity where there is only one.
+# Sums a tensor over all processes; the identity if there is only one.
 Reduce = Callable[[Tensor], Tensor]
 
 
 def masked_mean(x: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """Mean of ``x`` where ``mask`` is True: ``x[mask].mean()``, and 0 where nothing is counted.
+    """Mean of ``x`` where ``mask`` is True: ``x[mask].mean()``, or 0 if no entry is counted.
 
     Args:
         x: any shape, float. Entries where the mask is False are ignored, even NaN.
         mask: the same shape, bool.
-        reduce: sums a tensor over all processes; given, the mean is over all their entries.
+        reduce: sums a tensor over all processes; the mean is then over the entries of all processes.
 
     Returns: a scalar of x's dtype.
     """
@@ -26,7 +26,7 @@ def masked_mean(x: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor
 
 
 def masked_variance(x: Tensor, mask: Tensor, reduce: Reduce | None = None) -> Tensor:
-    """Biased variance (divided by the count) of ``x`` where ``mask`` is True, 0 where nothing is counted; a scalar."""
+    """Biased variance (divided by the count) of ``x`` where ``mask`` is True, or 0 if no entry is counted; a scalar."""
     mean, count = _sums(x, mask, reduce, power=1)
     mean = mean / count.clamp(min=1)
     squares, count = _sums(x.double() - mean, mask, reduce, power=2)
@@ -39,12 +39,13 @@ def whiten(x: Tensor, mask: Tensor, reduce: Reduce | None = None, keep_mean: boo
     Args:
         x: ``[B, T]`` float.
         mask: ``[B, T]`` bool.
-        reduce: as in `masked_mean`; with it, mean and variance are those of all processes, so the result does not
-            depend on how rows are split over them.
-        keep_mean: add the mean back (reward whitening, where a constant shift would change what ending early is worth).
+        reduce: as in `masked_mean`; mean and variance are then those of all processes, so the result does not depend on
+            how rows are split over them.
+        keep_mean: add the mean back, for reward whitening, where a constant shift would change the value of ending
+            early.
 
-    The variance is biased (divided by the count), as in the code behind Stiennon et al. 2020, arXiv 2009.01325; sums
-    are float64. With one entry, or constant entries, the result is 0 (or the mean), not NaN.
+    The variance is biased (divided by the count), as in the code behind Stiennon et al. 2020, arXiv 2009.01325. Sums
+    are float64. With a single entry, or constant entries, the result is 0 (or the mean), not NaN.
     """
     mean = masked_mean(x.double(), mask, reduce)
     variance = masked_variance(x.double(), mask, reduce)
@@ -54,7 +55,7 @@ def whiten(x: Tensor, mask: Tensor, reduce: Reduce | None = None, keep_mean: boo
 
 def _sums(x: Tensor, mask: Tensor, reduce: Reduce | None, power: int) -> tuple[Tensor, Tensor]:
     # torch.where, not multiplication: NaN * 0 is NaN, and padding may hold anything.
-    counted = torch.where(mask, x.double(), 0.0)
-    sums = torch.stack([counted.pow(power).sum(), mask.sum().double()])
+    values = torch.where(mask, x.double(), 0.0)
+    sums = torch.stack([values.pow(power).sum(), mask.sum().double()])
     total, count = (reduce(sums) if reduce is not None else sums).unbind()
     return total, count

@@ -1,1 +1,1 @@
-"""What a run leaves and shows: metrics, samples, checkpoints, progress, the exported model."""
+"""Callbacks and loggers of a run: metrics, samples, checkpoints, progress, the exported model."""

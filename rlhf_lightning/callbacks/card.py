@@ -1,7 +1,7 @@
-"""The README.md of an exported model: what it was made from, how, and with what result, for people and for the hub.
+"""Writes the README.md of an exported model, for people and for the hub: how it was made, and with what result.
 
-Everything but the last metrics is gathered before the first step, the data's hashes too: files may change later. The
-front matter holds the stages as data, so that the card of a later stage (DPO after SFT) names the earlier ones.
+Everything but the last metrics is gathered before the first step, since files may change later. The front matter holds
+the stages as data, so that the card of a later stage (DPO after SFT) names the earlier ones.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[0-9a-f]+$")
 
 
 class Card:
-    """Gathers what is known before the first step; every file of the data is read once.
+    """Gathers the facts before the first step. Every file of the data is read once for its hash.
 
     Args:
-        trainer: with a module and data that are set up.
-        module: what is trained.
+        trainer: a Trainer whose module and data are set up.
+        module: the module that is trained.
     """
 
     def __init__(self, trainer: Trainer, module: RLHFModule) -> None:
@@ -54,8 +54,8 @@ class Card:
         """The card of the model as it is now.
 
         Args:
-            name: its title.
-            trainer: has the steps done and the metrics.
+            name: the card's title.
+            trainer: the Trainer with the number of steps and the metrics.
         """
         metrics = {key: float(value) for key, value in sorted(trainer.callback_metrics.items())}
         stages = [*self.earlier, {**self.stage, "steps": trainer.global_step, "metrics": metrics}]
@@ -80,7 +80,7 @@ class Card:
 
 
 def name_of(model: str) -> str:
-    """What a card calls a model: its hub name, or that of its run or folder; no path, which is another elsewhere."""
+    """The name of a model in cards: its hub name, or the name of its run or folder. No path, which others lack."""
     if not Path(model).expanduser().exists():
         return model
     path = Path(model).expanduser().resolve()
@@ -111,7 +111,7 @@ def _stage(trainer: Trainer, module: RLHFModule) -> dict[str, Any]:
 
 
 def _rows(data: Any) -> dict[str, int] | None:
-    """How many there are; None where a DataModule of somebody's own keeps them elsewhere."""
+    """The numbers of rows; None if a user's own DataModule keeps its rows elsewhere."""
     parts = {"trained on": getattr(data, "train", None), "held out": getattr(data, "held_out", None)}
     counts = {use: len(rows) for use, rows in parts.items() if isinstance(rows, list)}
     return counts or None
@@ -125,7 +125,7 @@ def _reward_name(reward: Any) -> str:
 
 
 def _files(data: Any) -> list[dict[str, Any]]:
-    """Each file by name, use and hash; a hub data set by its name."""
+    """Each file with name, use and hash; a hub data set with its name and use."""
     found = []
     for use, key in (("train", "path"), ("held out", "val_path")):
         given = getattr(data, key, None)
@@ -144,12 +144,12 @@ def _files(data: Any) -> list[dict[str, Any]]:
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "lightning", "transformers")
-    own = {"rlhf_lightning": __version__, "python": platform.python_version()}
-    return own | {name: metadata.version(name) for name in packages}
+    versions = {"rlhf_lightning": __version__, "python": platform.python_version()}
+    return versions | {name: metadata.version(name) for name in packages}
 
 
 def _text(module: RLHFModule) -> tuple[str, str]:
-    """Whether there is a chat template, and which tokens end a response."""
+    """Two phrases: whether there is a chat template, and which tokens end a response."""
     tokenizer: Any = module.tokenizer
     model = module.model.model if isinstance(module.model, Policy) else None
     ends = ", ".join(f"{_code(str(tokenizer.convert_ids_to_tokens(id)))} ({id})" for id in eos_ids(model, tokenizer))
@@ -159,7 +159,7 @@ def _text(module: RLHFModule) -> tuple[str, str]:
 
 
 def _front_matter(model: str) -> dict[str, Any]:
-    """Of the card of a folder, or of a hub model whose card is in the cache; empty where there is none."""
+    """The front matter of the card in a folder, or of a hub model's card in the cache; empty if there is none."""
     folder = Path(model).expanduser()
     path: Any = folder / "README.md"
     if not folder.exists():
@@ -168,16 +168,14 @@ def _front_matter(model: str) -> dict[str, Any]:
         return {}
     try:
         return ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except Exception as error:  # a text by anybody
+    except Exception as error:  # anybody may have written the text
         reason = " ".join(str(error).split())[:200]
-        warnings.warn(
-            f"{path}: its front matter cannot be read, and the new card is without it: {reason}", stacklevel=2
-        )
+        warnings.warn(f"{path}: its front matter cannot be read, so the new card leaves it out: {reason}", stacklevel=2)
         return {}
 
 
 def _section(stage: dict[str, Any]) -> list[str]:
-    """A stage's facts as tables; what another program wrote into a card is shown as text."""
+    """A stage's facts as tables. Values that another program wrote into a card are shown as text."""
     facts = {name: fact for name, fact in stage.items() if name not in ("data", "metrics")}
     parts = [_table(("", ""), [(name, _shown(fact)) for name, fact in facts.items()])]
     if files := [file for file in _listed(stage.get("data")) if isinstance(file, dict)]:
@@ -210,5 +208,5 @@ def _shown(value: Any) -> str:
 
 
 def _code(text: str) -> str:
-    """Text as code where Markdown leaves it alone there, else with everything escaped that could be markup."""
+    """Text as Markdown code if that is safe, else as text in which everything that could be markup is escaped."""
     return f"`{text}`" if re.fullmatch(r"[\w./:@+ -]+", text) else escaped(text)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: staged beside their place, synced to disk, and moved there in one rename."""
+"""Writes checkpoints that are never incomplete: staged beside their place, synced to disk, and renamed in one step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STAGING = ".staging-"
 
 
 def latest(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint, a file or folder, in a run's ``checkpoints`` folder; None without one."""
+    """The newest complete checkpoint, a file or folder, in a run's ``checkpoints`` folder; None if there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         return None
@@ -37,15 +37,15 @@ class RunCheckpoint(Checkpoint):
     """Saves to ``<run>/checkpoints/batch-N.ckpt`` after every so many batches, at the end, and on a signal.
 
     N counts batches over the whole run; one batch is one PPO iteration. With gradient accumulation a save waits for the
-    optimizer step, and after a run's last batch, where that ends an epoch, for the validation that follows: a run
-    resumed from there has nothing left to do, and would leave it out. A save never touches an earlier checkpoint: what
-    is killed in the middle leaves them as they were.
+    optimizer step. If a run's last batch ends an epoch, the save also waits for the validation that follows, since a
+    run resumed from there would have nothing left to do and would skip it. A save never touches earlier checkpoints, so
+    they survive if the process is killed in the middle.
 
-    A run that goes on from an older checkpoint leaves the later ones of its first attempt alone until it has a whole
-    one of its own; then they are removed, so that the newest is always of the run as it went on.
+    A run resumed from an older checkpoint keeps the later checkpoints of its first attempt until it has saved one of
+    its own. Then they are removed, so that the newest checkpoint always belongs to the resumed run.
 
-    The first Ctrl-C saves after the current batch and stops; the second stops at once. SIGTERM saves likewise. (In runs
-    of several processes neither saves: the processes may have been stopped at different batches.)
+    The first Ctrl-C saves after the current batch and stops; the second stops at once. SIGTERM saves, too. (In runs of
+    several processes neither saves, since the processes may have stopped at different batches.)
 
     Args:
         every_n_batches: how often to save.
@@ -63,18 +63,18 @@ class RunCheckpoint(Checkpoint):
 
     @property
     def newest(self) -> Path | None:
-        """The newest whole checkpoint of this run; None without one."""
+        """The newest complete checkpoint of this run; None if there is none."""
         return None if self._folder is None else latest(self._folder)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the run's folder, while all processes are here."""
+        """Finds the run's folder here, since all processes must take part."""
         self._folder = run_folder(trainer) / "checkpoints"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ask for the room that the end of the run takes: one checkpoint and the model.
+        """Checks that the disk has room for the end of the run: one checkpoint and the model.
 
         Raises:
-            InputError: there is less, so the training would be for nothing; on all processes.
+            InputError: there is less room, so the training would be lost; on all processes.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -85,7 +85,7 @@ class RunCheckpoint(Checkpoint):
                 check_room(self._folder.parent, needed, what, "another place with --runs FOLDER")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After a resume, logs continue from the checkpoint: what was logged later is written again."""
+        """After a resume, removes log entries later than the checkpoint, since they will be written again."""
         if trainer.ckpt_path is not None:
             self._saved = _batches(trainer)
             rewind_loggers(trainer)
@@ -93,7 +93,7 @@ class RunCheckpoint(Checkpoint):
             self._take_over_interrupts()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop where that was asked for. From here to the batch's end the state is not one to resume from."""
+        """Stops if the user asked for it. Until the batch's end, a run could not be resumed from the state."""
         if self._stop_now:
             say(f"stopped; the same command goes on with --ckpt_path last, from {self.newest}")
             raise KeyboardInterrupt
@@ -102,33 +102,33 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where it is due."""
+        """Saves if a checkpoint is due."""
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
         self._between_batches = True
         due = self._stop or _batches(trainer) - self._saved >= self.every_n_batches
         if due and not _is_last(trainer):  # the end is saved in any case
             self.save(trainer)
-        # Not yet: the batch's metrics are logged after this hook.
+        # The run stops at the next batch's start, since this batch's metrics are logged after this hook.
         self._stop_now = self._stop
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end."""
+        """Saves the final state."""
         self.save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save when SIGTERM stopped the run; never after a failure: that state may be the fault."""
+        """Saves if SIGTERM stopped the run. Never saves after a failure, which the state itself may have caused."""
         if isinstance(exception, SIGTERMException) and self._between_batches and trainer.world_size == 1:
             self.save(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give Ctrl-C back."""
+        """Restores the handler of Ctrl-C."""
         if self._old_handler is not None:
             signal.signal(signal.SIGINT, self._old_handler)
             self._old_handler = None
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint of now, unless there is one; every process calls it."""
+        """Writes a checkpoint of the current state, unless there is one already. Every process calls it."""
         batches = _batches(trainer)
         if batches == self._saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -137,8 +137,8 @@ class RunCheckpoint(Checkpoint):
         staging = self._folder / f"{_STAGING}{destination.name}"
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for left in self._folder.glob(f"{_STAGING}*"):  # of a run that was killed
-                _delete(left)
+            for leftover in self._folder.glob(f"{_STAGING}*"):  # a killed run may have left some
+                _delete(leftover)
         barrier()
         trainer.save_checkpoint(staging)
         if trainer.is_global_zero:
@@ -146,8 +146,8 @@ class RunCheckpoint(Checkpoint):
                 # Lightning's atomic writer swallows some errors (permissions, for one) and reports success.
                 raise OSError(f"{staging}: the checkpoint could not be written; is the disk full or read-only?")
             sync_to_disk(staging)
-            # What is numbered above the last save is of another attempt. Set aside before the new one has its name: a
-            # kill in between leaves the checkpoint that this run came from as the newest.
+            # Checkpoints with higher numbers than the last save are from an earlier attempt. They are set aside before
+            # the new one gets its name. If the process is killed in between, the newest one is where this run began.
             aside = [_set_aside(path) for path in self._folder.glob("batch-*.ckpt") if _number(path) > self._saved]
             os.replace(staging, destination)
             flush(self._folder)
@@ -171,7 +171,7 @@ class RunCheckpoint(Checkpoint):
 
 
 def _bytes_at_the_end(module: LightningModule) -> int:
-    """At least: of what is trained the weights and AdamW's two moments, and the exported model in 16 bits."""
+    """A lower bound: the trained weights with AdamW's two moments, and the exported model in 16 bits."""
     parameters = list(module.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     state = sum(parameter.numel() * (parameter.element_size() + 2 * 4) for parameter in trained)
@@ -185,15 +185,15 @@ def _batches(trainer: Trainer) -> int:
 def _is_last(trainer: Trainer) -> bool:
     """Whether this batch ends both its epoch and the run.
 
-    Where ``max_steps`` ends a run within an epoch, Lightning's loop counts the rest of that epoch as done before
-    `on_train_end`: a run that goes on from there, to a later end, would leave those batches out.
+    If ``max_steps`` ends a run within an epoch, Lightning's loop counts the rest of that epoch as done before
+    `on_train_end`. A run resumed from there with a later end would skip those batches.
     """
     epochs = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.is_last_batch and (epochs or trainer.global_step == trainer.max_steps)
 
 
 def is_whole(path: Path) -> bool:
-    """A checkpoint file has its index at the end; of a folder of shards, the files written last must be there."""
+    """Whether a checkpoint is complete: a file has its index at the end, a folder of shards the files written last."""
     if path.is_dir():
         return (path / "meta.pt").is_file() and (path / ".metadata").is_file()
     return path.is_file() and zipfile.is_zipfile(path)
@@ -205,7 +205,7 @@ def _number(path: Path) -> int:
 
 
 def _set_aside(path: Path) -> Path:
-    """Renamed, so that a folder half deleted cannot pass for a checkpoint; the next save deletes what is left."""
+    """Renames a checkpoint, so that a half-deleted folder is not taken for one. The next save deletes leftovers."""
     doomed = path.with_name(f"{_STAGING}doomed-{path.name}")
     if doomed.exists():
         _delete(doomed)

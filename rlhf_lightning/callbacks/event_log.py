@@ -1,4 +1,4 @@
-"""TensorBoard's events of a run, and the page that it opens on."""
+"""Logs a run to TensorBoard, with a page of the most important charts."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import TensorBoardLogger
 
-# The page *Custom Scalars*: what a newcomer looks at first, training and held-out data in one chart.
+# The charts of the page *Custom Scalars*, for a first look: training and held-out data together.
 _CHARTS = {
     "reward": ["objective/scores", "val/scores", "train/accuracy", "val/accuracy"],
     "KL to the reference, nats a response": ["objective/kl", "val/kl"],
     "length, tokens a response": ["rollout/length", "val/length", "train/response_length", "val/response_length"],
     "losses": ["train/loss", "val/loss", "policy/loss", "critic/loss"],
 }
-# TensorBoard takes a name for the beginning of a regular expression.
+# TensorBoard treats each name as a regular expression for the beginning of a tag.
 LAYOUT = {
     "The run at a glance": {title: ["Multiline", [f"^{name}$" for name in names]] for title, names in _CHARTS.items()}
 }
 
 
 class EventLogger(TensorBoardLogger):
-    """TensorBoard's event file, and no hparams.yaml beside it: config.yaml has everything."""
+    """Writes TensorBoard's event file, without hparams.yaml, since config.yaml has all options."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -29,7 +29,7 @@ class EventLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """As TensorBoardLogger's; the page of charts is laid out with the first ones."""
+        """Logs the metrics; with the first ones it also writes the layout of the page of charts."""
         if not self._laid_out:
             self._laid_out = True
             self.experiment.add_custom_scalars(LAYOUT)
@@ -37,5 +37,5 @@ class EventLogger(TensorBoardLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what is pending."""
+        """Writes pending events to the file."""
         self.experiment.flush()

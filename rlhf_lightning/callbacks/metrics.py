@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: every logged number of a run, one line a logged step."""
+"""Writes ``metrics.jsonl``: every logged number of a run, one line for each logged step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class JsonlLogger(Logger):
 
     @property
     def path(self) -> Path:
-        """The file that is written."""
+        """The path of ``metrics.jsonl``."""
         return self.folder / "metrics.jsonl"
 
     @property
@@ -38,7 +38,7 @@ class JsonlLogger(Logger):
 
     @property
     def version(self) -> str:
-        """Runs are told apart by their names alone."""
+        """Empty, since runs differ only by their names."""
         return ""
 
     @property
@@ -48,26 +48,26 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one line."""
+        """Appends one line."""
         append_line(self.path, {"step": step, "time": round(time.time(), 3), **metrics})
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's config.yaml has them."""
+        """Does nothing, since the run's config.yaml has the options."""
 
     @rank_zero_only
     def rewind(self, last_step: int) -> None:
-        """Drop the lines after ``last_step``; called when a run is resumed from there."""
+        """Removes the lines after ``last_step``. Called when a run is resumed from there."""
         rewind_lines(self.path, last_step)
 
 
 def rewind_loggers(trainer: Trainer) -> None:
-    """On a resume, have metrics.jsonl and TensorBoard forget what came after the checkpoint: it is logged again."""
+    """On a resume, removes entries after the checkpoint from metrics.jsonl and TensorBoard: they are logged again."""
     step = logged_step(trainer)
     for logger in trainer.loggers:
         if isinstance(logger, JsonlLogger):
             logger.rewind(step)
         elif isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            # What SummaryWriter's purge_step writes. That must be given when the file is opened, before the checkpoint,
-            # which alone knows the step, is read.
+            # This is the event that SummaryWriter's purge_step writes. That option must be given when the file is
+            # opened, and the step is known only later, when the checkpoint is read.
             restart = Event(session_log=SessionLog(status=SessionLog.START))
             logger.experiment._get_file_writer().add_event(restart, step + 1)

@@ -1,4 +1,4 @@
-"""The trained model as a folder that others can load, with a card that says what it is."""
+"""Writes the trained model as a folder that others can load, with a card that describes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_lightning.modules.base import RLHFModule
 
 
 class ModelExport(Callback):
-    """At the end of a fit writes ``<run>/model``, for transformers and later stages: weights, config, tokenizer, card.
+    """Writes ``<run>/model`` (weights, config, tokenizer, card) at the end of a fit, for transformers and later stages.
 
     Args:
         name: the folder's name within the run.
@@ -22,10 +22,10 @@ class ModelExport(Callback):
 
     def __init__(self, name: str = "model") -> None:
         self.name = name
-        self._card: Card | None = None  # on the process that writes
+        self._card: Card | None = None  # only on the process that writes
 
     def on_fit_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
-        """Try it, so that what cannot be saved or written is known before the training and not after.
+        """Tries the export before the training, so that a model that cannot be saved is not found only at the end.
 
         Raises:
             InputError: see `models.export.try_export`; on all processes.
@@ -41,12 +41,12 @@ class ModelExport(Callback):
                 self._card.text(self._title(folder), trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
-        """Every process takes part: sharded weights are gathered."""
+        """Exports the model. Every process takes part, since sharded weights must be gathered."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             folder = run_folder(trainer) / self.name
             card = None if self._card is None else self._card.text(self._title(folder), trainer)
             pl_module.export(folder, card)
-            rank_zero_info(f"model: {folder}", extra={"in_preflight": True})  # the command line says it by itself
+            rank_zero_info(f"model: {folder}", extra={"in_preflight": True})  # the command line prints this itself
 
     def _title(self, folder: Path) -> str:
         return folder.parent.name if self.name == "model" else f"{folder.parent.name} {self.name}"

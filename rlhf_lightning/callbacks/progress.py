@@ -1,4 +1,4 @@
-"""How far a run is: one live line in a terminal, a plain line now and then elsewhere."""
+"""Shows the progress of a run: one live line in a terminal, or plain lines from time to time elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from rlhf_lightning.text import say
 
-# What is shown, the more important first: its name, the training's metric and the held-out data's.
+# The metrics on the line, the most important first: the name to show, the training metric, the held-out metric.
 _SHOWN = (
     ("loss", "train/loss", "val/loss"),
     ("score", "objective/scores", "val/scores"),
@@ -26,14 +26,14 @@ _METRICS = {metric for _, *metrics in _SHOWN for metric in metrics}
 
 
 class RunProgress(ProgressBar):
-    """How far the run is, its phase (rollout, score, update ...), the main metrics, tokens/s and the time that is left.
+    """Shows progress, phase (rollout, score, update ...), the main metrics, tokens per second and the time left.
 
-    In a terminal it is one line that changes in place, and leaves out what does not fit; elsewhere (a log file, CI) a
-    whole line without control codes is printed after the first batch, after every validation, at the end, and every so
-    often in between.
+    In a terminal it is one line that changes in place and leaves out what does not fit. Elsewhere (a log file, CI) a
+    line without control codes is printed after the first batch, after every validation, at the end, and at times in
+    between.
 
     Args:
-        every_seconds: between two plain lines.
+        every_seconds: seconds between two plain lines.
     """
 
     def __init__(self, every_seconds: PositiveFloat = 10.0) -> None:
@@ -44,32 +44,32 @@ class RunProgress(ProgressBar):
         self._enabled = True
         self._stage = ""
         self._phase = ""
-        self._done = self._total = 0  # batches: of the whole run, or of this validation
-        self._began_at = 0  # batches done when this process started counting time
+        self._done = self._total = 0  # batches of the whole run, or of a validation that runs alone
+        self._began_at = 0  # batches done when this process began to measure time
         self._began = self._printed = time.monotonic()
         self._told = -1  # batches done when the last plain line was printed
         self._epoch = ""
         self._metrics: dict[str, float] = {}
         self._timer: Timer | None = None  # of trainer.max_time
 
-    # What Trainer asks of a progress bar
+    # The interface of a progress bar for Trainer
 
     def enable(self) -> None:
-        """Show progress."""
+        """Turns the display on."""
         self._enabled = True
 
     def disable(self) -> None:
-        """Show nothing (processes other than the first)."""
+        """Turns the display off (on processes other than the first)."""
         self._enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting."""
+        """Starts to count batches and time."""
         self._timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)  # type: ignore[attr-defined]
         done = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         self._begin("train", _batches_of_run(trainer, pl_module), done)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """One batch more."""
+        """Counts one batch."""
         self._stage, self._phase = "train", ""
         self._done = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         epochs = trainer.max_epochs or 0
@@ -78,20 +78,20 @@ class RunProgress(ProgressBar):
         self._show(now=self._done == self._began_at + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The line that stays has no phase; a plain one is there already where the end is a validation."""
+        """Shows the last line, without a phase. A plain line is there already if the run ends in a validation."""
         self._phase = ""
         if self._told != self._done:
             self._show(now=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Within a fit, validation is a phase; alone, it is the stage."""
+        """Starts to count if validation runs alone. Within a fit it is only a phase."""
         if trainer.state.fn == "validate":
             self._begin("validate", int(sum(trainer.num_val_batches)), 0)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """One validation batch more."""
+        """Counts one validation batch."""
         if trainer.sanity_checking:
             return
         if trainer.state.fn == "validate":
@@ -101,55 +101,55 @@ class RunProgress(ProgressBar):
             self.on_phase(trainer, pl_module, "validation", batch_idx + 1, int(sum(trainer.num_val_batches)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The phase is over, its metrics are new."""
+        """Ends the phase, and shows the new metrics."""
         self._phase = ""
         self._take_metrics(trainer)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._show(now=True)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting."""
+        """Starts to count batches and time."""
         self._begin("predict", int(sum(trainer.num_predict_batches)), 0)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """One batch more."""
+        """Counts one batch."""
         self._phase = ""
         self._done = batch_idx + 1
         self._show(now=self._done == self._total)
 
     def on_phase(self, trainer: Trainer, module: LightningModule, phase: str, done: int, total: int) -> None:
-        """A module tells how far a part of its step is."""
+        """Called by modules with the progress of a part of their step."""
         if getattr(trainer, "sanity_checking", False):
             return
         if phase == "rollout" and module is not None and module.automatic_optimization:
-            # It learns from no rollouts: these are answers, or the samples that are shown after a validation.
+            # The module does not learn from rollouts. They are samples to show after a validation, or answers.
             phase = "samples" if trainer.state.fn == "fit" else "tokens"
         self._phase = f"{phase} {done}/{total}" if done < total else ""
         self._show()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
+        """Ends the live line."""
         self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the terminal as it was."""
+        """Ends the live line."""
         self._close()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Lines above the live one (`LightningModule.print`)."""
+        """Prints lines above the live one (for `LightningModule.print`)."""
         self.console.print(*args, markup=False, highlight=False)
 
     # The line
 
     def line(self, width: int | None = None) -> str:
-        """What is shown, as plain text; of at most ``width`` characters, where more is left out that matters less."""
+        """The line as plain text. If it is longer than ``width`` characters, the least important parts are left out."""
         count = f"{self._stage} {self._done}" + (f"/{self._total}" if self._total else "")
         rate = next((v for name, v in self._metrics.items() if name.endswith("tokens_per_second")), None)
         left = self._seconds_left()
         measured = [text for shown in _SHOWN if (text := self._measured(*shown))]
-        # In the order of the line; the number says what goes last where space is short.
+        # The parts in the order of the line. Parts with the highest numbers are left out first.
         parts = [(0, count), (8, self._epoch), (3, self._phase)]
         parts += [(2 if number == 0 else 4 + number, text) for number, text in enumerate(measured)]
         parts += [
@@ -168,11 +168,11 @@ class RunProgress(ProgressBar):
         return f"{name} {one:.3g}" + ("" if other is None else f", held-out {other:.3g}")
 
     def _seconds_left(self) -> float | None:
-        """Of the whole run, validations included; by the batches since it began or was resumed."""
-        counted = self._done - self._began_at
-        if counted < 1 or self._total == 0:
+        """Seconds until the run ends, validations included, estimated from the batches since its start or resume."""
+        batches = self._done - self._began_at
+        if batches < 1 or self._total == 0:
             return None
-        left = (time.monotonic() - self._began) / counted * max(0, self._total - self._done)
+        left = (time.monotonic() - self._began) / batches * max(0, self._total - self._done)
         limit = None if self._timer is None or self._stage != "train" else self._timer.time_remaining()
         return left if limit is None else min(left, max(0.0, limit))
 
@@ -188,7 +188,7 @@ class RunProgress(ProgressBar):
         }
 
     def _show(self, now: bool = False) -> None:
-        """The live line changes by itself; a plain one is printed where it is time, or ``now``."""
+        """Starts the live line, which updates itself; or prints a plain line if it is time for one, or ``now``."""
         if not self._enabled:
             return
         if self.console.is_terminal:
@@ -213,7 +213,7 @@ def _joined(parts: list[tuple[int, str]]) -> str:
 
 
 def _batches_of_run(trainer: Trainer, module: LightningModule) -> int:
-    """Batches until ``max_epochs`` or ``max_steps`` end the run, whichever comes first; 0 where neither does."""
+    """Batches until ``max_epochs`` or ``max_steps`` ends the run, whichever comes first; 0 if neither does."""
     an_epoch, limits = trainer.num_training_batches, []
     if (trainer.max_epochs or 0) > 0 and an_epoch != math.inf:
         limits.append(int(an_epoch * trainer.max_epochs))  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""What the policy says: a table of samples in TensorBoard, and all of them in ``samples.jsonl``."""
+"""Writes samples of a policy: tables for TensorBoard, and all samples to ``samples.jsonl``."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from rlhf_lightning.errors import TrainingDiverged
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.text import printable, say
 
-# Everything that HTML or Markdown could take for markup, as entities; one pass, so that no entity is escaped again.
+# Characters that could be markup in HTML or Markdown, as entities. One pass replaces all, so none is escaped twice.
 _ENTITIES = {ord(character): f"&#{ord(character)};" for character in "&<>\\`*_{}[]()#+-!|~"}
 
 
 class SampleTable(Callback):
     """Writes prompts, responses and scores, and histograms of the scores and lengths.
 
-    A module that samples in training (PPO) hands over its rollouts; every so many batches the first rows are written.
+    Modules that sample in training (PPO) pass on their rollouts, and the first rows are written every so many batches.
     Other modules with a policy answer the first held-out prompts after each validation.
 
     Args:
-        rows: how many samples a table has.
-        every_n_batches: how often a rollout is written.
+        rows: number of samples in a table.
+        every_n_batches: batches from one written rollout to the next.
     """
 
     def __init__(self, rows: PositiveInt = 4, every_n_batches: PositiveInt = 10) -> None:
@@ -42,20 +42,20 @@ class SampleTable(Callback):
         self._answers = Sink("the table of samples")
 
     def on_validation_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
-        """A validation has one table, of its first batch."""
+        """Begins a validation, which writes one table, from its first batch."""
         self._validated = False
 
     def setup(self, trainer: Trainer, pl_module: RLHFModule, stage: str) -> None:  # type: ignore[override]
-        """Find the run's folder, while all processes are here."""
+        """Finds the run's folder here, since all processes must take part."""
         self.path = run_folder(trainer) / "samples.jsonl"
 
     def on_train_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
-        """After a resume the samples logged later than the checkpoint are written again."""
+        """After a resume, removes samples later than the checkpoint, since they will be written again."""
         if trainer.ckpt_path is not None and trainer.is_global_zero:
             rewind_lines(self.path, logged_step(trainer))
 
     def on_samples(self, trainer: Trainer, module: RLHFModule, rollout: Rollout, scores: dict[str, Tensor]) -> None:
-        """A module hands over a rollout, with scores ``[B]`` by name."""
+        """Called by modules with a rollout and its scores, ``[B]`` by name."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         if trainer.training and trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_batches == 0:
@@ -67,12 +67,12 @@ class SampleTable(Callback):
     def on_validation_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: RLHFModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """Keep the first prompts."""
+        """Stores the first prompts of a validation."""
         if batch_idx == 0 and hasattr(pl_module, "generate") and pl_module.automatic_optimization:
             self._held_out = prompts_of(batch, self.rows, pl_module.tokenizer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
-        """Answer them; every process takes part, as sharded weights ask for."""
+        """Answers the stored prompts. Every process takes part, since the weights may be sharded."""
         prompts, self._held_out = self._held_out, None
         if prompts is not None and not trainer.sanity_checking:
             rollout, diverged = None, None
@@ -80,7 +80,7 @@ class SampleTable(Callback):
                 try:
                     answer: Any = pl_module.generate
                     rollout = answer(prompts, iteration=logged_step(trainer))
-                except TrainingDiverged as error:  # no fault of the table's: the weights are lost
+                except TrainingDiverged as error:  # the weights are lost, so this error must not be swallowed
                     diverged = error
             if diverged is not None:
                 raise diverged
@@ -88,7 +88,7 @@ class SampleTable(Callback):
                 self.write(trainer, rollout, {}, "val")
 
     def write(self, trainer: Trainer, rollout: Rollout, scores: dict[str, Tensor], stage: str) -> None:
-        """One line a sample, and one table; nothing in a ``fast_dev_run``, which is to leave nothing."""
+        """Writes one line for each sample, and one table. Writes nothing in a ``fast_dev_run``."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         step = logged_step(trainer)
@@ -113,19 +113,19 @@ class SampleTable(Callback):
                 with self._events:
                     logger.experiment.add_text(f"samples/{stage}", markdown_table(samples), step)
                     for name, values in distributions.items():
-                        # A histogram of no number, or with one that is not finite, is an error to TensorBoard.
+                        # TensorBoard raises an error for empty histograms, and for numbers that are not finite.
                         if len(finite := values[values.isfinite()]):
                             logger.experiment.add_histogram(f"samples/{stage}_{name}", finite, step)
 
     def teardown(self, trainer: Trainer, pl_module: RLHFModule, stage: str) -> None:  # type: ignore[override]
-        """Say what could not be written."""
+        """Prints what could not be written."""
         for sink in (self._answers, self._file, self._events):
             if (text := sink.summary()) is not None:
                 say(text, sys.stderr)
 
 
 def prompts_of(batch: Any, rows: int, tokenizer: Any) -> PromptBatch | None:
-    """The first prompts of a held-out batch, as a batch to be answered."""
+    """The first prompts of a held-out batch, as a batch of prompts to answer; None for batches of other kinds."""
     side = batch.chosen if isinstance(batch, PreferenceBatch) else batch
     if not isinstance(side, DemonstrationBatch):
         return None
@@ -146,12 +146,12 @@ def prompts_of(batch: Any, rows: int, tokenizer: Any) -> PromptBatch | None:
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table in which every text shows as it is and can do nothing."""
+    """The rows as a Markdown table. Texts are shown as they are, and no part of them acts as markup."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
     lines += ["| " + " | ".join(escaped(str(value)) for value in row.values()) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def escaped(text: str) -> str:
-    """Model text for a Markdown table: no control characters, no HTML, no markup."""
+    """Model text made safe for a Markdown table: without control characters, HTML or markup."""
     return printable(text).translate(_ENTITIES).replace("\n", "<br>")

@@ -1,4 +1,4 @@
-"""What writes for people while a run trains: it may fail, and the training goes on."""
+"""Lets a training go on when a logger or another writer fails, and reports the failures."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from rlhf_lightning.callbacks.metrics import JsonlLogger
 from rlhf_lightning.text import printable, say
 
 _WRITING = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
-_PATIENCE = 20  # failures in a row, after which another's logger is not asked again: each may take a minute
+_PATIENCE = 20  # failures in a row after which a logger is not called again, since each may take a minute
 _SHOWN = 200  # characters of an error
 
 
 class Sink:
-    """A context in which an error is said the first time, counted, and goes no further.
+    """A context that swallows errors. It prints the first one and counts all.
 
     Args:
-        name: what is written to, as people know it.
+        name: the target's name, for messages.
         needed: whether the run's own records are incomplete without it.
     """
 
     def __init__(self, name: str, needed: bool = False) -> None:
         self.name = name
         self.needed = needed
-        self.failed = 0  # writes
+        self.failed = 0  # number of writes that failed
         self.in_a_row = 0
         self.cause = ""
 
     @property
     def given_up(self) -> bool:
-        """Whether it is not worth another try."""
+        """Whether the target has failed too often to be tried again."""
         return not self.needed and self.in_a_row >= _PATIENCE
 
     def __enter__(self) -> Sink:
@@ -57,7 +57,7 @@ class Sink:
         return True
 
     def summary(self) -> str | None:
-        """What is said at the end; None where nothing failed."""
+        """The line to print at the end; None if nothing failed."""
         if not self.failed:
             return None
         lost = " and are LOST" if self.needed else ""
@@ -66,19 +66,19 @@ class Sink:
 
 
 class SinkGuard(Callback):
-    """Keeps the loggers' failures from ending a training, and says at its end how many there were."""
+    """Keeps loggers' failures from ending a training, and reports their number at its end."""
 
     def __init__(self) -> None:
         self.sinks: list[Sink] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Guard every logger of the trainer."""
+        """Guards every logger of the trainer."""
         for logger in trainer.loggers:
             if not hasattr(logger, "_guarded"):
                 self.sinks.append(guard(logger))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say what was lost."""
+        """Prints which writes failed."""
         for sink in self.sinks:
             if (text := sink.summary()) is not None:
                 say(text, sys.stderr)
@@ -86,9 +86,9 @@ class SinkGuard(Callback):
 
 
 def guard(logger: Logger) -> Sink:
-    """Have the logger's writing methods fail into the sink that is returned."""
-    own = isinstance(logger, JsonlLogger)
-    sink = Sink(str(logger.path) if isinstance(logger, JsonlLogger) else type(logger).__name__, needed=own)
+    """Wraps the logger's writing methods, so that their errors go into the returned sink."""
+    needed = isinstance(logger, JsonlLogger)
+    sink = Sink(str(logger.path) if isinstance(logger, JsonlLogger) else type(logger).__name__, needed=needed)
     for name in _WRITING:
         setattr(logger, name, partial(_write, sink, getattr(logger, name)))
     logger._guarded = True  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The command line: ``commands`` dispatches, ``training`` is the LightningCLI of fit, validate, test and predict."""
+"""The command line. ``commands`` runs commands; ``training`` is the LightningCLI of fit, validate, test and predict."""
 
 from rlhf_lightning.cli.commands import main
 

@@ -1,8 +1,8 @@
-"""The command line in an order of its own, so that the order in which options are typed changes nothing.
+"""Sorts the words of the command line, so that the order in which options are typed changes nothing.
 
-The parser works from left to right: an option before the class that has it is parsed against another class, whose
-defaults then stick. So configs go first, then what names a class, then the options inside of it. Of two values for the
-same option the later one wins, and of two configs that set the same key the later one.
+The parser works from left to right. It would parse an option that stands before its class against another class, and
+keep that class's defaults. So configs go first, then options that name a class, then the options of that class. If an
+option is given twice, the later value wins; if two configs set the same key, the later config wins.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Option:
     """One option as typed.
 
     Args:
-        key: without dashes and ``init_args``, and of a class its own place: ``model.lora.rank``, ``model``.
-        value: what was given for it; None where nothing was.
-        tokens: the words of the command line.
+        key: its name without dashes, ``init_args`` and ``class_path``: ``model.lora.rank``, or ``model`` for a class.
+        value: the value that was given; None if there was none.
+        tokens: its words on the command line.
     """
 
     key: str
@@ -31,12 +31,12 @@ class Option:
 
     @property
     def appends(self) -> bool:
-        """Whether it adds to a list (``--trainer.callbacks+=EarlyStopping``)."""
+        """Whether the option adds to a list (``--trainer.callbacks+=EarlyStopping``)."""
         return self.key.endswith("+")
 
 
 def split(arguments: Sequence[str]) -> list[Option]:
-    """The options of a command line without its subcommand; a word that belongs to none has no key."""
+    """The options of a command line without its subcommand. A word that belongs to no option has an empty key."""
     options: list[Option] = []
     waiting = list(arguments)
     while waiting:
@@ -59,12 +59,12 @@ def split(arguments: Sequence[str]) -> list[Option]:
 
 
 def ordered(options: Sequence[Option]) -> list[Option]:
-    """Configs first, then the more general before the more special; otherwise as typed, the last of equal ones alone.
+    """Configs first, then options by the depth of their keys, else as typed; of repeated options only the last.
 
-    What adds to a list stays where it is among the options of what was added: they belong to the latest one.
+    An option that adds to a list keeps its place among the options inside that list: they set the item added last.
     """
     lists = {option.key[:-1] for option in options if option.appends}
-    kept = list(_without_repeats(options, lists))
+    effective = list(_without_repeats(options, lists))
 
     def rank(option: Option) -> tuple[int, int]:
         if option.key == "config":
@@ -74,14 +74,14 @@ def ordered(options: Sequence[Option]) -> list[Option]:
         inside = next((name for name in lists if f"{option.key.rstrip('+')}.".startswith(f"{name}.")), None)
         return 1, (option.key if inside is None else inside).count(".")
 
-    return sorted(kept, key=rank)
+    return sorted(effective, key=rank)
 
 
 def repeats(options: Sequence[Option]) -> list[Option]:
-    """The options that are given again later, and so count for nothing."""
+    """The options that are given again later, and so have no effect."""
     lists = {option.key[:-1] for option in options if option.appends}
-    kept = {id(option) for option in _without_repeats(options, lists)}
-    return [option for option in options if id(option) not in kept]
+    effective = {id(option) for option in _without_repeats(options, lists)}
+    return [option for option in options if id(option) not in effective]
 
 
 def _without_repeats(options: Sequence[Option], lists: set[str]) -> Iterator[Option]:

@@ -1,4 +1,4 @@
-"""A run's folder is this process's from before its models are loaded to its end."""
+"""Claims a run's folder for this process, from before the models are loaded until the run ends."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from rlhf_lightning.cli.runs import Run, Wanted, choose, holds_run
 from rlhf_lightning.errors import InputError
 
-# What Lightning, torchrun, SLURM and LSF tell a process. (`rank_zero_only` looks at it once, when it is imported.)
+# Variables in which Lightning, torchrun, SLURM and LSF give a process its rank. (`rank_zero_only` reads them only once,
+# when it is imported.)
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-_TRIES = 100  # of holding a folder that others remove meanwhile
+_TRIES = 100  # attempts to hold a folder that other processes keep removing
 
 
 def first_process() -> bool:
-    """Whether this process is the run's first: it speaks and writes for the others."""
+    """Whether this process is the run's first. Only the first one prints and writes files."""
     ranks = [os.environ.get(name, "0") for name in _RANKS]
     return getattr(rank_zero_only, "rank", 0) == 0 and all(rank == "0" for rank in ranks)
 
 
 @contextmanager
 def claimed(wanted: Wanted) -> Iterator[Run]:
-    """The run of a ``fit``, with its folder made and held against other processes, where the file system has locks.
+    """Chooses the run of a ``fit``, makes its folder, and locks it against other processes (if the file system can).
 
     A fit that ends before its first step is logged leaves no folder behind.
 
     Raises:
-        InputError: see `runs.choose`; the folder cannot be written to, or another process goes on with this run.
+        InputError: see `runs.choose`; or the folder cannot be written to, or another process continues this run.
     """
     busy: list[Path] = []
     while True:
@@ -44,7 +45,7 @@ def claimed(wanted: Wanted) -> Iterator[Run]:
         existed, held = _hold(run.folder)
         if held is not None and (run.goes_on or not holds_run(run.folder)):
             break
-        if held is not None:  # a run has come and gone since the name was chosen
+        if held is not None:  # another run has used the folder and ended since the name was chosen
             os.close(held)
         elif run.goes_on:
             raise InputError(f"{run.folder}: another process is training it; wait for its end, or stop it")
@@ -60,7 +61,7 @@ def claimed(wanted: Wanted) -> Iterator[Run]:
 
 @contextmanager
 def cleared_up(folder: Path) -> Iterator[None]:
-    """What fails in here leaves no new folder without anything logged."""
+    """If the body fails, removes the folder if it is new and nothing was logged in it."""
     existed = folder.exists()
     try:
         yield
@@ -71,22 +72,22 @@ def cleared_up(folder: Path) -> Iterator[None]:
 
 
 def remove_if_nothing_logged(folder: Path) -> None:
-    """Remove the folder of a run that ended before its first step was logged: it holds its config and no event."""
+    """Removes the folder of a run that ended before its first step was logged: it has only a config and empty logs."""
     if not folder.is_dir():
         return
     files = list(folder.iterdir())
     if all(file.name == "config.yaml" or file.name.startswith("events.out.tfevents.") for file in files):
         for file in files:
             file.unlink()
-        with suppress(OSError):  # one that is not empty, or is no more, is another process's by now
+        with suppress(OSError):  # if the folder is not empty or is gone, another process uses it by now
             folder.rmdir()
             folder.parent.rmdir()
 
 
 def _hold(folder: Path) -> tuple[bool, int | None]:
-    """Whether the folder was there, and what holds it now (see `_lock`).
+    """Returns whether the folder existed, and the descriptor that holds it now (see `_lock`).
 
-    Another process may end, and remove its folder, between any two of the steps: then they are taken again.
+    Another process may end and remove its folder between any two steps. Then all steps are repeated.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -103,7 +104,7 @@ def _hold(folder: Path) -> tuple[bool, int | None]:
             continue
         except OSError as error:
             raise _not_writable(folder, str(error.strerror)) from None
-    raise _not_writable(folder, "it is no more once it is made")
+    raise _not_writable(folder, "another process removes it again and again")
 
 
 def _not_writable(folder: Path, reason: str) -> InputError:
@@ -111,14 +112,14 @@ def _not_writable(folder: Path, reason: str) -> InputError:
 
 
 def _check_writable(folder: Path) -> None:
-    """Make the folder and write to it: what fails now would fail after hours."""
+    """Makes the folder and writes to it, since a failure now is better than one after hours."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         file.write(bytes(4096))
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder until it is closed, or the process has ended; None where another has it."""
+    """A descriptor that holds the folder until it is closed or the process ends; None if another process holds it."""
     if fcntl is None:
         return os.open(os.devnull, os.O_RDONLY)
     descriptor = os.open(folder, os.O_RDONLY)
@@ -133,5 +134,5 @@ def _lock(folder: Path) -> int | None:
 
 
 def _is_still(folder: Path, held: int) -> bool:
-    """Whether the descriptor is of the folder that stands there now, not of one that was removed before it was held."""
+    """Whether the descriptor belongs to the folder that exists now, and not to a removed one of the same name."""
     return fcntl is None or os.path.samestat(os.fstat(held), os.stat(folder))

@@ -1,4 +1,4 @@
-"""The classes that configs name: by their short names or dotted, their options, and how they are built."""
+"""The classes that configs name: finds them by short or dotted names, lists their options, and builds them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLASSES = (
     *(getattr(rewards, name) for name in rewards.__all__),
     PreferenceDataModule,
 )
-# What a class may be called without its module: the above, and Lightning's own.
+# Names of classes that configs may write without the module: the above, and Lightning's own.
 SHORT_NAMES = [*(cls.__name__ for cls in CLASSES), *callbacks.__all__, *loggers.__all__]
 
 
@@ -30,19 +30,19 @@ def class_path(cls: type) -> str:
 
 
 def imported(class_path: str) -> type:
-    """The class of a path that the parser has accepted, and so imported already."""
+    """The class of a dotted path. The parser has accepted the path, so the module can be imported."""
     module, _, name = class_path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
 def resolved(name: str) -> type | None:
-    """The class of a name as configs write it, short or dotted; None for one that cannot be imported."""
+    """The class of a short or dotted name in a config; None if it cannot be imported."""
     known = next((cls for cls in CLASSES if cls.__name__ == name), None)
     if known is not None or "." not in name:
         return known
     try:
         found = imported(name)
-    except Exception:  # whatever a module of the user's raises: the parser meets it again, and says it
+    except Exception:  # a user's module may raise anything; the parser will import it again and report the error
         return None
     return found if isinstance(found, type) else None
 
@@ -52,18 +52,18 @@ def keys_of(cls: type) -> list[str]:
     """The constructor's keywords, base classes included, as the parser finds them."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "it", fail_untyped=False, instantiate=False)
-    keys = parser.get_defaults().keys()  # a Namespace: iterating over it alone does not work
+    keys = parser.get_defaults().keys()  # a Namespace cannot be iterated itself
     return [key.removeprefix("it.") for key in keys]
 
 
 def built_of_plain_numbers(cls: type, *args: Any, **kwargs: Any) -> Any:
-    """``cls(...)`` with ``PositiveFloat(0.1)`` and its like as plain numbers.
+    """``cls(...)`` with plain numbers in place of restricted ones such as ``PositiveFloat(0.1)``.
 
-    The parser's restricted types are classes of their own. As an optimizer's option they would get into checkpoints,
+    The parser's restricted types are classes of their own. In an optimizer's options they would get into checkpoints,
     which then could not be loaded with ``weights_only=True``.
 
     Raises:
-        InputError: a logger or a callback that cannot be built, as where the package behind it is not installed.
+        InputError: a logger or a callback cannot be built, for example because its package is not installed.
     """
     try:
         return cls(*(_plain(value) for value in args), **{name: _plain(value) for name, value in kwargs.items()})

@@ -1,6 +1,6 @@
 """The subcommands of ``python -m rlhf_lightning`` and their exit codes.
 
-A command's code is imported when the command is run, so that ``--help`` and ``info`` answer at once.
+A command's code is imported only when the command runs, so that ``--help`` and ``info`` answer at once.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code.
+    """Runs a command and returns its exit code.
 
-    0 done; 1 failed (also a loss that is not finite, or memory that ran out); 2 the input is at fault, in one line; 130
-    and 143 stopped by SIGINT and SIGTERM. Errors that are none of these are ours: they keep their traceback.
+    0: done. 1: failed, for example by a loss that is not finite or by lack of memory. 2: the input is at fault, as one
+    line says. 130 and 143: stopped by SIGINT and SIGTERM. Other errors are bugs of ours and keep their traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -96,7 +96,7 @@ From demonstrations to an aligned model: SFT, reward model, PPO, DPO, on PyTorch
 def _say_error(error: Exception) -> None:
     rank = os.environ.get("LOCAL_RANK", "0")
     prefix = "" if rank == "0" else f"[process {rank}] "
-    # A message may quote a file or a model: nothing in it may steer the terminal.
+    # A message may quote a file or a model. Nothing in it may control the terminal.
     print(f"{prefix}error: {' '.join(printable(str(error)).split())}", file=sys.stderr, flush=True)
 
 

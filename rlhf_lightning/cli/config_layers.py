@@ -1,8 +1,8 @@
-"""Configs laid over each other, and the command line over them, without a class that changes on the way.
+"""Merges configs and the command line in layers, and names the final class of each section in every layer.
 
-The parser gives a section the defaults of the first class that it meets there, and they stay when another follows:
-PPO's learning rate would be the base class's, because ``lora.yaml`` came before ``ppo.yaml``. So every layer names the
-class that holds in the end, before the parser sees it.
+The parser gives a section the defaults of the first class that it meets there, and keeps them when another class
+follows: with ``lora.yaml`` before ``ppo.yaml``, PPO would get the base class's learning rate. So every layer names the
+final class before the parser sees it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jsonargparse import get_loader
 from rlhf_lightning.cli.arguments import Option
 
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_SURELY_A_CLASS = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*")  # and no file: ``rows.jsonl`` is a dotted name too
-_SECTIONS = ("model", "data")  # whose value is always a class
+_SURELY_A_CLASS = re.compile(r"([A-Za-z_]\w*\.)*[A-Z]\w*")  # ``rows.jsonl`` is a dotted name, but a file
+_SECTIONS = ("model", "data")  # sections whose value is always a class
 Place = tuple[str, ...]
 Resolve = Callable[[str], "type | None"]
 Keys = Callable[[type], Sequence[str]]
@@ -32,9 +32,9 @@ class Layer:
     """One config on its way to the parser.
 
     Args:
-        path: its file; None for what the command line sets.
+        path: its file; None for values that the command line sets.
         content: its sections.
-        changed: whether the content is no longer the file's.
+        changed: whether the content differs from the file.
     """
 
     path: Path | None
@@ -43,7 +43,7 @@ class Layer:
 
     @property
     def argument(self) -> str:
-        """What ``--config`` is given: the path, or the content as YAML."""
+        """The value for ``--config``: the path, or the content as YAML if it was changed."""
         return str(self.path) if self.path and not self.changed else yaml.safe_dump(self.content, sort_keys=False)
 
     @property
@@ -53,12 +53,12 @@ class Layer:
 
 @dataclass
 class Layers:
-    """What a command line and its configs come to.
+    """The merged configs and options of a command line.
 
     Args:
         layers: the configs, the lowest first.
         options: the rest of the command line, in order.
-        notes: what was left out or laid elsewhere than typed, one line each.
+        notes: one line for each value that was left out, or that wins though it was typed first.
         classes: the class of each place that has one, as it is written.
     """
 
@@ -74,28 +74,28 @@ class Layers:
         return [*configs, *(word for option in self.options for word in option.tokens)]
 
     def given(self, place: Place) -> list[tuple[Layer, Any]]:
-        """Every value that is set at the place, the strongest last."""
+        """Every value that is set at the place, and its layer. The last one wins."""
         typed = [Layer(None, _nested(option.key.split("."), _value(option.value))) for option in self.options]
         every = [*self.layers, *typed]
         return [(layer, value) for layer in every for at, value in _leaves(layer.content) if at == place]
 
 
 def lay(paths: Sequence[Path], options: Sequence[Option], resolve: Resolve, keys: Keys) -> Layers:
-    """The configs and options in an order that does not depend on the one they were typed in.
+    """Brings configs and options into an order that does not depend on how they were typed.
 
-    Configs that name the module lie at the bottom; the others are laid over them, as typed. A value ``null`` on the
-    command line becomes a layer of its own: the parser makes the text 'None' of some.
+    Configs that name the module are the lowest layers; the others follow in the order typed. A value ``null`` on the
+    command line becomes a layer of its own, because the parser turns some of them into the text 'None'.
 
     Args:
         paths: the configs as typed.
         options: the other options, see `arguments.ordered`.
-        resolve: the class of a name; None where it cannot be imported.
-        keys: the options of a class.
+        resolve: returns the class of a name, or None if it cannot be imported.
+        keys: returns the options of a class.
     """
     typed = [Layer(path, get_loader("yaml")(path.read_text(encoding="utf-8")) or {}) for path in paths]
     layers = sorted(typed, key=lambda layer: _class_of(layer.content.get("model")) is None)
     result = Layers(layers, list(options))
-    result.notes += _moved(typed, layers)
+    result.notes += _reordered(typed, layers)
     lists = tuple(f"{option.key[:-1]}." for option in options if option.appends)
     nulls = [o for o in options if o.value == "null" and not o.appends and not (lists and o.key.startswith(lists))]
     if nulls:
@@ -113,8 +113,8 @@ def lay(paths: Sequence[Path], options: Sequence[Option], resolve: Resolve, keys
     return result
 
 
-def _moved(typed: Sequence[Layer], layers: Sequence[Layer]) -> Iterator[str]:
-    """What the order of the layers changes: a value that was typed first and wins."""
+def _reordered(typed: Sequence[Layer], layers: Sequence[Layer]) -> Iterator[str]:
+    """A note for each value that was typed first but wins, because its config is a higher layer."""
     for number, over in enumerate(typed):
         values = dict(_leaves(over.content))
         for under in typed[number + 1 :]:
@@ -123,13 +123,13 @@ def _moved(typed: Sequence[Layer], layers: Sequence[Layer]) -> Iterator[str]:
             for place, value in _leaves(under.content):
                 if place in values and values[place] != value:
                     yield (
-                        f"{'.'.join(place)}: {values[place]} of {over.name} is laid over {value} of {under.name}, "
+                        f"{'.'.join(place)}: {values[place]} of {over.name} wins over {value} of {under.name}, "
                         "which names the module"
                     )
 
 
 def _classes(result: Layers) -> dict[Place, str]:
-    """The class that holds in the end, for every place where one is named."""
+    """The final class of every place where a class is named."""
     classes: dict[Place, str] = {}
     sections: set[Place] = set()
     for layer in result.layers:
@@ -138,7 +138,7 @@ def _classes(result: Layers) -> dict[Place, str]:
             if (name := _class_of(node)) is not None:
                 classes[place] = name
     typed = [tuple(option.key.split(".")) for option in result.options]
-    inside = {place[:depth] for place in typed for depth in range(1, len(place))}  # what has options below it
+    inside = {place[:depth] for place in typed for depth in range(1, len(place))}  # places with options inside
     for place, option in zip(typed, result.options, strict=True):
         given = _value(option.value)
         name = _class_of(given)
@@ -151,50 +151,50 @@ def _classes(result: Layers) -> dict[Place, str]:
 
 
 def _name_class(layer: Layer, place: Place, below: str | None, result: Layers, resolve: Resolve, keys: Keys) -> None:
-    """Give the layer's section at ``place``, written for the class ``below``, the class that holds in the end."""
+    """Writes the final class into the layer's section at ``place``, which was written for the class ``below``."""
     node, parent, key = _find(layer.content, place)
-    name, own = result.classes[place], _class_of(node)
-    if own == name or not (isinstance(node, dict) or own):
+    name, written = result.classes[place], _class_of(node)
+    if written == name or not (isinstance(node, dict) or written):
         return
     if not layer.changed:
         layer.content, layer.changed = copy.deepcopy(layer.content), True
         node, parent, key = _find(layer.content, place)
-    section: dict[str, Any] = node if isinstance(node, dict) else {"class_path": own}
+    section: dict[str, Any] = node if isinstance(node, dict) else {"class_path": written}
     wrapped = "class_path" in section or "init_args" in section
     arguments = (section.get("init_args") or {}) if wrapped else section
     before, after = (resolve(below) if below else None), resolve(name)
     if before is not None and after is not None and before is not after:
-        # What was no option of the first class either is a mistake, which the parser names.
+        # An option that the first class lacks, too, is a mistake. The parser will report it.
         arguments, gone = _without(arguments, set(keys(before)) - set(keys(after)))
         for argument in gone:
             result.notes.append(
-                f"{'.'.join((*place, argument))} of {layer.name} is left out: {after.__name__}, which takes the place "
-                f"of {before.__name__}, has no such option"
+                f"{'.'.join((*place, argument))} of {layer.name} is left out: {after.__name__}, which replaces "
+                f"{before.__name__}, has no such option"
             )
     more = {k: v for k, v in section.items() if k not in ("class_path", "init_args")} if wrapped else {}
     parent[key] = {"class_path": name, "init_args": arguments, **more}
 
 
 def _without(arguments: dict[str, Any], gone: Collection[str], at: str = "") -> tuple[dict[str, Any], list[str]]:
-    """The options without those whose dotted keys are ``gone``, and the keys of those; groups left empty go too."""
-    kept: dict[str, Any] = {}
-    left: list[str] = []
+    """The options without those whose dotted keys are in ``gone``, and the removed keys. Drops groups left empty."""
+    rest: dict[str, Any] = {}
+    removed: list[str] = []
     for name, value in arguments.items():
         key = f"{at}{name}"
         if key in gone:
-            left.append(key)
+            removed.append(key)
         elif isinstance(value, dict) and any(other.startswith(f"{key}.") for other in gone):
             inner, dropped = _without(value, gone, f"{key}.")
-            left += dropped
+            removed += dropped
             if inner or not dropped:
-                kept[name] = inner
+                rest[name] = inner
         else:
-            kept[name] = value
-    return kept, left
+            rest[name] = value
+    return rest, removed
 
 
 def _find(content: dict[str, Any], place: Place) -> tuple[Any, dict[str, Any], str]:
-    """What stands at the place (None where nothing does), the mapping it stands in, and its key there."""
+    """The value at the place (None if there is none), the mapping that holds it, and its key in that mapping."""
     parent: dict[str, Any] = content
     for key in place[:-1]:
         inner = parent.get(key)
@@ -205,7 +205,7 @@ def _find(content: dict[str, Any], place: Place) -> tuple[Any, dict[str, Any], s
 
 
 def _mappings(content: dict[str, Any], at: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Every section with its place, ``init_args`` left out; also the names that stand where a class is expected."""
+    """Every section with its place, without ``init_args`` in it; also class names in place of ``model`` or ``data``."""
     for key, value in content.items():
         place = (*at, str(key))
         if isinstance(value, dict):
@@ -217,7 +217,7 @@ def _mappings(content: dict[str, Any], at: Place = ()) -> Iterator[tuple[Place, 
 
 
 def _leaves(content: dict[str, Any], at: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Every value with its place; a class is the value of the place that it stands at."""
+    """Every value with its place. A ``class_path`` is the value of its section."""
     for key, value in content.items():
         place = at if key in ("init_args", "class_path") else (*at, str(key))
         if isinstance(value, dict):
@@ -235,7 +235,7 @@ def _class_of(node: Any) -> str | None:
 def _set_null(content: dict[str, Any], keys: Sequence[str]) -> None:
     for key in keys[:-1]:
         content = content.setdefault(key, {})
-        if content is None:  # it is null itself already
+        if content is None:  # the group itself is null already
             return
     content[keys[-1]] = None
 

@@ -1,4 +1,4 @@
-"""Config files before they are parsed: where they are, and mistakes that the parser lets pass or explains badly."""
+"""Finds config files and checks them before they are parsed, for mistakes that the parser accepts or explains badly."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rlhf_lightning.cli.suggestions import did_you_mean
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.text import PACKAGE
 
-# In a wheel the configs lie inside the package, in a checkout beside it.
+# A wheel has the configs inside the package, a checkout beside it.
 _SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The shipped configs by the name they are called by: ``{"ppo.yaml": ..., "smollm2/ppo.yaml": ...}``."""
+    """The shipped configs by name: ``{"ppo.yaml": ..., "smollm2/ppo.yaml": ...}``."""
     folder = next((folder for folder in _SHIPPED if folder.is_dir()), None)
     if folder is None:
         return {}
@@ -24,7 +24,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """The file ``name``, or where there is none the shipped config of that name; InputError where neither exists."""
+    """The file ``name``, or else the shipped config of that name. Raises an InputError if neither exists."""
     path = Path(name)
     if path.is_file():
         return path
@@ -36,10 +36,10 @@ def find_config(name: str) -> Path:
 
 
 def resolve_configs(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Command-line arguments with every ``--config`` replaced by the path found, and those paths in order.
+    """The command-line arguments with the found path after every ``--config``, and these paths in order.
 
-    Each file is checked on the way: it must be UTF-8 YAML with a mapping at the top and no key given twice. (The YAML
-    loader keeps the last of two equal keys and says nothing.)
+    Each file is checked: it must be UTF-8 YAML with a mapping at the top and no key given twice. (The YAML loader
+    silently keeps the last of two equal keys.)
     """
     resolved: list[str] = []
     paths: list[Path] = []
@@ -62,7 +62,7 @@ def resolve_configs(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
 
 
 def keys_with_lines(path: Path) -> list[tuple[str, int]]:
-    """Every key of a YAML file as ``(dotted path, line)``; ``init_args`` is left out, as on the command line."""
+    """Every key of a YAML file as ``(dotted path, line)``, without ``init_args`` in it, as on the command line."""
     root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     return [] if root is None else [(".".join(parts), line) for parts, line in _walk(root, ())]
 
@@ -112,11 +112,11 @@ def _refuse_duplicates(node: yaml.Node, path: Path, parent: str) -> None:
 
 
 def no_module(arguments: Sequence[str]) -> InputError:
-    """What to say where no config and no option names one."""
+    """The error if neither a config nor an option names a module."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
         option = argument.partition("=")[0] if argument.startswith("--") else before
-        of_another = option == "--config" or "." in option  # as --data.path
-        if argument.endswith((".yaml", ".yml")) and not of_another:
+        is_value = option == "--config" or "." in option  # the file belongs to an option, such as --data.path
+        if argument.endswith((".yaml", ".yml")) and not is_value:
             return InputError(f"no module is chosen; did you mean --config {argument.rpartition('=')[2]}?")
     stages = ", ".join(name for name in shipped_configs() if "/" not in name)
     return InputError(f"no module is chosen; add --config NAME (shipped: {stages}) or --model PPOModule")

@@ -1,4 +1,4 @@
-"""Errors of the callbacks and loggers that a user has added, and of Lightning itself, in one line."""
+"""Turns errors of Lightning, and of the callbacks and loggers that a user has added, into one line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
 from rlhf_lightning.text import notice, say
 
 _EPOCHS_BEHIND = re.compile(r"checkpoint with current_epoch=(\d+), but you have set Trainer\(max_epochs=(\d+)")
-_SURE = ("val/loss", "val/scores")  # what every validation of ours measures
+_SURE = ("val/loss", "val/scores")  # every validation of this library logs one of these
 _OURS = ("rlhf_lightning.", "lightning.")
 
 
 def check_loggers(loggers: Iterable[Logger]) -> None:
-    """InputError where a logger cannot start: it would not later either, and now nothing is lost."""
+    """Raises an InputError if a logger cannot start. It would fail later, too, and now no work is lost."""
     for logger in loggers:
         try:
             if hasattr(type(logger), "experiment"):
@@ -34,9 +34,9 @@ def check_loggers(loggers: Iterable[Logger]) -> None:
 
 
 def check_monitors(callbacks: Iterable[Callback], module: LightningModule) -> None:
-    """InputError where a callback watches a metric by Lightning's customary name, which nothing here logs.
+    """Raises an InputError if a callback watches a metric by Lightning's usual name, which this library never logs.
 
-    That is sure only of modules of this library beside its own callbacks and Lightning's: another may log such a name.
+    Nothing is checked if the module or a callback is the user's own, since it may log such a name.
     """
     callbacks = list(callbacks)
     if not _ours((module, *callbacks)):
@@ -55,32 +55,32 @@ def _ours(parts: Iterable[object]) -> bool:
 
 
 class CheckMonitors(Callback):
-    """Refuses, as soon as that can be known, a callback that watches a metric which there is not.
+    """Refuses a callback that watches a metric which is never logged, as early as that is known.
 
-    Lightning itself tells only when it looks, after the first epoch. Before the first step: one of the validation,
-    where there is none, or none of this name in its trial, which is made for it. After the first step: any other that
-    training does not log. A resumed run has no trial: there the first validation tells.
+    Lightning itself finds out only after the first epoch. Here, validation metrics are checked before the first step:
+    there must be a validation, and its trial, the sanity check, must log the name. If needed, a trial is added. Other
+    metrics are checked after the first step. A resumed run has no trial, so its first validation is checked.
     """
 
     def __init__(self) -> None:
         self._stepped = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A trial of one batch where nobody asked for any, and a name is watched that nothing else can tell of."""
+        """Adds a trial of one batch if there is none, and only a validation can tell whether a name is logged."""
         unsure = [
             (callback, name)
             for callback, name in _monitors(_callbacks(trainer))
             if name.startswith("val/") and name not in _SURE
         ]
-        deaf = trainer.fast_dev_run or trainer.barebones  # type: ignore[attr-defined]  # nothing is watched there
-        if unsure and not trainer.num_sanity_val_steps and not deaf:
+        no_callbacks = trainer.fast_dev_run or trainer.barebones  # type: ignore[attr-defined]
+        if unsure and not trainer.num_sanity_val_steps and not no_callbacks:
             trainer.num_sanity_val_steps = 1
             if trainer.is_global_zero:
                 said = f"{type(unsure[0][0]).__name__} watches {unsure[0][1]!r}, which only a validation can tell of: "
                 say(notice("note", f"{said}one batch is validated first, trainer.num_sanity_val_steps 0 or not"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """InputError where nothing is held out."""
+        """Raises an InputError if a callback watches a validation metric and nothing is validated."""
         if not trainer.fit_loop.epoch_loop.val_loop.skip:
             return
         for callback, name in _monitors(_callbacks(trainer)):
@@ -91,14 +91,14 @@ class CheckMonitors(Callback):
                 )
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """InputError with the name that may have been meant."""
+        """Raises an InputError if the trial did not log a name, with the name that may have been meant."""
         known = sorted(trainer.callback_metrics)
         for callback, name in _monitors(_callbacks(trainer)):
             if name not in known and name.partition("/")[0] in {other.partition("/")[0] for other in known}:
                 raise _unknown(callback, name, known, f"validation of {type(pl_module).__name__}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same of a run without a trial."""
+        """Checks the first validation of a run without a trial in the same way."""
         known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
         for callback, name in _monitors(_callbacks(trainer)) if known and not trainer.sanity_checking else ():
             if name not in known and name.startswith("val/"):
@@ -107,7 +107,7 @@ class CheckMonitors(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The same for the metrics of the first step."""
+        """Checks the metrics of the first step in the same way."""
         if self._stepped or not trainer.global_step or not _ours((pl_module, *_callbacks(trainer))):
             return
         self._stepped = True
@@ -135,20 +135,20 @@ def _unknown(callback: Callback, name: str, known: list[str], where: str) -> Inp
 
 
 def of_configuration(error: MisconfigurationException) -> InputError:
-    """What to say where Lightning refuses how it is set up."""
-    told = str(error)
-    if "No supported gpu backend" in told:
+    """The error to show if Lightning refuses its options."""
+    text = str(error)
+    if "No supported gpu backend" in text:
         return InputError("trainer.accelerator: torch finds no GPU here; leave the option out")
-    if (epochs := _EPOCHS_BEHIND.search(told)) is not None:
+    if (epochs := _EPOCHS_BEHIND.search(text)) is not None:
         return InputError(
             f"--ckpt_path: the run has had {epochs[1]} epochs and trainer.max_epochs is {epochs[2]}, so nothing is "
-            "left to train; raise it"
+            "left to train; raise trainer.max_epochs"
         )
-    return InputError(told)
+    return InputError(text)
 
 
 def of_callback(error: Exception) -> InputError | None:
-    """What to say of an error that a callback of the user's raised; None for all others."""
+    """The error to show if a user's callback raised ``error``; None for other errors."""
     if isinstance(error, InputError | TrainingDiverged | MisconfigurationException) or out_of_memory(error):
         return None
     callback, hook = _raised_in(error)
@@ -157,18 +157,18 @@ def of_callback(error: Exception) -> InputError | None:
     place = traceback.extract_tb(error.__traceback__)[-1]
     return InputError(
         f"trainer.callbacks: {type(callback).__name__} failed in {hook} ({_first_line(error)}; {place.filename}:"
-        f"{place.lineno}); mend it, or leave it out"
+        f"{place.lineno}); repair it, or leave it out"
     )
 
 
 def of_trainer(error: Exception) -> InputError | None:
-    """What to say where Lightning itself refused an option, some of which it looks at with the data; None otherwise."""
+    """The error to show if Lightning refused an option, which may be only when it sees the data; else None."""
     kinds = ValueError | TypeError | RuntimeError | ImportError
     if isinstance(error, InputError | TrainingDiverged) or not isinstance(error, kinds) or out_of_memory(error):
         return None
     frames = list(traceback.walk_tb(error.__traceback__))
     last = frames[-1][0] if frames else None
-    # A line that raises, and not one that broke on a value of ours.
+    # Only a line of Lightning with `raise` refuses something. Other lines fail on wrong values of ours.
     code = traceback.extract_tb(error.__traceback__)[-1].line or "" if last is not None else ""
     if last is None or not str(last.f_globals.get("__name__", "")).startswith("lightning.") or "raise" not in code:
         return None
@@ -176,7 +176,7 @@ def of_trainer(error: Exception) -> InputError | None:
 
 
 def _raised_in(error: Exception) -> tuple[Any, str]:
-    """The innermost callback that was being called, by the frames of Lightning's loop over the callbacks or ours."""
+    """The innermost callback that was running and its hook, found in the frames of the loops over callbacks."""
     found, hook = None, ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         names = frame.f_locals

@@ -1,6 +1,6 @@
-"""``python -m rlhf_lightning info``: what is installed, and which operators run natively on this machine.
+"""``python -m rlhf_lightning info``: shows what is installed, and which operators run natively on this machine.
 
-The first thing to attach to a bug report. It imports torch and the extension, and reads every other version from the
+Attach its output to a bug report. It imports only torch and the extension, and reads the other versions from the
 package metadata.
 """
 
@@ -22,7 +22,7 @@ _PACKAGES = ("lightning", "transformers", "jsonargparse", "safetensors", "torchm
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print what is installed here; ``--json`` for machines."""
+    """Prints what is installed here, with ``--json`` as JSON."""
     parser = CommandParser(prog="python -m rlhf_lightning info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
@@ -34,10 +34,10 @@ def main(arguments: Sequence[str]) -> int:
 def gather() -> dict[str, Any]:
     """Everything that ``info`` shows, as plain values.
 
-    Keys: ``rlhf_lightning``, ``python``, ``system``, ``cpu_threads``, ``cpu_bf16`` (what this CPU
-    has for products of bfloat16, None where torch cannot tell), ``packages`` (name to version, None where it is not
-    installed), ``cuda`` (what torch was built with, None for a CPU build), ``gpus`` (their names), and ``operators``,
-    see ``ops.extension.status``.
+    Keys: ``rlhf_lightning``, ``python``, ``system``, ``cpu_threads``, ``cpu_bf16`` (this CPU's instructions for
+    bfloat16 products, None if torch cannot tell), ``packages`` (name to version, None if not installed), ``cuda`` (the
+    version that torch was built with, None for a CPU build), ``gpus`` (their names), and ``operators``, see
+    ``ops.extension.status``.
     """
     return {
         "rlhf_lightning": __version__,
@@ -53,7 +53,7 @@ def gather() -> dict[str, Any]:
 
 
 def _bf16_products() -> list[str] | None:
-    """Without them products of bfloat16 are converted first, and slower than float32's."""
+    """The CPU's instructions for products of bfloat16. Without any, such products are slower than those of float32."""
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is None:
         return None
@@ -92,7 +92,7 @@ def _bf16_line(products: list[str] | None) -> str:
 
 
 def _operator_lines(status: dict[str, Any]) -> list[str]:
-    """Operators that take the same path for the same reason share a line."""
+    """One line for all operators that take the same path for the same reason."""
     alike: dict[tuple[str, str, str], list[str]] = {}
     for operator, devices in status["operators"].items():
         for device, path in devices.items():

@@ -1,4 +1,4 @@
-"""What a fit says before its first step (models, data, one example as the loss sees it) and after its last."""
+"""Lines that a fit prints before its first step (models, data, one example as the loss sees it) and after its last."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from rlhf_lightning.ops import extension
 from rlhf_lightning.rewards.model import ModelReward
 from rlhf_lightning.text import notice, printable, say
 
-_BEGINNING, _END, _RESPONSE_SHOWN = 120, 160, 160  # characters of the prompt, and of the response
+_BEGINNING, _END, _RESPONSE_SHOWN = 120, 160, 160  # characters of the prompt, then of the response
 
 
 class Preflight(Callback):
-    """Prints a few lines once everything is loaded, so that a wrong file or template is seen before hours are spent.
+    """Prints a few lines once everything is loaded, so that users see a wrong file or template before the training.
 
     Args:
         folder: the run's folder.
@@ -34,39 +34,39 @@ class Preflight(Callback):
         self._trained = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
-        """Print, on the first process."""
+        """Prints the lines, on the first process."""
         if trainer.is_global_zero:
             for name, text in report(trainer, pl_module, self.folder):
                 say(notice(name, text))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note that there is something to train."""
+        """Remembers that there was something to train."""
         self._trained = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A run that goes on where nothing is left says so: its model is the one that there was."""
+        """Tells the user if a resumed run had nothing left to train, so that its model is unchanged."""
         if not self._trained and trainer.is_global_zero:
-            said = f"{self.folder}: nothing was left to train after step {trainer.global_step:,}; to go on, raise "
-            own = "trainer.max_epochs or trainer.max_steps"
-            say(notice("run", said + (own if pl_module.automatic_optimization else "model.iterations")))
+            line = f"{self.folder}: nothing was left to train after step {trainer.global_step:,}; to go on, raise "
+            limits = "trainer.max_epochs or trainer.max_steps"
+            say(notice("run", line + (limits if pl_module.automatic_optimization else "model.iterations")))
 
 
 class MeasuredRows(Callback):
-    """Says which rows ``validate`` and ``test`` measure on."""
+    """Prints which rows ``validate`` and ``test`` measure on."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lightning has set the data up by now."""
+        """Prints the line. Lightning has set up the data by now."""
         if trainer.is_global_zero:
             say(notice("data", trainer.datamodule.summary().removeprefix("data: ")))  # type: ignore[attr-defined]
 
 
 def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple[str, str]]:
-    """Pairs of a heading and a line."""
+    """The lines before the first step, as pairs of heading and text."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     tokenizer = module.tokenizer
     batches = len(data.train_dataloader())
     size = f"{batches:,} batches of {data.batch_size}"
-    stepwise = (trainer.max_epochs or -1) < 1  # ended by max_steps alone
+    stepwise = (trainer.max_epochs or -1) < 1  # only max_steps ends the run
     amount = f"{trainer.max_steps:,} steps, an epoch is {size}" if stepwise else f"{trainer.max_epochs} x {size}"
     if trainer.max_steps > 0 and not stepwise:
         whole = "" if module.automatic_optimization else ", to the end of an iteration"
@@ -94,13 +94,13 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
 
 
 def _both_ends(prompt: str) -> str:
-    """A chat's prompt begins with what all have in common (system message, tools), and ends with the question."""
+    """The beginning and end of a long prompt: chats begin with system message and tools, and end in the question."""
     whole = len(prompt) <= _BEGINNING + _END
     return prompt if whole else f"{prompt[:_BEGINNING]} ... {prompt[-_END:]}"
 
 
 def _template(data: Any) -> str:
-    """What the chat template is for; whoever meant rows of plain text to be chats sees that they are none."""
+    """How many rows go through the chat template, so that users notice plain rows that were meant to be chats."""
     if data.template is None:
         return "no chat template"
     chats = sum(data.chat or not isinstance(example.record.prompt, str) for example in data.train)
@@ -111,9 +111,9 @@ def _template(data: Any) -> str:
 
 
 def _sizes(module: RLHFModule) -> str:
-    """The parameters of every model, and of how many of them are trained."""
-    trained, own = _count(p for p in module.parameters() if p.requires_grad), _count(module.parameters())
-    rest = f", {_millions(own - trained)} beside them frozen" if trained < own else ""
+    """The number of parameters of every model, and how many of them are trained."""
+    trained, total = _count(p for p in module.parameters() if p.requires_grad), _count(module.parameters())
+    rest = f", {_millions(total - trained)} beside them frozen" if trained < total else ""
     sizes = [f"{_millions(trained)} parameters trained{rest}"]
     actors = getattr(module, "actors", None)
     for name, holder in (("reference", actors or module), ("reward", module)):
@@ -149,7 +149,7 @@ def _operators(trainer: Trainer) -> str:
 
 
 def farewell(run: Run, module: RLHFModule) -> str:
-    """Where a finished fit left everything, and the command that may come next."""
+    """The lines after a fit: where its files are, and the command that may come next."""
     model = run.folder / "model"
     kind = "AutoModelForSequenceClassification" if isinstance(module, RewardModelModule) else "AutoModelForCausalLM"
     lines = {
@@ -162,7 +162,7 @@ def farewell(run: Run, module: RLHFModule) -> str:
 
 
 def _next(module: RLHFModule, model: str) -> list[str]:
-    """A command as words; those in capitals are for the user to fill in."""
+    """The next command as words. The user replaces the words in capitals."""
     if isinstance(module, SFTModule):
         return ["fit", "--config", "reward_model.yaml", "--model.model", model, "--data.path", "PAIRS"]
     if isinstance(module, RewardModelModule):

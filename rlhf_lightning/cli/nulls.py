@@ -1,4 +1,4 @@
-"""Values that the parser lets pass, and that would fail while building: null, or a number for a group of options."""
+"""Refuses values that the parser accepts but the constructors do not: null, or a number for a group of options."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from jsonargparse import Namespace
 
 
 def refused_values(cls: type, given: Namespace, place: str, resolve: Callable[[str], type | None]) -> Iterator[str]:
-    """What is wrong with values whose type in ``cls``'s constructor has no None, or is a dataclass; one line each.
+    """One line for each null that ``cls``'s constructor does not take, and each plain value in place of a dataclass.
 
     Args:
-        cls: whose options they are.
+        cls: the class whose options are checked.
         given: the parsed values.
         place: the key of the section.
-        resolve: the class of a class path; None where there is none.
+        resolve: returns the class of a class path, or None if there is none.
     """
     values = dict(vars(given))
     for init in (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base)):
         try:
             kinds = typing.get_type_hints(init)
-        except Exception:  # a class of the user's may name what it does not import
+        except Exception:  # a user's class may have type hints that it does not import
             kinds = {}
         parameters = inspect.signature(init).parameters
         for name in [name for name in values if name in parameters]:

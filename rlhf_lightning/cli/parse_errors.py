@@ -1,7 +1,7 @@
-"""What the argument parser said, in one line: the place, what is wrong, and the nearest valid name.
+"""Turns the argument parser's report into one line: the place, what is wrong, and the nearest valid name.
 
-jsonargparse answers with a nested report over many lines that lists every type of a union. The report is regular: each
-level is opened by ``Parser key "x":`` or ``Problem with given class_path 'c':``, and the innermost line is the cause.
+jsonargparse reports an error as a nested text of many lines, with every type of a union. The text is regular: each
+level begins with ``Parser key "x":`` or ``Problem with given class_path 'c':``, and the innermost line is the cause.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _NOT_A_NUMBER = re.compile(r"Not of type \w+: .*: ('.*?'|.+)$", re.M)
 _NO_VALUE = re.compile(r"argument (--[\w.]+).*: expected one argument")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (.+)")
 _NO_OPTION = re.compile(r"Invalid option \"(.*)\" for (--print_\w+)")
-# Of a class: why it cannot be had. The text of the first is any exception of the module's.
+# Reasons why a class cannot be imported. The second group of the first pattern is the text of any exception.
 _BROKEN_CLASS = re.compile(
     r"Problem with given class_path '([^']+)':\n\s+(?!\s|Parser key|Option |unrecognized|the following)(\S.*)"
 )
 _NO_ATTRIBUTE = re.compile(r"module '([^']+)' has no attribute '([^']+)'")
 _NO_MODULE = re.compile(r"No module named '([^']+)'")
 _NO_CLASS_FILE = re.compile(r"Invalid content in sub-config file (.+?): ")
-_PATHS = {"model": "model", "model.reward": "path", "data": "path"}  # of a class, its option for a file or folder
+_PATHS = {"model": "model", "model.reward": "path", "data": "path"}  # by place of a class: its option for a path
 _DATA = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 _OTHER_BASE = re.compile(r"Import path (\S+) does not correspond to a subclass of (\w+)")
 _NOT_A_CLASS = re.compile(r"Not a valid subclass of (\w+)")
 _NO_CONFIG = re.compile(r"Unable to load config '([^']*)'")
 _BASE = re.compile(r"Subtypes: \[<class '(?:\w+\.)*(\w+)'>")
 _INSIDE = re.compile(r"NestedArg\(key='([^']+)'")
-_TIGHT_COLON = re.compile(r"\{.*\w:\S.*\}")  # which makes one long key of it, in YAML
+_TIGHT_COLON = re.compile(r"\{.*\w:\S.*\}")  # YAML reads `{a:1}` as one long key
 _COMPARED = re.compile(r"\bv(?=[<>=])")
 _MAX_LENGTH = 400
 
@@ -58,11 +58,11 @@ def explain(
         message: the report.
         arguments: the command line.
         paths: the config files, in the order given (a later one wins).
-        accepted: the valid dotted keys, of the class of the given name, or of the whole command where it is None.
+        accepted: returns the valid dotted keys of the class with the given name, or of the whole command for None.
     """
     keys = _chain(message)
     classes: list[str] = _CLASS.findall(message)
-    bases = ("lightning.Callback", "lightning.pytorch.callbacks.Callback")  # tried last, beside the class that is meant
+    bases = ("lightning.Callback", "lightning.pytorch.callbacks.Callback")  # tried last, after the right class
     classes = [name for name in classes if name not in bases] or classes
     flag = _NO_OPTION.search(message)
     if flag:
@@ -73,7 +73,7 @@ def explain(
     required = _REQUIRED.search(message)
     if required:
         names = [".".join([*keys, name.strip()]) for name in required[1].split(",")]
-        names = [name.removeprefix(f"{arguments[0]}.") for name in names]  # of --model null the subcommand is a key
+        names = [name.removeprefix(f"{arguments[0]}.") for name in names]  # with --model null the subcommand is a key
         of = f" by {classes[-1].rsplit('.', 1)[-1]}" if classes else ""
         return f"{' and '.join(names)}: required{of} but not given; add --{names[0]} VALUE or write it in the config"
     key = ".".join(keys)
@@ -100,7 +100,7 @@ def explain(
 
 
 def _explain_class(message: str, place: str, key: str, accepted: Callable[[str | None], Sequence[str]]) -> str | None:
-    """What is wrong with the class at a place; None where that is not what is wrong."""
+    """The line about the class at a place; None if the error is about something else."""
     bases = _BASE.findall(message)
     base = bases[-1] if bases else "class"
     known = accepted("classes")
@@ -125,7 +125,7 @@ def _explain_class(message: str, place: str, key: str, accepted: Callable[[str |
             return f"{place}: no class {path!r}: {what if attribute or module else package}{hint}{more}"
         if "object has no attribute 'keys'" in cause:
             return f"{place}: its init_args are expected as `key: value` lines"
-        return f"{place}: {path} cannot be used: {cause}; mend it, or name another class"
+        return f"{place}: {path} cannot be used: {cause}; repair it, or name another class"
     if (found := _INSIDE.search(message)) is not None and "is abstract" in message:
         return f"--{key}.{found[1]}: no class is chosen for {key}; add --{key} CLASS"
     if (found := _NOT_A_CLASS.search(message)) is not None:
@@ -143,7 +143,7 @@ def _explain_class(message: str, place: str, key: str, accepted: Callable[[str |
 
 
 def _path_for_class(message: str) -> str:
-    """The file or folder, there or not, that is given in a class's place; empty where it is none."""
+    """The path that was given in place of a class, even if nothing is there; empty if the value is no path."""
     found = _NO_CLASS.search(message) or _BROKEN_CLASS.search(message) or _NO_CLASS_FILE.search(message)
     name = found[1].strip() if found else ""
     looks = ("/" in name and ".py" not in name) or name.lower().endswith(_DATA)
@@ -159,7 +159,7 @@ def _explain_unknown(
     accepted: Callable[[str | None], Sequence[str]],
 ) -> str:
     nested, top, rest = found.groups()
-    if classes and top is not None:  # of a group of options inside of the class
+    if classes and top is not None:  # an option in a group of the class
         group = _GROUP.search(found.string)
         nested = f"{group[1]}.{top}" if group else top
     if rest:
@@ -189,7 +189,7 @@ def _explain_unknown(
 
 
 def _list(word: str, arguments: Sequence[str]) -> str:
-    """How a list is written, where the word follows an option that has a value already."""
+    """How to write a list, if the word follows an option that has a value already."""
     place = arguments.index(word) if word in arguments else 0
     values: list[str] = []
     for argument in reversed(arguments[:place]):
@@ -202,9 +202,9 @@ def _list(word: str, arguments: Sequence[str]) -> str:
 
 
 def _chain(message: str) -> list[str]:
-    """The keys from the outermost to the one at fault: each opens deeper than the one before.
+    """The keys from the outermost to the one at fault. Each is indented deeper than the one before.
 
-    What the command line sets as a layer of its own is reported as a fault of ``config``, which is no key of ours.
+    A first key ``config`` is left out: the parser reports it for values that the command line sets in their own layer.
     """
     keys: list[str] = []
     depth = -1
@@ -217,7 +217,7 @@ def _chain(message: str) -> list[str]:
 
 
 def _innermost(message: str) -> str:
-    """The lines of the report that stand under its last and deepest key."""
+    """The lines of the report under its last and deepest key."""
     lines = message.splitlines()
     keys = [(found.start(), number) for number, line in enumerate(lines) if (found := _KEY.search(line))]
     depth, start = max(keys, default=(-1, -1))
@@ -230,7 +230,7 @@ def _innermost(message: str) -> str:
 
 
 def _without_value(option: str, arguments: Sequence[str]) -> str:
-    """The argument that begins with ``option`` and has no value behind it; the parser names only its first part."""
+    """The argument that begins with ``option`` and lacks a value. The parser names only the first part of it."""
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         if argument.startswith(option) and "=" not in argument and following.startswith("--"):
             return argument
@@ -238,7 +238,7 @@ def _without_value(option: str, arguments: Sequence[str]) -> str:
 
 
 def _place(key: str, arguments: Sequence[str], paths: Sequence[Path]) -> str:
-    """``--key`` where it was given on the command line, else ``file:line: key``, else the key alone."""
+    """``--key`` if it was given on the command line, else ``file:line: key`` if a config has it, else the key alone."""
     plain = key.replace(".init_args", "")
     options = [argument.partition("=")[0].rstrip("+").replace(".init_args", "") for argument in arguments]
     if f"--{plain}" in options:

@@ -1,4 +1,4 @@
-"""``predict``: the responses as a JSONL file, one line a row of the data, in the order of the rows."""
+"""Writes the responses of ``predict`` as a JSONL file: one line for each row of the data, in the order of the rows."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ class PredictionWriter(Callback):
     """Collects the rows that ``predict_step`` returns, on all processes, and writes them once at the end.
 
     A line has ``row`` (the number of the row in its file, from 0), ``where`` (its file and line, as in messages),
-    ``prompt`` (as it stands in the data: text, or the messages up to the one to answer), ``response``, ``tokens`` (of
-    the response, EOS included), ``truncated`` (no EOS came), and then the row's other columns. One of those that has
-    such a name itself is written as ``input_NAME``.
+    ``prompt`` (as in the data: text, or the messages up to the one to answer), ``response``, ``tokens`` (the number of
+    tokens in the response, EOS included), ``truncated`` (no EOS came), and then the row's other columns. A column with
+    one of these names is written as ``input_NAME``.
 
     Args:
-        path: the file to write. It appears whole or not at all.
+        path: the file to write. The file is complete as soon as it exists.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: list[dict[str, Any]] = []
-        self._records: dict[int, dict[str, Any]] = {}  # by number: what is known of a row before it is answered
+        self._records: dict[int, dict[str, Any]] = {}  # by number: the parts of a row's line without the answer
         self._left_out = ""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what will be answered, and what not; refuse columns that could not be written, before the work.
+        """Prints how many rows will be answered, and refuses columns that cannot be written before the work begins.
 
         Raises:
-            InputError: a column holds what JSON has no value for.
+            InputError: a column holds a value that JSON cannot express.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, PreferenceDataModule):
@@ -65,11 +65,11 @@ class PredictionWriter(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """Keep the batch's rows."""
+        """Collects the batch's rows."""
         self._rows += outputs
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gather the rows to the first process, and write them in the order of the whole prompt set."""
+        """Gathers the rows on the first process, which writes them in the order of the whole prompt set."""
         rows = [row for part in all_gather_objects(self._rows) for row in part]
         if not trainer.is_global_zero:
             return
@@ -87,7 +87,7 @@ class PredictionWriter(Callback):
 
 
 def _names(columns: set[str]) -> dict[str, str]:
-    """Under which name each column is written: its own, unless that is taken."""
+    """The name in the file for each column: its own, unless that is taken."""
     names: dict[str, str] = {}
     for name in sorted(columns):
         new = name
@@ -114,13 +114,13 @@ def _prompt(record: Record) -> Any:
 
 
 def _others(record: Record) -> dict[str, Any]:
-    """What the row has beside its prompt, responses too; not the key that was read as the prompt."""
-    prompt, own = _prompt(record), record.columns
-    return {name: value for name, value in record.raw.items() if name in own or (name != "prompt" and value != prompt)}
+    """The row's other keys, responses included, without the key that was read as the prompt."""
+    prompt, columns = _prompt(record), record.columns
+    return {k: value for k, value in record.raw.items() if k in columns or (k != "prompt" and value != prompt)}
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it: dates and decimals, which Parquet files have, as text; NaN and infinities as null."""
+    """The value in JSON's types: dates and decimals of Parquet files become text, NaN and infinities become null."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -137,10 +137,10 @@ def _plain(value: Any) -> Any:
 
 
 def inputs_of(data: Any, model: str | None) -> list[str]:
-    """The files and folders that a run reads, of the parsed options of its DataModule; no output may take their place.
+    """The files and folders that a run reads, from the parsed options of its DataModule. No output may replace them.
 
     Args:
-        data: a namespace with ``path``, ``val_path`` and ``chat_template``, each missing or None, one or several.
+        data: a namespace with the options that name files; each may be missing, None, one path or several.
         model: the model's folder.
     """
     found = [model]

@@ -1,8 +1,8 @@
-"""Run folders: ``runs/<run>/`` holds everything that one run leaves, and no run writes over another.
+"""Chooses run folders: ``runs/<run>/`` holds all files of one run, and no run writes over another.
 
-A name that a config gives, or that is made of the module and the time, is one that many runs may want: the second takes
-``NAME-2``. A name typed with ``--run`` is meant as it stands, since other commands will look there: it is refused where
-a run is there already.
+Many runs may want the name that a config gives, or one made of module and time. So the second run with such a name
+takes ``NAME-2``. A name typed with ``--run`` is never changed, since other commands will look for it. It is refused if
+that folder holds a run already.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from rlhf_lightning.errors import InputError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _TIMED = re.compile(r"-\d{8}-\d{6}(-\d+)?")
-# Lightning starts the other processes of a run by the same command line, some seconds later; this is how they learn the
-# folder that the first one took. (torchrun starts all at once: they look before the first one has written anything.)
+# Lightning starts the other processes of a run with the same command line, some seconds later. This variable tells them
+# the first process's folder. (torchrun starts all at once: they choose before the first process writes anything.)
 _SHARED = "RLHF_LIGHTNING_RUN"
 
 
@@ -32,12 +32,12 @@ class Wanted:
     Args:
         root: the folder of the run folders.
         name: ``run``; None to make a name of the module and the time.
-        typed: whether the name stands on the command line.
+        typed: whether the name was given on the command line.
         module: name of the module's class.
         checkpoint: ``--ckpt_path``; ``last`` for the newest of the run.
         configs: the config files.
-        fresh: whether a folder of its own is wanted where no run goes on (``fit``).
-        model: the model's folder: what only measures or answers belongs to the run that left it.
+        fresh: whether the command (``fit``) needs a new folder unless it continues a run.
+        model: the model's folder; commands that only measure or answer write into the run that made the model.
     """
 
     root: Path
@@ -57,19 +57,19 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run writes, what it starts from, and what is to be said of that, first and last; "" for nothing."""
+    """The folder of a run, the checkpoint that it starts from, and a note about them to print ("" for none)."""
 
     folder: Path
     checkpoint: Path | None = None
     note: str = ""
-    goes_on: bool = False  # from a checkpoint of its own
+    goes_on: bool = False  # whether it continues from a checkpoint of its own
 
     @property
     def name(self) -> str:
         return self.folder.name
 
     def within(self, stage: str) -> Run:
-        """Where a stage that only measures writes: not among the metrics of the training whose folder this is."""
+        """The run as a stage that only measures sees it: in a training's folder it writes to a subfolder."""
         if not (self.folder / "config.yaml").exists():
             return self
         folder = self.folder / stage
@@ -80,12 +80,12 @@ def choose(wanted: Wanted, first: bool = True, busy: Sequence[Path] = ()) -> Run
     """The run's folder and checkpoint.
 
     Args:
-        wanted: what was asked for.
-        first: False for a process that another one of this run has started: it takes that one's name.
+        wanted: what the user asked for.
+        first: False for a process that the run's first process started; it takes that process's folder.
         busy: folders that other runs are about to use.
 
     Raises:
-        InputError: a name that is no name, a checkpoint that is not there, a typed name that another run has.
+        InputError: the name is not valid, the checkpoint does not exist, or another run has the typed name.
     """
     if wanted.name is not None and not _NAME.fullmatch(wanted.name):
         raise InputError(
@@ -102,12 +102,12 @@ def choose(wanted: Wanted, first: bool = True, busy: Sequence[Path] = ()) -> Run
 
 
 def holds_run(folder: Path) -> str | None:
-    """What a run has left in the folder; None where it is free."""
+    """A file or folder that a run has left in the folder; None if no run has used it."""
     return next((name for name in ("checkpoints", "model", "metrics.jsonl") if (folder / name).exists()), None)
 
 
 def free(path: Path) -> Path:
-    """The path, or ``NAME-2.jsonl``, ``NAME-3.jsonl``, ... where an earlier command has left that file."""
+    """The path, or the first of ``NAME-2.jsonl``, ``NAME-3.jsonl``, ... that does not exist yet."""
     number = 1
     found = path
     while found.exists():
@@ -117,7 +117,7 @@ def free(path: Path) -> Path:
 
 
 def family(root: Path, name: str) -> list[Path]:
-    """The runs in ``root`` called ``name``, the one started last at the end: ``NAME``, ``NAME-2``, ``NAME-3``, ..."""
+    """The runs ``NAME``, ``NAME-2``, ``NAME-3``, ... in ``root``, sorted by their start."""
     return sorted((path for path in _folders(root) if _number(path, name) and holds_run(path)), key=started)
 
 
@@ -130,7 +130,7 @@ def _number(folder: Path, name: str) -> int:
 
 
 def started(run: Path) -> tuple[float, str]:
-    """When a run was: by its first metrics, since a copy of the folder has other times than the folder."""
+    """The time of a run's first metrics, and its name. (Times of files would change when the folder is copied.)"""
     try:
         with (run / "metrics.jsonl").open("rb") as file:
             return float(json.loads(file.readline(1 << 20))["time"]), run.name
@@ -142,7 +142,7 @@ def started(run: Path) -> tuple[float, str]:
 def _folders(root: Path) -> list[Path]:
     try:
         return [path for path in root.iterdir() if path.is_dir()]
-    except OSError:  # not there, or not to be read: whether it can be written to is asked later
+    except OSError:  # missing or unreadable; a later check asks whether it can be written to
         return []
 
 
@@ -151,9 +151,9 @@ def _by_name(wanted: Wanted, busy: Sequence[Path]) -> Run:
     name = wanted.name or f"{wanted.stage}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = wanted.root / name
     if checkpoint is not None:
-        # From its own checkpoint a run goes on; from another run's this is a new one.
-        own = [folder] if wanted.typed else family(wanted.root, name)
-        found = next((path for path in own if checkpoint.resolve().is_relative_to(path.resolve())), None)
+        # A run continues from its own checkpoint. A checkpoint of another run starts a new one.
+        runs = [folder] if wanted.typed else family(wanted.root, name)
+        found = next((path for path in runs if checkpoint.resolve().is_relative_to(path.resolve())), None)
         if found is not None:
             note = "" if found == folder else f"{found} goes on from {checkpoint.name}"
             return Run(found, checkpoint, note, goes_on=True)
@@ -176,7 +176,7 @@ def _by_name(wanted: Wanted, busy: Sequence[Path]) -> Run:
 
 
 def _newest(wanted: Wanted) -> Run:
-    """The newest run of the name that was typed or configured, or else of the module's kind, to go on."""
+    """The newest run to continue: of the name that was typed or configured, or else of the module's kind."""
     if wanted.typed:
         assert wanted.name is not None
         runs = [wanted.root / wanted.name]
@@ -192,7 +192,7 @@ def _newest(wanted: Wanted) -> Run:
     run = runs[-1]
     checkpoint = latest(run / "checkpoints")
     if checkpoint is None:
-        # An older run is not gone on with unasked: that would write to it.
+        # An older run is never chosen unasked, since continuing it would write to it.
         raise InputError(
             f"--ckpt_path last: {run / 'checkpoints'} holds no whole checkpoint; start without it"
             f"{_known_runs(wanted.root)}"
@@ -201,9 +201,9 @@ def _newest(wanted: Wanted) -> Run:
 
 
 def _run_of_config(wanted: Wanted) -> Path | None:
-    """The run whose own ``config.yaml`` is among the configs, where no other name is given."""
-    own = [path.parent for path in wanted.configs if path.name == "config.yaml" and holds_run(path.parent)]
-    return own[-1] if own and wanted.name is None else None
+    """The run whose own ``config.yaml`` is among the configs; None if there is none, or a name is given."""
+    runs = [path.parent for path in wanted.configs if path.name == "config.yaml" and holds_run(path.parent)]
+    return runs[-1] if runs and wanted.name is None else None
 
 
 def _given(checkpoint: str | None) -> Path | None:

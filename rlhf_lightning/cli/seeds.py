@@ -1,4 +1,4 @@
-"""One seed for a run: ``seed_everything`` reaches the data, the sampling and the fresh heads."""
+"""One seed for a run: passes ``seed_everything`` on to the data, the sampling and the fresh heads."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from rlhf_lightning.cli.arguments import Option
 from rlhf_lightning.cli.config_layers import Layers
 from rlhf_lightning.errors import InputError
 
-_LARGEST = 2**32 - 1  # of numpy's generators
+_LARGEST = 2**32 - 1  # the largest seed of numpy's generators
 _SEEDED = ("data", "model")  # sections with a seed of their own: order and split; sampling, minibatches, fresh heads
 
 
 def follow_seed_everything(layers: Layers, has_seed: Callable[[str], bool]) -> None:
-    """Add ``data.seed`` and ``model.seed`` to the options where ``seed_everything`` is given and they are not.
+    """Adds ``data.seed`` and ``model.seed`` to the options if ``seed_everything`` is given and they are not.
 
-    A config that holds them beside an equal ``seed_everything``, as a run's config does, counts as one that does not:
-    they followed it there. Without ``seed_everything`` nothing is added.
+    If a config has them with the same value as its ``seed_everything``, as a run's config does, they are treated as not
+    given: they followed ``seed_everything`` there. Without ``seed_everything`` nothing is added.
 
     Args:
-        layers: the configs and options; notes are added to it.
-        has_seed: whether the class of a section has such an option.
+        layers: the configs and options; gets the new options and notes.
+        has_seed: tells whether the class of a section has the option ``seed``.
     """
     everywhere = layers.given(("seed_everything",))
     if not everywhere or type(seed := everywhere[-1][1]) is not int:
@@ -29,9 +29,9 @@ def follow_seed_everything(layers: Layers, has_seed: Callable[[str], bool]) -> N
         raise InputError(f"seed_everything: expected a whole number from 0 to {_LARGEST}, got {seed}")
     followed = []
     for section in _SEEDED:
-        own = layers.given((section, "seed"))
-        if own:
-            layer, value = own[-1]
+        seeds = layers.given((section, "seed"))
+        if seeds:
+            layer, value = seeds[-1]
             if value == seed or value != next((v for at, v in everywhere if at is layer), None):
                 if value != seed and layer.path is not None:
                     followed.append(f"{section}.seed stays {value}, as {layer.name} says")

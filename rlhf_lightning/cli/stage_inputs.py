@@ -1,7 +1,7 @@
-"""How stages hang together: a config reads the model that another one's run leaves. What to say where it is not there.
+"""Explains missing inputs of a stage: a config reads the model that another config's run leaves.
 
-All of it comes from the shipped configs themselves: ``run`` and ``runs`` say what a stage leaves, every other path what
-it reads.
+All of it comes from the shipped configs: ``run`` and ``runs`` say which model a stage leaves, and the other paths say
+what it reads.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _PROGRAM = "python -m rlhf_lightning"
 
 
 def check_inputs(options: dict[str, Any]) -> None:
-    """InputError where a model or a file that another stage leaves is not there; names the commands that lead to it.
+    """Raises an InputError if a model or file of another stage is missing, with the commands that make it.
 
     Args:
-        options: what was parsed, as nested mappings.
+        options: the parsed options, as nested mappings.
     """
     for key, text in _texts({name: options.get(name) for name in ("model", "data")}):
         if not Path(text).exists() and (way := _way_to(text)):
@@ -34,7 +34,7 @@ def check_inputs(options: dict[str, Any]) -> None:
 
 
 def what_to_try(configs: Sequence[Path]) -> str:
-    """For a shipped config that lacks options: the stages before it, and the demo's config of the same name."""
+    """Advice for a shipped config that lacks options: run the stages before it, or the demo's config of that name."""
     names = [name for config in configs if (name := _shipped_name(config)) and f"demo/{name}" in shipped_configs()]
     if not names:
         return ""
@@ -44,7 +44,7 @@ def what_to_try(configs: Sequence[Path]) -> str:
 
 
 def newer_models(options: dict[str, Any]) -> Iterator[str]:
-    """A line for each model of a run that is read while a newer run of that name has left one."""
+    """A line for each model that is read although a newer run of the same name has left one."""
     for key, text in _texts({name: options.get(name) for name in ("model", "data")}):
         path = Path(text)
         if path.name != "model" or not path.is_dir():
@@ -57,7 +57,7 @@ def newer_models(options: dict[str, Any]) -> Iterator[str]:
 
 
 def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in nested mappings and lists with its dotted key, without the ``init_args``."""
+    """Every text in nested mappings and lists with its dotted key, without ``init_args`` in it."""
     if isinstance(node, str):
         yield key, node
     elif isinstance(node, dict):
@@ -84,7 +84,7 @@ def _leaves(name: str) -> str | None:
 
 
 def _stages_to(name: str) -> list[str]:
-    """The shipped configs whose models ``name`` reads, and those before them, in order; those there are left out."""
+    """The shipped configs to run before ``name``, in order: those whose models it needs and that do not exist yet."""
     stages: list[str] = []
     makers = {leaves: other for other in shipped_configs() if (leaves := _leaves(other))}
     for _, text in _texts(_shipped(name).get("model")):
@@ -94,7 +94,7 @@ def _stages_to(name: str) -> list[str]:
 
 
 def _command(name: str) -> str:
-    """How a shipped config is run, with placeholders for what it leaves open."""
+    """The command that runs a shipped config, with placeholders for missing options."""
     config = _shipped(name)
     given = dict(_texts({"model": config.get("model"), "data": config.get("data")}))
     options = [("model.model", "MODEL"), ("data.path", "FILE")]
@@ -102,7 +102,7 @@ def _command(name: str) -> str:
 
 
 def _way_to(text: str) -> str:
-    """What leads to a model or a file; "" where it is none that this library leaves."""
+    """How to make a missing model or file; "" if no stage of this library makes it."""
     path = Path(text)
     if path.is_relative_to(_DEMO):
         return f"`{_PROGRAM} demo` leaves the models and data of configs/demo"

@@ -1,4 +1,4 @@
-"""The nearest known name to one that is not."""
+"""Finds the known name that is nearest to an unknown one, for ``did you mean`` hints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from rlhf_lightning.text import nearest
 
-# What TRL, transformers and peft call options of ours, and what these were called before they stood in groups; the
+# Names of our options in TRL, transformers and peft, and their former names here, from before there were groups. The
 # right side is the end of our dotted name.
 _ELSEWHERE = {
     "adam_beta1": "optimizer.beta1",
@@ -68,11 +68,11 @@ _ELSEWHERE = {
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`` (did you mean X?)`` for the known name nearest to ``name``, or nothing where none is near.
+    """`` (did you mean X?)`` for the known name nearest to ``name``, or nothing if no name is near.
 
-    First comes the same key in another place: one that was flat before it stood in a group (``kl_coef`` finds
-    ``model.kl.coef``), or that has lost its section. Then another library's name for one of ours (``lr``), then the
-    nearest last part, then the nearest whole name. Where the first part is wrong, that is what is said.
+    The first choice is the same key in another place, in a group (``kl_coef`` finds ``model.kl.coef``) or a section.
+    Then come another library's name for an option (``lr``), the nearest last part, and the nearest whole name. If the
+    first part is wrong, the hint corrects that part.
     """
     known = list(known)
     head, _, rest = name.partition(".")
@@ -80,15 +80,15 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     if rest and head not in heads and (near_head := nearest(head, heads)):
         near: str | None = f"{near_head}.{rest}" if f"{near_head}.{rest}" in known else near_head
     else:
-        near = _moved(name, known) or _nearest_end(name, known) or nearest(name, known)
+        near = _elsewhere(name, known) or _nearest_end(name, known) or nearest(name, known)
     return f" (did you mean {prefix}{near}?)" if near else ""
 
 
-def _moved(name: str, known: list[str]) -> str | None:
-    """The known name that ends as ``name`` does, or as what another library calls so; of several the nearest.
+def _elsewhere(name: str, known: list[str]) -> str | None:
+    """The known name that ends like ``name``, or like our name for another library's ``name``.
 
-    One in the group that was typed comes first (``critic.lr`` means the critic's), then the shallowest; of equal ones
-    the critic's is the last.
+    A name in the typed group comes first (``critic.lr`` means the critic's), then the name with the fewest parts. Among
+    those with equally many parts, the critic's comes last.
     """
     *groups, last = name.split(".")
     ours = _ELSEWHERE.get(last, last)

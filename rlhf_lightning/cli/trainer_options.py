@@ -1,4 +1,4 @@
-"""Trainer's options as users of Lightning type them: made to fit this library's modules, or refused in one line."""
+"""Checks the Trainer's options: adapts them to this library's modules, or refuses them in one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jsonargparse import Namespace
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
 
-# Strategies of Lightning's registry that the modules' gradients are right under.
+# Strategies of Lightning's registry that give the modules correct gradients.
 _SUPPORTED = ("auto", "single_device", "fsdp2")
 _REFUSED = {
     "fsdp_cpu_offload": "FSDP2 keeps its shards on the devices here",
@@ -26,7 +26,7 @@ _REMEDY = {
     "deepspeed": "use fsdp2 to shard the model",
     "model_parallel": "use fsdp2 to shard the model",
 }
-# What Trainer leaves to the module where that steps its optimizer itself, and the module's own option for it.
+# Trainer's options that have no effect on modules that step their optimizers themselves, and the modules' own options.
 _MANUAL = {
     "gradient_clip_val": "model.update.max_grad_norm, the bound on the gradient norm of each network",
     "gradient_clip_algorithm": "model.update.max_grad_norm, the bound on the gradient norm of each network",
@@ -35,13 +35,14 @@ _MANUAL = {
 
 
 def fit_trainer(options: Namespace, module: type, subcommand: str, epochs_given: bool) -> list[str]:
-    """Check the options of ``trainer`` and change what is spelt as elsewhere; returns notes of what was changed.
+    """Checks the options of ``trainer``, replaces other libraries' values by ours, and returns notes about changes.
 
-    ``max_steps`` alone ends a run, as it does in Lightning: the one epoch of the default is then no limit. It is one
-    for modules that sample, whose epoch is the whole training, and where ``epochs_given`` says that somebody set it.
+    If ``max_steps`` is set and ``max_epochs`` is not, only ``max_steps`` ends the run, as in Lightning: the default of
+    one epoch is then no limit. For modules that sample, an epoch is the whole training and stays a limit, as does a
+    ``max_epochs`` that somebody set (``epochs_given``).
 
     Raises:
-        InputError: an option that Trainer accepts, and that would go wrong later, or wrong and unseen.
+        InputError: an option that Trainer accepts would fail later, or silently train wrongly.
     """
     notes = _fit_strategy(options)
     if subcommand == "fit" and options.precision in ("bf16-true", "16-true"):
@@ -91,13 +92,13 @@ def _fit_strategy(options: Namespace) -> list[str]:
             raise InputError(
                 f"trainer.strategy: {name} is not supported: {why}; {_REMEDY.get(part, 'use ddp or fsdp2')}"
             )
-    return []  # ddp and its variants, or no strategy: Trainer says which there are
+    return []  # ddp and its variants, or no strategy at all: then Trainer's error lists those that exist
 
 
 def _strip(options: Namespace) -> list[str]:
-    """Under ``barebones`` Trainer refuses what this command line adds by itself."""
-    given: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    for name, value in given.items():
+    """Removes what this command line adds by itself and ``barebones`` does not allow."""
+    required: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    for name, value in required.items():
         if options[name] not in (None, value):
             raise InputError(
                 f"trainer.barebones: does without {name}, and {options[name]} is given; leave one of them out"

@@ -57,14 +57,14 @@ from rlhf_lightning.text import PACKAGE, notice, plain_warnings, say
 _TRAINER_DEFAULTS = {
     "max_epochs": 1,
     "log_every_n_steps": 1,
-    "use_distributed_sampler": False,  # our batch sampler already deals the rows out to the processes
-    "enable_model_summary": False,  # Preflight says it in one line
+    "use_distributed_sampler": False,  # our batches are split over the processes already
+    "enable_model_summary": False,  # Preflight has one line for it
 }
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run ``fit``, ``validate``, ``test`` or ``predict`` (the first argument); 0 when it is done."""
-    set_parsing_settings(config_read_mode_fsspec_enabled=False)  # a config is code: never one from the network
+    """Runs ``fit``, ``validate``, ``test`` or ``predict`` (the first argument). Returns 0 when it is done."""
+    set_parsing_settings(config_read_mode_fsspec_enabled=False)  # configs are like code: none from the network
     resolved, paths = resolve_configs(arguments)
     _quiet()
     try:
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _quiet() -> None:
-    """Leave the terminal to what concerns the user: Preflight says the rest of what these would."""
+    """Silences lines that do not concern the user. Preflight prints the important part of them."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_concerns_the_user)
@@ -90,13 +90,13 @@ def _quiet() -> None:
 
 
 def _concerns_the_user(record: logging.LogRecord) -> bool:
-    """Whether a line is a warning, or this library's own and none that Preflight says."""
-    own = Path(record.pathname).is_relative_to(PACKAGE) and not getattr(record, "in_preflight", False)
-    return own or record.levelno >= logging.WARNING
+    """Whether a line is a warning, or a line of this library that Preflight does not print."""
+    ours = Path(record.pathname).is_relative_to(PACKAGE) and not getattr(record, "in_preflight", False)
+    return ours or record.levelno >= logging.WARNING
 
 
 class TrainingCLI(LightningCLI):
-    """Parses, builds and runs. The config decides everything; a checkpoint's hyperparameters are never read.
+    """Parses the options, builds the objects and runs. A checkpoint's hyperparameters are never read, only the config.
 
     Args:
         arguments: the subcommand and its options, with config files resolved.
@@ -126,11 +126,11 @@ class TrainingCLI(LightningCLI):
     # Parsing
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method in LightningCLI
-        """The one that was asked for: a parser takes a tenth of a second to build."""
+        """Only the subcommand that was asked for, since each parser takes a tenth of a second to build."""
         return {self.arguments[0]: LightningCLI.subcommands()[self.arguments[0]]}
 
     def _arranged(self) -> Layers:
-        """The command line as the parser gets it: in an order of ours, with the seeds that follow from it."""
+        """The command line for the parser: sorted, with the seeds that follow from ``seed_everything``."""
         given = split(self.arguments[1:])
         options = [option for option in given if option.key != "config"]
         layers = lay(self.paths, ordered(options), resolved, keys_of)
@@ -149,7 +149,7 @@ class TrainingCLI(LightningCLI):
         return layers
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Our options beside LightningCLI's: the run's name, and the callbacks that can be configured."""
+        """Adds our options to LightningCLI's: the run's name, and two callbacks that can be configured."""
         parser.set_defaults({"data": {"class_path": class_path(PreferenceDataModule)}})
         parser.add_argument(
             "--run",
@@ -175,10 +175,10 @@ class TrainingCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; whatever is wrong comes back as an InputError of one line."""
+        """Parses the arguments. Any error becomes an InputError of one line."""
         for name, subparser in self._subcommand_parsers.items():
             subparser.prog = f"python -m rlhf_lightning {name}"
-        if any(".help" in argument for argument in self.arguments):  # of a class: that parser asks Python for its name
+        if any(".help" in argument for argument in self.arguments):  # a class's help takes the program's name from here
             sys.argv[0] = f"python -m rlhf_lightning {self.arguments[0]}"
         try:
             self.config = parser.parse_args(args)
@@ -203,7 +203,7 @@ class TrainingCLI(LightningCLI):
             raise InputError("seed_everything: null is no value for it; give a number, true or false")
 
     def _accepted(self, cls: str | None) -> list[str]:
-        """The valid keys of a class, or of the whole command where it is None; ``"classes"``: the known class names."""
+        """The valid keys of a class, or of the whole command for None. For ``"classes"``: the known class names."""
         if cls == "classes":
             return SHORT_NAMES
         if cls is not None:
@@ -215,13 +215,13 @@ class TrainingCLI(LightningCLI):
         return list(dict.fromkeys(keys))
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: LightningCLI lets the checkpoint's hyperparameters win over the config, and imports its class."""
+        """Does nothing. LightningCLI would import the checkpoint's class and prefer its options to the config's."""
 
     def _set_seed(self) -> None:
-        """LightningCLI's, which knows the seed of ``true`` only now; data and module follow it as they do a number."""
-        chosen = self.options.seed_everything is True
+        """Sets the seed. For ``true``, LightningCLI draws it here; data and module then get it like a given number."""
+        drawn = self.options.seed_everything is True
         super()._set_seed()
-        for section in ("data", "model") if chosen and self.options.model is not None else ():
+        for section in ("data", "model") if drawn and self.options.model is not None else ():
             init_args = self.options[section].get("init_args", Namespace())
             if "seed" in init_args and not self.layers.given((section, "seed")):
                 init_args.seed = self.options.seed_everything
@@ -234,7 +234,7 @@ class TrainingCLI(LightningCLI):
         return self.config[self.config.subcommand]
 
     def before_instantiate_classes(self) -> None:
-        """Fix the run's folder and the checkpoint to start from, before anything is built."""
+        """Chooses the run's folder and the checkpoint to start from, before anything is built."""
         self.parser.add_instantiator(built_of_plain_numbers, object, subclasses=True)
         subcommand = self.config.subcommand
         if self.options.model is None or imported(self.options.model.class_path) is RLHFModule:
@@ -265,19 +265,19 @@ class TrainingCLI(LightningCLI):
         self.save_config_kwargs = {"overwrite": True}
 
     def _check_that_it_can_be_written(self) -> None:
-        """InputError where the run's config cannot: some defaults of Lightning's own classes have no form in YAML."""
+        """Raises an InputError if the run's config cannot be written: YAML cannot hold some of Lightning's defaults."""
         try:
             self._parser(self.config.subcommand).dump(self.options, skip_none=False)
         except ValueError as error:
             value = str(error).rpartition("Given value: ")[2].strip()
             raise InputError(
-                f"config.yaml cannot hold {value}; give what is in angle brackets there as plain text, or leave it out"
+                f"config.yaml cannot hold {value}; give the value in angle brackets as plain text, or leave it out"
             ) from error
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; an InputError of a constructor comes through as it is.
+        """Builds data, model and trainer. An InputError of a constructor is raised unchanged.
 
-        The parser takes it for one of its own complaints (it is a ValueError) and wraps it in a report of many lines.
+        The parser takes it for an error of its own, since it is a ValueError, and wraps it in a report of many lines.
         """
         try:
             super().instantiate_classes()
@@ -300,7 +300,7 @@ class TrainingCLI(LightningCLI):
             module=options.model.class_path.rsplit(".", 1)[-1],
             checkpoint=options.ckpt_path,
             configs=self.paths,
-            fresh=self.config.subcommand == "fit" and not options.trainer.fast_dev_run,  # which leaves nothing
+            fresh=self.config.subcommand == "fit" and not options.trainer.fast_dev_run,  # it leaves no files
             model=options.model.init_args.get("model"),
         )
         if wanted.fresh and first_process():
@@ -318,22 +318,22 @@ class TrainingCLI(LightningCLI):
         return self.run.folder
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer with the run's loggers before the user's own, and the callbacks that every run has."""
+        """The Trainer with the run's loggers, then the user's, and with the callbacks that every run has."""
         given = self._get(self.config_init, "trainer").get("logger")
-        own = [] if isinstance(given, bool) or given is None else given
-        own = list(own) if isinstance(own, Iterable) else [own]
-        loggers: list[Logger] = own
+        users = [] if isinstance(given, bool) or given is None else given
+        users = list(users) if isinstance(users, Iterable) else [users]
+        loggers: list[Logger] = users
         if given is not False and self.subcommand != "predict":
             loggers = [
                 EventLogger(save_dir=str(self.folder.parent), name=self.run.name, version=""),
                 JsonlLogger(self.folder),
                 *loggers,
             ]
-        if not self.options.trainer.fast_dev_run:  # which logs nothing
-            foreign.check_loggers(own)
+        if not self.options.trainer.fast_dev_run:  # it logs nothing
+            foreign.check_loggers(users)
         self.trainer_defaults["callbacks"] = self._run_callbacks()
         try:
-            # Callbacks write to the first logger's folder, and without loggers to this root.
+            # Callbacks write to the first logger's folder, or to this root if there are no loggers.
             options = {"logger": loggers or False, "default_root_dir": str(self.folder), **kwargs}
             return super().instantiate_trainer(**options)
         except (ValueError, TypeError, ImportError) as error:  # how Trainer refuses an option's value
@@ -341,7 +341,7 @@ class TrainingCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         left_out: tuple[type, ...] = (RunCheckpoint,) if config["enable_checkpointing"] is False else ()
-        if config["fast_dev_run"]:  # which leaves nothing
+        if config["fast_dev_run"]:  # it leaves no files
             left_out = (RunCheckpoint, SampleTable)
         callbacks = [callback for callback in callbacks if not isinstance(callback, left_out)]
         return super()._instantiate_trainer(config, callbacks)
@@ -363,16 +363,16 @@ class TrainingCLI(LightningCLI):
         return self.options.output or free(self.folder / "predictions.jsonl")
 
     def after_fit(self) -> None:
-        """Say where everything is and what the next command may be."""
+        """Prints where everything is, and what the next command may be."""
         if first_process() and not self.options.trainer.fast_dev_run:
             say(farewell(self.run, self.model))
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the resolved config into the run folder, without what belongs to this one run: its name, its checkpoint.
+    """Writes the resolved config into the run folder, without the run's name and checkpoint.
 
-    So ``fit --config runs/NAME/config.yaml`` repeats the run in a folder of its own. It is written once data and models
-    are loaded: a run that bad input stops leaves nothing behind.
+    So ``fit --config runs/NAME/config.yaml`` repeats the run in a new folder. The config is written once data and
+    models are loaded, so that a run with bad input leaves nothing behind.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
@@ -383,10 +383,10 @@ class SaveRunConfig(SaveConfigCallback):
         super().__init__(parser, config, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Too early to write."""
+        """Does nothing, since it is too early to write."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write, with the date that chats were rendered with; every process takes part."""
+        """Writes the config, with the date that chats were rendered with. Every process takes part."""
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, PreferenceDataModule) and data.template is not None and data.template.dated:
             self.config.data.init_args.date = data.date

@@ -1,1 +1,1 @@
-"""From files of human judgements to checked rows, tokens and batches."""
+"""Reads files of human judgements and makes checked rows, tokens and batches of them."""

@@ -1,4 +1,4 @@
-"""What looks wrong with rows that can all be read: few prompts, and columns that were likely meant for training."""
+"""Advice about rows that can be read but look wrong: few distinct prompts, or columns likely meant for training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rlhf_lightning.data.files import shown
 from rlhf_lightning.data.hints import COLUMNS, meant
 from rlhf_lightning.data.rows import Record
 
-_FEW = 50  # rows a prompt on average, from which on it looks as if the real prompt stood in another column
-# Columns that mean something where a form reads them, or in other libraries; elsewhere rewards alone are handed them.
+_FEW = 50  # rows for each prompt, on average; above this the real prompt probably stands in another column
+# Columns that some form or another library reads. Where the row's form does not read them, only rewards get them.
 _KNOWN = (
     *("system", "tools", "input", "instruction", "context", "history", "text", "messages", "conversations", "question"),
     *(
@@ -31,13 +31,13 @@ _ANSWERS = ("chosen", "rejected", "completions", "ratings", "ranks", "completion
 _BESIDE = ("margin", "weight", "system", "tools")  # what may stand beside any form
 _WANTED = ("completion", "chosen", "rejected", "completions", "ranks", "ratings", *_BESIDE)
 
-# The beginning of messages that a program has written as text, in JSON or as Python's print does.
+# The beginning of a list of messages that a program wrote as text: as JSON, or as Python prints it.
 _WRITTEN = re.compile(r"\s*\[?\s*\{\s*(['\"])(role|from|content|value)\1\s*:")
 _SPEAKS = re.compile(r"(['\"])(role|from)\1\s*:\s*(['\"])(user|assistant|system|human|gpt)\3")
 
 
 def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
-    """One line for each thing to look at; ``option`` is what gives columns other names, for messages."""
+    """One line for each thing to look at; the lines name ``option`` as the option that renames columns."""
     lines = [*repeating(records), *written_out(records), *_unanswered(records), *one_sided(records)]
     prompts = len({record.key for record in records})
     if len(records) > _FEW * prompts:
@@ -47,7 +47,7 @@ def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
         name for record in records for name in record.columns if not (record.form.labelled and name == "label")
     )
     misspelt = {given: name for given, name in _misread(records, _WANTED).items() if given not in _KNOWN}
-    # Of prompts alone, a column that has the answers under another name is what training would look for.
+    # Rows without responses may have their answers in a column of another name.
     misspelt |= _misread([record for record in records if not record.responses], _ANSWERS)
     if not any(record.form.labelled for record in records):
         misspelt |= _misread([record for record in records if len(record.responses) == 1], ["label"])
@@ -55,15 +55,15 @@ def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
         if name in misspelt:
             lines.append(_hint(name, misspelt[name], count, option))
         elif name in _KNOWN or name in _ANSWERS:
-            unused = "is not used in training, where rewards alone are handed it"
+            unused = "is not used in training; only reward functions get it"
             lines.append(f"column '{shown(name)}' of {count:,} rows {unused}")
     return lines
 
 
 def for_training(records: Sequence[Record], labels: bool = False) -> list[str]:
-    """What of it a training says: it tells which rows it reads by itself, and columns may be meant for rewards.
+    """The part of the advice that a training run shows. It leaves out columns that may be meant for rewards.
 
-    ``labels``: whether it learns from them.
+    ``labels``: whether the run learns from labels.
     """
     counts = Counter(name for record in records for name in record.columns)
     misread = _misread(records, _BESIDE)
@@ -72,7 +72,7 @@ def for_training(records: Sequence[Record], labels: bool = False) -> list[str]:
 
 
 def _misread(records: Sequence[Record], wanted: Sequence[str]) -> dict[str, str]:
-    """Columns that were likely meant for other keys, with these; not where a row has both, and so cannot take one."""
+    """Maps each column to the key that was likely meant. Leaves out columns of rows that have that key as well."""
     columns = dict.fromkeys(name for record in records for name in record.columns)
     found = {given: name for name, given in meant(columns, wanted).items() if given != name}
     both = {
@@ -83,11 +83,11 @@ def _misread(records: Sequence[Record], wanted: Sequence[str]) -> dict[str, str]
 
 def _hint(given: str, name: str, count: int, option: str) -> str:
     does = _naming(name, shown(given), option)
-    return f"column '{shown(given)}' of {count:,} rows looks like '{name}', which it is not read as; {does} does"
+    return f"column '{shown(given)}' of {count:,} rows looks like '{name}', but is not read as it; {does} does so"
 
 
 def repeating(records: Sequence[Record]) -> list[str]:
-    """A line where most responses begin with their own prompt, which would be learnt as a part of them; else none."""
+    """A line if most responses begin with their own prompt: training would learn the prompt as part of the response."""
     texts = [
         (record.prompt.strip(), response.lstrip())
         for record in records
@@ -100,24 +100,24 @@ def repeating(records: Sequence[Record]) -> list[str]:
         return []
     return [
         f"{count:,} of {len(texts):,} responses begin with their own prompt, which would be learnt as a part of them; "
-        "take it off the responses (of two transcripts, delete the column 'prompt': what both begin with is the prompt)"
+        "take it off the responses (for two transcripts, delete the column 'prompt': their common beginning is used)"
     ]
 
 
 def written_out(records: Sequence[Record]) -> list[str]:
-    """A line where texts are messages that were written as text, so that their quotes and braces would be learnt."""
+    """A line if texts are lists of messages written as text: their quotes and braces would be learnt."""
     texts = [[text for text in (r.prompt, *r.responses) if isinstance(text, str)] for r in records]
     count = sum(any(_WRITTEN.match(text) and _SPEAKS.search(text) for text in row) for row in texts)
     if not count:
         return []
     return [
-        f"messages are written as text in {count:,} of {len(records):,} rows, and stay text, quotes and braces with "
-        "it; give lists of messages (in CSV and Parquet, text that json.dumps writes of them is read as such)"
+        f"messages are written as text in {count:,} of {len(records):,} rows, and stay text with their quotes and "
+        "braces; give lists of messages (in CSV and Parquet, lists that json.dumps wrote are read as lists)"
     ]
 
 
 def one_sided(records: Sequence[Record]) -> list[str]:
-    """A line where labels are all the same, so that there is no contrast to learn from; else none."""
+    """A line if all labels are the same: there is no contrast to learn from."""
     labels = [record.desirable for record in records if record.form.labelled]
     if len(set(labels)) != 1:
         return []
@@ -128,7 +128,7 @@ def one_sided(records: Sequence[Record]) -> list[str]:
 
 
 def _unanswered(records: Sequence[Record]) -> list[str]:
-    """A line where conversations end without an answer: as data for supervised fine-tuning they would be refused."""
+    """A line if conversations end without an answer: supervised fine-tuning would refuse them."""
     conversations = [record for record in records if record.form.conversation]
     count = sum(not record.responses for record in conversations)
     if not count:
@@ -140,5 +140,5 @@ def _unanswered(records: Sequence[Record]) -> list[str]:
 
 
 def _naming(name: str, given: str, option: str) -> str:
-    """The option that reads ``given`` as ``name``."""
+    """The option, as the user writes it, that makes column ``given`` be read as ``name``."""
     return f"{option}: {{{name}: {given}}}" if option == COLUMNS else f"{option} {name}={given}"

@@ -1,8 +1,8 @@
-"""Which rows make which batch: global batches first, the same for any number of processes, then each rank's share.
+"""Decides which rows form which batch: global batches first, the same for any number of processes, then rank shares.
 
-Rows are sorted by length and put into bins; a bin's rows are dealt anew to its batches in every epoch, and the batches
-of all bins are shuffled. So the rows of a batch have similar lengths, the mix still changes from epoch to epoch, and
-the number of batches never does (Lightning asks once).
+Rows are sorted by length and put into bins. Every epoch distributes the rows of a bin over its batches anew, and
+shuffles the batches of all bins. So the rows of a batch have similar lengths, and the mix changes from epoch to epoch.
+The number of batches never changes, because Lightning asks for it only once.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from rlhf_lightning.data.tokenization import Encoder, Example
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.randomness import DATA_ORDER, permutation
 
-_BATCHES_PER_BIN = 8  # more mixes lengths more widely and pads more
+_BATCHES_PER_BIN = 8  # with more, a batch mixes lengths more widely and needs more padding
 
 
 class Sized(Protocol):
-    """What bins are made of: an example, or a place that several take in turns."""
+    """An item of a bin: an example, or a slot that several examples take in turns."""
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The tokens of each sequence."""
+        """The number of tokens of each sequence."""
 
     @property
     def record(self) -> Record:
-        """Its row, for messages."""
+        """The row that messages name."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Bin:
     batch_size: int
 
     def __len__(self) -> int:
-        """Batches."""
+        """The number of batches."""
         return -(-len(self.rows) // self.batch_size)
 
 
@@ -53,10 +53,10 @@ def make_bins(examples: Sequence[Sized], batch_size: int, batch_tokens: int | No
     Args:
         examples: all rows.
         batch_size: most rows in a batch.
-        batch_tokens: most tokens in a batch, padding included: rows times longest, for pairs both sides together.
+        batch_tokens: most tokens in a batch, padding included: rows times the longest row; a pair counts both sides.
 
     Raises:
-        InputError: one row alone is over ``batch_tokens``.
+        InputError: a single row has more than ``batch_tokens`` tokens.
     """
     order = sorted(range(len(examples)), key=lambda i: (-sum(examples[i].widths), i))
     for i in order:
@@ -80,7 +80,7 @@ def make_bins(examples: Sequence[Sized], batch_size: int, batch_tokens: int | No
 
 
 def _width(examples: Sequence[Sized], rows: Sequence[int]) -> int:
-    """Padded tokens that one row takes in a batch of any of these rows."""
+    """The tokens, padding included, that one row takes in a batch of these rows."""
     return sum(map(max, zip(*(examples[i].widths for i in rows), strict=True)))
 
 
@@ -100,10 +100,10 @@ def in_order(bins: Sequence[Bin]) -> list[tuple[int, ...]]:
 
 
 def endless_batch(size: int, batch_size: int, seed: int, number: int) -> tuple[int, ...]:
-    """Batch ``number`` of an endless walk over ``size`` rows: whole passes, each in a new order, without a seam.
+    """Batch ``number`` of an endless walk over ``size`` rows: pass after pass, each in a new order.
 
-    A row that comes a second time in one batch (from the next pass) has ``size`` added to its number, so that numbers
-    in a batch differ; what is meant is the number modulo ``size``.
+    A batch may reach into the next pass and take a row twice. The second time, ``size`` is added to the row's number,
+    so that all numbers in a batch differ. The row is the number modulo ``size``.
     """
     places = range(number * batch_size, (number + 1) * batch_size)
     orders = {p: permutation(size, seed, DATA_ORDER, p).tolist() for p in {place // size for place in places}}
@@ -117,7 +117,7 @@ def endless_batch(size: int, batch_size: int, seed: int, number: int) -> tuple[i
 
 
 def share(batch: Sequence[Example], rank: int, world: int) -> list[Example]:
-    """Rows ``rank::world`` of a global batch; where there are none, its first row with weight 0 as a filler."""
+    """Rows ``rank::world`` of a global batch. A rank left without rows gets the first row with weight 0 as a filler."""
     return list(batch[rank::world]) or [replace(batch[0], weight=0.0)]
 
 

@@ -1,4 +1,4 @@
-"""What a tokenizer and its chat template make of a file's rows, counted; among it borders that tokens would cross."""
+"""Counts for ``data check`` what a tokenizer and its chat template make of a file's rows, merged borders among it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rlhf_lightning.errors import InputError
 
 
 def rendered_rows(tokenizer: Any, records: Sequence[Record], at_most: int = 20_000) -> tuple[Encoder, list[str]]:
-    """Every response behind its prompt, rendered; of so many at most, evenly spread, the borders are looked at.
+    """Renders every response behind its prompt, and checks the borders of at most ``at_most`` of them, evenly spread.
 
-    Returns: the encoder that counted, and what is wrong with the rows that have no tokens (as chats without a chat
+    Returns: the encoder with its counts, and the messages about rows that cannot be encoded (as chats without a chat
         template).
     """
     encoder = Encoder(tokenizer, compared=at_most)

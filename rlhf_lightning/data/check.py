@@ -1,6 +1,6 @@
-"""``python -m rlhf_lightning data check FILE...``: what is in preference files, and what is wrong with them.
+"""``python -m rlhf_lightning data check FILE...``: reports what preference files hold, and what is wrong with them.
 
-Light by intent: neither torch nor lightning is imported, and transformers with ``--tokenizer`` alone.
+The command starts fast: it imports neither torch nor lightning, and transformers only with ``--tokenizer``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Measure = Callable[[list[str]], list[int]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks the files, prints what they hold, and returns 0, or 2 where a row was refused or a file has none left."""
+    """Checks the files and prints the report. Returns 2 if a row was refused or a file has no row left, else 0."""
     parser = CommandParser(
         prog="python -m rlhf_lightning data check",
-        description="What is in preference files, and what is wrong with them. Exit code 2 where a row is refused, or "
-        "a file has none left to train on.",
+        description="Reports what preference files hold, and what is wrong with them. The exit code is 2 if a row is "
+        "refused, or if a file has no row left to train on.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help=".jsonl, .json, .csv or .parquet, or a hub name")
     parser.add_argument(
@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="+",
         default=[],
         metavar="OURS=YOURS",
-        help="names that rows have for keys: prompt=question",
+        help="our name of a key, and the name that your rows have for it: prompt=question",
     )
     parser.add_argument("--tokenizer", metavar="DIR", help="count lengths in this tokenizer's tokens, not characters")
-    parser.add_argument("--json", metavar="FILE", help="write the report there too, refused rows in full")
+    parser.add_argument("--json", metavar="FILE", help="also write the report to this file, with every refused row")
     options = parser.parse_args(argv)
     if options.json:
         check_output(options.json, "--json", options.files)
@@ -58,10 +58,10 @@ def check(paths: Sequence[str], tokenizer: str | None = None, columns: Mapping[s
     Args:
         paths: the files.
         tokenizer: a tokenizer's folder, to count lengths in tokens.
-        columns: for keys of ours, the names that the rows have for them.
+        columns: maps our names of keys to the names that the rows have for them.
 
     Raises:
-        InputError: a column that no row has.
+        InputError: no row has one of these columns.
     """
     measure = _token_counts(tokenizer) if tokenizer else _character_counts
     files, prompts = [], []
@@ -84,7 +84,7 @@ def _check_file(path: str, measure: Measure, names: Columns, tokenizer: str | No
     dropped: Counter[str] = Counter()
     noted: Counter[str] = Counter()
     records: list[Record] = []
-    with warnings.catch_warnings(record=True) as told:  # Python would print them with a place in this package
+    with warnings.catch_warnings(record=True) as caught:  # Python would print them with a line of this package
         warnings.simplefilter("always")
         try:
             for item in checked_rows(path, dropped, columns=names, noted=noted):
@@ -95,7 +95,7 @@ def _check_file(path: str, measure: Measure, names: Columns, tokenizer: str | No
                     records.append(item)
             if not report.rows:
                 raise InputError(f"{path}: contains no rows; give a file with at least one")
-        except InputError as error:  # the file as a whole
+        except InputError as error:  # about the file as a whole
             report.refused.append(str(error))
     keys = [record.key for record in records]
     report.usable = len(records)
@@ -104,16 +104,17 @@ def _check_file(path: str, measure: Measure, names: Columns, tokenizer: str | No
     report.forms = dict(Counter(str(record.form) for record in records).most_common())
     columns = {(record.form.labelled, name) for record in records for name in record.columns}
     report.columns = sorted({name for labelled, name in columns if not (labelled and name == "label")})
-    report.advice = [str(line.message).removeprefix(f"{path}: ") for line in told] + advice(records, names.option)
+    report.advice = [str(line.message).removeprefix(f"{path}: ") for line in caught] + advice(records, names.option)
     report.prompts = len(set(keys))
     labels = [record.desirable if record.form.labelled else None for record in records]
     report.desirable = labels.count(True)
     rows = [(record.identity, record.responses, record.pairs) for record in records]
     report.duplicates = len(rows) - len(set(rows))
-    report.prompt_lengths = _lengths(measure([_whole(record) for record in records]))
-    report.response_lengths = _lengths(measure([_words(text) for record in records for text in record.responses]))
+    report.prompt_lengths = _lengths(measure([_prompt_text(record) for record in records]))
+    responses = [_response_text(response) for record in records for response in record.responses]
+    report.response_lengths = _lengths(measure(responses))
     pairs = [
-        (key, _words(record.responses[better]), _words(record.responses[worse]))
+        (key, _response_text(record.responses[better]), _response_text(record.responses[worse]))
         for key, record in zip(keys, records, strict=True)
         for better, worse in record.pairs
     ]
@@ -151,13 +152,13 @@ def _compare_lengths(report: FileReport, pairs: list[tuple[str, str, str]], meas
     report.longer_wins = (longer + 0.5 * report.equally_long) / len(pairs)
 
 
-def _whole(record: Record) -> str:
+def _prompt_text(record: Record) -> str:
     if isinstance(record.prompt, str):
         return record.prompt
     return "\n".join(message.content for message in record.prompt)
 
 
-def _words(response: Response) -> str:
+def _response_text(response: Response) -> str:
     return response if isinstance(response, str) else "\n".join(message.content for message in response)
 
 

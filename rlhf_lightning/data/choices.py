@@ -1,4 +1,4 @@
-"""Which of a record's responses a view is made of, and what is said of the records that have none for it."""
+"""Chooses the responses of a record that a view learns from, and refuses records that lack them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAIRS = (("chosen", "rejected"), ("completions", "ratings"), ("completions", "r
 
 
 def wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int, ...], ...]:
-    """Which of the record's responses each example takes; the record has what `check_fit` asks for."""
+    """The numbers of the responses that each example of the record takes. `check_fit` has accepted the record."""
     check_choice("kind", kind, Kind)
     if kind == "prompts":
         return ((0,),) if demonstrations and record.responses and not record.form.labelled else ((),)
@@ -26,16 +26,16 @@ def wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int,
 
 
 def check_fit(records: Sequence[Record], kind: Kind, option: str, read: int | None = None) -> None:
-    """Refuses records without what a view is made of.
+    """Refuses records that lack the responses or labels that a view needs.
 
     Args:
-        records: all of the view.
+        records: all records of the view.
         kind: the view.
-        option: what gives columns other names, for the message.
-        read: rows of the files, for the message; as many as the records if None.
+        option: the option that renames columns, for the message.
+        read: the number of rows in the files, for the message; the number of records if None.
 
     Raises:
-        InputError: for the first record at fault, with the keys found, what mends it, and how many are like it.
+        InputError: about the first record at fault, with the keys found, the remedy, and the number of such records.
     """
     check_choice("kind", kind, Kind)
     refusals = Refusals()
@@ -75,7 +75,7 @@ def _misfit(record: Record, kind: Kind, option: str) -> InputError | None:
 
 
 def _comparing(record: Record, option: str) -> str:
-    """What makes a comparison of a row that has none."""
+    """The remedy for a row that has no comparison."""
     for keys in _PAIRS:
         if len(meant(record.columns, keys)) == len(keys):
             return renaming(record.columns, keys, option)

@@ -1,4 +1,4 @@
-"""Examples to right-padded batches. A filler row is an example of weight 0."""
+"""Makes right-padded batches of examples. A filler row is an example of weight 0."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def collate(
 
 
 def column_names(examples: Sequence[Example]) -> list[str]:
-    """Every column that any row has; a row without it carries None."""
+    """The names of all columns that any row has. In a batch, a row without a column carries None."""
     names: dict[str, Any] = {}
     for example in examples:
         names.update(example.record.columns)
@@ -59,7 +59,7 @@ def column_names(examples: Sequence[Example]) -> list[str]:
 
 
 def _conversation(example: Example) -> dict[str, Any] | None:
-    """The whole prompt as chat templates read it, also where its ids were cut; None for plain text."""
+    """The prompt as chat templates read it, uncut even if its ids were cut; None for plain text."""
     record = example.record
     if not example.chat:
         return None
@@ -68,7 +68,7 @@ def _conversation(example: Example) -> dict[str, Any] | None:
 
 
 def _demonstrations(examples: Sequence[Example], pad_id: int) -> DemonstrationBatch:
-    """The responses of prompts, where they have one; an empty one of weight 0 keeps the row's place."""
+    """The responses of the prompts. A prompt without one gets an empty response of weight 0, so that rows match."""
     empty = torch.zeros(0, dtype=torch.int32)
     filled = [e if e.responses else replace(e, responses=(empty,), masks=(), weight=0.0) for e in examples]
     return _side(filled, 0, pad_id)
@@ -86,7 +86,7 @@ def _side(examples: Sequence[Example], side: int, pad_id: int) -> DemonstrationB
 
 
 def _spoken(examples: Sequence[Example], side: int) -> Tensor | None:
-    """``[B, T]`` bool; None where all of every response counts."""
+    """``[B, T]`` bool, True for tokens that the assistant says; None if it says all of every response."""
     masks = [example.masks[side] if example.masks else None for example in examples]
     if all(mask is None for mask in masks):
         return None
@@ -109,7 +109,7 @@ def _pad(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def encoding(examples: Sequence[Example], kind: Kind) -> str:
-    """Changes when any token of any example changes; demonstrations beside prompts may come and go."""
+    """A digest that changes with any token of any example. It ignores demonstrations beside prompts."""
     check_choice("kind", kind, Kind)
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:

@@ -1,4 +1,4 @@
-"""The user's own names for the keys that forms read: ``{"prompt": "question"}``."""
+"""Renames the user's columns to the keys that forms read, as ``{"prompt": "question"}`` says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf_lightning.data.values import refused
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.text import nearest
 
-# What the forms read. A name that is none of them, nor near one, is a column's that rewards are handed.
+# The keys that forms read. Any other name is a column for reward functions, unless it looks like a misspelt key.
 KEYS = (
     *("prompt", "completion", "chosen", "rejected", "completions", "ranks", "ratings", "messages", "conversations"),
     *(
@@ -31,10 +31,10 @@ KEYS = (
 
 
 def columns_of(pairs: Sequence[str]) -> dict[str, str]:
-    """The names as a command line gives them: ``OURS=YOURS`` each.
+    """Parses the names on a command line, ``OURS=YOURS`` each.
 
     Raises:
-        InputError: one is not of that form.
+        InputError: a pair is not of that form.
     """
     columns = {}
     for pair in pairs:
@@ -46,14 +46,14 @@ def columns_of(pairs: Sequence[str]) -> dict[str, str]:
 
 
 class Columns:
-    """Gives rows our names in place of the user's, and knows afterwards which of these no row had.
+    """Renames the user's columns in rows to our keys, and remembers which of these columns no row had.
 
     Args:
-        names: for each key of ours, the user's.
-        option: what the user gives them by, for messages.
+        names: maps each of our keys to the user's column.
+        option: the option that gives the names, for messages.
 
     Raises:
-        InputError: a key that no form has, and that is spelt nearly as one of theirs.
+        InputError: a key that no form has looks like a misspelt key of a form.
     """
 
     def __init__(self, names: Mapping[str, str] | None, option: str = COLUMNS) -> None:
@@ -64,19 +64,19 @@ class Columns:
             if name not in KEYS and near:
                 raise InputError(f"{option}: '{shown(name)}': no form of rows has this key; did you mean {near}?")
         self._found: set[str] = set()
-        self._keys: dict[str, None] = {}  # of rows, in their order
+        self._keys: dict[str, None] = {}  # the keys that rows had, in order
 
     def renamed(self, row: RawRow) -> RawRow:
-        """The row under our names; what it lacks stays away."""
+        """The row under our names. A column that the row lacks is not added."""
         given = {name: row[key] for name, key in self.names.items() if key in row}
         taken = set(self.names.values())
         return {**{key: value for key, value in row.items() if key not in taken}, **given} if given else row
 
     def apply(self, row: RawRow, where: str) -> RawRow:
-        """The same, where the row is noted as one that was read.
+        """Renames as `renamed` does, and notes the row's keys for `check`.
 
         Raises:
-            InputError: the row has a key of our name beside the one that shall take its place.
+            InputError: the row has both our key and the user's column that is to be read as it.
         """
         if not self.names:
             return row
@@ -90,10 +90,10 @@ class Columns:
         return self.renamed(row)
 
     def check(self) -> None:
-        """Refuses a name that no row had.
+        """Refuses a column that no row had.
 
         Raises:
-            InputError: with the nearest name that rows had.
+            InputError: names the nearest key that rows had.
         """
         for name, key in self.names.items():
             if key not in self._found and self._keys:

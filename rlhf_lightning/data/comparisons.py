@@ -1,4 +1,4 @@
-"""The forms of comparisons: pairs, and several answers with ranks or ratings."""
+"""The forms of rows that compare answers: pairs, and several answers with ranks or ratings."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ GRADED = ("completions", "ranks", "ratings")
 
 
 class Transcript(Form):
-    """Two transcripts as of Anthropic's HH: the same up to the last answer."""
+    """Two transcripts as in Anthropic's HH data. They are the same up to the last answer."""
 
     name, keys = "transcript", r"chosen+rejected as transcripts with '\n\nHuman:' and '\n\nAssistant:' turns"
     compared = transcript = True
 
     def matches(self, row: RawRow) -> bool:
-        """Both sides, neither a list, and nothing that could be their prompt."""
+        """Whether it has both sides, neither is a list, and no key could hold their prompt."""
         sides = [row[key] for key in COMPARED if key in row]
         lists = any(isinstance(side, list | dict) for side in sides)
         return len(sides) == 2 and not lists and not any(key in row for key in PROMPTS)
 
     def read(self, row: Row) -> Record | None:
-        """Both transcripts, cut before their last answer."""
+        """Cuts both transcripts before their last answer: prompt and response."""
         texts = [checked_text(row.take(key), row.where, key) for key in COMPARED]
         for key, text in zip(COMPARED, texts, strict=True):
             if ASSISTANT not in text and "prompt" in row.null:
@@ -41,26 +41,26 @@ class Transcript(Form):
                 raise row.refused(key, f"{problem}; {remedy}")
         (prompt, better), (other, worse) = map(_before_last_answer, texts)
         if prompt != other:
-            row.drop("transcripts that part early")
+            row.drop("transcripts that differ before their last answer")
             return None
         return _pair(self, row, prompt, better, worse)
 
 
 class ChatPair(Form):
-    """Two whole conversations: the common beginning is the prompt, what follows are the responses."""
+    """Two whole conversations. Their common beginning is the prompt; the rest of each is a response."""
 
     name, keys = "chat pair", "chosen+rejected as chat messages"
     compared = True
 
     def matches(self, row: RawRow) -> bool:
-        """Both are lists, and one begins before the answer, or nothing could be the prompt."""
+        """Whether both sides are lists, and either one holds the prompt too, or no other key could hold it."""
         sides = [row.get(key) for key in COMPARED]
         if not all(isinstance(side, list) for side in sides):
             return False
         return any(map(_asks, sides)) or not any(key in row for key in PROMPTS)
 
     def read(self, row: Row) -> Record | None:
-        """The conversations, parted where they part."""
+        """Splits the conversations at the message in which they differ."""
         given = {key: row.take(key) for key in COMPARED}
         chosen, rejected = (checked_messages(side, row.where, key, len(side)) for key, side in given.items())
         for key, messages in zip(COMPARED, (chosen, rejected), strict=True):
@@ -73,7 +73,7 @@ class ChatPair(Form):
             raise row.refused(
                 "rejected", "the conversations differ before the first answer; make them the same up to it"
             )
-        for key, side in given.items():  # whether what is learnt is marked otherwise
+        for key, side in given.items():  # again, now that the learnt messages are known: their marks must agree
             checked_messages(side, row.where, key, context=cut)
         agreeing_prompt(row, chosen)
         return _pair(self, row, chosen[:cut], as_response(chosen[cut:]), as_response(rejected[cut:]))
@@ -86,11 +86,11 @@ class Pair(Form):
     compared = True
 
     def matches(self, row: RawRow) -> bool:
-        """Either side."""
+        """Whether it has either side."""
         return any(key in row for key in COMPARED)
 
     def read(self, row: Row) -> Record | None:
-        """Prompt and answers, each as text or messages."""
+        """Reads prompt and answers, each as text or messages."""
         demand(row, COMPARED, ("prompt",))
         prompt = asked(row, ("chosen", "rejected"))
         chosen, rejected = (checked_response(row.take(key), row.where, key) for key in COMPARED)
@@ -98,14 +98,14 @@ class Pair(Form):
 
 
 class _Graded(Form):
-    """Several answers with a number each: every two that are no tie make a pair."""
+    """Several answers with a number each. Every two answers with different numbers make a pair."""
 
     compared = True
     by: str
-    sign: int  # 1 where less is better
+    sign: int  # 1 if a lower number is better, -1 if a higher one is
 
     def read(self, row: Row) -> Record | None:
-        """Responses best first, and every pair that is no tie."""
+        """Sorts the responses best first, and makes every pair that is no tie."""
         for key in ("completions", self.by):
             if key not in row:
                 both = key == "ranks" and not any(name in row for name in ("ranks", "ratings"))
@@ -121,19 +121,19 @@ class _Graded(Form):
             raise row.refused(self.by, f"holds {len(grades)} for {len(answers)} completions; give one for each")
         self.check(row, grades)
         order = sorted(range(len(answers)), key=lambda i: self.sign * grades[i])
-        kept = [i for i in order if not is_empty(answers[i])]
+        usable = [i for i in order if not is_empty(answers[i])]
         pairs = []
         for place, i in enumerate(order):
             for j in order[place + 1 :]:
                 if grades[i] == grades[j]:
                     row.drop("ties")
                 elif _usable_pair(row, answers[i], answers[j]):
-                    pairs.append((kept.index(i), kept.index(j)))
-        record = row.record(self, prompt, [answers[i] for i in kept], pairs)
-        return record if kept else None
+                    pairs.append((usable.index(i), usable.index(j)))
+        record = row.record(self, prompt, [answers[i] for i in usable], pairs)
+        return record if usable else None
 
     def check(self, row: Row, grades: Sequence[float]) -> None:
-        """Refuses grades that cannot be."""
+        """Refuses grades that are invalid."""
 
 
 class Rating(_Graded):
@@ -143,11 +143,11 @@ class Rating(_Graded):
     by, sign = "ratings", -1
 
     def matches(self, row: RawRow) -> bool:
-        """Ratings."""
+        """Whether it has ratings."""
         return "ratings" in row
 
     def check(self, row: Row, grades: Sequence[float]) -> None:
-        """Refuses ranks beside them."""
+        """Refuses a row that has ranks, too."""
         if "ranks" in row:
             raise row.refused("ratings", "stands beside 'ranks'; keep one of them")
 
@@ -159,28 +159,28 @@ class Ranking(_Graded):
     by, sign = "ranks", 1
 
     def matches(self, row: RawRow) -> bool:
-        """Ranks, or completions without any grade."""
+        """Whether it has ranks, or completions without any grade."""
         return "completions" in row or "ranks" in row
 
     def check(self, row: Row, grades: Sequence[float]) -> None:
-        """Refuses what is no rank."""
+        """Refuses numbers that are no ranks."""
         for grade in grades:
             if grade < 1 or grade != int(grade):
                 raise row.refused("ranks", f"must be whole numbers from 1 (best), got {grade:g}; equal ones are ties")
 
 
 class StackPair(Form):
-    """A pair as of TRL's StackExchange data: response j was preferred."""
+    """A pair as in TRL's StackExchange data. Response j was preferred."""
 
     name, keys = "question pair", "question+response_j+response_k"
     compared = True
 
     def matches(self, row: RawRow) -> bool:
-        """Either response."""
+        """Whether it has either response."""
         return "response_j" in row or "response_k" in row
 
     def read(self, row: Row) -> Record | None:
-        """The question and both responses."""
+        """Reads the question and both responses."""
         demand(row, ("question", "response_j", "response_k"))
         question = checked_prompt(row.take("question"), row.where, "question")
         better, worse = (checked_response(row.take(key), row.where, key) for key in ("response_j", "response_k"))
@@ -188,17 +188,17 @@ class StackPair(Form):
 
 
 class PreferencePair(Form):
-    """A pair as of OpenAI's preference data: the conversation so far with its tools, and an answer of each kind."""
+    """A pair as in OpenAI's preference data: the conversation so far with its tools, and an answer of each kind."""
 
     name, keys = "preference", "input (messages)+preferred_output+non_preferred_output"
     compared = True
 
     def matches(self, row: RawRow) -> bool:
-        """Either answer."""
+        """Whether it has either answer."""
         return any(key in row for key in PREFERRED)
 
     def read(self, row: Row) -> Record | None:
-        """The conversation and both answers; what else the input holds are columns."""
+        """Reads the conversation and both answers. Other keys of the input become columns."""
         demand(row, ("input", *PREFERRED))
         given = row.take("input")
         if not isinstance(given, dict) or "messages" not in given:
@@ -218,13 +218,13 @@ def _before_last_answer(transcript: str) -> tuple[str, str]:
 
 
 def _asks(side: Any) -> bool:
-    """Whether a list of messages begins before the answer."""
+    """Whether a list of messages begins with a message other than the assistant's, and so holds the prompt."""
     first = side[0] if side else None
     return isinstance(first, dict) and speaking(first.get("role", first.get("from"))) != "assistant"
 
 
 def _parting(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
-    """Where two conversations part: the last place up to which they are equal, and at which both have an answer."""
+    """How many messages belong to the common prompt: the last place where both go on with an answer."""
     shortest = min(len(chosen), len(rejected)) - 1
     cut = next((i for i in range(shortest) if chosen[i] != rejected[i]), shortest)
     while cut and not (chosen[cut].role == rejected[cut].role == "assistant" and chosen[cut - 1].role != "assistant"):

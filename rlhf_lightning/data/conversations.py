@@ -1,8 +1,8 @@
-"""Chats as text, by what the template renders for whole conversations: prompts, and the spans that the assistant says.
+"""Renders chats as text with the chat template, and finds the spans that the assistant says.
 
-A conversation is rendered up to each turn of the assistant's that is to be learnt. The turn runs from where the prompt
-for it ends, generation prompt included, to the token that ends it. Where the template renders earlier turns otherwise
-once others follow, each turn is a sequence of its own, as it would be asked for.
+A conversation is rendered up to each assistant turn that is to be learnt. The turn begins where its prompt ends, after
+the generation prompt, and runs to the token that ends it. Some templates change earlier turns once others follow. Then
+each turn becomes a sequence of its own, with the prompt that sampling would use.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.template import MARK, ChatTemplate, TemplateRefuses
 
 UNLIKE = (
-    "turn that the chat template begins otherwise than its generation prompt, learnt as it writes it, without the {} "
-    "that sampling asks with"
+    "turn that the chat template begins without its generation prompt, learnt as the template writes it, without the "
+    "{} that sampling adds"
 )
-TWICE = "opening of a response that the generation prompt has already, taken once"
+TWICE = "response that repeats the end of the generation prompt, which is taken once"
 CHANGED = "response that the chat template changes"
-FOLDED = "system message put into the user's, as the chat template takes none"
-FOLDED_LATE = "system message put into the first user's, as the chat template shows it in a last message alone"
-RENAMED = "developer message given as the system's, as the chat template knows no other"
-ENDED = "response that spells the token that ends it, taken once"
-ENDLESS = "earlier turn of a response, learnt without its end, which the chat template writes with another token"
+FOLDED = "system message put into the user's, as the chat template takes no system message"
+FOLDED_LATE = "system message put into the first user's, as the chat template shows it only in the last message"
+RENAMED = "developer message given as the system's, as the chat template has no developer role"
+ENDED = "response that spells its own end token, which is taken once"
+ENDLESS = "earlier turn of a response, learnt without an end token, as the chat template ends it with another one"
 SILENT = "empty turn of the assistant's, not learnt"
 OPENING = "opening turn of the assistant's, not learnt, as no message asks for it"
-APART = "conversation in one sequence a turn, as the chat template changes earlier ones"
+APART = "conversation split into one sequence a turn, as the chat template changes earlier turns"
 
-_ASKED = tuple(2**power for power in range(4, 30))  # turns before which it is asked whether the prompt is too long
+_LENGTH_CHECKS = tuple(2**power for power in range(4, 30))  # turns before which the prompt's length is checked
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """One sequence as text: the prompt, then in turn what the assistant says and what others say between."""
+    """One sequence as text: the prompt, then in turn what the assistant says and what others say in between."""
 
     pieces: tuple[str, ...]
-    chat: bool = True  # written by a template, whose special tokens stand in it
+    chat: bool = True  # whether a template wrote it, so that its special tokens are to be recognised
     ended: bool = False  # whether it ends with the token that ends a turn
-    # What stands in the pieces for special tokens that a user's text spells: the characters, and the texts.
+    # Pairs of a private character in the pieces and the special token, spelled by a user, that it stands for.
     hidden: tuple[tuple[str, str], ...] = ()
 
     @property
     def context(self) -> str:
-        """All before the last turn of the assistant's; the whole where it says nothing."""
+        """The text before the assistant's last turn; all of it if there is no such turn."""
         return "".join(self.pieces[:-1]) if len(self.pieces) > 1 else self.pieces[0]
 
     @property
@@ -63,23 +63,23 @@ class Rendered:
 @dataclass(frozen=True)
 class _Turn:
     prompt: str
-    whole: str  # up to this turn and the end of the rendering
-    start: int  # of what the assistant says in it, and its end
+    whole: str  # the rendering of the conversation up to this turn
+    start: int  # where the assistant's words begin in `whole`, and where they end
     end: int
     ended: bool
 
 
 @dataclass
 class _Chat:
-    """A record's messages, as the template is given them."""
+    """A record's messages as the template gets them."""
 
     record: Record
     messages: list[dict[str, Any]]
     tools: list[Any] | None
-    first: int  # of the response's messages
-    prefill: str | None  # what the first of them begins with, and the prompt ends with
+    first: int  # the number of the response's first message
+    prefill: str | None  # the beginning of the response that the prompt has already
     hidden: dict[str, str]
-    rendered: dict[Place, str] = field(default_factory=dict)  # of its beginnings, what is known already
+    rendered: dict[Place, str] = field(default_factory=dict)  # renderings of its beginnings
 
     @property
     def where(self) -> str:
@@ -87,12 +87,12 @@ class _Chat:
 
 
 class Conversations:
-    """Renders records' prompts and responses with one template; ``noted`` counts what was not as one would expect.
+    """Renders records' prompts and responses with one template. ``noted`` counts what users may not expect.
 
     Args:
         template: the chat template.
-        special: pattern of the special tokens that stay text where a user's text spells them; None for none.
-        too_long: whether a prompt is so long that it will be refused or dropped.
+        special: pattern of the special tokens that stay text if a user's text spells them; None for none.
+        too_long: tells whether a prompt is so long that it will be refused or dropped.
     """
 
     def __init__(
@@ -102,29 +102,30 @@ class Conversations:
         self._too_long = too_long
         self.special = special
         self.noted: Counter[str] = Counter()
-        self.turns = 0  # of the assistant's that were looked for in what the template renders
-        self.lost: Counter[str] = Counter()  # parts that it drops of them, by their marks: <think>…</think>
-        self._roles: dict[str, str] = {}  # how a role that steers is given: as it is, as "system", or in the user's
+        self.turns = 0  # assistant turns that were looked for in renderings
+        self.lost: Counter[str] = Counter()  # turns of which the template drops a part, by its marks: <think>…</think>
+        # How a system or developer message is given: as it is, as "system", or inside the user's message.
+        self._roles: dict[str, str] = {}
         self._has_tools: bool | None = None
         self._reading = Reading(template, self.noted)
         self._skeletons = Skeletons(template)
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """The tokens that a turn of the assistant's may spell at its end, and that are taken for what ends it."""
+        """The tokens that end a turn, also if the assistant's own text spells one at its end."""
         return (self.template.turn_end, self.template.tokenizer.eos_token)
 
     @property
     def losses(self) -> list[str]:
-        """What the template drops of responses, a line each."""
+        """One line for each kind of part that the template drops from responses."""
         return [
-            f"the chat template drops {part} from {count:,} of {self.turns:,} responses, which are learnt without; set "
-            "data.chat_template to one that keeps it"
+            f"the chat template drops {part} from {count:,} of {self.turns:,} responses, which are learnt without it; "
+            "set data.chat_template to one that keeps it"
             for part, count in self.lost.most_common()
         ]
 
     def prompt(self, record: Record) -> Rendered:
-        """The prompt as sampling is given it."""
+        """The prompt as sampling gets it."""
         chat = self._chat(record, None)
         text = self._prompt_text(chat, chat.first)
         self._reading.check(chat.where, chat.messages, chat.tools, ())
@@ -132,12 +133,12 @@ class Conversations:
         return Rendered((text,), hidden=tuple(chat.hidden.items()))
 
     def answered(self, record: Record, number: int, every_turn: bool = False) -> list[Rendered]:
-        """Response ``number`` in its conversation; with ``every_turn`` the assistant's earlier turns are learnt, too.
+        """Response ``number`` in its conversation. With ``every_turn`` the assistant's earlier turns are learnt, too.
 
-        One sequence, or one a turn where the template changes earlier turns and ``every_turn`` is asked for.
+        Returns one sequence; or one for each turn, if ``every_turn`` is set and the template changes earlier turns.
 
         Raises:
-            InputError: the template refuses the messages, leaves some out, or the assistant's turn cannot be found.
+            InputError: the template refuses the messages or leaves some out, or an assistant turn cannot be found.
         """
         chat = self._chat(record, number)
         spoken = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
@@ -155,8 +156,8 @@ class Conversations:
             chat.rendered = self._skeletons.renderings(chat.messages[: asked[-1] + 1], places)
         turns: list[_Turn] = []
         for number, i in enumerate(asked):
-            # A turn is rendered with all before it. Behind a prompt that will be refused, only the last is looked at.
-            if number in _ASKED and self._too_long(turns[-1].prompt):
+            # Each turn is rendered with all turns before it. If its prompt will be refused, only the last turn counts.
+            if number in _LENGTH_CHECKS and self._too_long(turns[-1].prompt):
                 turns.append(self._turn(chat, asked[-1]))
                 break
             turns.append(self._turn(chat, i))
@@ -177,7 +178,7 @@ class Conversations:
         answer = [] if number is None else [message.turn() for message in record.answer(number)]
         if not prompt:
             raise InputError(f"{record.where}: key 'chosen': the transcript has no Human turn; delete the row")
-        prompt = [*map(self._without_end, prompt[:-1]), prompt[-1]]  # the last is gone on with
+        prompt = [*map(self._without_end, prompt[:-1]), prompt[-1]]  # the response may continue the last message
         answer = list(map(self._without_end, answer))
         prefill = None
         if prompt[-1]["role"] == "assistant":
@@ -196,7 +197,7 @@ class Conversations:
         return _Chat(record, messages, tools, len(prompt), prefill, hidden)
 
     def _without_end(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A turn of the assistant's without an EOS or turn end that it spells: the template writes that."""
+        """An assistant turn without the EOS or turn end that its text spells, which the template writes itself."""
         text = message["content"] or ""
         content = without_end(text, self.ends) if message["role"] == "assistant" else text
         if content == text:
@@ -205,7 +206,7 @@ class Conversations:
         return {**message, "content": content}
 
     def _steered(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages, where need be without a system message: its text then begins the user's."""
+        """The messages as the template takes them: a system message may have to become the beginning of the user's."""
         if [message["role"] for message in messages[:2]] not in (["system", "user"], ["developer", "user"]):
             return messages
         role = messages[0]["role"]
@@ -225,7 +226,7 @@ class Conversations:
             try:
                 chat = [{"role": name, "content": MARK}, {"role": "user", "content": "a"}]
                 asked = self.template.render(chat, generation_prompt=True)
-                # Some templates write the system's text only where the user's message is the last.
+                # Some templates write the system message only if the user's message is the last.
                 whole = self.template.render([*chat, {"role": "assistant", "content": "b"}])
                 if MARK in asked and MARK in whole:
                     return name
@@ -248,7 +249,7 @@ class Conversations:
             ) from None
 
     def _prompt_text(self, chat: _Chat, turn: int) -> str:
-        """What asks for message ``turn``."""
+        """The prompt that asks for message ``turn``."""
         before = chat.messages[:turn]
         if (known := chat.rendered.get((turn, True))) is not None:
             return known
@@ -276,7 +277,7 @@ class Conversations:
             start = len(prompt)
             same = next((i for i, sign in enumerate(asking) if prompt[i : i + 1] != sign), len(asking))
             opening = asking[same:]
-            # The response may have the opening, with other blanks behind it.
+            # The response may repeat the opening, with other blanks after it.
             has = bool(opening.strip()) and whole[start:].lstrip().startswith(opening.strip())
             self.noted[TWICE if has else UNLIKE.format(json.dumps(opening, ensure_ascii=False))] += 1
         end, ended = self._end(whole, start)
@@ -287,7 +288,7 @@ class Conversations:
         return _Turn(prompt, whole, start, end, ended)
 
     def _end(self, whole: str, start: int) -> tuple[int, bool]:
-        """Where the turn that ends the rendering ends, and whether a token ends it."""
+        """Where the rendering's last turn ends, and whether a token ends it."""
         tail, token = self.template.tail, self.template.turn_end
         if tail is not None and whole.endswith(tail) and len(whole) - len(tail) >= start:
             content = len(whole) - len(tail)
@@ -304,7 +305,7 @@ class Conversations:
         self.turns += 1
         if text in whole[start:end]:
             return
-        at = whole.find(text, max(0, start - len(text) + 1), end)  # the prompt has its beginning, and not all of it
+        at = whole.find(text, max(0, start - len(text) + 1), end)  # the prompt may hold its beginning
         if at < 0:
             part = dropped_part(text, whole[start:end])
             if part:
@@ -315,7 +316,7 @@ class Conversations:
             self.noted[TWICE] += 1
 
     def _found_again(self, chat: _Chat, turns: list[_Turn], spoken: list[str]) -> list[_Turn]:
-        """The same turns in the rendering of the last, which writes the earlier ones otherwise."""
+        """The same turns in the last turn's rendering, in which the template changes the earlier ones."""
         whole, token = turns[-1].whole, self.template.turn_end
         starts = [*(shown(turn.prompt, whole, chat.hidden) for turn in turns[:-1]), turns[-1].start]
         found = []
@@ -326,8 +327,8 @@ class Conversations:
             if end >= 0 and end + len(token) <= following:
                 found.append(_Turn(turn.prompt, whole, start, end + len(token), True))
                 continue
-            # The first such end is a later turn's: the template ends earlier turns with another token, as Harmony's
-            # does. A policy that learnt that one would not end its answers with the token that sampling waits for.
+            # The first end token belongs to a later turn: the template ends earlier turns with another token, as
+            # Harmony's does. A policy must not learn that token, since sampling does not stop at it.
             other = self.template.earlier_end
             end = whole.find(words + other, start, following) + len(words)
             if not other or not words or end < start + len(words):
@@ -337,7 +338,7 @@ class Conversations:
         return [*found, turns[-1]]
 
     def _joined(self, chat: _Chat, turns: list[_Turn]) -> Rendered:
-        """The turns, all of which stand in the rendering of the last, as one sequence."""
+        """One sequence of turns that all stand in the last turn's rendering."""
         last = turns[-1]
         pieces = [turns[0].prompt]
         for i, turn in enumerate(turns):
@@ -362,7 +363,7 @@ class Conversations:
                 with_tools = self.template.render(messages, tools, generation_prompt=True)
                 self._has_tools = with_tools != self.template.render(messages, generation_prompt=True)
             except TemplateRefuses:
-                return  # said with the row's messages
+                return  # rendering the row's messages will report it
         if not self._has_tools:
             raise InputError(
                 f"{where}: key 'tools': the chat template has no place for tools; set data.chat_template_name or "
@@ -370,7 +371,7 @@ class Conversations:
             )
 
     def _check_hidden(self, chat: _Chat, rendered: str, count: int) -> None:
-        """Refuses a row whose special tokens, kept as text, the template itself would have read."""
+        """Refuses a row that spells special tokens which the template reacts to: they cannot stay text."""
         if not chat.hidden:
             return
         generation = count == chat.first and chat.prefill is None

@@ -1,6 +1,6 @@
-"""The DataModule of every stage: the module says which view it wants, this serves it in batches.
+"""The DataModule of every stage: the training module names the view that it wants, and this serves it in batches.
 
-It is for a Trainer; ``batching`` has functions that serve evaluation and scripts without one.
+It needs a Trainer. ``batching`` has functions for evaluation and for scripts without one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rlhf_lightning.errors import InputError, check_choice
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.models.template import ChatTemplate, checked_date
 
-_COMPARED = 2000  # sequences whose ids are compared with those of the whole text: all of a small set
+_COMPARED = 2000  # most sequences whose ids are compared with the ids of their text as a whole
 
 Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)], docstring="A number in [0, 1).")
 
@@ -42,34 +42,34 @@ Fraction = restricted_number_type("Fraction", float, [(">=", 0), ("<", 1)], docs
 class PreferenceDataModule(LightningDataModule):
     """Demonstrations, preference pairs, labelled responses or prompts from files, as token batches.
 
-    Everything is read, checked and tokenised in ``setup``; batches are then only padded together, so there are no
-    loader workers. A global batch is formed first and rank r of W takes its rows ``r::W`` (a rank left without rows
-    gets a filler of weight 0): the same configuration gives the same batches on any number of processes. The order is
-    a function of (seed, epoch), and a resumed run goes on at the batch after the checkpoint's.
+    ``setup`` reads, checks and tokenises everything. Batches are only padded after that, so there are no loader
+    workers. A global batch is formed first, and rank r of W takes its rows ``r::W``; a rank left without rows gets a
+    filler of weight 0. So a configuration gives the same batches on any number of processes. The order is a function
+    of (seed, epoch), and a resumed run goes on with the batch after the checkpoint's.
 
     Args:
         path: the data: .jsonl, .json (each also with .gz), .csv or .parquet files, or a hub data set's name. As
-            {FILE: WEIGHT}, each row of a file comes WEIGHT times in an epoch; of a fraction, that share of its rows.
-        val_path: held-out data; without it ``validation_fraction`` of the prompts in ``path`` is held out.
+            {FILE: WEIGHT}, each row of a file comes WEIGHT times in an epoch; 0.5 takes half of its rows.
+        val_path: held-out data; if not given, ``validation_fraction`` of the prompts in ``path`` is held out.
         tokenizer: folder with the tokenizer; the module's model folder if not given.
         batch_size: rows in a global batch, over all processes together.
         val_batch_size: the same for validation, test and prediction; ``batch_size`` if not given.
-        batch_tokens: most tokens in a global batch, padding included; then long rows come fewer at a time. Not for PPO.
+        batch_tokens: most tokens in a global batch, padding included; long rows make smaller batches. Not for PPO.
         max_prompt_tokens: longest prompt, chat template included; null for no limit.
         max_response_tokens: longest response in the data, EOS included; null for no limit.
-        long_prompts: longer prompts are an error, dropped and counted, or cut on the left.
-        long_responses: longer responses are an error, or dropped and counted; they are never cut.
+        long_prompts: what to do with longer prompts: refuse them, drop and count them, or cut them on the left.
+        long_responses: what to do with longer responses: refuse them, or drop and count them; they are never cut.
         validation_fraction: share of the distinct prompts that is held out when there is no ``val_path``.
-        chat: put plain prompts through the chat template as a user message (and transcripts as their turns).
+        chat: put plain prompts through the chat template as a user message, and transcripts as their turns.
         chat_template: file with a Jinja chat template to use in place of the tokenizer's.
-        columns: the rows' own names for the keys that forms read, as {prompt: question, completion: answer}.
+        columns: the names that the rows have for our keys, as {prompt: question, completion: answer}.
         chat_template_name: which of the tokenizer's named chat templates to use; the one named default if not given.
         chat_template_kwargs: variables of the chat template, as ``{enable_thinking: false}``.
-        date: the day that a chat template with a clock says it is, as 2026-01-31; the day of the run's start if not
-            given, also where the run is resumed or its checkpoint measured.
-        special_tokens: special tokens that texts spell are letters (``text``), or are taken for the ``tokens``, as in
-            prompts that a chat template was applied to already.
-        train_on: of conversations (``messages``) every turn of the assistant's carries loss, or the last alone.
+        date: today's date for chat templates that show one, as 2026-01-31; if not given, the day on which the run
+            started, also when it is resumed or its checkpoint is measured.
+        special_tokens: whether special tokens that texts spell stay letters (``text``) or become ``tokens``. Choose
+            ``tokens`` for texts that a chat template was applied to already.
+        train_on: whether every assistant turn of a conversation (``messages``) carries loss, or only the last one.
         seed: seed of the order and of the split.
     """
 
@@ -101,7 +101,7 @@ class PreferenceDataModule(LightningDataModule):
         check_choice("data.long_responses", long_responses, LongResponses)
         check_choice("data.special_tokens", special_tokens, SpecialTokens)
         check_choice("data.train_on", train_on, TrainOn)
-        self.weights = file_weights(path)  # by file, where they are given
+        self.weights = file_weights(path)  # by file; empty if none are given
         self.path = path if isinstance(path, str) else list(path)
         self.columns = columns
         self.val_path = val_path
@@ -125,26 +125,26 @@ class PreferenceDataModule(LightningDataModule):
         self.seed = int(seed)
         self.tokenizer: Any = None
         self.view: View | None = None
-        # Of the batches served: the view's; labels where it takes them for pairs; prompts for `predict`.
+        # What the batches hold: the view's kind; labels if the view takes them in place of pairs; prompts to `predict`.
         self.kind: Kind = "prompts"
-        self.answering = False  # for `predict`: every row of ``path`` is in `held_out`, numbered as in its records
+        self.answering = False  # for `predict`: `held_out` has every row of ``path``, with its number in the files
         self.pad_id = 0
         self.train: list[Example] = []
         self.held_out: list[Example] = []
         self.dropped: Counter[str] = Counter()  # rows or pairs left out, by reason
-        self.noted: Counter[str] = Counter()  # rows that are there, and otherwise than one would expect
-        self.template: ChatTemplate | None = None  # what chats are rendered with
-        self._read_noted: Counter[str] = Counter()  # of these, what reading told
+        self.noted: Counter[str] = Counter()  # used rows with something that users may not expect, by what it is
+        self.template: ChatTemplate | None = None  # the template that renders chats
+        self._read_noted: Counter[str] = Counter()  # the part of `noted` that comes from reading
         self._fingerprint = self._encoding = self._stage = ""
         self._resumed: dict[str, Any] | None = None
 
-    # -- what Lightning calls ------------------------------------------------------------------------------------------
+    # -- called by Lightning -------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Reads the module's view and tokenizer folder, and prepares; called on every process.
+        """Prepares the view that the module wants, with its tokenizer; Lightning calls it on every process.
 
         Raises:
-            InputError: anything wrong with the data or the options.
+            InputError: something is wrong with the data or the options.
         """
         if self.trainer is None:
             raise InputError("PreferenceDataModule.setup: needs the Trainer of a module; without one, call prepare")
@@ -156,16 +156,16 @@ class PreferenceDataModule(LightningDataModule):
             self.tokenizer = load_tokenizer(
                 folder, getattr(getattr(module, "network_options", None), "trust_remote_code", False)
             )
-        self.date = self.trainer.strategy.broadcast(self.date)  # one for all, also around midnight
+        self.date = self.trainer.strategy.broadcast(self.date)  # the same on all processes, even at midnight
         self.prepare(cast(View, module.data_view), stage=stage)
 
     def prepare(self, view: View, tokenizer: Any = None, stage: str = "fit") -> PreferenceDataModule:
-        """Reads, checks, splits and encodes the data: what ``setup`` does, usable without a Trainer.
+        """Reads, checks, splits and encodes the data, as ``setup`` does, but without a Trainer.
 
         Args:
             view: what to serve.
-            tokenizer: a Hugging Face tokenizer, where none was set before.
-            stage: ``predict`` answers every row of ``path``, holding none out; other stages split.
+            tokenizer: a Hugging Face tokenizer; needed if none was set before.
+            stage: ``predict`` answers every row of ``path``; the other stages hold rows out.
 
         Returns: itself.
         """
@@ -179,7 +179,7 @@ class PreferenceDataModule(LightningDataModule):
         encoder = self._encoder()
         self.pad_id, self.template, self.noted = encoder.pad_id, encoder.template, Counter()
         if self.template is not None and (self.chat_template or self.chat_template_name):
-            self.tokenizer.chat_template = self.template.text  # it ends what is sampled, and travels with the model
+            self.tokenizer.chat_template = self.template.text  # for sampling, and for exported models
         names = Columns(self.columns)
         records = load_records(self.path, prompts=self.answering, columns=names)
         if self.kind == "prompts":
@@ -190,13 +190,13 @@ class PreferenceDataModule(LightningDataModule):
         if stage == "predict":
             self.train, self.held_out = [], self._encode(encoder, records, "answer", every_row=True)
             return self
-        if stage == "fit" or self.val_path is None:  # before the split: the rows at fault are counted in the files
+        if stage == "fit" or self.val_path is None:  # before the split: the error counts all rows at fault
             check_fit(records.rows, self.kind, COLUMNS, records.read)
         if self.val_path is not None:
             held_out = load_records(self.val_path, columns=names)
             check_fit(held_out.rows, self.kind, COLUMNS, held_out.read)
             if stage != "fit":
-                self.dropped, self._read_noted = Counter(), Counter()  # of rows to train on, which are not used
+                self.dropped, self._read_noted = Counter(), Counter()  # training rows are not used here
             self.dropped.update(held_out.dropped)
             self._read_noted = self._read_noted + held_out.noted
             leaks = {row.key for row in records.rows} & {row.key for row in held_out.rows}
@@ -233,14 +233,14 @@ class PreferenceDataModule(LightningDataModule):
         return self
 
     def train_dataloader(self) -> Loader:
-        """Training batches of this process; the epoch and the first batch come from the Trainer's progress."""
+        """Training batches of this process. The Trainer's progress gives the epoch and the first batch."""
         return Loader(self, training=True)
 
     def val_dataloader(self) -> Loader | list[Any]:
-        """Every held-out row once over the processes; an empty list where nothing is held out."""
+        """Every held-out row once, split over the processes; an empty list if nothing is held out."""
         if self.held_out:
             return Loader(self, training=False)
-        warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # it is what was asked for
+        warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # the user asked for none
         return []
 
     def test_dataloader(self) -> Loader:
@@ -248,11 +248,11 @@ class PreferenceDataModule(LightningDataModule):
         return self._held_out_or_error("test on")
 
     def predict_dataloader(self) -> Loader:
-        """Every row of ``path`` once, also where several have one prompt."""
+        """Every row of ``path`` once, even if several rows have the same prompt."""
         return self._held_out_or_error("answer")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to know of the data: not where it was, which the Trainer counts, but which it was."""
+        """Identifies the data for a checkpoint. The position in the data is not in it; the Trainer counts that."""
         return {
             "fingerprint": self._fingerprint,
             "encoding": self._encoding,
@@ -262,19 +262,19 @@ class PreferenceDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Checks that the data and the options that make the batches are still those of the checkpoint.
+        """Checks that the data and the batch options are still those of the checkpoint.
 
-        Chats are rendered with the date of the checkpoint, unless another was given; also where nothing is trained.
+        Chats are then rendered with the checkpoint's date, unless another was given, in every stage.
 
         Raises:
-            InputError: they changed, so the checkpoint's batch numbers would mean other rows.
+            InputError: data or options changed, so the checkpoint's batch numbers would mean other rows.
         """
         self._resumed = state_dict
         then = state_dict.get("date")
         if then is None or then == self.date:
             pass
         elif not self._date_given:
-            self.date = then  # also for a reward model's chat template, which may have a clock
+            self.date = then  # a reward model's chat template may show it, too
             if self.template is not None and self.template.dated and self.view is not None:
                 self.prepare(self.view, stage=self._stage)
                 return
@@ -286,7 +286,7 @@ class PreferenceDataModule(LightningDataModule):
         if self._fingerprint:
             self._check_resumed()
 
-    # -- how it is done ------------------------------------------------------------------------------------------------
+    # -- internals -----------------------------------------------------------------------------------------------------
 
     def _encoder(self) -> Encoder:
         return Encoder(
@@ -353,7 +353,7 @@ class PreferenceDataModule(LightningDataModule):
             "train_on",
             "seed",
         )
-        weights = list(self.weights.values()) or None  # a run without them may go on from a checkpoint that knows none
+        weights = list(self.weights.values()) or None  # None, as in checkpoints from before weights
         return {**{name: getattr(self, name) for name in names}, "view": self.kind, "path": weights}
 
     def _check_resumed(self) -> None:
@@ -387,9 +387,9 @@ class PreferenceDataModule(LightningDataModule):
         tokens = ", ".join(json.dumps(token, ensure_ascii=False) for token, _ in encoder.spelled.most_common(3))
         count = f"data: the texts of {encoder.spelling_rows:,} rows spell special tokens ({tokens})"
         if self.special_tokens == "tokens":
-            rank_zero_info(f"{count}, which are taken for them")
+            rank_zero_info(f"{count}, and are encoded as these tokens")
         else:
             rank_zero_warn(
-                f"{count}, which stay text, letter by letter; where a chat template was applied to them already, set "
+                f"{count}, which stay text, letter by letter; if a chat template was applied to them already, set "
                 "data.special_tokens to tokens, or give rows of messages"
             )

@@ -1,4 +1,4 @@
-"""What readers of all file formats share: the bytes of a file, and how keys and values are called in messages."""
+"""Helpers of all file readers: a file's bytes, and the names of keys and values in messages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def whole_file(path: str) -> bytes:
 
 
 def not_utf8(path: str, line: int, error: UnicodeDecodeError, start: int) -> InputError:
-    """The error that names the byte at fault; ``start``: where in the file the piece that was decoded begins."""
+    """The error that names the byte at fault. ``start`` is the byte of the file at which the decoded piece begins."""
     return InputError(
         f"{path}:{line}: not UTF-8: byte 0x{error.object[error.start]:02x} at byte {start + error.start} of the file; "
         "save the file as UTF-8"
@@ -40,18 +40,18 @@ def not_utf8(path: str, line: int, error: UnicodeDecodeError, start: int) -> Inp
 
 
 def shown(key: str) -> str:
-    """A key of the user's as it stands in a one-line message."""
+    """A user's key in a form that fits into a one-line message."""
     return key if key.isprintable() else ascii(key)[1:-1]
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is called in a message."""
+    """The name of a JSON value's type in messages."""
     kinds = {type(None): "null", bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list"}
     return kinds.get(type(value), "an object" if isinstance(value, dict) else type(value).__name__)
 
 
 def faulty_text(value: Any) -> str:
-    """What is wrong with a text inside a value: a NUL character, or half of a surrogate pair; else empty."""
+    """The fault of a text inside a value: a NUL character, or half of a surrogate pair. Empty if there is none."""
     if isinstance(value, str):
         if "\0" in value:
             return "holds a NUL character"

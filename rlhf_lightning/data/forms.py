@@ -1,7 +1,7 @@
-"""The forms of rows, each told apart by its keys: one class says how, what a report calls it, and how it is read.
+"""The forms that rows may have. One class per form says which keys mark it, what reports call it, and how to read it.
 
-A row is read by the first of ``FORMS`` that it matches. What a form does not take is a column, handed on to rewards.
-Texts are kept byte for byte.
+The first form in ``FORMS`` that matches a row reads it. Keys that the form does not take become columns for reward
+functions. Texts are kept byte for byte.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from rlhf_lightning.errors import InputError
 
 
 class Chat(Form):
-    """A conversation: the last assistant message is the response; one that ends in another's is a prompt alone."""
+    """A conversation. Its last assistant message is the response; if someone else speaks last, it is a prompt."""
 
     name, keys = "chat", "messages (role, content)"
     conversation = True
     key = "messages"
 
     def matches(self, row: RawRow) -> bool:
-        """The list's key."""
+        """Whether it has the list of messages."""
         return self.key in row
 
     def read(self, row: Row) -> Record | None:
-        """The turns up to the last answer, and that answer; judged by itself where there is a label."""
+        """Splits the turns into the prompt and the last answer, which is labelled if the row has a label."""
         if "completion" in row:
             raise row.refused(self.key, "stands beside 'completion'; keep one of the two forms")
         given = row.take(self.key)
-        judged = "label" in row and isinstance(given, list)  # then the last answer alone is learnt
+        judged = "label" in row and isinstance(given, list)  # then only the last answer is learnt
         messages = checked_messages(given, row.where, self.key, context=len(given) if judged else 0)
         agreeing_prompt(row, messages)
         cut = len(messages)
@@ -65,22 +65,22 @@ class ShareGPT(Chat):
 
 
 class Demonstration(Form):
-    """A response to imitate; with a label, one that was judged by itself."""
+    """A response to imitate; or, with a label, a response that was judged on its own."""
 
     name, keys = "demonstration", "prompt+completion"
 
     def matches(self, row: RawRow) -> bool:
-        """A completion."""
+        """Whether it has a completion."""
         return "completion" in row
 
     def read(self, row: Row) -> Record | None:
-        """Prompt and completion, each as text or messages."""
+        """Reads prompt and completion, each as text or messages."""
         prompt = asked(row, ("completion",))
         return _answered(self, row, prompt, checked_response(row.take("completion"), row.where, "completion"))
 
 
 class Labelled(Demonstration):
-    """A response that was judged by itself: any form of one response becomes this one where the row has a label."""
+    """A response that was judged on its own. Any row with one response is read as this form if it has a label."""
 
     name, keys = "labelled", "prompt+completion+label"
     labelled = True
@@ -93,17 +93,17 @@ class Alpaca(Form):
     output, input = "output", "input"
 
     def matches(self, row: RawRow) -> bool:
-        """An instruction with its output."""
+        """Whether it has an instruction with its output."""
         return "instruction" in row and self.output in row
 
     def read(self, row: Row) -> Record | None:
-        """The joined prompt and the output."""
+        """Joins instruction and input to the prompt, and reads the output."""
         prompt = instruction(row, self.input)
         return _answered(self, row, prompt, checked_response(row.take(self.output), row.where, self.output))
 
 
 class Dolly(Alpaca):
-    """The same under Dolly's names."""
+    """Alpaca's form under the key names of Dolly."""
 
     name, keys = "dolly", "instruction[+context]+response"
     output, input = "response", "context"
@@ -116,11 +116,11 @@ class Text(Form):
     whole = True
 
     def matches(self, row: RawRow) -> bool:
-        """A text, and nothing that asks for one."""
+        """Whether it has a text and no prompt."""
         return "text" in row and not any(key in row for key in PROMPTS)
 
     def read(self, row: Row) -> Record | None:
-        """The text."""
+        """Reads the text as a response to an empty prompt."""
         return _answered(self, row, "", checked_text(row.take("text"), row.where, "text"))
 
 
@@ -130,11 +130,11 @@ class PromptAlone(Form):
     name, keys = "prompt", "prompt"
 
     def matches(self, row: RawRow) -> bool:
-        """A prompt, or an instruction without its output."""
+        """Whether it has a prompt, or an instruction without its output."""
         return "prompt" in row or "instruction" in row
 
     def read(self, row: Row) -> Record | None:
-        """The prompt, as text or messages."""
+        """Reads the prompt, as text or messages."""
         if "instances" in row and "prompt" not in row:
             problem = "holds several inputs and outputs; write a row with instruction, input and output for each"
             raise row.refused("instances", problem)
@@ -167,10 +167,10 @@ def is_known(row: RawRow) -> bool:
 
 
 def read_row(row: Row) -> Record | None:
-    """The row, read by the first form that it matches; None when nothing of it is left (the reason is counted).
+    """Reads the row by the first form that it matches. None if the row is dropped; the reason is counted.
 
     Raises:
-        InputError: it matches none, or cannot be read as the one it matches.
+        InputError: the row matches no form, or cannot be read as the form that it matches.
     """
     compared = [key for key in COMPARED if key in row]
     graded = [key for key in GRADED if key in row]
@@ -186,7 +186,7 @@ def read_row(row: Row) -> Record | None:
 
 
 def _answered(form: Form, row: Row, prompt: Prompt, response: Response) -> Record | None:
-    """A prompt and one response, judged where the row has a label."""
+    """The record of a prompt with one response, labelled if the row has a label."""
     if not form.whole and "label" in row:
         form = LABELLED
         row.columns["label"] = _label(row)

@@ -1,4 +1,7 @@
-"""Special tokens that a user's text spells, hidden from the template's own: each as one private character."""
+"""Hides special tokens that a user's text spells: each becomes one private character while the template renders.
+
+So they are not mistaken for the special tokens that the template writes itself.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ _FIRST, _LAST = 0x100000, 0x10FFF0  # Unicode's last plane, whose characters hav
 def hide(
     messages: list[dict[str, Any]], tools: list[Any] | None, special: Any | None, known: dict[str, str] | None = None
 ) -> tuple[list[dict[str, Any]], list[Any] | None, dict[str, str]]:
-    """Messages and tools with every special token in their texts as one character, and these by character.
+    """Replaces every special token in messages and tools by one character. Also returns the token of each character.
 
     Args:
-        messages: as templates read them.
-        tools: likewise.
-        special: the pattern of what is hidden; None hides nothing.
-        known: characters that are taken already, with what they stand for.
+        messages: in the form that templates read.
+        tools: in the form that templates read.
+        special: the pattern of the tokens to hide; None hides nothing.
+        known: the characters that are in use already, with their tokens.
     """
     hidden = dict(known or {})
     if special is None or not any(special.search(text) for text in texts_of([messages, tools])):
@@ -42,7 +45,7 @@ def hide(
 
 
 def unhidden(value: Any, hidden: dict[str, str]) -> Any:
-    """The same text, list or object with what was hidden in its place."""
+    """The text, list or object with the hidden tokens put back."""
     if isinstance(value, str):
         for sign, text in hidden.items():
             value = value.replace(sign, text)
@@ -53,9 +56,9 @@ def unhidden(value: Any, hidden: dict[str, str]) -> Any:
 
 
 def shown(beginning: str, whole: str, hidden: dict[str, str]) -> int | None:
-    """Where ``beginning`` ends in ``whole``; None where it does not begin it.
+    """Where ``beginning`` ends in ``whole``; None if ``whole`` does not begin with it.
 
-    A token may stand hidden in the one, where a user's text spells it, and plain in the other, where the template does.
+    A token may be hidden in one of the two, where a user's text spells it, and plain in the other.
     """
     if whole.startswith(beginning):
         return len(beginning)
@@ -73,7 +76,7 @@ def shown(beginning: str, whole: str, hidden: dict[str, str]) -> int | None:
 
 
 def texts_of(value: Any) -> list[str]:
-    """Every text in a text, list or object; the keys of objects are none."""
+    """Every text in a text, list or object, without the keys of objects."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a row's keys were meant to be: for messages about rows that fit no form. Nothing is ever read by a guess."""
+"""Guesses what a row's keys were meant to be, for messages about rows that fit no form. No row is read by a guess."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rlhf_lightning.text import nearest
 
 COLUMNS = "data.columns"  # the option that names columns in a configuration
-# Names that other data sets have for ours.
+# The names of our keys in other data sets.
 _OTHER_NAMES = {
     "prompt": ("question", "query", "input", "problem", "instruction", "user", "context", "source"),
     "completion": ("response", "output", "answer", "target", "solution", "assistant", "reply", "summary"),
@@ -23,7 +23,7 @@ _OTHER_NAMES = {
 
 
 def meant(keys: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
-    """For each wanted key the one of the row's keys that was likely meant: misspelt, or another data set's name."""
+    """Maps wanted keys to the row's keys that likely mean them: a misspelling, or another data set's name."""
     left = list(keys)
     found: dict[str, str] = {}
     for name in wanted:
@@ -37,12 +37,12 @@ def meant(keys: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
 
 
 def renaming(keys: Iterable[str], wanted: Iterable[str], option: str = COLUMNS) -> str:
-    """``set data.columns: {prompt: question}`` where a key was likely meant, else nothing.
+    """A remedy such as ``set data.columns: {prompt: question}``; empty if no key of the row looks like a wanted one.
 
     Args:
-        keys: of the row.
-        wanted: keys of ours that it lacks.
-        option: what gives them other names: ``data.columns``, or a command's own ``--columns``.
+        keys: the row's keys.
+        wanted: our keys that the row lacks.
+        option: the option that renames columns: ``data.columns``, or a command's ``--columns``.
     """
     found = meant(keys, wanted)
     if not found:

@@ -1,9 +1,9 @@
-"""Texts to ids, piece by piece: each piece gets the ids that it has behind the one before it.
+"""Encodes texts piece by piece: each piece gets the ids that it has after the piece before it.
 
-A tokenizer with a word mark (SentencePiece's, by a normaliser or by Metaspace) makes a text begin with a space that is
-not there; so a piece is tokenised behind what stands before it, whose ids are then taken off. Where these end otherwise
-alone than with the piece behind them, a merge would cross the border: it is held, and the piece stands behind a
-character that merges with nothing in it.
+Some tokenizers (SentencePiece's, by a normaliser or by Metaspace) begin every text with a word mark, a space that is
+not there. So a piece is tokenised together with the piece before it, whose ids are then taken off. If these ids change,
+a merge would cross the border between the pieces. It is prevented: the piece is then tokenised after a character that
+does not merge with it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TextIds:
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        special: whether special tokens that a user's text spells stay ``text``, or are taken for the ``tokens``.
+        special: whether special tokens that a user's text spells stay ``text`` or become ``tokens``.
     """
 
     def __init__(self, tokenizer: Any, special: SpecialTokens = "text") -> None:
@@ -38,7 +38,8 @@ class TextIds:
         self.special = special
         self._added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}
         known = {*self._added, *map(str, tokenizer.all_special_tokens)} - {str(tokenizer.unk_token)}
-        self._strip = any(token.rstrip or token.lstrip for token in self._added.values())  # blanks beside them
+        # Whether some special token removes the blanks beside it.
+        self._strip = any(token.rstrip or token.lstrip for token in self._added.values())
         self.known = sorted(token for token in known if token.strip())
         self.pattern = tokens_pattern(self.known)  # the special tokens, as texts spell them
         probe = tokenizer("a").input_ids
@@ -47,7 +48,7 @@ class TextIds:
 
     @cached_property
     def marked(self) -> bool:
-        """Whether a text by itself begins with more than it has: a word mark, or a space."""
+        """Whether the tokenizer begins a text with a word mark or a space that is not there."""
         return self._words("a") != "a"
 
     @cached_property
@@ -59,15 +60,15 @@ class TextIds:
         return "".join(map(str, self.tokenizer.convert_ids_to_tokens(self._call([text])[0])))
 
     def plain(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of users' texts by themselves, none added."""
+        """Ids of users' texts, each on its own, without added tokens."""
         return self._as_text(list(texts)) if self.special == "text" else self._call(list(texts))
 
     def rendered(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of what a template renders, its special tokens recognised."""
+        """Ids of texts that a template rendered. Special tokens are recognised."""
         return self._call(list(texts))
 
     def _as_text(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids in which no text is a special token."""
+        """Ids without special tokens, whatever the texts spell."""
         found = self._call(list(texts), split_special_tokens=True)
         return [
             self._broken(text) if self.pattern.search(text) and self._special_ids.intersection(ids) else ids
@@ -79,7 +80,7 @@ class TextIds:
         return set(self.tokenizer.convert_tokens_to_ids(self.known))
 
     def _broken(self, text: str) -> Ids:
-        """For models that spell a special token by itself even where it is text: each such word in two parts."""
+        """For tokenizers that make a special token even of plain text: splits each spelled token into two parts."""
         cuts = [found.start() + 1 for found in self.pattern.finditer(text)]
         parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
@@ -91,12 +92,12 @@ class TextIds:
     def _call(self, texts: list[str], **options: Any) -> list[Ids]:
         if not texts:
             return []
-        # verbose=False: a long text is no mistake here, lengths are our own policy.
+        # verbose=False: no warning about long texts, since the data options limit lengths.
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
         return encoded.input_ids
 
     def pieces(self, sequences: Sequence[Rendered]) -> list[list[Ids]]:
-        """The ids of every piece of every sequence; what begins and ends a sequence is added by none of them."""
+        """The ids of every piece of every sequence, without BOS and EOS around a sequence."""
         found: dict[int, list[Ids]] = {}
         for chat, function in ((False, self.plain), (True, self.rendered)):
             numbers = [i for i, s in enumerate(sequences) if s.chat == chat and not s.hidden]
@@ -111,7 +112,7 @@ class TextIds:
     def _behind(
         self, sequences: Iterable[tuple[str, ...]], function: Callable[[Sequence[str]], list[Ids]]
     ) -> dict[tuple[str, str], Ids]:
-        """Ids of each piece, by the piece before it (empty for the first) and itself."""
+        """Maps (the piece before, or "" for the first piece; the piece) to the piece's ids."""
         pairs = list(dict.fromkeys(pair for pieces in sequences for pair in _pairs(pieces)))
         if not self.marked and not self._strip:
             texts = list(dict.fromkeys(text for _, text in pairs))
@@ -134,9 +135,9 @@ class TextIds:
         return function([piece])[0]
 
     def _apart(self, pieces: Sequence[str], hidden: dict[str, str]) -> list[Ids]:
-        """Ids of a template's pieces in which a user spells special tokens: these stay text, the template's do not."""
+        """Ids of rendered pieces in which a user spells special tokens. The user's stay text, the template's do not."""
         found: list[Ids] = []
-        first, before = True, None  # whether nothing stands before, and the special token that stands right before
+        first, before = True, None  # whether nothing was encoded yet, and the special token right before the words
         for piece in pieces:
             ids: Ids = []
             begin = 0
@@ -144,15 +145,15 @@ class TextIds:
                 words = piece[begin : match.start() if match else len(piece)]
                 if before is not None and before.rstrip:
                     words = words.lstrip()
-                own = self._added.get(match[0]) if match else None
-                if own is not None and own.lstrip:
+                token = self._added.get(match[0]) if match else None
+                if token is not None and token.lstrip:
                     words = words.rstrip()
                 if words:
                     ids += self._words_behind(unhidden(words, hidden), first, before is not None)
                     first, before = False, None
                 if match:
                     ids.append(self.tokenizer.convert_tokens_to_ids(match[0]))
-                    begin, first, before = match.end(), False, own
+                    begin, first, before = match.end(), False, token
             found.append(ids)
         return found
 
@@ -161,19 +162,20 @@ class TextIds:
         return self._anchored(text, self._as_text) if self.marked and not marked else self._as_text([text])[0]
 
     def merges(self, sequences: Sequence[Rendered], pieces: Sequence[list[Ids]]) -> Counter[str]:
-        """How many of the sequences have other ids as one text: a merge would cross a border between their pieces.
+        """Counts the sequences that are ``compared``, and those ``merged``: they have other ids as one text.
 
-        Sequences in which users spell special tokens cannot be compared, and are not counted.
+        In a merged sequence a token would cross the border between two pieces. Sequences in which users spell special
+        tokens cannot be compared.
         """
-        counted: Counter[str] = Counter()
+        borders: Counter[str] = Counter()
         for chat, function in ((False, self.plain), (True, self.rendered)):
             numbers = [i for i, s in enumerate(sequences) if s.chat == chat and not s.hidden and len(s.pieces) > 1]
             wholes = function(["".join(sequences[i].pieces) for i in numbers])
-            counted["compared"] += len(numbers)
-            counted["merged"] += sum(
+            borders["compared"] += len(numbers)
+            borders["merged"] += sum(
                 [id for ids in pieces[i] for id in ids] != whole for i, whole in zip(numbers, wholes, strict=True)
             )
-        return counted
+        return borders
 
 
 def _pairs(pieces: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -182,7 +184,7 @@ def _pairs(pieces: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def readable(tokenizer: Any, ids: Ids) -> str:
-    """The ids as text, in which letters that only spell a special token are told from it."""
+    """The ids as text. Letters that only spell a special token are marked as ``[text: ...]``."""
     texts = TextIds(tokenizer)
     special = set(tokenizer.convert_tokens_to_ids(texts.known))
     whole = str(tokenizer.decode(ids))

@@ -1,4 +1,4 @@
-"""JSON files: one object a line, a list of objects, or an object that holds the list; indented or not."""
+"""Reads JSON files: one object a line, a list of objects, or an object that holds the list; indented or not."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rlhf_lightning.data.files import Numbered, RawRow, kind_of, not_utf8, shown
 from rlhf_lightning.errors import InputError
 
 _BLANKS = re.compile(r"\s*")
-_SKIPPING = json.JSONDecoder(parse_int=str)  # reads whatever is JSON
+_SKIPPING = json.JSONDecoder(parse_int=str)  # finds where a value ends; accepts repeated keys and huge numbers
 
 
 def read_json(path: str, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]:
-    """The rows of a JSON file. Lines are numbered where each holds one object, else the rows.
+    """The rows of a JSON file with their numbers: line numbers if each line holds one object, else row numbers.
 
     Args:
         path: the file.
-        is_row: whether an object, the only one of its file, is a row by itself rather than the holder of a list.
+        is_row: tells whether the only object of a file is a row itself; else it holds the list of rows.
     """
     data = whole_file(path)
     start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
@@ -35,7 +35,7 @@ def read_json(path: str, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]
 
 
 def _one_a_line(data: bytes) -> bool:
-    """Whether the first line is a whole object, and not the only one."""
+    """Whether the first line is a whole object, and other lines follow."""
     first, _, rest = data.lstrip().partition(b"\n")
     if not rest.strip():
         return False
@@ -47,7 +47,7 @@ def _one_a_line(data: bytes) -> bool:
 
 
 def _over_lines(data: bytes) -> bool:
-    """Whether the first object goes on over more than one line, as where objects are indented."""
+    """Whether the first object spans several lines, as in an indented file."""
     first, _, rest = data.lstrip().partition(b"\n")
     if not rest.strip() or first.rstrip().endswith(b"}"):
         return False
@@ -61,7 +61,7 @@ def _over_lines(data: bytes) -> bool:
 
 
 def _values(path: str, data: bytes, start: int, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]:
-    """Rows of a list, of an object that holds one, or of objects one after the other."""
+    """Rows of a list, of an object that holds a list, or of objects one after the other."""
     try:
         text = data.decode("utf-8")[1 if start else 0 :]
     except UnicodeDecodeError as error:
@@ -96,7 +96,7 @@ def _values(path: str, data: bytes, start: int, is_row: Callable[[RawRow], bool]
 
 
 def _held(path: str, text: str, decoder: Any, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]:
-    """Objects one after the other; the only one of a file may be a row, or hold the list of rows."""
+    """Rows of a file of objects. If there is only one object, it may be a row or hold the list of rows."""
     rows: list[Numbered] = []
     place = 0
     while place >= 0:
@@ -129,9 +129,10 @@ def _list_in(path: str, held: RawRow) -> Iterator[Numbered]:
 
 
 def _by_columns(held: RawRow) -> bool:
-    """Whether an object has columns for values: objects by row number, or lists of one length, of cells that are none.
+    """Whether an object is a table by columns: each value is an object by row number, or a list of cells of one length.
 
-    A row whose values are all lists has messages, which are objects; so has what holds a list of rows.
+    Cells are no objects. So a row whose values are lists of messages is no such table, nor is an object that holds a
+    list of rows.
     """
     values = list(held.values())
     if values and all(isinstance(value, dict) and "0" in value for value in values):
@@ -143,7 +144,7 @@ def _by_columns(held: RawRow) -> bool:
 
 
 def _decoded(path: str, text: str, place: int, row: int, decoder: Any) -> tuple[RawRow | InputError, int]:
-    """One value and where it ends, -1 where no more can be read."""
+    """One value and where it ends; -1 if the file cannot be read further."""
     where = f"{path}:{row}"
     try:
         value, end = decoder.raw_decode(text, place)
@@ -153,14 +154,14 @@ def _decoded(path: str, text: str, place: int, row: int, decoder: Any) -> tuple[
         return InputError(f"{where}: {cut}not valid JSON ({error.msg}, {at}); the rows after it are not read"), -1
     except RecursionError:
         return InputError(f"{where}: nested too deeply; the rows after it are not read"), -1
-    except ValueError as error:  # a repeated key, a number with thousands of digits: where the row ends can be told
+    except ValueError as error:  # a repeated key, or a number with thousands of digits: the row's end is known
         _, end = _SKIPPING.raw_decode(text, place)
         return InputError(f"{where}: {error}"), end
     return checked_row(value, where), end
 
 
 def checked_row(value: Any, where: str) -> RawRow | InputError:
-    """The value, where it is an object."""
+    """The value if it is an object, else the error."""
     if isinstance(value, dict):
         return value
     return InputError(f"{where}: a row must be a JSON object, not {kind_of(value)}; write one {{...}} for each")
@@ -189,7 +190,7 @@ def _parse_line(path: str, line: int, piece: bytes, start: int, complete: bool) 
     except json.JSONDecodeError as error:
         cut = "" if complete else "the last line is cut off or "
         return InputError(f"{where}: {cut}not valid JSON ({error.msg}, column {error.colno}); write one object a line")
-    except (ValueError, RecursionError) as error:  # a repeated key, a number with thousands of digits, deep nesting
+    except (ValueError, RecursionError) as error:  # a repeated key, a huge number, or deep nesting
         problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         return InputError(f"{where}: {problem}")
     if not isinstance(row, dict):

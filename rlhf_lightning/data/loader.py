@@ -1,4 +1,4 @@
-"""One process's share of the batches, for Lightning to iterate."""
+"""Gives Lightning one process's share of the batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Loader:
-    """One process's batches for Lightning to iterate. No ``DataLoader``, so Lightning adds no sampler of its own."""
+    """Iterates over one process's batches. It is no ``DataLoader``, so that Lightning adds no sampler of its own."""
 
     def __init__(self, data: PreferenceDataModule, training: bool) -> None:
         assert data.view is not None, "prepare() comes first"
@@ -30,15 +30,15 @@ class Loader:
         self.bins = [] if stepped else make_bins(self.slots, size, data.batch_tokens)
         self.columns = column_names(data.train + data.held_out)
         self.pad_id = data.pad_id
-        # Whether any of the rows has a response: the same answer on every process, whatever its own rows have.
+        # Decided from all rows, not from the rows of this process, so that all processes agree.
         self.demonstrated = data.kind == "prompts" and any(example.responses for example in self.examples)
 
     def __len__(self) -> int:
-        """Batches in a whole epoch, also when this one is resumed in its middle."""
+        """The number of batches in a whole epoch, also if the run was resumed in the middle of one."""
         return self.steps if self.steps is not None else sum(map(len, self.bins))
 
     def __iter__(self) -> Iterator[Batch]:
-        # The body runs at the first `next`. Lightning has restored its progress by then, and not at `iter`.
+        # The body runs at the first `next`. By then Lightning has restored its progress; at `iter` it has not.
         epoch, start, rank, world = self._place()
         order = [] if self.steps is not None else self._order(epoch)
         for number in range(start, len(self)):
@@ -47,7 +47,7 @@ class Loader:
             yield collate(share(batch, rank, world), self.data.kind, self.pad_id, self.columns, self.demonstrated)
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the Trainer knows the position. To Lightning, a loader that has this method can resume."""
+        """Empty, since the Trainer knows the position. Lightning resumes only loaders that have this method."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Chat messages and what stands beside them, checked: of OpenAI's and transformers' form, or of ShareGPT's."""
+"""Checks chat messages, tools and responses of a row: in the form of OpenAI and transformers, or in ShareGPT's."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from rlhf_lightning.data.files import kind_of, shown
 from rlhf_lightning.data.values import ROLES, Message, Prompt, Response, checked_list, checked_text, refused
 
-# Marks of single messages as learnt or not, which nothing reads: by each, the values that say what holds anyway of the
-# turns that are learnt, and of those that are not. What writes `weight` or `masked` may write its default everywhere.
+# Keys that mark single messages as learnt or not. They are not read, so only values that change nothing are accepted:
+# for each key first those of learnt turns, then those of others. Tools may write a default `weight` or `masked` always.
 _LEARN = ("train", "training", "train_on_turn", "trainable", "loss", "mask", "loss_mask")
 _MARKS = {**dict.fromkeys(_LEARN, ((1,), (0,))), "weight": ((1,), (0, 1)), "masked": ((0,), (0, 1))}
-_PARTS = ("train_detail", "training_detail")  # the same of parts of a message: a list of objects with `train`
-# What other data sets call the roles, under `role` and under `from`. Where ShareGPT's `from` says that it is a function
-# call, it is the assistant's and its value is JSON; OpenAI's older messages have the call under that key.
+_PARTS = ("train_detail", "training_detail")  # marks of parts of a message: a list of objects with `train`
+# The names of the roles in other data sets, under `role` or `from`. In ShareGPT, `from: function_call` is an assistant
+# message whose value is the call as JSON. OpenAI's older messages have the call under a key of that name.
 _CALL = "function_call"
 _SPEAKERS = {
     **{role: role for role in ROLES},
@@ -32,16 +32,16 @@ _SPEAKERS = {
 
 
 def checked_messages(value: Any, where: str, key: str, context: int = 0) -> tuple[Message, ...]:
-    """A list of one message or more: objects with ``role`` and ``content``, or with ``from`` and ``value``.
+    """Checks a list of messages: objects with ``role`` and ``content``, or with ``from`` and ``value``.
 
     Args:
         value: the list.
         where: file and line.
-        key: what it stands under.
-        context: so many of the first messages are learnt by nobody, whoever speaks.
+        key: the key of the list.
+        context: the number of messages at the beginning that are never learnt, whoever speaks.
 
     Raises:
-        InputError: an unknown role, a content that is no text, or a message with a part that is not read.
+        InputError: the list is empty, a role is unknown, a content is no text, or a part of a message is not read.
     """
     if isinstance(value, dict):
         raise refused(where, key, "must be a list of messages, got an object; write one with role and content a turn")
@@ -53,7 +53,7 @@ def checked_messages(value: Any, where: str, key: str, context: int = 0) -> tupl
 
 
 def checked_prompt(value: Any, where: str, key: str) -> Prompt:
-    """A prompt as text that is not empty, or as messages: up to the one to answer, or to the answer's beginning."""
+    """A prompt: text that is not empty, or messages up to the one to answer, perhaps with the answer's beginning."""
     if isinstance(value, dict) and ("role" in value or "from" in value):
         value = [value]
     if isinstance(value, list):
@@ -71,7 +71,7 @@ def checked_prompt(value: Any, where: str, key: str) -> Prompt:
 
 
 def checked_response(value: Any, where: str, key: str) -> Response:
-    """A response as text, or as one or more messages from an assistant's to an assistant's."""
+    """A response: text, or messages of which the first and the last are the assistant's."""
     if isinstance(value, dict) and ("role" in value or "from" in value):
         value = [value]
     if not isinstance(value, list):
@@ -85,12 +85,12 @@ def checked_response(value: Any, where: str, key: str) -> Response:
 
 
 def as_response(messages: tuple[Message, ...]) -> Response:
-    """Text where it is one message without more, so that it can also follow a prompt that is text."""
+    """The text of a single message without other keys, so that it can also follow a plain prompt; else the messages."""
     return messages[0].content if len(messages) == 1 and not messages[0].more else messages
 
 
 def checked_tools(value: Any, where: str, key: str) -> str:
-    """Tools as a JSON list, from a list or from its JSON text; empty where there are none."""
+    """The tools as a JSON list, read from a list or from its JSON text; empty if there are none."""
     tools = _from_json(value, where, key) if isinstance(value, str) and value.strip() else value
     if not tools:
         return ""
@@ -107,7 +107,7 @@ def _message(item: Any, where: str, at: str, learnt: bool) -> Message:
         raise refused(where, at, f"must be an object with role and content, got {kind_of(item)}")
     speaker, text = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     more = {name: value for name, value in item.items() if name not in (speaker, text) and value is not None}
-    for name in ("tool_calls", _CALL):  # where tables have text for a list
+    for name in ("tool_calls", _CALL):  # tables hold lists as text
         if isinstance(more.get(name), str) and more[name].strip():
             more[name] = _from_json(more[name], where, f"{at}.{name}")
     if not more.get("tool_calls", True):  # an empty list says that no tool is called
@@ -134,12 +134,12 @@ def _message(item: Any, where: str, at: str, learnt: bool) -> Message:
     if role == "user" and not content.strip():
         raise refused(where, f"{at}.{text}", "is empty; give the text to answer, or delete the row")
     if not content and "tool_calls" in more:
-        more["content"] = ""  # the row says so, where null would say that there is none
+        more["content"] = ""  # keep the row's empty text, since no content would become null
     return Message(role, content, _to_json(more) if more else "")
 
 
 def _check_marks(more: dict[str, Any], learnt: bool, where: str, at: str) -> None:
-    """Takes the marks out of a message's other keys where they say what holds anyway, and refuses others."""
+    """Removes marks that agree with what is learnt anyway from a message's other keys, and refuses other marks."""
     for mark in (*_MARKS, *_PARTS):
         given = more.pop(mark, None)
         usual = _MARKS.get(mark, _MARKS["train"])[0 if learnt else 1]
@@ -152,7 +152,7 @@ def _check_marks(more: dict[str, Any], learnt: bool, where: str, at: str) -> Non
 
 
 def _with_objects(calls: Any) -> Any:
-    """The calls, with arguments as objects: OpenAI writes them as JSON text, and chat templates read objects."""
+    """The calls with arguments as objects, which chat templates read; OpenAI writes them as JSON text."""
     if not isinstance(calls, list):
         return calls
     return [_with_object(call) for call in calls]
@@ -180,12 +180,12 @@ def _role(item: dict[str, Any], speaker: str, where: str, at: str) -> str:
 
 
 def speaking(given: Any) -> str | None:
-    """The role that a message's ``role`` or ``from`` means; None where it is not known."""
+    """The role that a message's ``role`` or ``from`` means; None if it is unknown."""
     return _SPEAKERS.get(given) if isinstance(given, str) else None
 
 
 def _content(value: Any, where: str, key: str) -> str:
-    """A text, or a list of parts that are texts: they follow each other as they are."""
+    """The text of a content: a text, or a list of text parts, which are joined without anything between them."""
     if not isinstance(value, list):
         return checked_text(value, where, key)
     texts = []

@@ -1,9 +1,10 @@
-"""Files of different weight in one training: how often each row comes in an epoch.
+"""Mixes files of different weights: decides how often each row comes in an epoch.
 
-A weight says how often a row of its file comes in each epoch. Its whole part is exact. Its fraction f is that
-``round(f x n)`` of the file's n rows come once more: the rows, by length, are cut into that many runs of nearly equal
-size, and each epoch takes one row of each run, in a drawn order in which every row of a run comes before any comes
-again. So all epochs have the same number of rows and batches; which rows they are is a function of (seed, epoch).
+A weight says how often each row of its file comes in an epoch. Its whole part is exact. For its fraction f,
+``round(f x n)`` of the file's n rows come once more. To choose them, the rows are sorted by length and cut into that
+many runs of nearly equal size. Each epoch takes one row of each run, in a random order in which every row of a run
+comes before any of them comes again. So all epochs have the same number of rows and batches, and the choice of rows is
+a function of (seed, epoch).
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from rlhf_lightning.data.tokenization import Example
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.randomness import DATA_ORDER, permutation
 
-_FRACTIONS = 1 << 20  # keeps these draws apart from those of the bins
+_FRACTIONS = 1 << 20  # separates these draws from the draws of the bins
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in every epoch, and the rows that take turns in it; most have one."""
+    """A place in every epoch, with the rows that take turns in it. Most slots have one row."""
 
     rows: tuple[int, ...]
-    widths: tuple[int, ...]  # the most tokens of each sequence that any of the rows becomes
-    record: Record  # the longest row's
+    widths: tuple[int, ...]  # for each sequence, the most tokens that it has in any of the rows
+    record: Record  # the record of the longest row
 
     def row(self, seed: int, epoch: int, number: int) -> int:
-        """The row that takes this slot, the ``number``-th, in an epoch."""
+        """The row in this slot, the ``number``-th of all slots, in an epoch."""
         size = len(self.rows)
         if size == 1:
             return self.rows[0]
@@ -40,11 +41,11 @@ class Slot:
 
 
 def make_slots(examples: Sequence[Example], weights: Mapping[str, float]) -> list[Slot]:
-    """The slots of an epoch: one a row, but for files that have a weight.
+    """The slots of an epoch: one for each row, or as many as the weight of the row's file asks for.
 
     Args:
         examples: all rows.
-        weights: by file, as `check_weights` lets them pass.
+        weights: the weight of each file, after `check_weights`.
     """
     slots = []
     files = _by_file(examples)
@@ -59,26 +60,26 @@ def make_slots(examples: Sequence[Example], weights: Mapping[str, float]) -> lis
 
 
 def check_weights(examples: Sequence[Example], weights: Mapping[str, float]) -> list[str]:
-    """The files that have a weight, and no row left that it would count for.
+    """The files that have a weight but no row left.
 
     Raises:
-        InputError: a file's weight leaves it no row in an epoch.
+        InputError: a file's weight is so low that none of its rows comes in an epoch.
     """
     files = _by_file(examples)
     for path, weight in weights.items():
         rows = len(files.get(path, ()))
         if rows and _parts(weight, rows) == (0, 0):
             raise InputError(
-                f"data.path: {path}: a weight of {weight:g} is no row of {rows}; raise it ({1 / rows:.2g} is one row), "
-                "or leave the file out"
+                f"data.path: {path}: a weight of {weight:g} takes none of {rows} rows; raise it "
+                f"({1 / rows:.2g} is one row), or leave the file out"
             )
     return [path for path in weights if path not in files]
 
 
 def stepped_rows(slots: Sequence[Slot], batch_size: int, seed: int, number: int) -> list[tuple[int, int]]:
-    """Batch ``number`` of an endless walk over the slots, as ``(number in the batch's walk, row)``.
+    """Batch ``number`` of an endless walk over the slots, as pairs ``(number in the walk, row)``.
 
-    The first differ within a batch, also where one row comes more than once. Each pass over the slots is an epoch.
+    The numbers within a batch differ, even if a row comes more than once. Each pass over the slots is an epoch.
     """
     size = len(slots)
     numbers = endless_batch(size, batch_size, seed, number)
@@ -87,11 +88,11 @@ def stepped_rows(slots: Sequence[Slot], batch_size: int, seed: int, number: int)
 
 
 def asked_again(examples: Sequence[Example], weights: Mapping[str, float], batch_size: int) -> list[str]:
-    """A line where an endless walk's batch is larger than a whole pass, and so has prompts more than once; else none.
+    """A line if a batch has more prompts than there are, so that prompts come more than once in it.
 
     Args:
         examples: all prompts to train on.
-        weights: by file.
+        weights: the weight of each file.
         batch_size: prompts in a global batch.
     """
     prompts = len(make_slots(examples, weights))
@@ -105,10 +106,10 @@ def asked_again(examples: Sequence[Example], weights: Mapping[str, float], batch
 
 
 def file_weights(path: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
-    """The weights in ``data.path``; empty where it only names files.
+    """The weights in ``data.path``; empty if it only names files.
 
     Raises:
-        InputError: a weight that is no number above 0.
+        InputError: a weight is no number above 0.
     """
     if isinstance(path, str) and path.lstrip().startswith("{"):
         raise InputError(f"data.path: {path}: weights are numbers above 0, as in {{a.jsonl: 1, b.jsonl: 0.5}}")

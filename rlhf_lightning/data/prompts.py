@@ -1,4 +1,4 @@
-"""Where a row's prompt stands: under a key of its own, as an instruction, or before the answers of a conversation."""
+"""Finds a row's prompt: under a key of its own, as an instruction, or before the answers of a conversation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rlhf_lightning.data.values import Message, Prompt, checked_text
 from rlhf_lightning.errors import InputError
 
 COMPARED = ("chosen", "rejected")
-PROMPTS = ("prompt", "instruction", "question", "conversations", "messages")  # what a prompt may stand under
+PROMPTS = ("prompt", "instruction", "question", "conversations", "messages")  # keys that may hold a prompt
 NULL = "is null; give it a value, or delete the row"
 _IGNORED_PROMPT = "prompt ignored, since the row's own conversation does not have it"
 
 
 def missing(row: Row, key: str, wanted: Sequence[str]) -> InputError:
-    """The error that says what was found in place of a key, and which option mends it."""
+    """The error about a missing key: it names the keys that were found, and the option that may help."""
     if key in row.null:
         return row.refused(key, NULL)
     hint = renaming(
@@ -30,14 +30,14 @@ def missing(row: Row, key: str, wanted: Sequence[str]) -> InputError:
 
 
 def demand(row: Row, keys: Sequence[str], beside: Sequence[str] = ()) -> None:
-    """Refuses a row that lacks one of the keys; ``beside``: what else it may have, and nobody misspelt."""
+    """Refuses a row that lacks one of the keys. ``beside`` names other keys of the form, which are no misspellings."""
     for key in keys:
         if key not in row:
             raise missing(row, key, (*keys, *beside))
 
 
 def asked(row: Row, beside: Sequence[str]) -> Prompt:
-    """The prompt under the key that the row has for it. ``beside``: the keys of the form that ask for one."""
+    """The row's prompt, under any key that may hold one. ``beside`` names the form's keys that need a prompt."""
     key = next((key for key in PROMPTS if key in row), None)
     if key is None or (key == "question" and not any(side in row for side in COMPARED)):
         raise missing(row, "prompt", ("prompt", *beside))
@@ -50,7 +50,7 @@ def asked(row: Row, beside: Sequence[str]) -> Prompt:
 
 
 def instruction(row: Row, input: str) -> str:
-    """Instruction and input, a line break between them where both say something."""
+    """Instruction and input, with a line break between them if neither is empty."""
     texts = [checked_text(row.take("instruction"), row.where, "instruction")]
     given = row.take(input)
     texts += [] if given is None else [checked_text(given, row.where, input)]
@@ -62,7 +62,7 @@ def instruction(row: Row, input: str) -> str:
 
 
 def agreeing_prompt(row: Row, conversation: Sequence[Message]) -> None:
-    """Takes the prompt that stands beside a whole conversation, and says where it is none of its messages."""
+    """Takes the prompt beside a whole conversation, and notes the row if the conversation does not have that prompt."""
     given = row.take("prompt")
     if isinstance(given, list):
         asked = checked_prompt(given, row.where, "prompt")

@@ -1,8 +1,8 @@
-"""File formats: JSON (lines or a list), CSV, Parquet and hub data sets, each to numbered rows of plain Python values.
+"""Reads JSON (lines or a list), CSV, Parquet and hub data sets as numbered rows of plain Python values.
 
-A reader yields ``(line, row)`` where ``row`` is a dict, or the ``InputError`` that says what is wrong with that line,
-so that a caller may stop at the first one (training) or list them all (``data check``). Lines are counted from 1; the
-rows of JSON lists, Parquet and hub data sets count as lines.
+A reader yields ``(line, row)``. ``row`` is a dict, or the ``InputError`` that says what is wrong with that line. So a
+caller may stop at the first error (training) or list all of them (``data check``). Lines are counted from 1; the rows
+of JSON lists, Parquet and hub data sets count as lines.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read_rows(path: str, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]
 
     Args:
         path: the source.
-        is_row: whether a JSON object that stands alone in its file is a row, rather than what holds a list of them.
+        is_row: tells whether the only JSON object of a file is a row itself; else it holds the list of rows.
 
     Raises:
         InputError: no such file, an unknown suffix, an unreadable file, or a missing optional package.
@@ -71,7 +71,7 @@ def _read_csv(path: str) -> Iterator[Numbered]:
     except UnicodeDecodeError as error:
         line = data[: skipped + error.start].count(b"\n") + 1
         raise not_utf8(path, line, error, skipped) from None
-    limit = csv.field_size_limit(sys.maxsize)  # the default, 128 KiB a cell, is short for a long transcript
+    limit = csv.field_size_limit(sys.maxsize)  # a long transcript may exceed the default, 128 KiB a cell
     try:
         yield from list(_csv_rows(path, csv.reader(io.StringIO(text, newline=""), strict=True)))
     finally:
@@ -108,14 +108,14 @@ def _csv_rows(path: str, reader: Any) -> Iterator[Numbered]:
 
 
 def interpreted(path: str, where: str, cells: RawRow) -> RawRow:
-    """What a row's values mean in the kind of file that they come from; its keys are our names already.
+    """Converts the cells of a table to values: lists, numbers and messages. The keys are our names already.
 
-    CSV knows text only: lists stand as JSON in their cell, numbers as digits; an empty one means none is given. Where
-    another table has text for a list, it is read likewise. A prompt or a response is text, but where its cell is the
-    JSON of messages. JSON files' values are what they are.
+    CSV has only text: lists are written as JSON in their cell, and numbers as digits. An empty cell means that there is
+    no value. Text in place of a list is read as JSON in other tables, too. A prompt or a response is text, unless its
+    cell is the JSON of messages. Values of JSON files are left as they are.
 
     Raises:
-        InputError: a cell holds no list, or no number, where one is read.
+        InputError: a cell that must hold a list or a number holds something else.
     """
     name = path.lower()
     if name.endswith(_JSON):
@@ -143,7 +143,7 @@ def interpreted(path: str, where: str, cells: RawRow) -> RawRow:
 
 
 def _messages_or_text(cell: str) -> Any:
-    """The messages, one or a list of them or an object that holds it; any other text as it stands, also as JSON."""
+    """The messages if the cell is their JSON: one, a list, or an object with the list. Else the text as it is."""
     try:
         value = json.loads(cell)
     except (ValueError, RecursionError):
@@ -196,7 +196,7 @@ def _read_hub(path: str) -> Iterator[Numbered]:
     name, _, split = path.partition(":")
     try:
         rows = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # network, missing name, missing split: the package raises anything
+    except Exception as error:  # the package raises any type: no network, no such name, no such split
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: no such file, and the hub data set cannot be loaded ({reason})") from None
     for line, row in enumerate(rows, 1):
@@ -204,7 +204,7 @@ def _read_hub(path: str) -> Iterator[Numbered]:
 
 
 def _check_columns(path: str, fields: Any) -> None:
-    """Refuses two columns of one name, also inside structs."""
+    """Refuses two columns of the same name, also inside structs."""
     names = [field.name for field in fields]
     for name, count in Counter(names).items():
         if count > 1:
@@ -218,7 +218,7 @@ def _check_columns(path: str, fields: Any) -> None:
 
 
 def _without_nulls(row: RawRow) -> RawRow:
-    """Tables have every column in every row, also inside messages: there, null means that the row lacks the key."""
+    """The row without its nulls. A table has every column in every row, so null means that the row lacks the key."""
     return {key: _plain(value) for key, value in row.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""What a chat template reads of the messages that it is given: nothing is left out of a row without a word."""
+"""Finds out which parts of a row's messages a chat template leaves out, so that none is lost silently."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.template import MARK, ChatTemplate, TemplateRefuses
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # what data sets call it, in the order of how many do
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys for reasoning, the most common first
 UNREAD = "message with key '{}', which the chat template does not read"
 _OWN = ("role", "content", "tool_calls")
-_PROTOCOL = ("tool_call_id", "name")  # of a tool's message; where a template has no place for them, nothing is amiss
+_PROTOCOL = ("tool_call_id", "name")  # in a tool's message; a template need not read them
 _ABSENT = object()
-# A part of a response between marks, as reasoning is: <think>...</think>, [THINK]...[/THINK].
+# A part of a response between marks, such as reasoning: <think>...</think>, [THINK]...[/THINK].
 _PART = re.compile(r"([<\[])(\w+)([>\]])(.*?)(\1/\2\3)", re.S)
 
 
@@ -24,32 +24,32 @@ class Reading:
 
     Args:
         template: the chat template.
-        noted: counts the keys that are not read and may be missed.
+        noted: counts the messages with a key that the template does not read, by the key.
     """
 
     def __init__(self, template: ChatTemplate, noted: Counter[str]) -> None:
         self.template = template
         self.noted = noted
-        self._shown: dict[tuple[Any, ...], set[int]] = {}  # by the messages' roles, those whose content is shown
-        self._unread: dict[tuple[Any, ...], bool] = {}  # by a key, and what stands in a message beside it
+        self._shown: dict[tuple[Any, ...], set[int]] = {}  # by roles: the numbers of messages that are shown
+        self._unread: dict[tuple[Any, ...], bool] = {}  # by key, and the kind of message it is in
 
     def check(self, where: str, messages: list[dict[str, Any]], tools: list[Any] | None, learnt: Sequence[int]) -> None:
-        """Refuses a row with a message that the template leaves out, or with reasoning to learn that it does not read.
+        """Refuses a row if the template leaves out a message, or reasoning that is to be learnt.
 
         Args:
             where: file and line.
-            messages: as the template reads them.
-            tools: likewise.
-            learnt: numbers of the assistant's messages that are.
+            messages: in the form that the template reads.
+            tools: in the form that the template reads.
+            learnt: the numbers of the assistant's messages that are learnt.
 
         Raises:
-            InputError: with the message and its key.
+            InputError: names the message and its key.
         """
         sure = self._always_shown(messages, tools)
         for number, message in enumerate(messages):
             self._check_keys(where, messages[: number + 1], tools, number in learnt)
             calls, text = message.get("tool_calls") or [], message["content"] or ""
-            of_assistant = message["role"] == "assistant"  # whose words are found in the rendering, but for these
+            of_assistant = message["role"] == "assistant"  # its words are checked elsewhere, unless it calls tools
             if calls and self._leaves_out(messages, tools, number, "tool_calls", []):
                 raise left_out(where, message, number, "tool_calls")
             if number in sure or not text.strip() or (of_assistant and not calls):
@@ -58,7 +58,7 @@ class Reading:
                 raise left_out(where, message, number, "content")
 
     def _check_keys(self, where: str, messages: list[dict[str, Any]], tools: list[Any] | None, learnt: bool) -> None:
-        """The last message's other keys, where it is the last: templates drop earlier turns' reasoning by design."""
+        """Checks the other keys of the last message. Templates drop the reasoning of earlier ones by design."""
         message = messages[-1]
         known = (*_OWN, *(_PROTOCOL if message["role"] == "tool" else ()))
         keys = [key for key, value in message.items() if key not in known and not _is_empty(value)]
@@ -70,7 +70,7 @@ class Reading:
             self.noted[UNREAD.format(key)] += 1
 
     def _is_unread(self, messages: list[dict[str, Any]], tools: list[Any] | None, key: str) -> bool:
-        """Whether such messages are rendered no other with something else or nothing under the key; asked once."""
+        """Whether the template ignores the key in such messages: it renders the same with another value or none."""
         last, before = messages[-1], messages[-2]["role"] if len(messages) > 1 else ""
         kind = (key, last["role"], before, bool(tools), bool(last.get("tool_calls")), bool(last["content"]), *last)
         if kind not in self._unread:
@@ -94,7 +94,7 @@ class Reading:
         )
 
     def _always_shown(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> set[int]:
-        """The messages whose content a conversation of such roles shows, whatever they say; rendered once for all."""
+        """The numbers of the messages that the template shows, whatever they say. Rendered once per order of roles."""
         roles = (bool(tools), *((message["role"], bool(message.get("tool_calls"))) for message in messages))
         if roles not in self._shown:
             marks = [f"{MARK}{number}{MARK}" for number in range(len(messages))]
@@ -109,18 +109,18 @@ class Reading:
     def _leaves_out(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, number: int, key: str, other: Any
     ) -> bool:
-        """Whether a conversation is rendered no other with something else in a message's place, or without the key."""
+        """Whether the rendering stays the same if the key of a message gets another value, or is removed."""
         message = {name: value for name, value in messages[number].items() if name != key}
         message |= {key: other} if other is not _ABSENT else {}
         changed = [*messages[:number], message, *messages[number + 1 :]]
         try:
             return self.template.render(changed, tools) == self.template.render(messages, tools)
         except TemplateRefuses:
-            return False  # it reads what it would refuse
+            return False  # a template that refuses the change reads the key
 
 
 def left_out(where: str, message: dict[str, Any], number: int, key: str) -> InputError:
-    """The error that refuses a row with a message of which the template leaves something out."""
+    """The error that refuses a row because the template leaves out a part of a message."""
     return InputError(
         f"{where}: the chat template leaves out {key} of message {number} (role {message['role']}); set "
         "data.chat_template to one that has a place for it, or delete the row"
@@ -128,21 +128,21 @@ def left_out(where: str, message: dict[str, Any], number: int, key: str) -> Inpu
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a key says nothing; false and 0 say something."""
+    """Whether a value says nothing. False and 0 do say something."""
     if isinstance(value, str):
         return not value.strip()
     return value in (None, [], {})
 
 
 def is_silent(message: dict[str, Any]) -> bool:
-    """Whether a message says nothing: no text, no call of a tool, nothing else."""
+    """Whether a message has neither text nor any other key, such as tool calls."""
     return not (message["content"] or "").strip() and set(message) <= {"role", "content"}
 
 
 def dropped_part(text: str, said: str) -> str:
-    """The marks of a part of the text that a template left out of what is said, as ``<think>…</think>``; or nothing.
+    """The marks of a part of the text that is missing in ``said``, as ``<think>…</think>``; empty if no part is.
 
-    Of several the last: a template that drops all before an end of its own takes earlier parts with it.
+    If several parts are missing, the last: some templates drop everything before it, and with it earlier parts.
     """
     said = said.strip()
     for part in reversed(list(_PART.finditer(text))):
@@ -150,12 +150,12 @@ def dropped_part(text: str, said: str) -> str:
             continue
         words, after = part[4].strip(), text[part.end() :]
         rests = ((text[: part.start()] + after).strip(), after.strip())
-        # Some templates write the words between other marks; else they may stand in what is said of the rest.
+        # Some templates write the words between other marks. Or the words may happen to occur in the rest of the text.
         if words not in said or any(_is_alone(rest, words, said) for rest in rests):
             return f"{part[1]}{part[2]}{part[3]}\u2026{part[5]}"
     return ""
 
 
 def _is_alone(rest: str, words: str, said: str) -> bool:
-    """Whether the rest of a text is said, and the words not behind it."""
+    """Whether ``said`` begins with the rest of a text, and the words do not follow."""
     return said.startswith(rest) and not (words and words in said[len(rest) :])

@@ -1,6 +1,6 @@
-"""Files of rows, read and checked: every accepted form becomes one ``Record``.
+"""Reads and checks files of rows. Every accepted row becomes a ``Record``, whatever its form.
 
-A row that fits no form, or holds a value of the wrong type, is refused with file, line and key; a response that teaches
+A row that fits no form, or holds a value of the wrong type, is refused with file, line and key. A response that teaches
 nothing (empty, or equal to the one it is compared with) is dropped and counted. Nothing else is changed.
 """
 
@@ -24,22 +24,22 @@ from rlhf_lightning.errors import InputError
 
 @dataclass
 class Records:
-    """The rows of one or more files, with what was dropped on the way, by reason."""
+    """The rows of one or more files, and the counts of what was dropped, by reason."""
 
     rows: list[Record]
     paths: tuple[str, ...]
     read: int  # rows read, dropped ones included
     dropped: Counter[str]
-    noted: Counter[str] = field(default_factory=Counter)  # rows that are otherwise than one would expect
+    noted: Counter[str] = field(default_factory=Counter)  # rows with something that users may not expect, by what it is
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def check_prompts(self) -> None:
-        """Refuses texts without a prompt, where prompts are to be answered.
+        """Refuses rows of the form ``text``, which have no prompt to answer.
 
         Raises:
-            InputError: with the first one's place.
+            InputError: names the place of the first such row.
         """
         if texts := [row for row in self.rows if row.form.whole]:
             problem = (
@@ -48,7 +48,7 @@ class Records:
             raise refused(texts[0].where, "text", problem)
 
     def fingerprint(self) -> str:
-        """Changes when any row's content or place in the order changes; renaming a file does not change it."""
+        """A digest that changes with any row's content and with the order of rows, but not with the files' names."""
         digest = hashlib.blake2b(digest_size=16)
         for row in self.rows:
             content = (row.key, row.responses, row.pairs, row.margin, row.weight, row.columns)
@@ -66,14 +66,14 @@ def load_records(
 
     Args:
         paths: the sources.
-        prompts: to answer them, see `parse_row`.
-        columns: for keys of ours, the names that the rows have for them, as ``{"prompt": "question"}``. One object for
-            several calls: what one of them found is known in the next.
-        final: refuse a name that no row had; False where more files are read with the same columns.
+        prompts: the prompts are to be answered, see `parse_row`.
+        columns: maps our keys to the names that the rows have for them, as ``{"prompt": "question"}``. One ``Columns``
+            for several calls remembers the columns that earlier calls found.
+        final: refuse a column that no row had; False if more files will be read with the same columns.
 
     Raises:
-        InputError: for the first refused row (``path:line: key 'x': problem; remedy``), with the number of rows that
-            are refused for the same cause; a source without rows; a column that no row has.
+        InputError: a row is refused; the message is about the first such row (``path:line: key 'x': problem; remedy``),
+            with the number of rows refused for the same cause. Or a source has no rows, or no row has a column.
     """
     paths = (paths,) if isinstance(paths, str) else tuple(str(path) for path in paths)
     if not paths:
@@ -109,9 +109,9 @@ def checked_rows(
     columns: Columns | None = None,
     noted: Counter[str] | None = None,
 ) -> Iterator[Record | InputError | None]:
-    """Each row of a source as a ``Record``, as the ``InputError`` that refuses it, or None where all of it was dropped.
+    """Yields for each row of a source its ``Record``, the ``InputError`` that refuses it, or None if it was dropped.
 
-    What is dropped is counted in ``dropped`` by reason; in ``noted``, what is otherwise than one would expect.
+    ``dropped`` counts what is dropped, by reason. ``noted`` counts used rows with something that users may not expect.
     """
     names = columns or Columns(None)
     noted = Counter() if noted is None else noted
@@ -127,7 +127,7 @@ def checked_rows(
             row = interpreted(path, where, names.apply(given, where))
             null = names.renamed(dict.fromkeys(key for key in raw if key not in given))
             record = parse_row(row, where, dropped, prompts, names.option, noted, tuple(null))
-            if record is not None and len(given) < len(raw):  # what answers are written beside has them still
+            if record is not None and len(given) < len(raw):  # answers are written beside all of a row's keys
                 record = replace(record, raw={**record.raw, **{key: None for key in raw if key not in given}})
             yield record
         except InputError as error:
@@ -152,16 +152,15 @@ def parse_row(
     noted: Counter[str] | None = None,
     null: Collection[str] = (),
 ) -> Record | None:
-    """Checks one row of any form; None when nothing of it is left (the reason is counted in ``dropped``).
+    """Checks one row of any form. None if it is dropped; the reason is counted in ``dropped``.
 
-    With ``prompts`` a row is there for its prompt, whatever its responses: then it comes without them where they would
-    have it dropped. ``option``: what gives columns other names, for messages. ``noted``: see `checked_rows`.
-    ``null``: keys that the row has without a value.
+    With ``prompts`` only the prompt is needed: a row whose responses are unusable is kept without them. ``option`` is
+    the option that renames columns, for messages. ``noted``: see `checked_rows`. ``null``: the keys with value null.
     """
     reasons: Counter[str] = Counter()
     row = Row(values, where, reasons, Counter() if noted is None else noted, option, null)
     record = read_row(row)
-    if prompts and row.made is not None and row.made.prompt:
-        return record or replace(row.made, responses=(), pairs=())
+    if prompts and row.parsed is not None and row.parsed.prompt:
+        return record or replace(row.parsed, responses=(), pairs=())
     dropped.update(reasons)
     return record

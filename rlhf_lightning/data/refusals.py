@@ -1,4 +1,4 @@
-"""Refused rows, by their cause: one line tells how many there are, and where the first stands."""
+"""Groups refused rows by cause. One line then names the first row and the number of rows with the same cause."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ import re
 
 from rlhf_lightning.errors import InputError
 
-ACCEPTED = "; data check lists the accepted forms"  # ends a message about a row of which no key is known
+ACCEPTED = "; data check lists the accepted forms"  # the end of a message about a row without a known key
 
 
 class Refusals:
-    """Errors of rows, counted by what they say whatever the row."""
+    """The errors of refused rows, counted by cause."""
 
     def __init__(self) -> None:
         self._first: dict[str, str] = {}
         self._count: dict[str, int] = {}
 
     def __len__(self) -> int:
-        """Rows."""
+        """The number of refused rows."""
         return sum(self._count.values())
 
     def add(self, error: InputError | str) -> None:
-        """Counts one."""
+        """Counts one refused row."""
         cause = _cause(str(error))
         self._first.setdefault(cause, str(error))
         self._count[cause] = self._count.get(cause, 0) + 1
 
     def causes(self) -> list[tuple[str, int]]:
-        """The first message of each cause with the number of rows, in the order of the first rows."""
+        """The first message of each cause with its number of rows, in the order in which the causes came up."""
         return [(message, self._count[cause]) for cause, message in self._first.items()]
 
     def error(self, rows: int) -> InputError:
-        """The first cause; of more than one refused row, how many there are.
+        """The error of the first cause, with the number of refused rows if there are several.
 
         Args:
-            rows: how many were read.
+            rows: the number of rows that were read.
         """
         message, count = self.causes()[0]
         if len(self) == 1:
@@ -46,7 +46,7 @@ class Refusals:
 
 
 def _cause(message: str) -> str:
-    """The message without what differs from row to row: the line, positions, numbers, cells, and other keys."""
+    """The message without the parts that differ from row to row: the line, positions, numbers, cells, other keys."""
     _, key, problem = message.partition(": key '")
     text = key + problem if key else re.sub(r"^.*?:\d+: ", "", message)
     text = re.sub(r"keys found: [^;]*", "", text.partition(ACCEPTED)[0])

@@ -1,4 +1,4 @@
-"""What a check of files found: its numbers, and how they are printed."""
+"""The report of ``data check``: its numbers, and how they are printed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SHOWN = 20  # causes that are listed before the rest is only counted
-_TOKENS = 3  # special tokens named of those that a file spells
-_FILES = 3  # side by side in one table, where the terminal is wide enough
-_LABEL = 34  # characters of a label before it is broken
+_TOKENS = 3  # most special tokens that are named of those that a file spells
+_FILES = 3  # most files side by side in one table
+_LABEL = 34  # characters of a label before it goes on in a new line
 _GAP = 3  # spaces between two columns
 
 
 @dataclass
 class Lengths:
-    """How long texts are, in the report's unit."""
+    """The lengths of texts, in the report's unit."""
 
     median: int
     p95: int
@@ -44,26 +44,26 @@ class FileReport:
     dropped: dict[str, int] = field(default_factory=dict)  # rows or pairs, by reason
     forms: dict[str, int] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)  # keys that are handed on to reward functions
-    advice: list[str] = field(default_factory=list)  # what to look at, though it can be read
+    advice: list[str] = field(default_factory=list)  # things to look at in rows that can be read
     prompts: int = 0  # distinct
     pairs: int = 0
-    desirable: int = 0  # labelled responses that are
+    desirable: int = 0  # responses with label true
     duplicates: int = 0  # rows that repeat an earlier one
     contradictory: int = 0  # pairs that stand in the file in both directions
     prompt_lengths: Lengths | None = None
     response_lengths: Lengths | None = None
     longer_wins: float | None = None  # share of the pairs in which the longer response is preferred, ties count half
     equally_long: int = 0  # pairs of responses of the same length
-    spelling_rows: int = 0  # whose texts spell special tokens
-    spelled: dict[str, int] = field(default_factory=dict)  # such tokens, by the rows that spell them
-    merging: int | None = None  # borders of prompts and responses where tokens would merge; with a tokenizer
-    borders: int = 0  # looked at for that
-    noted: dict[str, int] = field(default_factory=dict)  # rows that are otherwise than one would expect, by what
+    spelling_rows: int = 0  # rows whose texts spell special tokens
+    spelled: dict[str, int] = field(default_factory=dict)  # for each such token, the number of rows that spell it
+    merging: int | None = None  # borders of prompt and response where tokens would merge; None without a tokenizer
+    borders: int = 0  # borders that were checked for `merging`
+    noted: dict[str, int] = field(default_factory=dict)  # rows with something unexpected, by what it is
 
 
 @dataclass
 class Report:
-    """What all files hold, and the prompts that two of them share."""
+    """The reports of all files, and the prompts that two files share."""
 
     unit: str  # of the lengths: characters or tokens
     files: list[FileReport]
@@ -75,12 +75,12 @@ class Report:
 
     @property
     def spent(self) -> list[FileReport]:
-        """The files whose rows are all dropped."""
+        """The files of which all rows were dropped."""
         return [file for file in self.files if file.rows and not file.usable and not file.refused]
 
 
 def render(report: Report, console: Console | None = None) -> None:
-    """Prints the report: a table with a column a file, then leaks and refused rows."""
+    """Prints the report: a table with one column for each file, then leaks, advice and refused rows."""
     from rich.console import Console
     from rich.table import Table
 
@@ -119,7 +119,7 @@ def render(report: Report, console: Console | None = None) -> None:
 
 
 def _side_by_side(files: Sequence[FileReport], unit: str, width: int) -> Iterator[list[FileReport]]:
-    """The files in groups whose tables are no wider than the terminal, if one file's is not."""
+    """Groups the files so that each group's table fits into the terminal, if a single file's table does."""
     group: list[FileReport] = []
     for file in files:
         more = [*group, file]
@@ -141,13 +141,13 @@ def _table_width(files: list[FileReport], unit: str) -> int:
 
 
 def _broken(label: str) -> str:
-    """The label in lines that leave room for the numbers, the later ones further in."""
+    """The label in lines that leave room for the numbers. Later lines are indented further."""
     inside = " " * (len(label) - len(label.lstrip()) + 2)
     return textwrap.fill(label, _LABEL, subsequent_indent=inside)
 
 
 def _plain(text: str) -> str:
-    """Text of files as it stands: no markup to rich, and nothing that steers a terminal."""
+    """Text of a file, safe to print: rich finds no markup in it, and it cannot control the terminal."""
     from rich.markup import escape
 
     return escape(printable(text))
@@ -179,7 +179,7 @@ def _render_refused(report: Report, console: Console) -> None:
 
 
 def _table_rows(files: list[FileReport], unit: str) -> list[tuple[str, list[str]]]:
-    """Label and one cell a file; rows that say nothing of any file are left out."""
+    """The table's rows: a label, and one cell for each file. Rows that are empty for all files are left out."""
     rows: list[tuple[str, list[str]]] = [
         ("rows", [f"{file.rows:,}" for file in files]),
         ("  refused", [f"{len(file.refused):,}" for file in files]),

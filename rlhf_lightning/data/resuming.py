@@ -1,4 +1,4 @@
-"""Whether the data of a run are those of the checkpoint that it goes on from."""
+"""Checks that a resumed run has the same data as its checkpoint."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 from rlhf_lightning.errors import InputError
 
 
-def check_resumed(made: Mapping[str, Any], now: Mapping[str, Any], fingerprint: str, encoding: str, rows: int) -> None:
-    """Refuse other rows, other tokens, and other options of the batches.
+def check_resumed(saved: Mapping[str, Any], now: Mapping[str, Any], fingerprint: str, encoding: str, rows: int) -> None:
+    """Refuses rows, tokens or batch options that differ from the checkpoint's.
 
     Args:
-        made: what the checkpoint says of the data, see `PreferenceDataModule.state_dict`.
-        now: the options by name.
-        fingerprint: of the rows.
-        encoding: of their tokens.
-        rows: how many there are to train on.
+        saved: the checkpoint's state of the data, see `PreferenceDataModule.state_dict`.
+        now: the run's options by name.
+        fingerprint: the digest of the run's rows.
+        encoding: the digest of their tokens.
+        rows: the number of rows to train on.
 
     Raises:
         InputError: names what differs.
     """
-    then = made["options"]
+    then = saved["options"]
     if then["view"] != now["view"]:
         raise InputError(
             f"--ckpt_path: its training learnt from {then['view']}, and this one learns from {now['view']}: it is of "
@@ -33,12 +33,12 @@ def check_resumed(made: Mapping[str, Any], now: Mapping[str, Any], fingerprint: 
                 f"data.{name}: the checkpoint was made with {then.get(name)}, now it is {value}; set it back to "
                 "resume, or start a new run from the exported model"
             )
-    if made["fingerprint"] != fingerprint:
+    if saved["fingerprint"] != fingerprint:
         raise InputError(
-            f"data.path: the data changed since the checkpoint ({made['rows']} {now['view']} then, {rows} now); "
+            f"data.path: the data changed since the checkpoint ({saved['rows']} {now['view']} then, {rows} now); "
             "restore the files to resume, or start a new run from the exported model"
         )
-    if made["encoding"] != encoding:
+    if saved["encoding"] != encoding:
         raise InputError(
             "data.tokenizer: the rows give other tokens than when the checkpoint was made; restore the tokenizer or "
             "the chat template to resume, or start a new run from the exported model"

@@ -1,4 +1,4 @@
-"""A checked row, the base of the forms that rows are read by, and what they share in reading."""
+"""A checked row, the base class of the forms of rows, and the steps of reading that all forms share."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 class Form:
-    """What a row is: how it is told apart, how it is read, and so what it can be used for."""
+    """A kind of row: which keys mark it, how it is read, and what it can be used for."""
 
     name: str  # in reports
-    keys: str  # as messages list them
+    keys: str  # as reports and messages list them
     compared = False  # has better and worse responses
     labelled = False  # has one response that was judged by itself, in column `label`
     transcript = False  # its texts are of the form "\\n\\nHuman: ... \\n\\nAssistant:"
-    key = ""  # that holds the whole row, where one does
+    key = ""  # the key that holds the whole row, if one does
     conversation = False  # the assistant's turns in its prompt are demonstrations, too
-    whole = False  # has no prompt: the response is a text that is learnt from its first token on
+    whole = False  # has no prompt: the response is a text, learnt from its first token on
 
     def __str__(self) -> str:
         return self.name
 
     def matches(self, row: RawRow) -> bool:
-        """Whether a row of these keys is meant to be of this form, complete or not."""
+        """Whether a row with these keys is meant to be of this form, even if keys are missing."""
         raise NotImplementedError
 
     def read(self, row: Row) -> Record | None:
-        """The row, checked; None when nothing of it is left (the reason is counted).
+        """Reads and checks the row. None if it is dropped; the reason is counted.
 
         Raises:
             InputError: a key is missing, or its value cannot be used.
@@ -50,11 +50,11 @@ class Form:
 class Record:
     """One checked row.
 
-    ``responses`` stand best first and are never empty texts. ``pairs`` are positions in ``responses``, the better one
-    first. A demonstration is the best response, where the row has any and does not label it.
+    ``responses`` are sorted best first, and none is empty. ``pairs`` are positions in ``responses``, the better one
+    first. The demonstration of a row is its best response, unless that has a label.
     """
 
-    prompt: Prompt  # text (empty where the form is `whole`), or messages: up to the one to answer, or its beginning
+    prompt: Prompt  # text, empty if the form is `whole`; or messages, perhaps with the beginning of the answer
     responses: tuple[Response, ...]
     pairs: tuple[tuple[int, int], ...]
     where: str  # "file:line"
@@ -62,14 +62,14 @@ class Record:
     margin: float = 0.0
     weight: float = 1.0
     columns: dict[str, Any] = field(default_factory=dict)  # the row's other keys, `id` among them
-    tools: str = ""  # the row's tools as a JSON list, for the chat template; empty where it has none
+    tools: str = ""  # the row's tools as a JSON list, for the chat template; empty if it has none
     row: int = 0  # its number in its file, from 0
-    number: int = 0  # its number in all files together, from 0; rows that are dropped have theirs
+    number: int = 0  # its number in all files together, from 0, dropped rows included
     raw: RawRow = field(default_factory=dict, repr=False, compare=False)  # all of its keys, as they were read
 
     @property
     def key(self) -> str:
-        """The prompt as one string, equal for equal prompts: what splitting and counting go by."""
+        """The prompt as one string, equal for equal prompts. Splitting and counting use it."""
         if self.form.whole:
             return str(self.responses[0]).strip()
         if isinstance(self.prompt, str):
@@ -79,20 +79,20 @@ class Record:
 
     @property
     def identity(self) -> tuple[str, str, str]:
-        """What rewards can tell a row by: its prompt, its tools and its columns."""
+        """Everything that rewards can tell rows apart by: the prompt, the tools and the columns."""
         return self.key, self.tools, json.dumps(self.columns, sort_keys=True, default=repr)
 
     @property
     def desirable(self) -> bool:
-        """Of a labelled row: whether its response is one to give. A column like the others, as rewards may read it."""
+        """For a labelled row: whether its response is desirable. The label is a column, since rewards may read it."""
         return bool(self.columns["label"])
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """The prompt as a chat: one user message where it is a text, the turns of a transcript.
+        """The prompt as a chat: a plain prompt becomes one user message, a transcript becomes its turns.
 
         Raises:
-            InputError: the row is a text without a prompt, which no chat template has a place for.
+            InputError: the row is a text without a prompt. Chat templates have no place for such a text.
         """
         if self.form.whole:
             problem = "is learnt as it stands, outside of any chat template; set data.chat to false, or give a 'prompt'"
@@ -102,7 +102,7 @@ class Record:
         return transcript_messages(self.prompt) if self.form.transcript else (Message("user", self.prompt),)
 
     def answer(self, number: int) -> tuple[Message, ...]:
-        """Response ``number`` as what goes on with the chat ``messages``."""
+        """Response ``number`` as messages that continue the chat ``messages``."""
         response = self.responses[number]
         if not isinstance(response, str):
             return response
@@ -110,14 +110,14 @@ class Record:
 
     @property
     def text(self) -> str:
-        """The prompt as the user wrote it; of a chat, the last user message."""
+        """The prompt as the user wrote it; for a chat, its last user message."""
         if isinstance(self.prompt, str):
             return self.prompt
         return next((m.content for m in reversed(self.prompt) if m.role == "user"), self.prompt[-1].content)
 
 
 class Row:
-    """One raw row while a form reads it. What the form takes is no longer a column that rewards are handed."""
+    """One raw row while a form reads it. Keys that the form takes are no columns; reward functions get the others."""
 
     def __init__(
         self,
@@ -128,21 +128,21 @@ class Row:
         option: str,
         null: Collection[str] = (),
     ) -> None:
-        self.option = option  # what gives columns other names
+        self.option = option  # the option that renames columns
         self.values = values
-        self.null = null  # keys that it has without a value, for messages: it is read as if it lacked them
+        self.null = null  # keys whose value is null: the row is read without them, but messages name them
         self.where = where  # "file:line"
         self.dropped = dropped
         self.noted = noted
         self.columns = dict(values)
-        self.tools: Any = None  # what the form found of them elsewhere than under their key
-        self.made: Record | None = None  # also where its responses are of no use, and so it is dropped
+        self.tools: Any = None  # tools that the form found under another key than 'tools'
+        self.parsed: Record | None = None  # the record with its prompt, even if the row is then dropped
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
     def take(self, key: str) -> Any:
-        """The value of a key, None where there is none."""
+        """Takes the value of a key; None if the row lacks it. The key is then no column any more."""
         self.columns.pop(key, None)
         return self.values.get(key)
 
@@ -151,11 +151,11 @@ class Row:
         return refused(self.where, key, problem)
 
     def drop(self, reason: str) -> None:
-        """Counts the row, or a pair of it, as left out."""
+        """Counts the row, or one of its pairs, as dropped."""
         self.dropped[reason] += 1
 
     def note(self, what: str) -> None:
-        """Counts the row as one that is there, and otherwise than one would expect."""
+        """Counts the row as used, with something that users may not expect."""
         self.noted[what] += 1
 
     def record(
@@ -165,7 +165,7 @@ class Row:
         responses: Sequence[Response] = (),
         pairs: Sequence[tuple[int, int]] = (),
     ) -> Record:
-        """The checked row, with what may stand beside any form: ``margin``, ``weight``, ``system`` and ``tools``."""
+        """The checked row, with the keys that any form may have: ``margin``, ``weight``, ``system`` and ``tools``."""
         margin, weight, tools = self._number("margin", 0.0), self._number("weight", 1.0), ""
         if margin < 0:
             raise self.refused("margin", f"is {margin:g}, but the chosen response cannot be worse; swap the two")
@@ -177,17 +177,17 @@ class Row:
             if isinstance(prompt, tuple) and not any(message.role in ("user", "tool") for message in prompt):
                 self.note(_UNASKED)
         columns, raw = self.columns, self.values
-        self.made = Record(
+        self.parsed = Record(
             prompt, tuple(responses), tuple(pairs), self.where, form, margin, weight, columns, tools, raw=raw
         )
-        return self.made
+        return self.parsed
 
     def _number(self, key: str, default: float) -> float:
         value = self.take(key)
         return default if value is None else checked_number(value, self.where, key)
 
     def _as_chat(self, prompt: Prompt, responses: Sequence[Response], tools: str) -> Prompt:
-        """The prompt, as messages where the row has what only a chat template can put in its place."""
+        """The prompt; as messages if the row has a system text, tools or message responses, which need a template."""
         system = self.take("system")
         system = "" if system is None else checked_text(system, self.where, "system")
         if isinstance(prompt, str) and (system.strip() or tools or any(not isinstance(r, str) for r in responses)):
@@ -202,7 +202,7 @@ class Row:
 
 
 def transcript_messages(transcript: str) -> tuple[Message, ...]:
-    """The turns of a transcript that ends in an open Assistant turn, as chat messages; texts are stripped."""
+    """The turns of a transcript as chat messages, texts stripped, without the open Assistant turn at its end."""
     pieces = re.split(r"\n\n(Human|Assistant):", transcript)
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [Message(roles[role], text.strip()) for role, text in zip(pieces[1::2], pieces[2::2], strict=True)]
@@ -211,11 +211,11 @@ def transcript_messages(transcript: str) -> tuple[Message, ...]:
 
 
 def said(response: Response) -> list[tuple[str, str, str]]:
-    """What a response says, whatever blanks are around it."""
+    """The turns of a response as (role, text, other keys), without blanks around the texts."""
     turns = (Message("assistant", response),) if isinstance(response, str) else response
     return [(turn.role, turn.content.strip(), turn.more) for turn in turns]
 
 
 def is_empty(response: Response) -> bool:
-    """Whether the last answer is no text and no call of a tool."""
+    """Whether the last answer has neither text nor a tool call."""
     return not any(said(response)[-1][1:])

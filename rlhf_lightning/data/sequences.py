@@ -1,4 +1,4 @@
-"""Pieces of ids as one sequence: which of its tokens the assistant says, where its response begins, how it is cut."""
+"""Joins pieces of ids to one sequence: marks the assistant's tokens, finds the response, and cuts from the left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Ids = list[int]
 
 @dataclass(frozen=True)
 class Pieces:
-    """The ids of a prompt, then in turn of what the assistant says and of what others say between."""
+    """The ids of a prompt, then in turn of what the assistant says and of what others say in between."""
 
     ids: tuple[Ids, ...]
 
@@ -33,23 +33,23 @@ class Pieces:
         return max(map(len, self.ids[1::2]), default=0)
 
     def cut(self, over: int, bos: int | None) -> Pieces:
-        """Without ``over`` tokens of the beginning; a first BOS stays where another token is left before the last turn.
+        """Removes ``over`` tokens at the beginning. A first BOS stays if another token before the last turn is left.
 
-        A turn of the assistant's that is cut, or cut off, is part of the prompt from then on.
+        Assistant turns that are cut or removed become part of the prompt.
         """
         if over <= 0:
             return self
         first = self.ids[0][:1] if self.ids[0][0] == bos and self.context - over > 1 else []
         over += len(first)
-        kept = list(self.ids)
-        while len(kept) > 2 and over >= len(kept[0]):
-            over -= len(kept[0])
-            kept = [kept[1] + kept[2], *kept[3:]]
-        return Pieces((first + kept[0][over:], *kept[1:]))
+        ids = list(self.ids)
+        while len(ids) > 2 and over >= len(ids[0]):
+            over -= len(ids[0])
+            ids = [ids[1] + ids[2], *ids[3:]]
+        return Pieces((first + ids[0][over:], *ids[1:]))
 
 
 def split(pieces: Pieces, prompt: int) -> tuple[Tensor, Tensor | None]:
-    """The ids behind the first ``prompt`` ones, int32, and which of them the assistant says: None for all of them."""
+    """The ids after the first ``prompt`` ones, int32, and a mask of those that the assistant says; None for all."""
     ids = [id for piece in pieces.ids for id in piece]
     said = [number % 2 == 1 for number, piece in enumerate(pieces.ids) for _ in piece]
     mask = None if all(said[prompt:]) else torch.tensor(said[prompt:], dtype=torch.bool)
@@ -57,7 +57,7 @@ def split(pieces: Pieces, prompt: int) -> tuple[Tensor, Tensor | None]:
 
 
 def common_prompt(sides: Sequence[Pieces]) -> Ids:
-    """What all sides begin with, of their prompts."""
+    """The common beginning of all sides' prompts."""
     prompts = [side.ids[0] for side in sides]
     shortest = min(prompts, key=len)
     length = next((i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1), len(shortest))

@@ -1,10 +1,10 @@
-"""What a chat template writes for the beginnings of a conversation, told from one rendering of the whole.
+"""Saves renderings: finds what a chat template writes for all beginnings of a conversation from one rendering of it.
 
-A conversation is rendered up to each of its turns, and most rows of a file differ in their words alone. So the template
-is asked once for marks in the words' place, for each order of roles. The words of a row are put in the marks' place, if
+A conversation must be rendered up to each of its turns, and most rows of a file differ only in their words. So for each
+order of roles the template renders marks in place of the words, once. The words of a row then replace the marks, if
 
 - the template cannot tell them from marks: they have no blanks at their ends, and nothing that it looks for in texts;
-- what this gives for the whole conversation is what the template renders for it.
+- the result for the whole conversation is what the template renders for it.
 
 All other rows are rendered up to each turn.
 """
@@ -19,18 +19,19 @@ from typing import Any
 
 from rlhf_lightning.models.template import MARK, ChatTemplate, TemplateRefuses
 
-Place = tuple[int, bool]  # how many messages, and whether with the generation prompt
-_LONGEST = 64  # messages; the marks of longer conversations would take longer than they save
-_MOST = 1000  # orders of roles that are kept
-# With letters of both cases, so that a template that changes texts changes marks.
+Place = tuple[int, bool]  # the number of messages, and whether the generation prompt follows
+_LONGEST = 64  # messages; for longer conversations, rendering marks would take longer than it saves
+_MOST = 1000  # most orders of roles to remember
+# The mark has letters of both cases, so that a template that changes texts changes marks, too.
 _WORD = MARK + "aZ{}" + MARK
 _FOUND = re.compile(f"{MARK}aZ(\\d+){MARK}")
-_EDGES = ("strip", "lstrip", "rstrip", "trim")  # do nothing to a text without blanks at its ends, if given blanks
+# With blanks as argument, these change only blanks at the ends of a text.
+_EDGES = ("strip", "lstrip", "rstrip", "trim")
 _GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
 
 
 class Skeletons:
-    """Those of one template.
+    """The renderings of one template with marks in place of words.
 
     Args:
         template: the chat template.
@@ -39,14 +40,13 @@ class Skeletons:
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
         self._seen: Counter[tuple[str, ...]] = Counter()
-        self._parts: dict[tuple[str, ...], dict[Place, list[str]]] = {}  # words' numbers at the odd places
+        self._parts: dict[tuple[str, ...], dict[Place, list[str]]] = {}  # the odd elements are numbers of words
 
     def renderings(self, messages: list[dict[str, Any]], places: Iterable[Place]) -> dict[Place, str]:
-        """What the template renders for beginnings of the messages, where that follows from the whole; else no more
-        than the whole, or nothing.
+        """The renderings of the beginnings and of the whole; or of the whole alone, or none, if they do not follow.
 
         Args:
-            messages: role and text each.
+            messages: messages with role and text only.
             places: the beginnings.
         """
         if len(messages) > _LONGEST or not all(set(m) == {"role", "content"} for m in messages):
@@ -55,12 +55,12 @@ class Skeletons:
         if not all(isinstance(word, str) and self._is_plain(word) for word in words):
             return {}
         self._seen[roles] += 1
-        if self._seen[roles] < 2:  # what is there once is rendered sooner than its marks
+        if self._seen[roles] < 2:  # for a single conversation, marks save nothing
             return {}
         try:
             whole = self.template.render(messages)
         except TemplateRefuses:
-            return {}  # said with the row's messages
+            return {}  # rendering the row's messages will report it
         known = {(len(messages), False): whole}
         wanted = [*known, *places]
         parts = self._of(roles, wanted)
@@ -80,7 +80,7 @@ class Skeletons:
                 found = _FOUND.split(self.template.render(marked[:count], generation_prompt=generation))
             except TemplateRefuses:
                 continue
-            if not any(MARK in piece for piece in found):  # none is changed or cut
+            if not any(MARK in piece for piece in found):  # no mark was changed or cut
                 parts[count, generation] = found
         return parts
 
@@ -94,7 +94,7 @@ class Skeletons:
 
     @cached_property
     def _looked_for(self) -> tuple[set[str], set[str]] | None:
-        """The texts that the template may look for in others, and that it may compare with; None for any."""
+        """The texts that the template may look for in other texts, and those it may compare with; None if unknown."""
         from jinja2 import Environment, TemplateError, nodes
 
         try:
@@ -116,7 +116,7 @@ class Skeletons:
             inside |= {text for text in texts if text.strip() or name not in _EDGES}
         given = [node.node for node in tree.find_all(nodes.Assign)] + [node.iter for node in tree.find_all(nodes.For)]
         given += [default for node in tree.find_all(nodes.Macro) for default in node.defaults]
-        inside |= {text for part in given for text in _texts(part) if text.strip()}  # a name's may be looked for
+        inside |= {text for part in given for text in _texts(part) if text.strip()}  # it may look for a variable
         inside.discard("")
         return inside, set(_texts(tree))
 
@@ -129,7 +129,7 @@ def _texts(node: Any) -> Iterable[str]:
 
 
 def _cuts(node: Any) -> bool:
-    """Whether an index or a slice may be of a text, whose letters it looks at."""
+    """Whether an index or a slice may look at the letters of a text."""
     from jinja2 import nodes
 
     if not isinstance(node.arg, nodes.Slice) and not (

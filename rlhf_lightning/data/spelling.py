@@ -1,4 +1,4 @@
-"""Rows whose texts spell special tokens: as users type them, or as a chat template was applied to them already."""
+"""Finds rows whose texts spell special tokens: users typed them, or a chat template was applied already."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from collections.abc import Sequence
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.values import Message
 
-# What special tokens look like in most vocabularies, for where there is no tokenizer to ask.
+# Special tokens of most vocabularies, for use without a tokenizer.
 LOOKS_SPECIAL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>\s]{1,40}\uff5c>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|</?s>"
 )
 
 
 def without_end(text: str, ends: Sequence[str]) -> str:
-    """A response without the token that ends it where it spells that itself, before blanks or none."""
+    """A response without an end token that its own text spells at its end, with or without blanks after it."""
     bare = text.rstrip()
     return next((bare.removesuffix(end) for end in ends if end and bare.endswith(end)), text)
 
 
 def spelled(record: Record, pattern: re.Pattern[str], plain: Sequence[str] = (), turns: Sequence[str] = ()) -> set[str]:
-    """What the pattern finds in the row's texts.
+    """The special tokens that the row's texts spell.
 
     Args:
         record: the row.
-        pattern: of special tokens.
-        plain: tokens that a response of text may spell at its end, where they are taken for what ends it.
+        pattern: the pattern of special tokens.
+        plain: end tokens that do not count at the end of a plain response, since they become its end.
         turns: the same for the assistant's turns in a chat.
     """
     texts = [record.tools, *_texts(record.prompt, (), turns, open_end=True)]
@@ -46,7 +46,7 @@ def count_spelled(
 def _texts(
     words: str | tuple[Message, ...], plain: Sequence[str], turns: Sequence[str], open_end: bool = False
 ) -> list[str]:
-    """With ``open_end`` the last message is gone on with, whoever says it, and so ends in nothing."""
+    """The texts to search. With ``open_end`` the response continues the last message, so it has no end token."""
     if isinstance(words, str):
         return [without_end(words, plain)]
     ended = [m.role == "assistant" and not (open_end and m is words[-1]) for m in words]

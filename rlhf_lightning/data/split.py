@@ -1,4 +1,4 @@
-"""Held-out rows, chosen by prompt: no prompt is ever on both sides."""
+"""Chooses the held-out rows by their prompts, so that no prompt is on both sides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf_lightning.errors import InputError
 def split_by_prompt(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
     """``(train, held out)`` in the order given; ``round(fraction x distinct prompts)`` are held out, at least 1.
 
-    A prompt's place depends on (seed, prompt) alone, so that rows added later move few others across.
+    A prompt's rank depends only on (seed, prompt), so that rows added later move few others to the other side.
 
     Raises:
         InputError: there are fewer than two distinct prompts to split.

@@ -1,4 +1,4 @@
-"""What was made of the rows, in one line."""
+"""The one line that says how many rows are used, and how many were left out and why."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 
 def told(kind: str, train: int, held_out: int, left_out: str, answering: bool = False) -> str:
-    """How much there is of what is used: of the held-out rows alone where nothing is trained on.
+    """The line about the rows in use. It leaves training rows out if there are none.
 
     Args:
-        kind: what the rows were made: pairs, say.
+        kind: what the rows became, as ``pairs``.
         train: how many are trained on.
         held_out: how many are measured on, or answered.
         left_out: see `counts_text`.
-        answering: whether they are answered.
+        answering: whether the rows are answered.
     """
     if answering:
         return f"data: {held_out:,} {kind} to answer; {left_out}"
@@ -22,7 +22,7 @@ def told(kind: str, train: int, held_out: int, left_out: str, answering: bool = 
 
 
 def counts_text(dropped: Mapping[str, int], noted: Mapping[str, int]) -> str:
-    """What is left out, and apart from it what is there and otherwise than one would expect."""
+    """The counts of dropped rows, then of used rows with something that users may not expect."""
     text = _listed(dropped) or "nothing dropped"
     return f"{text}; noted: {_listed(noted)}" if noted else text
 

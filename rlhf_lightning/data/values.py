@@ -1,4 +1,4 @@
-"""One value of a row, checked: the value itself, or an ``InputError`` that names file, line and key."""
+"""Checks single values of a row. Each check returns the value, or raises an ``InputError`` with file, line and key."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Message:
     """One turn of a chat."""
 
     role: str
-    content: str  # empty where the row has null, as beside tool calls
-    more: str = ""  # the message's other keys (`tool_calls`, `name`, ...) as a JSON object; empty where it has none
+    content: str  # empty if the row has null, as beside tool calls
+    more: str = ""  # the message's other keys (`tool_calls`, `name`, ...) as a JSON object; empty if it has none
 
     def turn(self) -> dict[str, Any]:
         """The message as chat templates read it."""
@@ -28,9 +28,9 @@ class Message:
         return {"role": self.role, "content": content, **more}
 
 
-# A prompt as messages may end in the assistant's own words: a beginning that the response goes on from.
+# Messages of a prompt may end in the assistant's own words: a beginning that the response continues.
 Prompt = str | tuple[Message, ...]
-# What follows a prompt. As messages: from an assistant's to an assistant's, with the user's or a tool's between them.
+# Messages of a response begin and end with the assistant's; the user's or a tool's may stand between them.
 Response = str | tuple[Message, ...]
 
 
@@ -40,21 +40,21 @@ def refused(where: str, key: str, problem: str) -> InputError:
 
 
 def checked_text(value: Any, where: str, key: str) -> str:
-    """A text, empty or not."""
+    """The value if it is a text, which may be empty."""
     if not isinstance(value, str):
         raise refused(where, key, f"must be text, got {kind_of(value)}; repair or delete the row")
     return value
 
 
 def checked_list(value: Any, where: str, key: str) -> list[Any]:
-    """A list."""
+    """The value if it is a list."""
     if not isinstance(value, list):
         raise refused(where, key, f"must be a list, got {kind_of(value)}; repair or delete the row")
     return value
 
 
 def checked_number(value: Any, where: str, key: str) -> float:
-    """A finite number; true and false are none."""
+    """The value as a float if it is a finite number. True and false are no numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise refused(where, key, f"must be a number, got {kind_of(value)}; repair or delete the row")
     try:

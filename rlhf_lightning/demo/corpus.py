@@ -1,10 +1,10 @@
 """The demo's world: questions about pot plants, and answers by gardeners of mixed skill and mixed manners.
 
-A question names a plant and two or three topics ("light", "water", ...). An answer has an opening, a sentence or two
-of advice on topics, and a closing. What is right depends on the plant, so a good answer cannot be had by
-repeating pleasant words: it must read the question. The demonstrations are written by gardeners who are right about
-half the time, forget topics, digress, and are kind, plain or grumpy; a model that imitates them does all of that too,
-and that is what preference training then has to put right. ``demo/gold.py`` says how good an answer is.
+A question names a plant and two or three topics ("light", "water", ...). An answer has an opening, sentences of advice
+on topics, and a closing. The right advice depends on the plant, so pleasant words alone make no good answer: a policy
+must read the question. The demonstrations are written by gardeners who are right about half the time, forget topics,
+digress, and are kind, plain or grumpy. A model that imitates them does the same, and preference training must correct
+it. ``demo/gold.py`` scores answers.
 
 Everything is a pure function of the seed.
 """
@@ -20,7 +20,7 @@ PLANTS: dict[str, tuple[str, ...]] = {
     "forest": ("fern", "orchid", "begonia", "ivy"),
     "garden": ("rose", "mint", "peony", "sage"),
 }
-"""Where a plant comes from decides what is right for it."""
+"""The plants by their origin, which decides what is right for them."""
 
 TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
     "light": {
@@ -54,10 +54,10 @@ TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
         "garden": ("cut it to the ground", "be hard on it each autumn"),
     },
 }
-"""Topic -> the plants that the advice is right for -> the ways to put it."""
+"""Topic -> origin of the plants that the advice is right for -> the ways to phrase it."""
 
 VAGUE: tuple[str, ...] = ("I am not sure", "nobody can say much")
-"""Ways to touch a topic and give no advice."""
+"""Ways to mention a topic without advice."""
 
 OPENINGS: dict[str, tuple[str, ...]] = {
     "kind": ("What a lovely plant to have!", "I am so glad you ask!", "With pleasure, my friend!"),
@@ -80,7 +80,7 @@ QUESTIONS: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, and the prompt that asks it."""
+    """A question: its plant and topics, and the prompt."""
 
     plant: str
     topics: tuple[str, ...]
@@ -98,17 +98,17 @@ class Corpus:
 
 
 def sentence(topic: str, advice: str) -> str:
-    """The sentence that gives an advice on a topic."""
+    """The sentence with a piece of advice on a topic."""
     return f"For {topic}, {advice}."
 
 
 def origin(plant: str) -> str:
-    """Where ``plant`` comes from, and so which advice is right for it."""
+    """The origin of ``plant``, which decides what advice is right for it."""
     return next(place for place, plants in PLANTS.items() if plant in plants)
 
 
 def all_questions() -> list[Question]:
-    """Every question there is, in a fixed order: plants x ordered choices of two or three topics x phrasings, 7,200."""
+    """All 7,200 questions in a fixed order: plants x ordered choices of two or three topics x phrasings."""
     questions = []
     for plant in (plant for plants in PLANTS.values() for plant in plants):
         for count in (2, 3):
@@ -123,7 +123,7 @@ def all_questions() -> list[Question]:
 
 
 def build_corpus(seed: int, train: int, held_out: int) -> Corpus:
-    """``train`` and ``held_out`` different questions drawn without replacement, with one answer each."""
+    """Draws ``train`` and ``held_out`` questions without replacement, with one answer each."""
     random = Random(f"corpus {seed}")
     questions = random.sample(all_questions(), train + held_out)
     answers = [write_answer(question, random) for question in questions]
@@ -131,7 +131,7 @@ def build_corpus(seed: int, train: int, held_out: int) -> Corpus:
 
 
 def write_answer(question: Question, random: Random) -> str:
-    """One gardener's answer. Skill differs from gardener to gardener, and the less they know the grumpier they are."""
+    """One gardener's answer. Gardeners differ in skill, and the less they know, the grumpier they are."""
     skill = random.uniform(0.2, 1.0)
     moods = ("kind", "plain") if random.random() < skill else ("plain", "grumpy")
     topics = [topic for topic in question.topics if random.random() < 0.4 + 0.6 * skill]

@@ -1,19 +1,18 @@
-"""How good an answer of the demo really is: the gold reward, which training never sees.
+"""The gold reward: the true quality of an answer in the demo, which training never sees.
 
-In a real project nobody has it; here it is known exactly, so that the demo can show whether the reward model's score
-(the proxy) still means anything after a policy has been optimised against it (Gao, Schulman, Hilton 2023, "Scaling Laws
-for Reward Model Overoptimization").
+In a real project nobody knows it. Here it is known exactly, so the demo can show whether the reward model's score (the
+proxy) is still meaningful after a policy was optimised against it (Gao, Schulman, Hilton 2023, "Scaling Laws for Reward
+Model Overoptimization").
 
-An answer is cut into sentences and every sentence is read against the grammar of ``demo/corpus.py``:
+An answer is split into sentences, and every sentence is looked up in the grammar of ``demo/corpus.py``:
 
 - each topic asked for: +1 right advice, 0 wrong or vague, -1 not mentioned; averaged, times 2;
 - the opening and the closing: +1 kind, 0 plain, -1 grumpy or missing, each;
-- each sentence that does not belong: -0.5 for a topic not asked for, a topic already treated, or an opening or closing
-  out of place; -1 for anything that is not a sentence of the grammar (babble, or a sentence broken off by the token
-  limit).
+- each sentence out of place: -0.5 for a topic not asked for, a topic already treated, or an opening or closing in the
+  wrong place; -1 for anything that is not a sentence of the grammar (babble, or a sentence that the token limit cut
+  off).
 
-The best value is 4.0. Nothing is gained by length, by repeating pleasant sentences, or by advice that ignores the
-plant.
+The best value is 4.0. Length, repeated pleasant sentences, and advice that ignores the plant gain nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _SENTENCE = re.compile(r"[^.!?]*[.!?]|[^.!?]+$")
 def gold_reward(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
     """Gold reward of each response to its prompt, in points (best 4.0).
 
-    It has the signature of a custom reward function, so a configuration can name it:
+    It has the signature of a user's reward function, so a configuration can name it:
     ``function: rlhf_lightning.demo.gold:gold_reward``.
     """
     return [_score(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]

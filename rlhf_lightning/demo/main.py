@@ -1,4 +1,4 @@
-"""``python -m rlhf_lightning demo``: SFT, reward model, PPO, DPO and more on a built-in world, offline, in minutes."""
+"""``python -m rlhf_lightning demo``: runs SFT, reward model, PPO, DPO and more in a built-in world, offline."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from rlhf_lightning.demo.stages import Size
 
 _R = TypeVar("_R")
-_MARK = ".demo"  # in a folder that a demo made
+_MARK = ".demo"  # a file that marks a folder made by a demo
 _LEFT = ("start", "data", "sft", "reward_model", *METHODS, "report.json", "report.html")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when the report is written, InputError where the options are at fault."""
+    """Runs the command. Returns 0 when the report is written; raises an InputError if the options are at fault."""
     options = _parser().parse_args(list(sys.argv[1:] if argv is None else argv))
     methods = _methods(options.methods)
     root = Path(options.out)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _clear(root: Path) -> None:
-    """Make way for this demo: an earlier demo's folder is replaced, and nobody else's files are touched."""
+    """Removes the files of an earlier demo in the folder. Other files are never touched."""
     mark = root / _MARK
     taken = [root / name for name in _LEFT if (root / name).exists()]
     if taken and not mark.exists():
@@ -69,7 +69,7 @@ def _clear(root: Path) -> None:
 
 
 def run(root: Path, size: Size, seed: int, methods: Sequence[str] = DEFAULT) -> Results:
-    """All stages in order, each with its heading and its time; leaves runs, models and the report under ``root``."""
+    """Runs all stages in order, and prints each one's heading and time. Runs, models and report are under ``root``."""
     from transformers.utils.logging import disable_progress_bar
 
     from rlhf_lightning.data.records import load_records
@@ -79,7 +79,7 @@ def run(root: Path, size: Size, seed: int, methods: Sequence[str] = DEFAULT) -> 
     from rlhf_lightning.rewards.function import FunctionReward
     from rlhf_lightning.rewards.model import ModelReward
 
-    disable_progress_bar()  # of transformers: one for every saved model
+    disable_progress_bar()  # transformers would show one for every saved model
     began = time.monotonic()
     folder = stages.Folder(root)
     seconds: dict[str, float] = {}
@@ -142,7 +142,7 @@ def run(root: Path, size: Size, seed: int, methods: Sequence[str] = DEFAULT) -> 
 
 
 def _methods(given: Sequence[str]) -> tuple[str, ...]:
-    """The default ones and those asked for, in the table's order."""
+    """The default methods and those that the user asked for, in the table's order."""
     unknown = [name for name in given if name not in METHODS and name != "all"]
     if unknown:
         raise InputError(f"--methods {unknown[0]}: no such method: it must be all, or some of {', '.join(METHODS)}")
@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m rlhf_lightning demo",
         description="Train SFT, a reward model, PPO and DPO on a small built-in world, offline, and compare them.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random draws (default: %(default)s)")
     parser.add_argument(
         "--out", default="runs/demo", metavar="DIR", help="folder of the runs and the report (default: %(default)s)"
     )
@@ -163,15 +163,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"methods to compare beside {' and '.join(DEFAULT)}, or all: "
+        help=f"more methods to compare, beside {' and '.join(DEFAULT)}, or all: "
         f"{', '.join(name for name in METHODS if name not in DEFAULT)}",
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="a reduced size, as a check that everything works")
+    size.add_argument("--quick", action="store_true", help="a smaller size, to check that everything works")
     size.add_argument(
         "--hacking",
         action="store_true",
-        help="the reduced size with a weak reward model and nothing that keeps PPO from exploiting it, to see how "
-        "that looks",
+        help="the smaller size with a weak reward model and without a KL penalty, to show how PPO exploits it",
     )
     return parser

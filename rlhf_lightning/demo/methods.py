@@ -1,4 +1,4 @@
-"""The methods that the demo can run after its reward model: one table. It imports nothing, so that --help is quick."""
+"""The table of the methods that the demo can run after its reward model. It imports little, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BEST_OF = 8  # answers that best-of-n chooses from
 
 @dataclass(frozen=True)
 class Method:
-    """One more stage, trained by configs/demo/<name>.yaml, and one more row of the comparison."""
+    """A method: a stage, trained by configs/demo/<name>.yaml, and a row of the comparison."""
 
     label: str
     doing: str  # the stage's heading

@@ -1,4 +1,4 @@
-"""What only the demo can log: the gold reward of the responses that a policy is trained on."""
+"""Logs the gold reward of a policy's responses, which only the demo knows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class GoldMonitor(Callback):
     """Logs ``gold/train`` every PPO iteration, and ``gold/held_out`` in validation. Nothing learns from it."""
 
     def on_samples(self, trainer: Trainer, module: RLHFModule, rollout: Rollout, scores: dict[str, Tensor]) -> None:
-        """A rollout with its scores, from the module."""
+        """Called by the module with a rollout and its scores."""
         rewards = gold_reward(rollout.prompts.prompts, rollout.responses)
         name = "gold/train" if trainer.training else "gold/held_out"
         module.log(name, sum(rewards) / len(rewards), batch_size=len(rewards))

@@ -1,4 +1,4 @@
-"""What the demo ends with: report.json, report.html and a table in the terminal."""
+"""The results of the demo: report.json, report.html and a table in the terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlhf_lightning.evaluation.exploitation import warnings
 from rlhf_lightning.evaluation.html_report import Highlight, Report, Section, write_report
 from rlhf_lightning.evaluation.present import sections
 
-# A method's name, and what the comparison calls its policy.
+# The name of each method's policy in the comparison.
 _POLICIES = {name: best_of_name("sft", BEST_OF) if name == "best_of_n" else name for name in METHODS}
 _METHOD = {policy: name for name, policy in _POLICIES.items()}
 LABELS = {"sft": "SFT", "gold": "gold", "proxy": "reward model"} | {
@@ -33,21 +33,21 @@ LABELS = {"sft": "SFT", "gold": "gold", "proxy": "reward model"} | {
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that was measured."""
+    """All measurements of a demo."""
 
     seed: int
     seconds: dict[str, float]  # by stage
     comparison: Comparison  # of the policies, by the rewards "gold" and "proxy"
     curves: dict[str, Curves]  # by training stage
     label_ceiling: float
-    notes: dict[str, str]  # what was run, for the end of the page
+    notes: dict[str, str]  # command, times and annotator, for the end of the page
 
     def warnings(self) -> list[str]:
-        """A sentence for every policy that pleases the reward model and not the gold reward."""
+        """A sentence for every policy whose score rose by the reward model and fell by the gold reward."""
         return warnings(self.comparison, "proxy", {**LABELS, "proxy": "the reward model", "gold": "the gold reward"})
 
     def numbers(self) -> dict[str, Any]:
-        """The content of report.json; all on held-out prompts."""
+        """The content of report.json. All numbers are for held-out prompts."""
         answers = self.comparison.answers
         reward_model = self.curves["reward_model"]
         found: dict[str, Any] = {
@@ -70,7 +70,7 @@ class Results:
             found[_METHOD[policy]] = {
                 "gold_reward": _mean(self.comparison, policy, "gold"),
                 "proxy_reward": _mean(self.comparison, policy, "proxy"),
-                "kl": kl,  # of the best of n a bound from above
+                "kl": kl,  # for best-of-n an upper bound
                 "win_rate_vs_sft": rate.value,
                 "win_rate_ci": [rate.low, rate.high],
             }
@@ -83,14 +83,14 @@ def read_all_curves(root: Path, methods: Sequence[str]) -> dict[str, Curves]:
 
 
 def write(results: Results, folder: Path) -> None:
-    """Write ``report.json`` and ``report.html``."""
+    """Writes ``report.json`` and ``report.html``."""
     text = json.dumps(results.numbers(), indent=2, allow_nan=False) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
     write_report(page(results), folder / "report.html")
 
 
 def page(results: Results) -> Report:
-    """The page as data."""
+    """The report's page, ready to render."""
     numbers = results.numbers()
     ppo, dpo, reward_model = numbers["ppo"], numbers["dpo"], numbers["reward_model"]
     ceiling = reward_model["label_ceiling"]
@@ -189,7 +189,7 @@ def _curves(title: str, lines: list[Series], y_label: str, across: str | None = 
 
 
 def _smooth(line: Series, over: int = 9) -> Series:
-    """A running mean, for a metric of single small batches."""
+    """A running mean, for a metric that is noisy because batches are small."""
     values = list(line.y)
     windows = [values[max(0, i - over // 2) : i + over // 2 + 1] for i in range(len(values))]
     means = [sum(window) / len(window) for window in windows]
@@ -220,12 +220,12 @@ def terminal_table(results: Results) -> TerminalTable:
 
 
 def versions() -> dict[str, str]:
-    """What ran."""
+    """The versions of Python and the packages in use."""
     found = {"rlhf_lightning": __version__, "python": platform.python_version()}
     return found | {name: metadata.version(name) for name in ("torch", "lightning", "transformers", "tokenizers")}
 
 
 def _mean(comparison: Comparison, policy: str, reward: str) -> float:
     value = float(comparison.answers[policy].scores[reward].double().mean())
-    assert math.isfinite(value)  # rewards are checked where they are made
+    assert math.isfinite(value)  # every reward checks its scores
     return value

@@ -1,6 +1,6 @@
-"""The demo's stages before the comparison: the data, the training runs by the command line, and the annotation.
+"""The demo's stages before the comparison: the data, the training runs, and the annotation.
 
-The training runs are the ones anybody can start: ``python -m rlhf_lightning fit --config demo/ppo.yaml ...``, and each
+The training runs use the public command line, ``python -m rlhf_lightning fit --config demo/ppo.yaml ...``, and each
 prints its command.
 """
 
@@ -25,28 +25,28 @@ from rlhf_lightning.preferences.annotator import SimulatedAnnotator
 from rlhf_lightning.preferences.candidates import Ranking, annotate, sample_candidates, write_rankings, write_rows
 
 MAX_NEW_TOKENS = 64  # the default of every module; the longest demonstration has 52
-TEMPERATURE = 1.0  # likewise
+TEMPERATURE = 1.0  # the default of every module
 VOCABULARY = 768
 
-ANNOTATOR_LAPSE = 0.05  # how often the annotator looks away
+ANNOTATOR_LAPSE = 0.05  # share of random rankings
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; the sizes of the training runs are in configs/demo/."""
+    """The sizes of data and model. The sizes of the training runs are in configs/demo/."""
 
     train: int  # questions with a demonstration
     held_out: int  # questions that everything is measured on
     ranked: int  # training questions whose candidates are ranked
-    candidates: int  # answers a ranked question gets
-    annotator_temperature: float  # the difference in gold reward that the annotator sees with log-odds of 1
-    options: dict[str, tuple[str, ...]]  # stage -> options that its config is changed by
+    candidates: int  # answers to each ranked question
+    annotator_temperature: float  # the difference in gold reward that the annotator notices with log-odds of 1
+    options: dict[str, tuple[str, ...]]  # stage -> options that change its config
     hidden: int = 128  # width of the model
     layers: int = 2
-    configs: dict[str, str] = field(default_factory=dict)  # stage -> its config, where it is not demo/<stage>.yaml
+    configs: dict[str, str] = field(default_factory=dict)  # stage -> its config, if not demo/<stage>.yaml
 
 
-# Two answers to many questions teach a reward model more, for the same training, than three to fewer do.
+# For the same training, two answers to many questions teach a reward model more than three answers to fewer.
 FULL = Size(
     train=6144,
     held_out=512,
@@ -72,7 +72,7 @@ QUICK = Size(
         "rejection_sampling": ("--model.iterations", "15", "--data.batch_size", "16"),
     },
 )
-# What goes wrong where a reward model learned from few noisy labels and nothing keeps PPO from it.
+# Shows what goes wrong if a reward model learned from few noisy labels and nothing keeps PPO from exploiting it.
 HACKING = replace(
     QUICK,
     ranked=256,
@@ -85,7 +85,7 @@ HACKING = replace(
 
 @dataclass(frozen=True)
 class Folder:
-    """Where the demo's files are."""
+    """The paths of the demo's files."""
 
     root: Path
 
@@ -104,7 +104,7 @@ class Folder:
 
 
 def prepare(folder: Folder, size: Size, seed: int) -> None:
-    """Write the demonstrations, the tokenizer and the untrained model, and say what they are."""
+    """Writes the demonstrations, the tokenizer and the untrained model, and prints a line about each."""
     corpus = build_corpus(seed, size.train, size.held_out)
     _write_demonstrations(folder.data("demonstrations"), corpus.train, corpus.train_answers)
     _write_demonstrations(folder.data("demonstrations_held_out"), corpus.held_out, corpus.held_out_answers)
@@ -123,7 +123,7 @@ def _write_demonstrations(path: Path, questions: Sequence[Question], answers: Se
 
 
 def train(stage: str, folder: Folder, size: Size, seed: int) -> None:
-    """Run a stage's training: what its printed command does."""
+    """Runs a stage's training, as its printed command would."""
     kind = METHODS[stage].kind if stage in METHODS else "pairs" if stage == "reward_model" else "demonstrations"
     data = "rankings" if kind == "pairs" else "demonstrations"
     start = folder.start if stage == "sft" else folder.model("sft")
@@ -146,15 +146,18 @@ def train(stage: str, folder: Folder, size: Size, seed: int) -> None:
 
 
 def rank(folder: Folder, size: Size, seed: int) -> list[Ranking]:
-    """Sample candidates from the SFT model, have them ranked, write both files; returns the held-out rankings."""
+    """Samples candidates from the SFT model, lets the annotator rank them, and writes both files.
+
+    Returns the held-out rankings.
+    """
     tokenizer = load_tokenizer(folder.model("sft"))
     policy = Policy(load_causal_lm(folder.model("sft")), ids=token_ids(tokenizer)).eval()
     rankings: list[Ranking] = []
-    for name, source, count, own_seed in (
+    for name, source, count, file_seed in (
         ("rankings", "demonstrations", size.ranked, 2 * seed),
         ("rankings_held_out", "demonstrations_held_out", size.held_out, 2 * seed + 1),
     ):
-        # Draws go by row number, and both files count from 0: hence the two seeds.
+        # Draws depend on row numbers, and both files count from 0, so each file needs its own seed.
         records = load_records(str(folder.data(source)))
         records.rows = records.rows[:count]
         candidates = sample_candidates(
@@ -165,10 +168,10 @@ def rank(folder: Folder, size: Size, seed: int) -> list[Ranking]:
             max_new_tokens=MAX_NEW_TOKENS,
             temperature=TEMPERATURE,
             eos_ids=eos_ids(policy.model, tokenizer),
-            seed=own_seed,
+            seed=file_seed,
             progress=_say,
         )
-        rankings = annotate(candidates, annotator(size, own_seed), gold_reward)
+        rankings = annotate(candidates, annotator(size, file_seed), gold_reward)
         write_rankings(rankings, folder.data(name))
         best = rankings[0].candidates.completions[rankings[0].ranks.index(1)]
         worst = rankings[0].candidates.completions[rankings[0].ranks.index(size.candidates)]

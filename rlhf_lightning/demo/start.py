@@ -1,6 +1,6 @@
-"""What the demo's SFT starts from: a tokenizer trained on the corpus and a tiny Llama with random weights, as a folder.
+"""Makes the start of the demo's SFT: a tokenizer trained on the corpus, and a tiny Llama with random weights.
 
-The folder is an ordinary Hugging Face model folder, so the SFT stage loads it the way it loads any pretrained model.
+They are saved as an ordinary Hugging Face model folder, so the SFT stage loads it like any pretrained model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PAD, EOS = "<pad>", "<eos>"
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most ``vocabulary`` entries; any text survives encoding and decoding."""
+    """A byte-level BPE tokenizer of at most ``vocabulary`` entries. Encoding and decoding keeps any text unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -33,7 +33,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def save_start(folder: Path, tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, seed: int) -> int:
-    """Write the tokenizer and a randomly initialised Llama to ``folder``; returns its number of parameters."""
+    """Writes the tokenizer and a randomly initialised Llama to ``folder``. Returns the number of parameters."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -42,7 +42,7 @@ def save_start(folder: Path, tokenizer: PreTrainedTokenizerFast, hidden: int, la
         num_attention_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        initializer_range=0.04,  # twice the usual: so small a model starts to learn sooner
+        initializer_range=0.04,  # twice the usual value, so that such a small model learns sooner
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

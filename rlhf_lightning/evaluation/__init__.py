@@ -1,1 +1,1 @@
-"""Comparing policies: win rates, KL, perplexity, charts and the report."""
+"""Compares policies: win rates, KL, perplexity, charts and the report."""

@@ -1,4 +1,4 @@
-"""Which prompts of the files are asked, and which rows are left out, by reason."""
+"""Chooses the prompts of an evaluation from its files, and counts the rows that are left out, by reason."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """The prompts to ask, in the files' order."""
+    """The prompts to answer, in the files' order."""
 
     prompts: list[Record]
     read: int  # rows in the files
     left_out: dict[str, int]  # rows by reason
 
     def summary(self) -> str:
-        """As in ``5 of 9 rows; left out: repeated prompts 4``."""
+        """One line, like ``5 of 9 rows; left out: repeated prompts 4``."""
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.left_out.items())
         return f"{len(self.prompts):,} of {self.read:,} rows; left out: {reasons or 'none'}"
 
 
 def asked(paths: Sequence[str], limit: int | None, columns: Columns | None = None, final: bool = True) -> Asked:
-    """Each prompt once, and rows apart that differ in a column which a reward can read; at most ``limit``, evenly
-    spread over the files. ``columns`` and ``final``: see `load_records`.
+    """Each prompt once, at most ``limit`` of them, evenly spread over the files.
+
+    Rows that differ in a column which a reward can read count as different prompts. ``columns`` and ``final``: see
+    `load_records`.
 
     Raises:
-        InputError: see `load_records`; no row is left.
+        InputError: see `load_records`; or no row is left.
     """
     from rlhf_lightning.data.records import load_records
 

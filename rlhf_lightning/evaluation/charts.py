@@ -1,7 +1,7 @@
-"""Small charts as inline SVG: lines over steps, a path over KL, histograms, estimates with their intervals.
+"""Draws small charts as inline SVG: lines over steps, a path over KL, histograms, estimates with their intervals.
 
-No script, no font and no file from elsewhere; light and dark come from the report's style sheet. Every mark with a
-number has it as a tooltip, and every chart says in words what it shows, for screen readers.
+The charts use no script, font or file from elsewhere. The report's style sheet makes them light or dark. Every mark
+with a number shows it as a tooltip, and every chart describes itself in words for screen readers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from rlhf_lightning.evaluation.svg import (
     text,
 )
 
-_LONGEST_NAME = 18  # letters of a label at the end of a line
-_MOST_DOTS = 60  # more points than this are drawn as a line alone
+_LONGEST_NAME = 18  # most letters of a label at the end of a line
+_MOST_DOTS = 60  # of more points, only some get a dot
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Series:
     y: Sequence[float]
     low: Sequence[float] | None = None  # lower edge of a band around y, as long as y
     high: Sequence[float] | None = None  # its upper edge
-    color: int | None = None  # 0 to 5; None: the series' place in the chart. 0 is the quiet grey of a baseline
+    color: int | None = None  # 0 to 5; None takes the series' place in the chart. 0 is the quiet grey of a baseline
 
     def __post_init__(self) -> None:
         for field in (self.y, self.low, self.high):
@@ -68,7 +68,7 @@ class Figure:
 
 
 def line_chart(title: str, series: Sequence[Series], x_label: str, y_label: str, caption: str = "") -> Figure:
-    """Lines over a common x, each labelled at its end, with a band where a series has one."""
+    """Lines over a common x, each labelled at its end, with a band if the series has one."""
     names = [shorten(s.name, _LONGEST_NAME) for s in series]
     right = 20 + label_width(names) if len(series) > 1 else 16
     frame = Frame(
@@ -94,12 +94,12 @@ def line_chart(title: str, series: Sequence[Series], x_label: str, y_label: str,
 def trajectory_chart(
     title: str, series: Sequence[Series], x_label: str, y_label: str, caption: str = "", counting: str = ""
 ) -> Figure:
-    """Paths through a plane, such as proxy and gold reward over KL; each point is a dot.
+    """Paths through a plane, such as proxy and gold reward over KL. Each point is a dot.
 
-    The name stands at the height of the last point.
+    A path's name is written at the height of its last point.
 
     Args:
-        counting: what a point's number in its tooltip counts, for instance ``iteration``; empty: no number.
+        counting: the unit of the points' numbers in the tooltips, for instance ``iteration``; empty for no numbers.
     """
     names = [shorten(s.name, _LONGEST_NAME) for s in series]
     frame = Frame(
@@ -126,7 +126,7 @@ def histogram_chart(
     title: str, groups: Mapping[str, Sequence[float]], x_label: str, caption: str = "", bins: int = 24,
     colors: Sequence[int] = (),
 ) -> Figure:  # fmt: skip
-    """How the values of each group are spread, one over the other, in shares of the group."""
+    """One histogram for each group, drawn over each other, in shares of the group."""
     values = {name: [v for v in group if math.isfinite(v)] for name, group in groups.items()}
     x = axis_for([v for group in values.values() for v in group])
     edge = (x.high - x.low) / bins

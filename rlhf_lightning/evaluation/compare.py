@@ -1,7 +1,8 @@
-"""Several policies on the same held-out prompts: answers, rewards, KL to a reference, win rates over a baseline.
+"""Compares policies on the same held-out prompts: answers, rewards, KL to a reference, win rates over a baseline.
 
-Every policy answers every prompt once, from the same random draws: two equal policies answer alike and tie everywhere.
-Best-of-n is one more way of answering: of n answers the one that a reward, the judge, likes best.
+Every policy answers every prompt once, from the same random draws. So two equal policies give the same answers and tie
+on every prompt. Best-of-n is one more way of answering: it takes the one of n answers that a reward, the judge, scores
+highest.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from rlhf_lightning.rollout.fitting import fitting_engine
 
 @dataclass(frozen=True)
 class Settings:
-    """How the policies are asked."""
+    """How the policies answer."""
 
     max_new_tokens: int = 128  # an answer that reaches it without EOS counts as cut off
     temperature: float = 1.0  # 0 takes the most probable token
@@ -58,7 +59,7 @@ class Settings:
 
 @dataclass
 class Answers:
-    """One policy's answers to the N prompts, and what was measured of them. All tensors are on the CPU."""
+    """One policy's answers to the N prompts, and the measurements of them. All tensors are on the CPU."""
 
     responses: list[str]
     lengths: Tensor  # [N] int64 response tokens, EOS included
@@ -67,15 +68,16 @@ class Answers:
     scores: dict[str, Tensor] = field(default_factory=dict)  # by reward: [N] float32
     k1: Tensor | None = None  # [N] float64, nats; None without a reference of the same vocabulary
     k3: Tensor | None = None
-    best_of: int = 1  # how many answers each is the best of; k1 and k3 are then the policy's own at the chosen answers
+    best_of: int = 1  # n of best-of-n; k1 and k3 are then the policy's own values for the chosen answers
     perplexity: float | None = None  # on the held-out text; None without one
     seconds: float = 0.0
 
     @property
     def kl(self) -> float | None:
-        """Nats from the reference, the mean of k1; for best-of-n, whose log-probs nobody knows, a bound from above.
+        """KL to the reference in nats: the mean of k1; for best-of-n an upper bound, since its log-probs are unknown.
 
-        KL(best-of-n || reference) is KL(best-of-n || policy), at most `best_of_kl`, and the mean k1 of the chosen.
+        KL(best-of-n || reference) is the sum of KL(best-of-n || policy), at most `best_of_kl`, and the mean k1 of the
+        chosen answers.
         """
         return None if self.k1 is None else float(self.k1.mean()) + best_of_kl(self.best_of)
 
@@ -91,22 +93,22 @@ class Comparison:
     settings: Settings
 
     def win_rate(self, policy: str, reward: str) -> WinRate:
-        """Of ``policy`` over the baseline, by this reward; a tie counts half."""
+        """The win rate of ``policy`` over the baseline, by this reward. A tie counts half."""
         return win_rate(self._preferences(policy, reward))
 
     def length_controlled(self, policy: str, reward: str) -> WinRate:
-        """The same, had the answers been equally long in characters, which compare across tokenizers."""
-        own, other = (
+        """The win rate if the answers were equally long. Lengths are in characters, which compare across tokenizers."""
+        own_lengths, base_lengths = (
             torch.tensor([float(len(response)) for response in self.answers[name].responses])
             for name in (policy, self.baseline)
         )
-        return length_controlled_win_rate(self._preferences(policy, reward), own, other)
+        return length_controlled_win_rate(self._preferences(policy, reward), own_lengths, base_lengths)
 
     def _preferences(self, policy: str, reward: str) -> Tensor:
         return preferences(self.answers[policy].scores[reward], self.answers[self.baseline].scores[reward])
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """The numbers of each policy, ready for JSON: a number that is not finite is null."""
+        """The numbers of each policy, ready for JSON. Numbers that are not finite become null."""
         return {name: _finite(self._summary(name, answers)) for name, answers in self.answers.items()}
 
     def _summary(self, name: str, answers: Answers) -> dict[str, Any]:
@@ -151,22 +153,22 @@ def compare(
     judge: str | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> Comparison:
-    """Let every policy answer the prompts, and measure the answers.
+    """Lets every policy answer the prompts, and measures the answers.
 
     Args:
         policies: model folders by name; only one of them, and the reference, is in memory at a time.
-        prompts: records with the prompts; a prompt that occurs twice is asked once.
-        rewards: by name; each scores every policy's answers.
-        baseline: the policy that win rates are over; the first where None.
-        reference: the folder of the model that KL is measured to; the baseline's where None.
+        prompts: records with the prompts; a prompt that occurs twice is answered once.
+        rewards: rewards by name; each scores every policy's answers.
+        baseline: the policy that win rates are over; None for the first.
+        reference: the folder of the model that KL is measured to; None for the baseline's.
         text: held-out records with responses, for perplexity.
-        best_of: policies that also answer as the best of so many, each as one more policy, named by `best_of_name`.
-        judge: the reward that tells which is the best; the first where None.
-        say: is told, a line at a time, what has been done.
+        best_of: by policy, the n of best-of-n; adds one more policy to the comparison, named by `best_of_name`.
+        judge: the reward that chooses the best answer; None for the first.
+        say: called with one line for each policy that has answered.
 
     Raises:
-        InputError: an unknown baseline, a folder without a model, a prompt that a policy has no positions for, or a
-            reference that was named and has another vocabulary than a policy.
+        InputError: the baseline is unknown, a folder has no model, a prompt is too long for a policy's positions, or a
+            named reference has another vocabulary than a policy.
     """
     names = list(policies)
     baseline = names[0] if baseline is None else baseline
@@ -174,9 +176,9 @@ def compare(
         raise InputError(f"--baseline {baseline}: no such policy: it must be one of {', '.join(names)}")
     reference_folder = str(policies[baseline] if reference is None else reference)
     reference_tokenizer = load_tokenizer(reference_folder, settings.trust_remote_code)
-    # All tokenizers first: a mistyped folder is found before the first policy has answered for an hour.
+    # All tokenizers first, so that a mistyped folder is found before the first policy has answered for an hour.
     tokenizers = {name: load_tokenizer(folder, settings.trust_remote_code) for name, folder in policies.items()}
-    comparable = {name: same_vocabulary(own, reference_tokenizer) for name, own in tokenizers.items()}
+    comparable = {name: same_vocabulary(each, reference_tokenizer) for name, each in tokenizers.items()}
     if reference is not None:
         _check_reference(reference, policies, comparable)
     reference_policy = _load(reference_folder, reference_tokenizer, settings)
@@ -198,7 +200,7 @@ def compare(
         measured = _answers(
             policy, known, tokenizer, batches, rewards, judge or next(iter(rewards), ""), settings, count
         )
-        if text and count == 1:  # the best of n has no probabilities
+        if text and count == 1:  # best-of-n has no probabilities
             measured.perplexity = perplexity(policy, _batches(encoder, text, "demonstrations", settings))
         measured.seconds = time.perf_counter() - start
         shown = best_of_name(name, count)
@@ -208,7 +210,7 @@ def compare(
 
 
 def best_of_name(policy: str, count: int) -> str:
-    """What the comparison calls a policy that answers with the best of ``count``; its own name for 1."""
+    """The comparison's name for a policy that answers with the best of ``count``; its own name for 1."""
     return policy if count == 1 else f"{policy} best of {count}"
 
 
@@ -230,7 +232,7 @@ def _load(folder: str | Path, tokenizer: PreTrainedTokenizerBase, settings: Sett
 def _check_long_prompts(
     encoder: Encoder, prompts: Sequence[Record], policy: Policy, folder: str | Path, settings: Settings
 ) -> None:
-    """Refuse prompts that are far too long by their beginnings, before megabytes are tokenised."""
+    """Refuses prompts that are far too long, recognised by their beginnings, before megabytes are tokenised."""
     limit = most_tokens(policy.model)
     if limit is None:
         return
@@ -247,7 +249,7 @@ def _check_prompt(record: Record, tokens: int, policy: Policy, folder: str | Pat
 
 
 def _batches(encoder: Encoder, records: Sequence[Record], kind: Kind, settings: Settings) -> list[Any]:
-    """Batches of rows of similar length; ``rows`` of prompt batches still number the prompts in their order."""
+    """Batches of rows of similar length. ``rows`` of prompt batches gives the prompts' numbers in their order."""
     examples, _ = encoder.encode(records, kind)
     columns = column_names(examples)
     ordered = sorted(examples, key=lambda example: max(example.widths))
@@ -276,7 +278,7 @@ def _answers(
         seed=settings.seed,
     )
     parts = []
-    # With n answers to each prompt, an n-th of the prompts at a time.
+    # With n answers to each prompt, a batch has only an n-th of the prompts.
     for batch in _cut(batches, max(1, settings.batch_size // count)):
         rollout = engine.rollout(policy, batch.repeat(count), tokenizer, sampling)
         if count > 1:
@@ -305,25 +307,25 @@ def _cut(batches: Sequence[PromptBatch], rows: int) -> Iterator[PromptBatch]:
 def _measured(
     rollout: Rollout, policy: Policy, reference: Policy | None, rewards: Mapping[str, Reward], settings: Settings
 ) -> dict[str, list[Any]]:
-    """What is kept of a batch of answers, each a list of B."""
+    """The values to store of a batch of answers, each a list of B."""
     starts, ends = rollout.prompt_lengths.tolist(), rollout.lengths.tolist()
     rows = rollout.tokens.tolist()
-    kept: dict[str, list[Any]] = {
+    columns: dict[str, list[Any]] = {
         "responses": list(rollout.responses),
         "lengths": rollout.response_lengths.tolist(),
         "truncated": rollout.truncated.tolist(),
         "repetition": [repetition(row[a:b]) for row, a, b in zip(rows, starts, ends, strict=True)],
     }
     for name, reward in rewards.items():
-        kept[f"score {name}"] = reward(rollout).cpu().tolist()
+        columns[f"score {name}"] = reward(rollout).cpu().tolist()
     if reference is not None:
         k1, k3 = kl_to_reference(policy, reference, rollout, settings.temperature)
-        kept["k1"], kept["k3"] = k1.tolist(), k3.tolist()
-    return kept
+        columns["k1"], columns["k3"] = k1.tolist(), k3.tolist()
+    return columns
 
 
 def _in_order(batches: Sequence[PromptBatch], values: list[Any]) -> list[Any]:
-    """``values``, one a row in the batches' order, in the order of the prompts."""
+    """``values``, one for each row, brought from the batches' order into the order of the prompts."""
     rows = [row for batch in batches for row in batch.rows.tolist()]
     return [value for _, value in sorted(zip(rows, values, strict=True), key=lambda pair: pair[0])]
 

@@ -1,4 +1,4 @@
-"""Learning curves from a run's ``metrics.jsonl``."""
+"""Reads learning curves from a run's ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Curves = dict[str, tuple[list[float], list[float]]]
 def read_curves(path: str | Path) -> Curves:
     """Every metric of a ``metrics.jsonl`` as (steps, values), in the order of the file.
 
-    Lines are ``{"step": int, name: number, ...}``. A metric may be missing from a line; null, which stands for a number
-    that was not finite, becomes NaN. A torn last line, as a run that is still writing leaves, is left out.
+    Lines are ``{"step": int, name: number, ...}``. A metric may be missing from a line. Null stands for a number that
+    was not finite, and becomes NaN. An incomplete last line is left out, since a run may still be writing it.
 
     Raises:
-        InputError: no such file, or a line that is no such object, with its number.
+        InputError: there is no such file, or a line is no such object; names the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -46,7 +46,7 @@ def read_curves(path: str | Path) -> Curves:
 
 
 def series(curves: Curves, metric: str, name: str = "", color: int | None = None) -> Series:
-    """One metric as a line for a chart; an unknown metric is an InputError that lists the known ones."""
+    """One metric as a line for a chart. For an unknown metric, raises an InputError that lists the known ones."""
     if metric not in curves:
         raise InputError(f"metric {metric!r}: not in the run's metrics; they are {', '.join(sorted(curves)) or 'none'}")
     steps, values = curves[metric]

@@ -1,6 +1,6 @@
-"""``python -m rlhf_lightning evaluate``: policies side by side on held-out prompts.
+"""``python -m rlhf_lightning evaluate``: compares policies on held-out prompts.
 
-Writes report.html, report.json and samples.jsonl, all at the end: a run that fails leaves nothing half-written.
+It writes report.html, report.json and samples.jsonl at the end, so that a run that fails leaves no incomplete file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _EXAMPLE = """example:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when the report is written, InputError where the options or files are at fault."""
+    """Runs the command. Returns 0 when the report is written; raises an InputError if options or files are at fault."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
     policies = dict(_named(options.policies, "--policies"))
@@ -73,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rewards = _rewards(options.reward, options.trust_remote_code)
     prompts = asked(options.prompts, options.max_prompts, columns, final=not options.text)
     say(f"prompts: {prompts.summary()}")
-    told_text = load_records(options.text, columns=columns) if options.text else None
-    text = [] if told_text is None else told_text.rows
-    if told_text is not None and told_text.dropped:
-        dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(told_text.dropped.items()))
-        say(f"text: {len(text):,} of {told_text.read:,} rows; left out: {dropped}")
+    text_records = load_records(options.text, columns=columns) if options.text else None
+    text = [] if text_records is None else text_records.rows
+    if text_records is not None and text_records.dropped:
+        dropped = ", ".join(f"{reason} {count:,}" for reason, count in sorted(text_records.dropped.items()))
+        say(f"text: {len(text):,} of {text_records.read:,} rows; left out: {dropped}")
     start = time.perf_counter()
     settings = Settings(
         max_new_tokens=options.max_new_tokens,
@@ -107,9 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             explain(error, "evaluate", [sizes])
         raise
     seconds = time.perf_counter() - start
-    told = _provenance(options, arguments, comparison, device, len(text), prompts) | {"wall time": f"{seconds:.1f} s"}
+    notes = _provenance(options, arguments, comparison, device, len(text), prompts) | {"wall time": f"{seconds:.1f} s"}
     warned = warnings(comparison, proxy) if proxy else []
-    _write(comparison, told, out, seconds, warned, prompts)
+    _write(comparison, notes, out, seconds, warned, prompts)
     for warning in warned:
         say(f"WARNING: {warning}")
     console = Console(width=None if sys.stdout.isatty() else 200)
@@ -146,8 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--proxy",
         metavar="NAME",
-        help="the --reward that the policies were trained against, which the others watch over: a policy that pleases "
-        "it alone is named (default: the only reward model among them, else the first)",
+        help="the --reward that the policies were trained against. There is a warning about each policy that pleases "
+        "only this one (default: the only reward model among the rewards, else the first)",
     )
     add("--baseline", metavar="NAME", help="the policy that win rates are over (default: the first)")
     add(
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME=N",
-        help="policies that also answer with the best of N by the --proxy, each a row of its own",
+        help="policies that also answer with the best of N by the --proxy; each gets one more row",
     )
     add("--reference", metavar="DIR", help="the model that KL is measured to (default: the baseline)")
     add(
@@ -163,22 +163,22 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="demonstrations to measure perplexity on, to see forgetting",
+        help="demonstrations to measure perplexity on, which shows forgetting",
     )
     add(
         "--columns",
         nargs="+",
         default=[],
         metavar="OURS=YOURS",
-        help="names that rows have for keys: prompt=question",
+        help="our name of a key, and the name that your rows have for it: prompt=question",
     )
     add("--max_new_tokens", type=int, default=128, help="longest answer (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: %(default)s)")
     add("--max_prompts", type=int, help="ask only this many, evenly spread over the file")
     add("--batch_size", type=int, default=32, help="prompts at a time; changes no result (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the sampled answers (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the sampled answers (default: %(default)s)")
     add("--chat", action="store_true", help="put plain prompts through the chat template too")
-    add("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
     add("--out", default="runs/evaluation", metavar="DIR", help="folder of the report (default: %(default)s)")
     return parser
@@ -194,7 +194,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
 
 
 def _named(given: Sequence[str], option: str) -> list[tuple[str, str]]:
-    """``NAME=WHAT`` or ``WHAT`` to (name, what); a path of its own is named by the run it came from."""
+    """``NAME=WHAT`` or ``WHAT`` as (name, what). A model folder without a name is named by its run."""
     pairs: list[tuple[str, str]] = []
     for item in given:
         name, separator, what = item.partition("=")
@@ -209,7 +209,7 @@ def _named(given: Sequence[str], option: str) -> list[tuple[str, str]]:
 
 
 def _proxy(options: argparse.Namespace) -> str | None:
-    """The reward that policies were trained against; None where there is no reward at all."""
+    """The reward that policies were trained against; None if there is no reward."""
     rewards = _named(options.reward, "--reward")
     names = [name for name, _ in rewards]
     if options.proxy is None:
@@ -335,13 +335,13 @@ def _report(comparison: Comparison, settings: dict[str, str], warned: Sequence[s
     from rlhf_lightning.evaluation.present import listed, sections
 
     names = list(comparison.answers)
-    told = []
+    lines = []
     for name in names:
         if name != comparison.baseline and comparison.rewards:
             rate = comparison.win_rate(name, comparison.rewards[0])
-            told.append(
+            lines.append(
                 f"{name} is preferred to {comparison.baseline} on {100 * rate.value:.1f}% of the prompts "
                 f"({100 * rate.low:.1f} to {100 * rate.high:.1f}) by {comparison.rewards[0]}"
             )
-    summary = f"{listed(names)} on {len(comparison.prompts)} held-out prompts." + "".join(f" {line}." for line in told)
+    summary = f"{listed(names)} on {len(comparison.prompts)} held-out prompts." + "".join(f" {line}." for line in lines)
     return Report(f"Evaluation of {listed(names)}", summary, sections(comparison), provenance=settings, warnings=warned)

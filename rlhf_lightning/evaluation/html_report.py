@@ -1,7 +1,7 @@
-"""One self-contained ``report.html`` from plain data: text, tables, charts, samples side by side, and what was run.
+"""Makes one self-contained ``report.html`` of plain data: text, tables, charts, samples side by side, and provenance.
 
-The page loads nothing: no script, no font, no image from elsewhere, and a content security policy that refuses all.
-Every piece of text is escaped, since what a model writes may be markup.
+The page loads nothing: no script, font or image from elsewhere. Its content security policy refuses all of them. Every
+piece of text is escaped, since a model may write markup.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rlhf_lightning.evaluation.style import STYLE
 from rlhf_lightning.evaluation.svg import COLORS, clean, element
 from rlhf_lightning.outputs import write_whole
 
-_SAMPLES_SHOWN = 6  # the rest is folded
+_SAMPLES_SHOWN = 6  # more samples are folded away
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A share between 0 and 1 with its interval; a table draws it as a bar beside the number."""
+    """A share between 0 and 1 with its interval. A table draws it as a bar beside the number."""
 
     value: float
     low: float
@@ -35,7 +35,7 @@ Cell = str | int | float | Interval | None  # None is shown as a dash
 
 @dataclass(frozen=True)
 class Table:
-    """The first cell of a row is its name. Floats keep three significant digits, at least two decimals below 100."""
+    """A table. The first cell of a row is its name. Floats have three significant digits, below 100 two decimals."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -56,7 +56,7 @@ class Answer:
     text: str
     scores: Mapping[str, float] = field(default_factory=dict)  # shown under the text, in this order
     note: str = ""  # for instance "cut off at 64 tokens"
-    color: int | None = None  # 0 to 5, the method's colour in the charts; None: its place among the answers
+    color: int | None = None  # 0 to 5, the method's colour in the charts; None for its place among the answers
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Highlight:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with text (blank lines part paragraphs), then its tables, figures and samples."""
+    """A heading with text (blank lines separate paragraphs), then its tables, figures and samples."""
 
     title: str
     text: str = ""
@@ -89,20 +89,20 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole page: ``warnings`` first, and last ``provenance``, seed, versions, wall times and command by name."""
+    """A whole page. ``warnings`` come first; ``provenance`` (seed, versions, wall times, command) comes last."""
 
     title: str
     summary: str
     sections: Sequence[Section]
     highlights: Sequence[Highlight] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
-    warnings: Sequence[str] = ()  # what a reader has to know before any number
+    warnings: Sequence[str] = ()  # things that a reader must know before any number
 
 
 def render(report: Report) -> str:
     """The page as one string of HTML."""
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    # Only this very style sheet is let in; everything that would be fetched or run is refused.
+    # Only this style sheet is allowed. Everything that would be fetched or run is refused.
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     titles = [section.title for section in report.sections] + (["What was run"] if report.provenance else [])
     links = "".join(element("a", clean(t), href=f"#s{i}") for i, t in enumerate(titles))
@@ -126,7 +126,7 @@ def render(report: Report) -> str:
 
 
 def write_report(report: Report, path: str | Path) -> Path:
-    """Write the page, whole or not at all; returns its path."""
+    """Writes the page and returns its path. The file is complete as soon as it exists."""
     write_whole(path, render(report))
     return Path(path)
 
@@ -146,8 +146,8 @@ def _section(section: Section, number: int) -> str:
 
 
 def _paragraphs(text: str, class_: str = "") -> str:
-    kept = [clean(part.strip()) for part in text.split("\n\n") if part.strip()]
-    return "".join(element("p", part, class_=class_) if class_ else element("p", part) for part in kept)
+    parts = [clean(part.strip()) for part in text.split("\n\n") if part.strip()]
+    return "".join(element("p", part, class_=class_) if class_ else element("p", part) for part in parts)
 
 
 def _highlights(highlights: Sequence[Highlight]) -> str:
@@ -163,8 +163,8 @@ def _highlights(highlights: Sequence[Highlight]) -> str:
 
 
 def _table(table: Table) -> str:
-    # On a phone the style sheet makes a card of each row and writes the column's name before each cell. Browsers forget
-    # what such elements are, so their roles are written out.
+    # On a phone the style sheet makes a card of each row and writes the column's name before each cell. Browsers then
+    # no longer treat the elements as a table, so their roles are written out.
     head = "".join(element("th", clean(name), scope="col", role="columnheader") for name in table.columns)
     rows = "".join(
         element(

@@ -1,4 +1,4 @@
-"""What is measured of one policy: distance to a reference, perplexity on held-out text, repetition.
+"""Measures one policy: KL to a reference, perplexity on held-out text, repetition.
 
 Shapes: ``B`` rows, ``S`` prompt + response tokens, ``T`` response tokens.
 """
@@ -22,14 +22,15 @@ def kl_to_reference(
 ) -> tuple[Tensor, Tensor]:
     """Two estimates of KL(policy || reference) for each of the policy's own responses, in nats.
 
-    Per token ``d = log policy - log reference``; k1 sums d and k3 sums ``exp(-d) - 1 + d`` over the response, EOS
-    included (Schulman 2020, "Approximating KL divergence"). Both have the KL of whole responses as their mean over
-    responses when the tokens were sampled from the policy at this temperature; k3 varies less and is never negative.
+    For each token, ``d = log policy - log reference``. k1 sums d and k3 sums ``exp(-d) - 1 + d`` over the response, EOS
+    included (Schulman 2020, "Approximating KL divergence"). If the tokens were sampled from the policy at this
+    temperature, the expectation of both is the KL of whole responses. k3 varies less and is never negative.
 
     Args:
-        policy, reference: on the rollout's device, with one vocabulary.
+        policy, reference: models on the rollout's device, with the same vocabulary.
         rollout: B responses sampled from ``policy``.
-        temperature: of the sampling; both models' logits are divided by it. Greedy responses (0) are scored at 1.
+        temperature: the sampling temperature; both models' logits are divided by it. Greedy responses (0) are scored
+            at 1.
 
     Returns: k1 and k3, ``[B]`` float64 each, on the CPU.
     """
@@ -43,12 +44,12 @@ def kl_to_reference(
 
 @torch.no_grad()
 def perplexity(policy: Policy, batches: Iterable[DemonstrationBatch]) -> float:
-    """``exp`` of the mean negative log-likelihood of all response tokens, EOS included, given what stands before them.
+    """``exp`` of the mean negative log-likelihood of all response tokens, EOS included, given the tokens before them.
 
     The mean is over tokens, not over rows or batches, so batching does not change it. Rows of weight 0 do not count.
 
     Raises:
-        ValueError: no response token in any batch.
+        ValueError: no batch has a response token.
     """
     total, count = 0.0, 0
     for batch in batches:
@@ -63,11 +64,10 @@ def perplexity(policy: Policy, batches: Iterable[DemonstrationBatch]) -> float:
 
 
 def repetition(tokens: Sequence[int], n: int = 4) -> float:
-    """The share of a response's n-grams that have occurred in it before: 0 for none, near 1 for a loop.
+    """The share of a response's n-grams that have occurred in it before: 0 for no repetition, near 1 for a loop.
 
-    ``1 - distinct n-grams / n-grams`` (Li et al. 2016, arXiv 1510.03055, count distinct ones); 0 where the response
-    is too short to repeat one. Policies that exploit a reward model often fall into loops long before other numbers
-    show it.
+    ``1 - distinct n-grams / n-grams`` (Li et al. 2016, arXiv 1510.03055, count distinct ones); 0 if the response is too
+    short to repeat one. Policies that exploit a reward model often fall into loops long before other numbers show it.
     """
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -1,4 +1,4 @@
-"""A comparison as tables, charts and samples of a report, and as a table for the terminal."""
+"""Presents a comparison: as tables, charts and samples of a report, and as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from rlhf_lightning.evaluation.svg import COLORS
 from rlhf_lightning.evaluation.winrate import WinRate
 
 _MOST_SAMPLES = 24
-_MOST_HISTOGRAMS = 3  # over each other in one chart, with room for their names
+_MOST_HISTOGRAMS = 3  # most histograms in one chart, so that there is room for their names
 
 
 def comparison_tables(comparison: Comparison, labels: Mapping[str, str] | None = None) -> list[Table]:
-    """Two tables, one row a policy: what it comes to, narrow enough for a page, and what to look at beside it.
+    """Two tables with one row for each policy: the main results, and further numbers.
 
-    The first has rewards, win rates over the baseline with intervals, KL and length; the second the win rates at equal
-    length, the answers without an end, repetition, and perplexity.
+    The first has rewards, win rates over the baseline with intervals, KL and length, and is narrow enough for a page.
+    The second has the win rates at equal length, the answers without an end, repetition, and perplexity.
 
     Args:
-        labels: what to call a policy or a reward in the tables; its own name where there is none.
+        labels: names of policies and rewards to show; by default their own.
     """
     return [_main_table(comparison, labels or {}), _second_table(comparison, labels or {})]
 
@@ -48,8 +48,9 @@ def _main_table(comparison: Comparison, labels: Mapping[str, str]) -> Table:
         row += [f"at most {answers.kl:.2f}" if bounded else answers.kl] * measured
         rows.append([*row, f"{float(answers.lengths.double().mean()):.1f}"])
     note = (
-        "Scores are means. Intervals hold with 95% confidence, and the dashed line is one half; a tie counts half. KL: "
-        "mean over answers of the summed k1, to the reference; of the best of n a bound, higher by log n - (n - 1) / n."
+        "Scores are means. Intervals have 95% confidence, and the dashed line is one half; a tie counts half. KL is "
+        "the mean over answers of the summed k1, to the reference. For best of n it is an upper bound, higher by "
+        "log n - (n - 1) / n."
     )
     return Table(columns, rows, note=note)
 
@@ -98,14 +99,14 @@ def win_rate_chart(comparison: Comparison, reward: str, labels: Mapping[str, str
 
 
 def reward_histogram(comparison: Comparison, reward: str, labels: Mapping[str, str] | None = None) -> Figure:
-    """How the policies' rewards are spread: of many policies, those of the baseline and of the best by their mean."""
+    """Histograms of the policies' rewards; of many policies, only the baseline's and those with the highest means."""
     labels = labels or {}
     scores = {name: answers.scores[reward] for name, answers in comparison.answers.items()}
     best = sorted(scores, key=lambda name: (name != comparison.baseline, -float(scores[name].double().mean())))
     shown = best[:_MOST_HISTOGRAMS]
-    groups = {labels.get(name, name): own.tolist() for name, own in scores.items() if name in shown}
+    groups = {labels.get(name, name): values.tolist() for name, values in scores.items() if name in shown}
     judge = labels.get(reward, reward)
-    caption = "" if len(shown) == len(scores) else "Of the baseline, and of the best by their mean."
+    caption = "" if len(shown) == len(scores) else "Only the baseline and the policies with the highest means."
     colors = [place % COLORS for place, name in enumerate(scores) if name in shown]
     return histogram_chart(f"Rewards by {judge}", groups, "reward", caption, colors=colors)
 
@@ -113,7 +114,7 @@ def reward_histogram(comparison: Comparison, reward: str, labels: Mapping[str, s
 def samples(
     comparison: Comparison, count: int = _MOST_SAMPLES, labels: Mapping[str, str] | None = None
 ) -> list[Sample]:
-    """``count`` prompts, evenly spread over the set rather than chosen, with every policy's answer and its scores."""
+    """``count`` prompts, evenly spread over the set and not hand-picked, with every policy's answer and its scores."""
     labels = labels or {}
     total = len(comparison.prompts)
     shown = sorted({round(i * (total - 1) / max(count - 1, 1)) for i in range(min(count, total))})
@@ -147,7 +148,7 @@ def sections(comparison: Comparison, labels: Mapping[str, str] | None = None) ->
         f"{len(comparison.prompts)} held-out prompts, each answered once by every policy at temperature "
         f"{settings.temperature:g}, at most {settings.max_new_tokens} tokens long, from the same random draws."
     )
-    even = "Prompts evenly spread over the set, not chosen; every policy's answer to each."
+    even = "Prompts evenly spread over the set, not hand-picked, with every policy's answer to each."
     return [
         Section("The comparison", asked, tables=comparison_tables(comparison, labels), figures=charts),
         Section("Samples", even, samples=samples(comparison, labels=labels)),
@@ -155,7 +156,7 @@ def sections(comparison: Comparison, labels: Mapping[str, str] | None = None) ->
 
 
 def terminal_table(table: Table) -> TerminalTable:
-    """The same table for a terminal; intervals are written out."""
+    """The table for a terminal, with intervals in digits."""
     shown = TerminalTable(caption=None, header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for place, column in enumerate(table.columns):
         shown.add_column(Text(column), justify="left" if place == 0 else "right", overflow="fold")

@@ -1,4 +1,4 @@
-"""The report's style sheet: one calm page, light or dark as the reader's system asks, from a phone to a wide screen."""
+"""The report's style sheet: light or dark as the reader's system asks, for phones and wide screens."""
 
 STYLE = (
     """

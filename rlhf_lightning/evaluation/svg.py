@@ -1,6 +1,6 @@
-"""The parts that charts are made of: text made safe for XML, axes with round ticks, the frame of a plot.
+"""The parts of charts: text made safe for XML, axes with round ticks, the frame of a plot.
 
-Colours and fonts come from the report's style sheet through classes (``c0`` to ``c5`` are the series colours), so a
+Colours and fonts come from the report's style sheet through classes (``c0`` to ``c5`` are the series' colours). So a
 chart follows the reader's light or dark scheme, and a strict content security policy can refuse inline styles.
 """
 
@@ -21,18 +21,18 @@ _PICTURES |= {0x7F: "\u2421"} | dict.fromkeys((*range(0x80, 0xA0), *range(0xD800
 
 
 def clean(text: str) -> str:
-    """Text fit for XML and HTML, escaped.
+    """Text made safe for XML and HTML.
 
-    Markup is escaped, quotes too. Control characters, which XML forbids and terminals obey, become their visible
-    pictures (U+2400 and up); tab and newline stay; lone surrogates, which no file can hold, become U+FFFD.
+    Markup and quotes are escaped. Control characters, which XML forbids and terminals obey, become visible symbols
+    (U+2400 and up); tab and newline stay. Lone surrogates, which no file can hold, become U+FFFD.
     """
     return html.escape(text.replace("\r\n", "\n").translate(_PICTURES), quote=True)
 
 
 def element(name: str, inner: str = "", /, **attributes: object) -> str:
-    """``<name attributes>inner</name>``; ``inner`` is markup, attribute values are escaped.
+    """``<name attributes>inner</name>``. ``inner`` is markup; attribute values are escaped.
 
-    A trailing underscore (``class_``) is dropped and other underscores become hyphens; floats keep two decimals.
+    In attribute names a trailing underscore (``class_``) is dropped, others become hyphens. Floats keep two decimals.
     """
     pairs = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{clean(_coordinate(value))}"' for key, value in attributes.items()
@@ -46,7 +46,7 @@ def text(content: str, x: float, y: float, class_: str = "", anchor: str = "star
 
 
 def path(points: Iterable[tuple[float, float]], class_: str) -> str:
-    """A line through the points; a point that is not finite lifts the pen."""
+    """A line through the points, with a gap at points that are not finite."""
     steps, down = [], False
     for x, y in points:
         if not (math.isfinite(x) and math.isfinite(y)):
@@ -58,12 +58,12 @@ def path(points: Iterable[tuple[float, float]], class_: str) -> str:
 
 
 def shorten(name: str, letters: int) -> str:
-    """The name, its end replaced by an ellipsis where it is longer than ``letters``."""
+    """The name; if it is longer than ``letters``, an ellipsis replaces its end."""
     return name if len(name) <= letters else name[: letters - 1].rstrip() + "\u2026"
 
 
 def label_width(names: Iterable[str]) -> float:
-    """Room that the longest of the names needs, in viewBox units."""
+    """The width that the longest of the names needs, in viewBox units."""
     return max((len(name) for name in names), default=0) * _LETTER
 
 
@@ -80,7 +80,7 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
     def tick_label(self, tick: float) -> str:
-        """The tick with as many decimals as the step between ticks needs."""
+        """The tick as text, with as many decimals as the step between ticks needs."""
         step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else 1.0
         if max(abs(self.low), abs(self.high)) >= 1e5 or step < 1e-4:
             return f"{tick:.3g}"
@@ -92,8 +92,8 @@ def axis_for(values: Iterable[float], count: int = 5, *, tight: bool = False) ->
     """An axis around the finite values with about ``count`` round ticks (steps of 1, 2, 2.5 or 5 times a power of ten).
 
     Args:
-        values: anything in data units; NaN and infinities are left out; no value at all gives 0 to 1.
-        tight: end at the data instead of at the next tick.
+        values: values in data units. NaN and infinities are left out; without any value the axis goes from 0 to 1.
+        tight: whether the axis ends at the data instead of at the next tick.
     """
     finite = [float(v) for v in values if math.isfinite(v)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
@@ -112,7 +112,7 @@ def axis_for(values: Iterable[float], count: int = 5, *, tight: bool = False) ->
 
 @dataclass(frozen=True)
 class Frame:
-    """The plotting area: data units to viewBox units, and the markup of axes around it."""
+    """The plotting area: converts data units to viewBox units, and draws the axes."""
 
     x: Axis
     y: Axis
@@ -125,7 +125,7 @@ class Frame:
         return across, HEIGHT - _BOTTOM - self.y.share(y) * (HEIGHT - _TOP - _BOTTOM)
 
     def axes(self, x_label: str, y_label: str) -> str:
-        """Grid lines, tick labels, the x label below, the y label above the axis where it reads horizontally."""
+        """Grid lines, tick labels, the x label below, and the y label above the axis, written horizontally."""
         parts = []
         left, bottom = self.at(self.x.low, self.y.low)
         right, _ = self.at(self.x.high, self.y.high)
@@ -146,14 +146,14 @@ class Frame:
 def picture(title: str, description: str, body: str, height: float = HEIGHT) -> str:
     """The whole ``<svg>``, with a title and a description for screen readers.
 
-    For use inside HTML, where no namespace is needed: a page without any ``http://`` is seen to load nothing.
+    Inside HTML no namespace is needed. So the page contains no ``http://``, and readers can see that it loads nothing.
     """
     words = element("title", clean(title)) + element("desc", clean(description))
     return f'<svg viewBox="0 0 {WIDTH} {_coordinate(height)}" role="img" class="chart">{words}{body}</svg>'
 
 
 def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions near the wanted ones, in the same order, at least ``gap`` apart where the room allows it."""
+    """Positions near the wanted ones, in the same order, at least ``gap`` apart if there is room."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed: list[float] = []
     for i in order:

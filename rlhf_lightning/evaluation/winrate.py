@@ -1,6 +1,6 @@
-"""How often one policy's answers are preferred to another's, with intervals, and corrected for length.
+"""Win rates: how often one policy's answers are preferred to another's, with intervals, and corrected for length.
 
-Both policies answer the same ``N`` prompts. A preference is 1 where A's answer is better, 0 where B's is, 0.5 at a tie.
+Both policies answer the same ``N`` prompts. A preference is 1 if A's answer is better, 0 if B's is, and 0.5 for a tie.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class WinRate:
 
 
 def preferences(scores_a: Tensor, scores_b: Tensor) -> Tensor:
-    """``[N]`` float64: 1 where A scores higher than B on the same prompt, 0 where lower, 0.5 where equal.
+    """``[N]`` float64: 1 if A scores higher than B on the same prompt, 0 if lower, 0.5 if equal.
 
     Raises:
         ValueError: the scores are not two finite vectors of one length, at least 1.
@@ -40,23 +40,23 @@ def win_rate(preference: Tensor, z: float = Z95) -> WinRate:
     ``center = (p + z^2 / 2N) / (1 + z^2 / N)``,
     ``half = z / (1 + z^2 / N) * sqrt(p (1 - p) / N + z^2 / 4N^2)``.
 
-    Unlike ``p +- z sqrt(p (1 - p) / N)`` it stays within [0, 1] and keeps its coverage near 0 and 1, where a good
-    policy is. Ties make the variance of a preference smaller than the ``p (1 - p)`` assumed here, so with ties the
-    interval is wider than it needs to be, never narrower.
+    Unlike ``p +- z sqrt(p (1 - p) / N)`` it stays within [0, 1] and keeps its coverage near 0 and 1, where good
+    policies are. With ties the variance of a preference is smaller than the ``p (1 - p)`` assumed here, so the interval
+    is wider than necessary, never narrower.
 
     Args:
-        preference: ``[N]`` in [0, 1], one a prompt; prompts are taken as independent.
-        z: quantile of the normal distribution; the default makes a 95% interval.
+        preference: ``[N]`` in [0, 1], one for each prompt; prompts count as independent.
+        z: quantile of the normal distribution; the default gives a 95% interval.
 
     Raises:
-        ValueError: no preference, or one outside [0, 1].
+        ValueError: there is no preference, or one is outside [0, 1].
     """
     outcomes = _check_preference(preference)
     count, share = len(outcomes), float(outcomes.mean())
     shrink = 1 + z * z / count
     center = (share + z * z / (2 * count)) / shrink
     half = z / shrink * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    # At shares of 0 and 1 the ends are exact in the algebra and off by a rounding in floats.
+    # For shares of 0 and 1 one end should equal the share, but rounding may put it a little beyond.
     return WinRate(share, max(0.0, min(center - half, share)), min(1.0, max(center + half, share)))
 
 
@@ -65,23 +65,24 @@ def length_controlled_win_rate(
 ) -> WinRate:
     """The win rate that A would have over B if their answers were equally long.
 
-    The length term of length-controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475, section 3): a logistic model
-    ``P(A preferred) = sigmoid(theta + phi tanh((length_a - length_b) / s))``, with ``s`` the standard deviation of the
-    length differences, is fitted to the preferences by Newton's method; at difference 0 it gives ``sigmoid(theta)``.
-    Its term for the difficulty of a prompt is left out: it needs many policies' answers to the same prompts.
+    It uses the length term of length-controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475, section 3). A
+    logistic model ``P(A preferred) = sigmoid(theta + phi tanh((length_a - length_b) / s))``, with ``s`` the standard
+    deviation of the length differences, is fitted to the preferences by Newton's method. At difference 0 it gives
+    ``sigmoid(theta)``. AlpacaEval's term for the difficulty of a prompt is left out, since it needs many policies'
+    answers to each prompt.
 
     Args:
-        preference: ``[N]`` in [0, 1], one a prompt.
-        lengths_a, lengths_b: ``[N]``, in any one unit (characters compare across tokenizers).
+        preference: ``[N]`` in [0, 1], one for each prompt.
+        lengths_a, lengths_b: ``[N]``, in the same unit (characters compare across tokenizers).
         ridge: ``ridge / 2 (theta^2 + phi^2)`` is added to the summed negative log-likelihood, so that the fit exists
-            when A always wins.
-        z: quantile for the interval, which is that of theta by the inverse Hessian, through the sigmoid.
+            if A always wins.
+        z: quantile for the interval, which is theta's interval by the inverse Hessian, mapped through the sigmoid.
 
-    Where all length differences are equal there is nothing to learn phi from. It then stays 0 for differences of 0, and
-    the result is the win rate; for any other constant the correction would be a guess, and the result is NaN.
+    If all length differences are equal, phi cannot be learned. If they are all 0, the result is the win rate. For any
+    other constant the correction would be a guess, so the result is NaN.
 
     Raises:
-        ValueError: vectors of different lengths, no preference, or one outside [0, 1].
+        ValueError: the vectors have different lengths, there is no preference, or one is outside [0, 1].
     """
     outcomes = _check_preference(preference)
     _check_vectors(lengths_a, lengths_b)
@@ -126,7 +127,7 @@ def fit_logistic(features: Tensor, targets: Tensor, ridge: float) -> tuple[Tenso
         gradient = x.T @ (torch.sigmoid(x @ weights) - y) + ridge * weights
         step = torch.linalg.solve(curvature(weights), gradient)
         size = 1.0
-        # The loss is convex, so a short enough step lowers it; a full one can overshoot where the data separate.
+        # The loss is convex, so a short enough step lowers it. A full step can overshoot if the data are separable.
         while size > 1e-6 and bool(loss(weights - size * step) > loss(weights)):
             size /= 2
         weights = weights - size * step

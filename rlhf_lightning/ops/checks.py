@@ -1,6 +1,6 @@
-"""Argument checks of the operators: the same for the native and the reference path.
+"""Argument checks of the operators, the same for the native and the reference path.
 
-Every message names the operator, the argument, what was expected and what was got. A wrong type or dtype is a
+Every message names the operator, the argument, and the expected and the actual value. A wrong type or dtype is a
 TypeError; a wrong shape, device or value is a ValueError.
 """
 
@@ -14,10 +14,10 @@ from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# float32 goes from 1e-38 to 3e38. It must carry log2(e) / temperature, the rate of the exponential, and what rounding
-# leaves of it, 7 decades below; 300 * temperature, the largest difference of logits that counts; and the square of
-# 1 / temperature times the incoming gradient and 1 / V, the slope of the entropy's gradient. The square is narrowest:
-# at these limits it leaves 14 decades for the rest either way. csrc/check.h has the same limits.
+# float32 goes from 1e-38 to 3e38. It must hold three things: log2(e) / temperature, the rate of the exponential, with
+# its rounding error, 7 decades below; 300 * temperature, the largest difference of logits that matters; and the slope
+# of the entropy's gradient, 1 / temperature squared times the incoming gradient and 1 / V. The last is the tightest:
+# these limits leave 14 decades for the other factors, upwards and downwards. csrc/check.h has the same limits.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-12, 1e12
 
 
@@ -49,13 +49,13 @@ def _dtype(operator: str, name: str, value: object, allowed: tuple[torch.dtype, 
 
 
 def dimensions(operator: str, name: str, value: Tensor, shape: str, count: int) -> None:
-    """``value`` must have ``count`` dimensions; ``shape`` is how the contract writes them, e.g. ``[B, T]``."""
+    """``value`` must have ``count`` dimensions. ``shape`` is the contract's notation for them, e.g. ``[B, T]``."""
     if value.dim() != count:
         raise ValueError(f"{operator}: {name} must have {count} dimensions {shape}, got shape {list(value.shape)}")
 
 
 def same_shape(operator: str, name: str, value: Tensor, shape: torch.Size, whose: str) -> None:
-    """``value`` must have exactly ``shape``, which is ``whose``; nothing broadcasts."""
+    """``value`` must have exactly ``shape``, which is the shape of ``whose``. Nothing broadcasts."""
     if value.shape != shape:
         raise ValueError(
             f"{operator}: {name} must have the shape of {whose}, {list(shape)}, got shape {list(value.shape)}"
@@ -69,7 +69,7 @@ def same_device(operator: str, name: str, value: Tensor, device: torch.device, w
 
 
 def alike(operator: str, values: dict[str, Tensor], first: Tensor, whose: str) -> None:
-    """Each of the named ``values`` must have the shape and the device of ``first``, which is ``whose``."""
+    """Each of the ``values`` must have the shape and the device of ``first``, whose name is ``whose``."""
     for name, value in values.items():
         same_shape(operator, name, value, first.shape, whose)
         same_device(operator, name, value, first.device, whose)
@@ -90,7 +90,7 @@ def number(operator: str, name: str, value: object, words: str, low: float, high
 
 
 def temperature_range(operator: str, value: object, or_zero: bool = False) -> None:
-    """``value`` must be a number that float32 can divide logits by; ``or_zero``: 0 is allowed too, for greedy."""
+    """``value`` must be a number that float32 can divide logits by. ``or_zero`` also allows 0, for greedy sampling."""
     words = f"{'0 or ' if or_zero else ''}a number in [1e-12, 1e12]"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{operator}: temperature must be {words}, got {type(value).__name__}")
@@ -118,10 +118,10 @@ def language_model_head(operator: str, hidden: Tensor, weight: Tensor, tokens: T
 
 
 def token_range(operator: str, tokens: Tensor, vocabulary: int) -> None:
-    """Every token must be in ``[0, vocabulary)``. The native operators ask before they read; the reference here.
+    """Every token must be in ``[0, vocabulary)``. Only the reference needs this; native operators check it themselves.
 
-    Not asked on an accelerator, where reading the answer back would stall the queue and gather has its own assertion,
-    nor while compiling, where there are no values.
+    It is not checked on an accelerator, where reading the answer would stall the queue and gather has its own
+    assertion, nor while compiling, where there are no values.
     """
     if torch.compiler.is_compiling() or tokens.device.type != "cpu" or tokens.numel() == 0:
         return
@@ -132,7 +132,7 @@ def token_range(operator: str, tokens: Tensor, vocabulary: int) -> None:
 
 
 def first_order(operator: str) -> None:
-    """For a backward: whoever wants to differentiate it again is told, because its result would be silently 0."""
+    """For a backward pass: refuses to be differentiated again, because the result would silently be 0."""
     if torch.is_grad_enabled():
         raise NotImplementedError(
             f"{operator}: gradients are first order, reverse mode only, this one was asked for with create_graph=True"
@@ -140,9 +140,9 @@ def first_order(operator: str) -> None:
 
 
 def reverse_mode(operator: str, *operands: Tensor) -> None:
-    """For a native forward: an operand with a tangent is refused, because the outputs' would be silently 0.
+    """For a native forward pass: refuses operands with a tangent, because the outputs' tangents would silently be 0.
 
-    A tangent that enters a function which torch.compile made is not seen: the compiler hides it.
+    A tangent that enters a function made by torch.compile is not noticed, since the compiler hides it.
     """
     if forward_ad._current_level >= 0 and any(map(_has_tangent, operands)):
         raise NotImplementedError(
@@ -153,8 +153,8 @@ def reverse_mode(operator: str, *operands: Tensor) -> None:
 
 def _has_tangent(x: Tensor) -> bool:
     functorch = torch._C._functorch
-    while True:  # every transform of torch.func wraps the tensor once more, and any of them may be the jvp
-        # The compiler cannot trace questions about wrappers, and where it traces a jvp that is the outermost.
+    while True:  # each transform of torch.func wraps the tensor once more, and any of them may be the jvp
+        # The compiler cannot trace questions about wrappers. If it traces a jvp, the jvp is the outermost transform.
         compiling = torch.compiler.is_compiling()
         if (compiling or not functorch.is_batchedtensor(x)) and forward_ad.unpack_dual(x).tangent is not None:
             return True

@@ -29,20 +29,20 @@ def clipped_policy_loss(
     The last line is Ye et al. 2020, arXiv 1912.09729, equation 5.
 
     Args:
-        log_probs: any shape, floating point, under the policy being trained; the only argument that gets a gradient.
+        log_probs: any shape, floating point, under the trained policy; the only argument that gets a gradient.
         old_log_probs: same shape, under the policy of the rollout; its dtype may differ.
         advantages: same shape; its dtype may differ.
-        clip_low: how far below 1 the ratio may pay off, in [0, 1].
-        clip_high: how far above 1 the ratio may pay off, at least 0.
-        dual_clip: bound on the loss of negative advantages, in units of ``-A``; more than 1. None: no bound.
+        clip_low: how far below 1 a lower ratio still lowers the loss, in [0, 1].
+        clip_high: how far above 1 a higher ratio still lowers the loss, at least 0.
+        dual_clip: bound on the loss of negative advantages, in units of ``-A``; above 1. None: no bound.
 
-    The loss comes back per token because only the caller knows which tokens count and how many the whole batch has.
+    The loss is per token, because only the caller knows which tokens count and how many the whole batch has.
 
     Returns:
         ``(loss, clipped)``, both of the arguments' shape. ``loss`` is float32 (float64 if an input is); its gradient is
         0 where the clipped branch or the dual bound was strictly chosen, and where the log-ratio is beyond 20.
         ``clipped`` is bool: the clipped branch was strictly chosen (the dual bound does not count).
-        Bitwise the same however the elements are split over calls.
+        The result is bitwise the same however the elements are split over calls.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
@@ -70,7 +70,7 @@ def reference(
     ratio = log_ratio.clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT).exp()
     surrogate = negated * ratio
     bounded = negated * ratio.detach().clamp(1 - clip_low, 1 + clip_high)
-    # Not torch.maximum: on a tie, the whole range inside the clip, it would send half the gradient to each side.
+    # Not torch.maximum: on ties, which are the whole range inside the clip, it would give each side half the gradient.
     clipped = bounded > surrogate
     loss = torch.where(clipped, bounded, surrogate)
     if dual_clip is not None:

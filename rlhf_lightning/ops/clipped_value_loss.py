@@ -13,7 +13,7 @@ _NAME = "clipped_value_loss"
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared error of the critic, the worse of the free and the clipped prediction, per token.
+    """Half the squared error of the critic per token, the larger one of the free and the clipped prediction.
 
     With ``v``, ``v_old``, ``R`` the arguments (Schulman et al. 2016, arXiv 1506.02438, fit the value function within a
     trust region; the clipped form is that of PPO's first implementation: Huang et al. 2022, "The 37 Implementation
@@ -22,7 +22,7 @@ def clipped_value_loss(
         loss = 0.5 * max((v - R)**2, (v_old + clamp(v - v_old, -clip, clip) - R)**2)
 
     Args:
-        values: any shape, floating point, the critic being trained; the only argument that gets a gradient.
+        values: any shape, floating point, of the trained critic; the only argument that gets a gradient.
         old_values: same shape, the critic's values at the rollout; its dtype may differ.
         returns: same shape, the regression targets; its dtype may differ.
         clip: a positive number, how far a value may move from ``old_values``; None: no clipping.
@@ -30,7 +30,7 @@ def clipped_value_loss(
     Returns:
         ``(loss, clipped)``, both of the arguments' shape. ``loss`` is float32 (float64 if an input is); ``clipped`` is
         bool: the value had moved further than ``clip`` and the clipped branch, with gradient 0, was strictly chosen.
-        Bitwise the same however the elements are split over calls.
+        The result is bitwise the same however the elements are split over calls.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
@@ -49,11 +49,11 @@ def reference(values: Tensor, old_values: Tensor, returns: Tensor, clip: float |
     loss = 0.5 * (error * error)
     if clip is None:
         return loss, torch.zeros_like(loss, dtype=torch.bool)
-    moved = (values - old_values).detach()
-    bounded_error = (old_values + moved.clamp(-clip, clip)) - returns
+    change = (values - old_values).detach()
+    bounded_error = (old_values + change.clamp(-clip, clip)) - returns
     bounded_loss = 0.5 * (bounded_error * bounded_error)
-    # Within the clip range both branches are the same prediction: v_old + (v - v_old) must not win by a rounding error.
-    clipped = (moved.abs() > clip) & (bounded_loss > loss)
+    # Within the clip range both branches are the same prediction, and v_old + (v - v_old) must not win by rounding.
+    clipped = (change.abs() > clip) & (bounded_loss > loss)
     return torch.where(clipped, bounded_loss, loss), clipped
 
 

@@ -1,4 +1,4 @@
-"""Loads the compiled operators, decides once which path each operator takes, and says so.
+"""Loads the compiled operators, decides once which path each operator takes, and reports it.
 
 ``RLHF_LIGHTNING_OPS`` chooses: ``auto`` (the default) takes the native operator wherever there is one, ``native`` makes
 its absence an error, ``reference`` takes plain PyTorch everywhere. It is read once, when this file is imported.
@@ -18,7 +18,7 @@ import torch
 
 from rlhf_lightning.ops import rebuild
 
-# One file each, beside these.
+# Every operator has one file in this folder; these files hold none.
 _OTHER_FILES = ("checks", "extension", "rebuild")
 OPERATORS = tuple(
     sorted(file.name for file in pkgutil.iter_modules([str(rebuild.PACKAGE / "ops")]) if file.name not in _OTHER_FILES)
@@ -29,7 +29,7 @@ _log = logging.getLogger("rlhf_lightning")
 
 
 def _load() -> tuple[dict[str, Any] | None, str]:
-    """``build_info()`` of the library and why it is used; or None, why it is not, and what to do."""
+    """``build_info()`` of the library, and why it is used; or None, why it is not used, and what to do."""
     try:
         info: dict[str, Any] = importlib.import_module("rlhf_lightning._C").build_info()
     except ModuleNotFoundError:
@@ -79,16 +79,16 @@ def _has_kernel(operator: str, device_type: str) -> bool:
     return LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(f"rlhf_lightning::{operator}", device_type.upper())
 
 
-# Decided here once for all, so that a call is a look-up, which torch.compile can trace.
+# Decided here once, so that a call is only a look-up, which torch.compile can trace.
 _NATIVE = {(operator, device): _has_kernel(operator, device) for operator in OPERATORS for device in ("cpu", "cuda")}
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 def keep_memory(on: bool) -> None:
-    """Keep the memory of large CPU tensors for the next ones of their size, or stop it and give back what is kept.
+    """Keeps the memory of large CPU tensors for later tensors of the same size; or stops this and frees that memory.
 
-    On Linux, fresh memory costs a page fault for every page and the system's zeros in it, in each step of a training
-    anew. As much is kept as was in use at once, or 256 MiB. Without the extension it does nothing.
+    On Linux, new memory costs a page fault for every page, and the system fills it with zeros, again in each step of a
+    training. At most as much is kept as was in use at once, or 256 MiB. Without the extension this does nothing.
     """
     if LOADED:
         library = importlib.import_module("rlhf_lightning._C")
@@ -99,7 +99,7 @@ def keep_memory(on: bool) -> None:
 
 @functools.cache
 def _covered(index: int | None) -> bool:
-    # Asked when a GPU's tensor first comes, not on import, which must not start CUDA.
+    # Asked only for the first tensor on a GPU, since importing this file must not start CUDA.
     return covers((_BUILD or {})["cuda_architectures"], torch.cuda.get_device_capability(index))
 
 
@@ -107,7 +107,7 @@ def _gpu_covered(index: int | None) -> bool:
     return _covered(index)
 
 
-# What torch.compiler.assume_constant_result does; calling that would import the whole compiler with this file.
+# torch.compiler.assume_constant_result does the same, but calling it would import the whole compiler with this file.
 _gpu_covered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -118,21 +118,21 @@ def _runs(operator: str, device: torch.device) -> bool:
 
 
 def use_native(operator: str, device: torch.device) -> bool:
-    """Whether ``operator`` runs natively on tensors of ``device``; says once for each kind of device if it does not."""
+    """Whether ``operator`` runs natively on tensors of ``device``. If not, warns once for each kind of device."""
     if CHOICE == "reference":
         return False
     if _runs(operator, device):
         return True
     if CHOICE == "native":
         raise RuntimeError(f"{VARIABLE}=native, but {_no_kernel(operator, device)}")
-    if LOADED and not torch.compiler.is_compiling() and device.type not in _said:
-        _said.add(device.type)
+    if LOADED and not torch.compiler.is_compiling() and device.type not in _warned:
+        _warned.add(device.type)
         _log.warning("rlhf_lightning: using the slower plain PyTorch operators: %s", _no_kernel(operator, device))
     return False
 
 
 def _no_kernel(operator: str, device: torch.device) -> str:
-    """Why a library that is loaded does not run ``operator`` on ``device``, and what to do where something can be."""
+    """Why the library does not run ``operator`` on ``device``, and the remedy if there is one."""
     if not LOADED:
         return _REASON
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -150,7 +150,7 @@ def _no_kernel(operator: str, device: torch.device) -> str:
 
 
 def build_info() -> dict[str, Any] | None:
-    """What the loaded library was built with and for; None where there is none."""
+    """What the loaded library was built with and for; None if no library is loaded."""
     return _BUILD
 
 
@@ -158,8 +158,8 @@ def status() -> dict[str, Any]:
     """For ``info``: the choice, each operator's path and why, the build, and whether this machine's GPU is covered.
 
     Keys: ``choice``; ``operators`` ``{name: {device type: {"path": "native" | "reference", "why": str}}}`` for the CPU,
-    and for CUDA where there is a GPU; ``build``, see :func:`build_info`; ``gpu``, None without one, else ``{"name",
-    "compute_capability", "covered"}``, covered meaning that the build has CUDA kernels this GPU can run.
+    and for CUDA if there is a GPU; ``build``, see :func:`build_info`; ``gpu``, None without a GPU, else ``{"name",
+    "compute_capability", "covered"}``, where covered means that the build has CUDA kernels that this GPU can run.
     """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     operators = {name: {device: _path(name, device) for device in devices} for name in OPERATORS}
@@ -187,8 +187,8 @@ def _gpu() -> dict[str, Any]:
 def covers(architectures: list[str], capability: tuple[int, int]) -> bool:
     """Whether code for ``architectures``, as in ``TORCH_CUDA_ARCH_LIST``, runs on a GPU of this compute capability.
 
-    Machine code runs on its own major version from its minor version up; ``+PTX`` adds an intermediate form that the
-    driver compiles for any later GPU. Code for the features of one GPU, e.g. ``9.0a``, runs on that one alone.
+    Machine code runs on GPUs of its major version, from its minor version up. ``+PTX`` adds an intermediate form that
+    the driver compiles for any later GPU. Code for the features of one GPU, e.g. ``9.0a``, runs only on that GPU.
     """
     for architecture in architectures:
         number, _, form = architecture.partition("+")

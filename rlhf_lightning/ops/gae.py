@@ -22,16 +22,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     Args:
         rewards: ``[B, T]`` floating point, the reward received after each step.
         values: ``[B, T]`` floating point, the critic's estimate before each step; its dtype may differ.
-        mask: ``[B, T]`` bool, True counts. What stands at a False slot is ignored, even NaN; a hole is stepped over, so
-            that gamma and lambda count True steps only.
+        mask: ``[B, T]`` bool, True counts. Values at False slots are ignored, even NaN. Gaps are skipped, so gamma and
+            lambda count True steps only.
         gamma: discount per True step, in [0, 1].
-        lam: lambda, in [0, 1]: 0 is the one-step error, 1 the whole discounted sum.
+        lam: lambda, in [0, 1]: 0 gives the one-step error, 1 the whole discounted sum.
 
     The value after a row's last True step is 0. To bootstrap a truncated row, add ``gamma * V`` to its last reward.
 
     Returns:
         ``(advantages, returns)``, each ``[B, T]`` float32 (float64 if an input is), exactly 0 where the mask is False,
-        without gradient. Bitwise the same however the rows are split over calls.
+        without gradient. The result is bitwise the same however the rows are split over calls.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
@@ -51,12 +51,12 @@ def reference(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: 
     next_value = next_advantage = rewards.new_zeros(rewards.shape[0])
     advantages = torch.zeros_like(rewards, memory_format=torch.contiguous_format)
     for t in range(rewards.shape[1] - 1, -1, -1):
-        counted = mask[:, t]
+        is_step = mask[:, t]
         delta = (rewards[:, t] + gamma * next_value) - values[:, t]
         advantage = delta + (gamma * lam) * next_advantage
-        advantages[:, t] = torch.where(counted, advantage, 0)
-        next_advantage = torch.where(counted, advantage, next_advantage)
-        next_value = torch.where(counted, values[:, t], next_value)
+        advantages[:, t] = torch.where(is_step, advantage, 0)
+        next_advantage = torch.where(is_step, advantage, next_advantage)
+        next_value = torch.where(is_step, values[:, t], next_value)
     return advantages, torch.where(mask, advantages + values, 0)
 
 

@@ -1,4 +1,4 @@
-"""The language-model head fused with a weighted cross-entropy whose token weights are known beforehand."""
+"""The language-model head fused with a weighted cross-entropy whose token weights are known in advance."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ def linear_cross_entropy(
         loss = -(token_weights * log_probs).sum()
         return loss, log_probs.detach(), entropy.detach()
 
-    The weights being given, the gradients are computed in the forward, where the logits are at hand; the backward only
-    scales them. On the CPU in float32 and float64 that is three products, by 256 rows of logits, where it is four of
-    :func:`linear_token_log_probs` and a sum; elsewhere (16 bits and more than 256 rows, CUDA) it is four here too.
-    float16 is that composition, because its gradients must be scaled before they are rounded.
+    Since the token weights are given, the forward pass computes the gradients, too, while it has the logits; the
+    backward pass only scales them. On the CPU in float32 and float64 this takes three products, for 256 rows of logits
+    at a time, while :func:`linear_token_log_probs` and a sum take four. Elsewhere (16 bits and more than 256 rows,
+    CUDA) it takes four here, too. float16 uses that composition, because its gradients must be scaled before they are
+    rounded.
 
     Args:
         hidden: ``[N, H]`` floating point, last hidden states.
         weight: ``[V, H]``, the head's weight, of the same dtype; under autocast both are cast to the autocast dtype.
         tokens: ``[N]`` int64 in ``[0, V)``.
-        token_weights: ``[N]`` floating point: how much each token counts: 0 for padding, else 1 for a sum or 1 / count
+        token_weights: ``[N]`` floating point, how much each token counts: 0 for padding, else 1 for a sum or 1 / count
             for a mean. They get no gradient.
         temperature: a number in ``[1e-12, 1e12]``.
 
@@ -103,7 +104,7 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # or zeros of the weight's size would be made for what has no gradient
+    ctx.set_materialize_grads(False)  # else outputs without gradient would get zeros of the weight's size
     ctx.save_for_backward(*output[3:])
     ctx.needed = inputs[5:]
 
@@ -112,12 +113,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     checks.first_order(_NAME)
     if grad_loss is None:  # the loss was not used
         return (None,) * 7
-    # Scaled in place, and so held once, unless the graph is retained and another backward pass may ask for them, the
-    # pass is being traced for a compiler, or there is a whole batch of incoming gradients.
-    kept = torch._C._autograd._get_current_graph_task_keep_graph() or type(grad_loss) is not Tensor
-    kept = kept or _is_batched(grad_loss)
-    scaled = Tensor.mul if kept else Tensor.mul_
-    gradients = [scaled(g, grad_loss) if n else None for g, n in zip(ctx.saved_tensors, ctx.needed, strict=True)]
+    # The gradients are scaled in place to save memory. They must be copied if the graph is retained (another backward
+    # pass may need them), if the pass is traced for a compiler, or if there is a whole batch of incoming gradients.
+    must_copy = torch._C._autograd._get_current_graph_task_keep_graph() or type(grad_loss) is not Tensor
+    must_copy = must_copy or _is_batched(grad_loss)
+    scale = Tensor.mul if must_copy else Tensor.mul_
+    gradients = [scale(g, grad_loss) if n else None for g, n in zip(ctx.saved_tensors, ctx.needed, strict=True)]
     return *gradients, None, None, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""The language-model head fused with token log-probabilities and entropy: the logits are never held whole."""
+"""The language-model head fused with token log-probabilities and entropy, without all logits in memory at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHUNK = 1 << 24  # logits that the reference holds at a time: 64 MiB in float32
 def linear_token_log_probs(
     hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """:func:`token_log_probs` of ``hidden @ weight.T``, without ever holding those ``[N, V]`` logits.
+    """:func:`token_log_probs` of ``hidden @ weight.T``, without ever holding all of the ``[N, V]`` logits.
 
     The naive equivalent::
 
@@ -47,7 +47,7 @@ def linear_token_log_probs(
 
 
 def reference(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """:func:`linear_token_log_probs` in plain PyTorch: by chunks of rows, whose logits the backward computes again."""
+    """:func:`linear_token_log_probs` in plain PyTorch, in chunks of rows. The backward pass computes logits again."""
     rows = max(1, _CHUNK // weight.shape[0])
     parts = [
         checkpoint(_logits_to_log_probs, h, weight, t, temperature, use_reentrant=False, preserve_rng_state=False)

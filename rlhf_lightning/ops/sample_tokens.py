@@ -1,4 +1,4 @@
-"""A token drawn from each row of logits, with its log-probability and the entropy, in one read of the logits."""
+"""Draws a token from each row of logits, with its log-probability and the entropy, in one read of the logits."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def sample_tokens(
         log_probs = p.log().gather(-1, tokens[:, None])[:, 0]
         entropy = torch.special.entr(p).sum(-1)
 
-    A row's result depends on its own logits and draw alone, bitwise: neither on its neighbours nor on the thread count.
+    A row's result depends only on its own logits and draw, bitwise: not on other rows, nor on the number of threads.
 
     Args:
         logits: ``[B, V]`` floating point; -inf marks an impossible token, which is never drawn.
         draws: ``[B]`` float64 in (0, 1).
-        temperature: logits are divided by it, in ``[1e-12, 1e12]``; or 0, which takes the first of the most probable
-            tokens, and the log-prob and the entropy are then those at temperature 1.
+        temperature: divides the logits, in ``[1e-12, 1e12]``; or 0, which takes the first of the most probable tokens,
+            with log-prob and entropy as at temperature 1.
         top_k: keep the k most probable tokens, and all that tie with the last of them; 0 keeps all.
-        top_p: in (0, 1]. Of what top-k leaves, keep the smallest set of most probable tokens whose probability reaches
-            it, of equal ones the first (Holtzman et al. 2020, arXiv 1904.09751); 1 keeps all.
+        top_p: in (0, 1]. Of the tokens that top-k keeps, keep the smallest set of most probable ones whose probability
+            reaches top_p; of equal ones the first come first (Holtzman et al. 2020, arXiv 1904.09751). 1 keeps all.
 
     Returns:
         ``(tokens, log_probs, entropy)``, each ``[B]``, int64 and twice float32 (float64 for float64 logits), without
-        gradient. Log-prob and entropy, in nats, are of the distribution drawn from: after temperature and filters.
-        Where a row has NaN or +inf or nothing above -inf, both are NaN, and its token is any of the vocabulary.
+        gradient. Log-prob and entropy, in nats, are those of the distribution after temperature and filters. If a row
+        has NaN or +inf or nothing above -inf, both are NaN, and its token is an arbitrary one of the vocabulary.
 
     Raises:
         TypeError: a wrong type or dtype. ValueError: a wrong shape, device or value.
@@ -69,12 +69,12 @@ def reference(
         tokens = log_probs.argmax(dim=-1)
     else:
         cumulative = probabilities.cumsum(dim=-1)
-        # Scaled by the total, which rounding leaves a little off 1, and kept below it, or a draw just under 1 could
-        # pass over them all. right=True passes over tokens of probability 0.
+        # Rounding leaves the total a little off 1, so draws are scaled by it, and kept below it. Else a draw just below
+        # 1 could skip all tokens. right=True skips tokens of probability 0.
         total = cumulative[:, -1]
         points = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
         tokens = torch.searchsorted(cumulative, points[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    # Clamped, because 0 * -inf is no number.
+    # Clamped, because 0 * -inf is NaN.
     entropy = -torch.linalg.vecdot(probabilities, log_probs.clamp(min=torch.finfo(torch.float64).min))
     return tokens, log_probs.gather(-1, tokens[:, None])[:, 0].to(dtype), entropy.to(dtype)
 

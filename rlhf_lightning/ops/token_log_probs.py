@@ -48,7 +48,7 @@ def reference(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple
     checks.token_range(_NAME, tokens, logits.shape[-1])
     log_p = torch.log_softmax(logits.to(checks.compute_dtype(logits)) / temperature, dim=-1)
     log_probs = log_p.gather(-1, tokens[..., None])[..., 0]
-    # With 0 in place of log 0 the product is the limit 0, and its gradient is 0 rather than 0 * inf.
+    # With 0 in place of log 0, the product is its limit 0, and the gradient is 0 and not 0 * inf.
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     return log_probs, entropy
 

@@ -1,1 +1,1 @@
-"""The human side, here simulated: candidates to compare, and who compares them."""
+"""Simulates human feedback: samples candidates to compare, and ranks them as an annotator would."""

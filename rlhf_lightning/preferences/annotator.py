@@ -1,6 +1,6 @@
-"""A simulated annotator: prefers the better answer, but not always, with a known probability.
+"""A simulated annotator, who prefers the better answer with a known probability.
 
-Shapes: ``B`` prompts, ``K`` candidates of each.
+Shapes: ``B`` prompts, ``K`` candidates for each.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from rlhf_lightning.randomness import ANNOTATION, uniform
 
 
 class SimulatedAnnotator:
-    """Ranks candidates by their true quality plus noise, and now and then without looking.
+    """Ranks candidates by their true quality plus noise, and sometimes at random.
 
-    With probability ``lapse`` a ranking is a shuffle. Otherwise it is drawn from the Plackett-Luce model with utilities
+    With probability ``lapse`` a ranking is random. Otherwise it is drawn from the Plackett-Luce model with utilities
     ``quality / temperature`` (Plackett 1975, "The Analysis of Permutations"), by sorting ``quality / temperature`` plus
-    standard Gumbel noise (Yellott 1977), whose pairs are Bradley-Terry's, as reward models assume. So of any two
-    candidates the one with quality ``a`` is ranked above the one with quality ``b`` with probability
+    standard Gumbel noise (Yellott 1977). Pairs of such rankings follow the Bradley-Terry model, as reward models
+    assume. So a candidate of quality ``a`` is ranked above one of quality ``b`` with probability
 
         (1 - lapse) * sigmoid((a - b) / temperature) + lapse / 2
 
-    so what is the best that any model could do on such labels is known exactly (`label_ceiling`).
+    and the best accuracy that any model can reach on such labels is known exactly (`label_ceiling`).
 
     Args:
         temperature: the difference in quality that is noticed with log-odds of 1; above 0.
-        lapse: share of rankings made without looking, in [0, 1).
-        seed: of the noise; a ranking depends on it and on the prompt's row number alone.
+        lapse: share of random rankings, in [0, 1).
+        seed: seed of the noise; the noise of a ranking depends only on it and on the prompt's row number.
     """
 
     def __init__(self, temperature: float, lapse: float, seed: int) -> None:
@@ -62,13 +62,13 @@ class SimulatedAnnotator:
         return (1 - self.lapse) * seen + self.lapse / 2
 
     def label_ceiling(self, quality: Sequence[tuple[float, float]]) -> float:
-        """The accuracy on this annotator's labels, in expectation, of a model that knows the true quality.
+        """The expected accuracy, on this annotator's labels, of a model that knows the true quality.
 
-        It is the mean over pairs of ``max(p, 1 - p)`` with p from `preference`; no model can do better, since nobody
-        can tell which labels the noise turned round.
+        It is the mean over pairs of ``max(p, 1 - p)`` with p from `preference`. No model can do better, since nobody
+        can know which labels the noise has flipped.
 
         Args:
-            quality: the true qualities of the two candidates of each pair, at least one pair.
+            quality: the true qualities of the two candidates of each pair; at least one pair.
         """
         pairs = torch.tensor(quality, dtype=torch.float64).reshape(-1, 2)
         if len(pairs) == 0:

@@ -1,4 +1,4 @@
-"""Candidates for annotation: several sampled answers to each prompt, and their rankings as rows of a file."""
+"""Samples candidates for annotation, several answers to each prompt, and writes their rankings as rows of a file."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Ranking:
-    """One prompt with its answers, their ranks and, known to the simulation alone, their true quality."""
+    """One prompt with its answers, their ranks, and their true quality, which only the simulation knows."""
 
     candidates: Candidates
     ranks: tuple[int, ...]  # 1 for the best
     quality: tuple[float, ...]
 
     def pairs(self) -> list[tuple[float, float]]:
-        """The true qualities of every two answers that make a pair to learn from: not empty, and not the same."""
+        """The true qualities of every two answers that make a pair to learn from: neither is empty, and they differ."""
         texts = [text.strip() for text in self.candidates.completions]
         return [
             (self.quality[i], self.quality[j])
@@ -64,20 +64,20 @@ def sample_candidates(
     """``count`` answers to every prompt, in the order of the prompts' row numbers.
 
     Args:
-        policy: who answers.
+        policy: the model that answers.
         prompts: batches of prompts.
-        count: answers a prompt.
-        max_new_tokens, temperature, eos_ids: of the sampling, see `rollout.Sampling`.
-        seed: of the sampling; the draws differ from those of a training run with the same seed.
+        count: number of answers to each prompt.
+        max_new_tokens, temperature, eos_ids: sampling options, see `rollout.Sampling`.
+        seed: seed of the sampling; the draws differ from those of a training run with the same seed.
         progress: called with (batches answered, batches to answer).
     """
-    own_seed = int(uniform(seed, CANDIDATES) * 2**52)
+    base_seed = int(uniform(seed, CANDIDATES) * 2**52)
     answers: dict[int, list[str]] = {}
     texts: dict[int, str] = {}
     engine = fitting_engine(policy)
     for number in range(count):
         sampling = Sampling(
-            max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=eos_ids, seed=own_seed, iteration=number
+            max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=eos_ids, seed=base_seed, iteration=number
         )
         for place, batch in enumerate(prompts):
             rollout = engine.rollout(policy, batch, tokenizer, sampling)
@@ -90,7 +90,7 @@ def sample_candidates(
 
 
 def annotate(candidates: Sequence[Candidates], annotator: SimulatedAnnotator, quality: Quality) -> list[Ranking]:
-    """Let the annotator rank every prompt's answers; all prompts have the same number of answers."""
+    """Lets the annotator rank every prompt's answers. All prompts must have the same number of answers."""
     count = len(candidates[0].completions)
     prompts = [item.prompt for item in candidates for _ in range(count)]
     responses = [text for item in candidates for text in item.completions]
@@ -103,7 +103,7 @@ def annotate(candidates: Sequence[Candidates], annotator: SimulatedAnnotator, qu
 
 
 def write_rankings(rankings: Iterable[Ranking], path: Path) -> None:
-    """Write rows ``{"prompt", "completions", "ranks"}``, a form that every module's data option reads."""
+    """Writes rows ``{"prompt", "completions", "ranks"}``, a form that the data options of all modules read."""
     write_rows(
         path,
         (
@@ -118,12 +118,12 @@ def write_rankings(rankings: Iterable[Ranking], path: Path) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write a JSONL file, one row a line."""
+    """Writes a JSONL file, one row on each line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _readable(text: str) -> str:
-    """A weak model samples NUL characters, which rows may not hold."""
+    """The text without NUL characters, which a weak model may sample and rows may not hold."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")

@@ -1,4 +1,4 @@
-"""What scores a response: a reward model, a Python function, or a combination of several."""
+"""Rewards, which score responses: a reward model, a Python function, or a combination of several."""
 
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rewards.combined import WeightedSum

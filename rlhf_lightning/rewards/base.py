@@ -1,4 +1,4 @@
-"""The interface of a reward, and the check that every reward's scores go through."""
+"""The interface of rewards, and the checks of their scores."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rlhf_lightning.errors import InputError
 class Reward(nn.Module):
     """Scores responses. Subclass it and write ``forward``; name the subclass in YAML by its ``class_path``."""
 
-    # Whether NaN is a score: "none for this response", which then counts in no update and no mean.
+    # Whether the score NaN is allowed. It means that a response has no score, and counts in no update and no mean.
     may_skip: bool = False
-    # What `forward` noted beside its scores, each ``[B]``: logged as ``reward/<name>``, a mean over responses.
+    # Other values of the last `forward`, each ``[B]``; logged as ``reward/<name>``, the mean over responses.
     noted: dict[str, Tensor]
-    # The day that the run's chat templates say it is, as YYYY-MM-DD, set before each scoring; None for today.
+    # Today's date for chat templates, as YYYY-MM-DD; set before each scoring. None for the real date.
     date: str | None = None
 
     def __init__(self) -> None:
@@ -27,16 +27,16 @@ class Reward(nn.Module):
         self.noted = {}
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, mesh: Any | None = None) -> None:
-        """Called before the first score, and again for a policy with another tokenizer: load models here, once.
+        """Loads models, once. Called before the first score, and again for a policy with another tokenizer.
 
         Args:
-            tokenizer: the policy's.
-            device: where the rollouts will be.
-            mesh: the device mesh to shard a model over, None without sharding.
+            tokenizer: the policy's tokenizer.
+            device: the device of the rollouts.
+            mesh: the device mesh to shard a model over; None without sharding.
         """
 
     def forward(self, rollout: Rollout) -> Tensor:
-        """One score a response: ``[B]`` float32, higher is better."""
+        """One score for each response: ``[B]`` float32, higher is better."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(rollout) -> Tensor [B]")
 
 
@@ -45,14 +45,14 @@ def as_scores(scores: Any, rows: int, device: torch.device) -> Tensor:
 
     Args:
         scores: a tensor, a numpy array, or a sequence of bool, int or float.
-        rows: how many there should be.
-        device: where the result goes.
+        rows: the expected number of scores.
+        device: the device of the result.
 
-    Raises: ValueError when they are no numbers or not ``rows``, with what to return instead. A single number for many
-    responses is refused too: it would broadcast without a word.
+    Raises: ValueError if the scores are no numbers, or if there are not ``rows`` of them; it says what to return. A
+    single number for many responses is refused, too, since it would silently broadcast.
     """
     try:
-        # The dtype first: a default of bf16 would round the numbers of a list.
+        # The dtype is given here, because a default of bf16 would round the numbers of a list.
         values = torch.as_tensor(scores, dtype=torch.float32).detach().to(device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -71,12 +71,12 @@ def check_scores(scores: Any, rollout: Rollout, source: str, may_skip: bool = Fa
 
     Args:
         scores: see `as_scores`.
-        rollout: what was scored.
-        source: who gave the scores, for the message.
-        may_skip: let NaN through, where it says that a response has no score.
+        rollout: the responses that were scored.
+        source: the reward's name, for the message.
+        may_skip: allow NaN, which means that a response has no score.
 
-    Raises: InputError when they are no numbers, not one a response, or not finite, naming the source, the response and
-    its prompt.
+    Raises: InputError if the scores are no numbers, not one for each response, or not finite. It names the source, the
+    response and its prompt.
     """
     try:
         values = as_scores(scores, len(rollout), rollout.tokens.device)
@@ -93,6 +93,6 @@ def check_scores(scores: Any, rollout: Rollout, source: str, may_skip: bool = Fa
 
 
 def quoted(rollout: Rollout, row: int) -> str:
-    """The row as an error message shows it: its number in the data, its prompt and its response, in one line."""
+    """A row in one line for error messages: its number in the data, its prompt and its response."""
     number = int(rollout.prompts.rows[row])
     return f"row {number}: prompt {rollout.prompts.prompts[row][:80]!r}, response {rollout.responses[row][:80]!r}"

@@ -1,4 +1,4 @@
-"""Rewards made of several rewards."""
+"""Rewards that combine several rewards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_lightning.rewards.base import Reward, check_scores
 
 
 class Combined(Reward):
-    """What a combination of rewards shares: preparing them, and asking each.
+    """The base of combinations of rewards: prepares all parts, and asks each for its scores.
 
     Args:
         rewards: the parts. A response that one of them skips has no score.
@@ -28,16 +28,16 @@ class Combined(Reward):
         self.may_skip = any(reward.may_skip for reward in rewards)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, mesh: Any | None = None) -> None:
-        """Prepare each part."""
+        """Prepares each part."""
         for reward in self.rewards:
             assert isinstance(reward, Reward)
             reward.prepare(tokenizer, device, mesh)
 
     def scores(self, rollout: Rollout) -> Tensor:
-        """Each reward's checked scores: ``[number of rewards, B]``, NaN where one that may skip has none.
+        """Each reward's checked scores: ``[number of rewards, B]``, NaN where a reward has skipped a response.
 
-        Raises: what the first part that failed raised, after all of them were asked: a part that is a sharded model
-        waits for the same part on the other processes, which may not have failed.
+        Raises: the error of the first part that failed, once all parts were asked. A part that is a sharded model waits
+        for the same part on the other processes, where no part may have failed.
         """
         scores: list[Tensor] = []
         failed: Exception | None = None

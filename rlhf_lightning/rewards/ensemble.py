@@ -1,4 +1,4 @@
-"""Several rewards of the same thing, trusted less where they disagree."""
+"""A reward made of several rewards of the same thing, lower where they disagree."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Aggregate = Literal["mean", "worst", "deviation", "variance"]
 class Ensemble(Combined):
     """One score from several rewards of the same thing, ``r_1 .. r_k``, for example reward models of k seeds.
 
-    A policy that climbs one reward model soon climbs its errors; members that were trained apart err apart, so what
-    they disagree about is worth less here. Coste et al. 2023, arXiv 2310.02743:
+    A policy that maximises one reward model soon exploits its errors. Members that were trained separately make
+    different errors, so responses on which they disagree get a lower score. Coste et al. 2023, arXiv 2310.02743:
 
     - ``mean``: ``m = mean_i r_i``;
     - ``worst``: ``min_i r_i``, the paper's worst-case optimisation;
     - ``variance``: ``m - coefficient * mean_i (r_i - m)^2``, the paper's uncertainty-weighted optimisation;
-    - ``deviation``: ``m - coefficient * sqrt(mean_i (r_i - m)^2)``, the same in the unit of the rewards: a coefficient
-      then means the same for rewards of any scale.
+    - ``deviation``: ``m - coefficient * sqrt(mean_i (r_i - m)^2)``, a penalty in the unit of the rewards, so that a
+      coefficient means the same for rewards of any scale.
 
-    Logs ``reward/disagreement``, the deviation, a mean over responses.
+    Logs ``reward/disagreement``, the mean deviation over responses.
 
     Args:
         rewards: the members, two or more.
         aggregate: which of the four.
-        coefficient: of the penalty; for ``deviation`` and ``variance`` alone, where None takes 1.
+        coefficient: the penalty's coefficient, for ``deviation`` and ``variance`` only; None takes 1.
     """
 
     def __init__(

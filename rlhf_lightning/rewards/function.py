@@ -24,27 +24,29 @@ class FunctionReward(Reward):
     """Calls ``function(prompts, responses, **columns)``.
 
     Args:
-        function: where the function is: ``path/to/file.py:name`` or ``package.module:name``. The file is imported,
-            which runs it: name only code that you trust. It may import modules that lie beside it.
-        timeout: seconds that one call may take. The function then runs in a process of its own (started once, and again
-            after one that took longer, which is ended with all it started; the file is imported there too, so what it
-            loads is in memory twice), and the rows' columns must be what JSON can hold. None calls it in this process,
-            without a limit: what hangs there hangs the training.
-        on_error: ``raise``, or ``skip`` the responses that the function gives no finite number for: they count in no
-            update and no mean, and ``reward/skipped`` says how many there were.
+        function: the function, as ``path/to/file.py:name`` or ``package.module:name``. The file is imported, which runs
+            it, so name only code that you trust. It may import modules beside it.
+        timeout: most seconds that one call may take. The function then runs in a process of its own, which imports the
+            file again, and the rows' columns must be values that JSON can hold. None calls it in this process without a
+            limit; a call that hangs then hangs the training.
+        on_error: ``raise`` an error, or ``skip`` responses for which the function gives no finite number. Skipped ones
+            count in no update and no mean, and ``reward/skipped`` counts them.
 
     The function gets two lists of B strings, the prompts as the user wrote them and the responses without special
-    tokens, and the rows' other columns by name, each a list of B (a function that names only some of them gets only
-    those; a column of the name of one of its first two parameters can't be handed over, and is left out). It returns B
-    numbers: a list, an array or a tensor.
+    tokens. It also gets the rows' other columns by name, each a list of B. A function that names only some columns gets
+    only those. A column with the name of one of the first two parameters cannot be passed, and is left out. The
+    function returns B numbers: a list, an array or a tensor.
 
-    After a call that fails the function is called again with one response at a time, to name the one at fault or to
-    skip it alone; the search for a name takes two more ``timeout`` at most, skipping takes one for each response that
-    hangs. So under ``skip`` a score should not depend on the other responses of the call.
+    With a timeout, the process is started once. If a call takes too long, the process is ended with all that it
+    started, and the next call starts a new one. Data that the file loads is in memory twice.
 
-    Raises: InputError when an option is wrong, the function cannot be found, or it needs a column that rows lack; under
-    ``raise``, when it raises, takes too long, or returns something other than B finite numbers, naming the function,
-    the prompt and its row.
+    If a call fails, the function is called again with one response at a time, to name the response at fault or to skip
+    only that one. The search for the response to name takes at most two more ``timeout``; skipping takes one for each
+    response that hangs. So under ``skip`` a score should not depend on the other responses of the call.
+
+    Raises: InputError if an option is wrong, the function cannot be found, or it needs a column that rows lack. Under
+    ``raise`` also if it raises an error, takes too long, or returns something other than B finite numbers; the message
+    names the function, the prompt and its row.
     """
 
     def __init__(self, function: str, timeout: float | None = None, on_error: OnError = "raise") -> None:
@@ -63,7 +65,7 @@ class FunctionReward(Reward):
         self._texts = {p.name for p in parameters[:2] if p.kind is p.POSITIONAL_OR_KEYWORD}
         self._names = by_name - self._texts
         self._needed = sorted(p.name for p in parameters if p.name in self._names and p.default is p.empty)
-        self._told = False  # why responses are skipped
+        self._told = False  # whether the user was told why responses are skipped
 
     def forward(self, rollout: Rollout) -> Tensor:
         self._check_columns(rollout)
@@ -83,7 +85,7 @@ class FunctionReward(Reward):
         return check_scores(scores, rollout, self.source, self.may_skip)
 
     def _check_columns(self, rollout: Rollout) -> None:
-        """No call can work without a column that the function names: so it is never a response to skip."""
+        """Refuses rows without a column that the function needs. No call could work, so skipping would not help."""
         columns = rollout.prompts.columns
         if missing := [name for name in self._needed if name not in columns]:
             have = f"the rows have {', '.join(sorted(columns))}" if columns else "the rows have none beside the prompt"
@@ -93,7 +95,7 @@ class FunctionReward(Reward):
             )
 
     def _scores(self, rollout: Rollout, rows: list[int], timeout: float | None) -> Tensor:
-        """One call for the given rows: ``[len(rows)]``; CallFailed says, after "the function", what went wrong."""
+        """Calls the function for the given rows: ``[len(rows)]``. CallFailed says what the function did wrong."""
         columns = {
             name: values
             for name, values in rollout.prompts.columns.items()
@@ -102,16 +104,16 @@ class FunctionReward(Reward):
         texts = [[texts[row] for row in rows] for texts in (rollout.prompts.prompts, rollout.responses)]
         named = {name: [values[row] for row in rows] for name, values in columns.items()}
         if timeout is None:
-            given = call_here(self.function, texts, named)
+            returned = call_here(self.function, texts, named)
         else:
-            given = self._process.call(texts, named, timeout)
+            returned = self._process.call(texts, named, timeout)
         try:
-            return as_scores(given, len(rows), rollout.tokens.device)
+            return as_scores(returned, len(rows), rollout.tokens.device)
         except ValueError as error:
             raise CallFailed(f"returned something else than scores: {error}") from error
 
     def _one_by_one(self, rollout: Rollout) -> Tensor:
-        """A call for each response, NaN where it fails: ``[B]``."""
+        """The scores of one call for each response, NaN where a call failed: ``[B]``."""
         scores = torch.full((len(rollout),), torch.nan, device=rollout.tokens.device)
         for row in range(len(rollout)):
             with contextlib.suppress(CallFailed):
@@ -119,17 +121,17 @@ class FunctionReward(Reward):
         return scores
 
     def _blame(self, rollout: Rollout, what: str) -> str:
-        """The message for a call that failed, with the first response that fails on its own where one does."""
-        known = f"reward {self.source}: the function {what}"
+        """The message about a failed call. It names the first response that also fails on its own, if there is one."""
+        failure = f"reward {self.source}: the function {what}"
         remedy = "; correct it, or set on_error: skip to leave such responses out"
         limit = math.inf if self.timeout is None else time.monotonic() + self.timeout
         for row in range(len(rollout)):
             try:
                 self._scores(rollout, [row], self.timeout)
             except CallFailed:
-                return f"{known}; it fails so for {quoted(rollout, row)}{remedy}"
+                return f"{failure}; it fails so for {quoted(rollout, row)}{remedy}"
             if time.monotonic() > limit:
                 break
         return (
-            f"{known}; it fails so for no response alone, the first of {len(rollout)} is {quoted(rollout, 0)}{remedy}"
+            f"{failure}; it fails for no single response, the first of {len(rollout)} is {quoted(rollout, 0)}{remedy}"
         )

@@ -1,4 +1,4 @@
-"""A trained reward model as a reward."""
+"""A reward that a trained reward model gives."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ from rlhf_lightning.rewards.own_tokens import OwnTokens
 
 
 class ModelReward(Reward):
-    """The score that a reward model gives at the last token of prompt + response, minus its mean, over its deviation.
+    """The reward model's score at the last token of prompt + response, minus the scores' mean, over their deviation.
 
     Args:
         path: a folder that a reward model's run saved, or an ``AutoModelForSequenceClassification`` with one label.
-        micro_batch_tokens: padded tokens in one forward pass at most.
+        micro_batch_tokens: most padded tokens in one forward pass.
         trust_remote_code: run model code that comes with the weights.
 
-    Where the reward model's vocabulary or chat template is not the policy's, it reads conversations by its own
-    tokenizer and template, and plain texts decoded and encoded again, as its training data was (and EOS put after
-    responses that ended by EOS). A reward model without a chat template reads all as plain text, from which the special
-    tokens of the policy's template are left out.
+    If the reward model has another vocabulary or chat template than the policy, it reads conversations in its own
+    tokenizer and template. Plain texts are decoded and encoded again like its training data, with EOS after responses
+    that ended by EOS. A reward model without a chat template reads everything as plain text, without the special tokens
+    of the policy's template.
 
-    Raises: InputError when the folder holds no trained reward model, or a sequence is longer than it has positions for.
+    Raises: InputError if the folder holds no trained reward model, or a sequence has more tokens than the model has
+    positions.
     """
 
     def __init__(self, path: str, micro_batch_tokens: int = 16384, trust_remote_code: bool = False) -> None:
@@ -50,7 +51,7 @@ class ModelReward(Reward):
         self.trust_remote_code = trust_remote_code
         self.scalar: ScalarModel | None = None
         self._mesh: Any | None = None
-        self._own: OwnTokens | None = None
+        self._reader: OwnTokens | None = None
         self._policy: PreTrainedTokenizerBase
         self._read_on: str | None = None
         self._told: set[str] = set()
@@ -64,24 +65,24 @@ class ModelReward(Reward):
             self._mesh = mesh
         # An evaluation prepares one reward for policies of several vocabularies in turn.
         self._policy = tokenizer
-        self._own = self._reader()
+        self._reader = self._make_reader()
 
-    def _reader(self) -> OwnTokens:
+    def _make_reader(self) -> OwnTokens:
         assert self.scalar is not None
         own = load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
-        # Only we, and OpenRLHF, write a deviation; both train on conversations up to the token that ends them.
+        # Only this library and OpenRLHF save a deviation. Both train on conversations up to the token that ends them.
         to_turn_end = hasattr(self.scalar.model.config, "reward_std")
         self._read_on = self.date
         return OwnTokens(self.path, own, self._policy, to_turn_end, self._tell_once, self.date)
 
     @torch.no_grad()
     def forward(self, rollout: Rollout) -> Tensor:
-        assert self.scalar is not None and self._own is not None, "prepare() comes before the first score"
-        if self.date != self._read_on:  # a resumed run learns its day after it has prepared
-            self._own = self._reader()
-        tokens, lengths = self._own.encoded(rollout)
+        assert self.scalar is not None and self._reader is not None, "prepare() comes before the first score"
+        if self.date != self._read_on:  # a resumed run gets its date only after prepare()
+            self._reader = self._make_reader()
+        tokens, lengths = self._reader.encoded(rollout)
         longest = int(lengths.max())
-        sharded = self._mesh is not None  # all processes then make their passes together
+        sharded = self._mesh is not None  # then all processes make their passes together
         check_length(self.scalar.model, largest(longest) if sharded else longest, self.path)
         groups = micro_batches(lengths, self.micro_batch_tokens)
         scores = tokens.new_zeros(len(tokens), dtype=torch.float32)

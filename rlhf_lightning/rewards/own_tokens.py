@@ -1,4 +1,4 @@
-"""What a policy was asked and said, as the tokens of a reward model: its vocabulary, and its own chat template."""
+"""Encodes a policy's prompts and responses for a reward model, in that model's own vocabulary and chat template."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from rlhf_lightning.models.loading import same_vocabulary
 from rlhf_lightning.models.template import default_text
 
 _GIVEN = "conversations go through its own tokenizer and chat template, not the policy's"
-_AS_PROMPTED = "responses that its chat template refuses or leaves out stand as they are behind its generation prompt"
+_AS_PROMPTED = "responses that its chat template refuses or leaves out follow its generation prompt as they are"
 
 
 class OwnTokens:
-    """Rollouts as a reward model reads them.
+    """Encodes rollouts for a reward model.
 
-    A conversation is rendered by the reward model's own chat template, whole. Its ids are handed over as they are where
-    vocabulary and template are the policy's, and so are those of any text where the reward model has no template. With
-    another vocabulary a text without a conversation is decoded and encoded again, special tokens left out.
+    If vocabulary and chat template are the policy's, the policy's ids are used as they are. Else the reward model's own
+    template renders each whole conversation. A reward model without a template reads the policy's ids if the vocabulary
+    is the same. With another vocabulary, plain texts are decoded without special tokens and encoded again.
 
     Args:
         path: the reward model's folder, for messages.
-        own: its tokenizer.
+        own: the reward model's tokenizer.
         policy: the policy's tokenizer, with the chat template that made the prompts.
-        to_turn_end: whether its training ended a conversation at the token that ends the last turn, as ours does, or
-            at the end of what the template renders, as stock transformers does. EOS ends a turn that no token ends in
-            the former alone.
-        tell: is given what its user should know, a line at a time; may be told one more than once.
-        date: what the clock of its chat template says, as YYYY-MM-DD; None for today.
+        to_turn_end: whether the reward model was trained on conversations up to the token that ends the last turn, as
+            in this library, or up to the end of the rendering, as in transformers. If no token ends a turn, EOS is
+            added only in the first case.
+        tell: gets one line at a time for the user; a line may come more than once.
+        date: today's date for the reward model's chat template, as YYYY-MM-DD; None for the real date.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class OwnTokens:
         for note in self.encoder.noted:
             self._tell(note)
         for part in self._chats.lost if self._chats is not None else ():
-            self._tell(f"its chat template drops {part} of responses, which are scored without")
+            self._tell(f"its chat template drops {part} of responses, which are scored without it")
         pieces = self.encoder.ids.pieces(sequences)
         eos = self.encoder.tokenizer.eos_token_id
         found = []
@@ -101,7 +101,7 @@ class OwnTokens:
         return found
 
     def _sequence(self, rollout: Rollout, row: int, cut: bool) -> Rendered:
-        """The conversation up to its end, or to where the token limit cut the response off."""
+        """The conversation up to its end, or up to the place where the token limit cut the response off."""
         template = self.encoder.template
         assert template is not None and self._chats is not None and rollout.prompts.conversations is not None
         record = self._record(rollout.prompts.conversations[row], rollout.responses[row], rollout, row)
@@ -127,7 +127,7 @@ class OwnTokens:
         return Record(messages, (response,), (), where, DEMONSTRATION, tools=tools)
 
     def _as_prompted(self, record: Record, refusal: InputError) -> Rendered:
-        """The response behind the template's generation prompt: a policy may say what no row would, as nothing."""
+        """The response after the template's generation prompt, since a policy may say what no row has, like nothing."""
         template = self.encoder.template
         assert template is not None and self._chats is not None
         try:

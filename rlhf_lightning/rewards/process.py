@@ -1,7 +1,7 @@
-"""The process in which a user's function runs, and how a function is found by its name and called.
+"""Finds a user's function by its name, and calls it in this process or in one of its own.
 
-The process runs this file as a script and never imports ``rlhf_lightning.rewards``. So it loads no torch and no
-transformers, but what the function itself needs.
+The other process runs this file as a script and never imports ``rlhf_lightning.rewards``. So it loads neither torch nor
+transformers, only what the function itself needs.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from rlhf_lightning.errors import InputError
 
 
 class CallFailed(Exception):
-    """A call gave no result; the text says how, to be read after "the function": "raised KeyError: 'x' (my.py:3)"."""
+    """A call gave no result. The text continues a sentence that begins with "the function": "raised KeyError: 'x'"."""
 
 
 def call_here(function: Callable[..., Any], arguments: list[Any], keywords: dict[str, Any]) -> Any:
     """``function(*arguments, **keywords)`` in this process.
 
-    Raises: CallFailed where the function raises, or asks Python to exit.
+    Raises: CallFailed if the function raises an error, or asks Python to exit.
     """
     try:
         return function(*arguments, **keywords)
@@ -44,11 +44,11 @@ def call_here(function: Callable[..., Any], arguments: list[Any], keywords: dict
 
 
 class FunctionProcess:
-    """A named function in a process of its own, started at the first call and kept for the next ones.
+    """A named function in a process of its own, started at the first call and used for all later ones.
 
-    A thread cannot be stopped from outside, and a signal is not seen by code that hangs in C; a process can be ended
-    whatever it does. It imports the function's file anew, so the function has its own globals there; what goes in and
-    comes out is JSON. It ends with this process, and what it prints is printed.
+    A thread cannot be stopped from outside, and code that hangs in C does not see signals. A process can always be
+    ended. The process imports the function's file again, so the function has its own globals there. Arguments and
+    results are sent as JSON. The process ends with this one, and its output goes to the same terminal.
 
     Args:
         source: the function's name, as for `load_function`.
@@ -64,17 +64,17 @@ class FunctionProcess:
         """The function's result, with arrays and tensors as lists.
 
         Raises:
-            CallFailed: the function raises, does not answer within ``timeout`` seconds (its process, with all that it
-                started, is then ended, and the next call starts another), ends its own process, or returns what is no
-                list of numbers or text.
-            InputError: an argument is no JSON.
+            CallFailed: the function raises an error, ends its own process, returns something else than a list of
+                numbers or text, or does not answer within ``timeout`` seconds. In the last case its process is ended,
+                with all that it started, and the next call starts another.
+            InputError: JSON cannot hold an argument.
         """
         try:
             request = json.dumps([arguments, keywords]).encode()
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"function {self.source}: with a timeout it runs in a process of its own, which columns of text, "
-                f"numbers, lists and objects can be sent to ({error}); leave the timeout out, or the column"
+                f"function {self.source}: with a timeout it runs in a process of its own, and only columns of text, "
+                f"numbers, lists and objects can be sent there ({error}); leave the timeout out, or the column"
             ) from error
         if self._process is None or self._process.poll() is not None:
             self._start()
@@ -96,7 +96,7 @@ class FunctionProcess:
         return result
 
     def stop(self) -> None:
-        """End the process and what it started, at once; the next call starts another."""
+        """Ends the process and all that it started, at once. The next call starts another."""
         self._end()
         self._process = self._pipe = None
 
@@ -105,18 +105,18 @@ class FunctionProcess:
         ours, theirs = Pipe()
         paths = [path or os.getcwd() for path in sys.path]
         process = self._process = subprocess.Popen(
-            # -P: the files beside this one do not stand in for modules of their names.
+            # -P: files beside this one must not replace modules of the same names.
             [sys.executable, "-P", __file__, str(theirs.fileno()), self.source],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),
-            start_new_session=True,  # Ctrl-C is for the training, and what the function starts ends with it
+            start_new_session=True,  # Ctrl-C goes only to the training, and the whole group can be ended
         )
         theirs.close()
         self._pipe = ours
         self._end = weakref.finalize(self, _end, process, ours)  # called once: here, or when Python exits
         try:
-            # Without a limit: the same import has been through in this process.
+            # No time limit, since the same import has succeeded in this process.
             failure = json.loads(ours.recv_bytes())
         except (EOFError, OSError) as error:
             self.stop()
@@ -128,7 +128,7 @@ class FunctionProcess:
 
 
 def serve() -> None:
-    """What a `FunctionProcess` runs: read calls from the pipe that the command line names, and answer them."""
+    """The main function of a `FunctionProcess`: answers calls from the pipe that the command line names."""
     pipe, source = Connection(int(sys.argv[1])), sys.argv[2]
     sys.path[:] = list(dict.fromkeys(os.environ["PYTHONPATH"].split(os.pathsep)))
     try:
@@ -144,7 +144,7 @@ def serve() -> None:
             while True:
                 requests.put(pipe.recv_bytes())
         except (EOFError, OSError):
-            os._exit(0)  # the training has ended, however long the function still takes
+            os._exit(0)  # the training has ended; the function is not waited for
 
     threading.Thread(target=read, daemon=True).start()
     while True:
@@ -154,12 +154,12 @@ def serve() -> None:
         except CallFailed as error:
             reply = json.dumps([None, str(error)])
         except (TypeError, ValueError) as error:
-            reply = json.dumps([None, f"returned what is no list of numbers ({_told(error)})"])
+            reply = json.dumps([None, f"returned something else than a list of numbers ({_told(error)})"])
         pipe.send_bytes(reply.encode())
 
 
 def _plain(result: Any) -> Any:
-    """A result as JSON has it: lists for arrays, tensors and sequences, numbers for their scalars."""
+    """A result in JSON's types: arrays, tensors and sequences become lists, their scalars become numbers."""
     if hasattr(result, "tolist"):
         return result.tolist()
     if isinstance(result, (str, bool, int, float, dict)) or result is None:
@@ -168,7 +168,7 @@ def _plain(result: Any) -> Any:
 
 
 def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:
-    # The group before the pipe: a process that sees its pipe closed ends by itself, and what it started would live on.
+    # The group is ended before the pipe is closed: the process would end by itself, and leave what it started running.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     pipe.close()
@@ -183,7 +183,7 @@ def _told(error: BaseException) -> str:
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function that ``file.py:name`` or ``package.module:name`` names; InputError where there is none."""
+    """The function that ``file.py:name`` or ``package.module:name`` names. Raises an InputError if there is none."""
     module_name, _, attribute = name.rpartition(":")
     if not module_name or not attribute:
         raise InputError(f"reward function {name!r}: expected file.py:name or package.module:name")
@@ -210,12 +210,12 @@ def _import_file(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"reward function file {path} does not exist; the path is relative to {Path.cwd()}")
     path = path.resolve()
-    # A name of its own: two files may have the same name, or that of a package.
+    # A unique name, since two files may have the same name, or the name of a package.
     name = f"reward_{path.stem}_{hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses and pickle look a class's module up there
+    sys.modules[name] = module  # before it runs, since dataclasses and pickle look up modules there
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # last, so that a helper cannot stand in for an installed package
     try:

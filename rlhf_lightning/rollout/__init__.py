@@ -1,4 +1,4 @@
-"""Prompts to sampled responses with their log-probs."""
+"""Samples responses to prompts, with their log-probs."""
 
 from rlhf_lightning.rollout.engine import Responses, RolloutEngine, Sampling
 from rlhf_lightning.rollout.hugging_face import TransformersEngine

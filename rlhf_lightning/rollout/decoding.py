@@ -1,7 +1,8 @@
-"""The state of a rollout, and a step of it that works in place on tensors that stay where they are.
+"""The state of a rollout, and its decode step, which works in place so that a CUDA graph can replay it.
 
 Shapes: ``R`` slots, ``B`` of them with a row; ``T`` response tokens at most; ``n`` slots in the batch, ``kv`` cache
-entries read of each. A row has a slot, and the first slots are the batch: a row that ends makes room for the last one.
+entries read of each. Every row has a slot, and the first ``n`` slots are the batch. When a row ends, the last row of
+the batch takes its slot.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from rlhf_lightning.rollout.cache import SlotCache
 from rlhf_lightning.rollout.engine import Responses, Sampling
 
 Decode = Callable[..., Tensor]  # `Policy.decode`, or the same compiled
-_PADDING = 1.25  # padded tokens of a prefill, at most this many times its real ones
+_PADDING = 1.25  # a prefill has at most this many times as many padded tokens as real ones
 
 
 class Decoding:
-    """One rollout after another, of at most so many rows and tokens each.
+    """The state of one rollout after another. The tensors are made once, for the largest rollout.
 
     Args:
         slots: R.
-        capacity: cache entries of a slot: the longest prompt and T.
-        sampling: of the first rollout; others may differ in seed and iteration alone.
-        like: a parameter of the policy. Log-probs are float32 whatever its precision, but float64 for float64.
+        capacity: cache entries of a slot: the longest prompt plus T.
+        sampling: how the first rollout samples; later ones may differ only in seed and iteration.
+        like: a parameter of the policy. Log-probs are float32, or float64 if the parameter is.
     """
 
     def __init__(self, slots: int, capacity: int, sampling: Sampling, like: Tensor) -> None:
@@ -48,23 +49,23 @@ class Decoding:
         self.sampled = torch.zeros(slots, dtype=torch.int64, device=device)
         self.truncated = torch.zeros(slots, dtype=torch.bool, device=device)
 
-        self.place = torch.zeros(1, dtype=torch.int64, device=device)  # which token of the responses comes next
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)  # the position in the response that comes next
         self.ends = torch.tensor(list(sampling.eos_ids), dtype=torch.int64, device=device)
-        self.lengths: list[int] = []  # of the prompts, by slot
-        self.rows = self.steps = 0  # n, and tokens sampled so far for each row in the batch
+        self.lengths: list[int] = []  # the prompts' lengths, by slot
+        self.rows = self.steps = 0  # n, and the number of tokens sampled so far for each row in the batch
 
     @property
     def longest(self) -> int:
-        """kv: the cache entries of the longest row in the batch, the one that the next step adds included."""
+        """kv: the cache entries of the longest row in the batch, including the entry that the next step adds."""
         return max(self.lengths[: self.rows]) + self.steps
 
     def prefill(self, policy: Policy, prompts: PromptBatch, sampling: Sampling, budget: int) -> None:
-        """Read the prompts, in groups of similar length, and sample the first token of each response."""
+        """Reads the prompts in groups of similar length, and samples the first token of each response."""
         lengths, count = prompts.lengths.tolist(), len(prompts)
         order = sorted(range(count), key=lambda row: -lengths[row])
         self.lengths = [lengths[row] for row in order]
         self.rows, self.steps = count, 1
-        # The slots without a row are rows that have ended.
+        # Slots without a row count as rows that have ended.
         self.row.copy_(torch.tensor([*order, *range(count, self.cache.slots)]))
         self.ended.copy_(torch.arange(self.cache.slots) >= count)
         self.draws[:count] = sampling.draws(prompts.rows)
@@ -81,11 +82,11 @@ class Decoding:
         self.place += 1
 
     def advance(self, decode: Decode, rows: int, read: int) -> None:
-        """One more token for each of the first ``rows`` slots, reading ``read`` cache entries of each.
+        """Samples one more token for each of the first ``rows`` slots, and reads ``read`` cache entries of each.
 
-        Both may be more than needed: what a row that has ended is given is dropped, and what no row sees is masked.
-        Nothing here waits for the device, and every tensor that outlives the call is written in place: a CUDA graph of
-        it can be replayed.
+        Both numbers may be larger than needed: tokens of rows that have ended are dropped, and the mask hides entries
+        that no row may see. Nothing here waits for the device, and every tensor that outlives the call is written in
+        place. So a CUDA graph of the call can be replayed.
         """
         lengths, tokens = self.cache.lengths[:rows, None], self.token[:rows, None]
         logits = decode(tokens, lengths, self.cache.step(rows, read), slots=self.cache)
@@ -105,12 +106,12 @@ class Decoding:
         self.sampled[rows] += ~ended
         at_end = (tokens[:, None] == self.ends).any(dim=1)
         self.truncated[rows] &= ended | ~at_end
-        ended |= at_end | ~torch.isfinite(log_probs)  # the latter is an error, which `RolloutEngine.rollout` raises
+        ended |= at_end | ~torch.isfinite(log_probs)  # `RolloutEngine.rollout` raises an error for such a log-prob
         self.token[first:last] = tokens
 
     def leave(self) -> bool:
-        """Take the rows that have ended out of the batch; False if none is left."""
-        ended = self.ended[: self.rows].tolist()  # the loop waits for the device here alone
+        """Takes the rows that have ended out of the batch. Returns False if no row is left."""
+        ended = self.ended[: self.rows].tolist()  # only here the loop waits for the device
         left = self.rows - sum(ended)
         holes = [slot for slot in range(left) if ended[slot]]
         last = [slot for slot in range(left, self.rows) if not ended[slot]]
@@ -129,13 +130,13 @@ class Decoding:
             self.lengths[hole], self.lengths[slot] = self.lengths[slot], self.lengths[hole]
 
     def responses(self, rows: int) -> Responses:
-        """What was sampled, in the prompts' order."""
+        """The sampled responses, in the prompts' order."""
         found = self.tokens, self.log_probs, self.sampled, self.truncated, self.entropy
         return Responses(*(tensor[:rows].clone() for tensor in found))
 
 
 def prefill_groups(lengths: list[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows, whose lengths fall, that one prefill takes: within the budget, and with little padding."""
+    """Ranges of rows for one prefill each, within the budget and with little padding. ``lengths`` is falling."""
     first = real = 0
     for row, length in enumerate(lengths):
         padded = lengths[first] * (row + 1 - first)

@@ -1,7 +1,7 @@
-"""What answers prompts: the interface that every engine has, and the `Rollout` made of what an engine returns.
+"""The interface of rollout engines, which sample responses, and the `Rollout` that is made of their result.
 
 Shapes: ``B`` rows, ``P`` prompt tokens, ``S`` prompt + response, ``T`` response tokens. docs/rollout.md shows how to
-write an engine of one's own.
+write your own engine.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ class Sampling:
     """How responses are sampled."""
 
     max_new_tokens: int  # a response that reaches it without EOS is truncated
-    eos_ids: Sequence[int]  # token ids that end a response; the one sampled is kept as its last token
-    seed: int = 0  # with the iteration: which draws are used; equal numbers give equal responses
+    eos_ids: Sequence[int]  # token ids that end a response; the sampled one stays as its last token
+    seed: int = 0  # seed and iteration choose the draws; equal numbers give equal responses
     iteration: int = 0
     temperature: float = 1.0  # logits are divided by it; 0 takes the most probable token (greedy)
     top_k: int = 0  # keep the k most probable tokens; 0 keeps all
     top_p: float = 1.0  # keep the smallest set of most probable tokens whose probability reaches it; 1 keeps all
 
     def draws(self, rows: Tensor) -> Tensor:
-        """The uniform numbers that decide: row numbers ``[B]`` -> ``[B, max_new_tokens]`` float64 in (0, 1).
+        """The uniform numbers for sampling: row numbers ``[B]`` -> ``[B, max_new_tokens]`` float64 in (0, 1).
 
-        A draw depends on (seed, iteration, the row's number, the token's position) alone, so neither the process count,
-        nor batching, nor a resumed run changes what is sampled.
+        A draw depends only on (seed, iteration, the row's number, the token's position). So the sampled tokens do not
+        depend on the number of processes or on batching, and a resumed run samples the same.
         """
         positions = torch.arange(self.max_new_tokens, device=rows.device)
         return uniform(self.seed, SAMPLING, self.iteration, rows[:, None], positions)
 
 
 class Responses(NamedTuple):
-    """What an engine returns, a row for every prompt, in the prompts' order; what stands past an end is ignored."""
+    """An engine's result: one row for every prompt, in the prompts' order. Values after a row's end are ignored."""
 
-    tokens: Tensor  # [B, T] int64, the EOS token included where one was sampled
+    tokens: Tensor  # [B, T] int64, with the EOS token if one was sampled
     log_probs: Tensor  # [B, T] float32 or float64, of each token under the distribution it was drawn from
-    lengths: Tensor  # [B] int64, response tokens, the EOS token included; 0 where the engine gave none
+    lengths: Tensor  # [B] int64, number of response tokens, EOS included; 0 if the engine gave none
     truncated: Tensor  # [B] bool: no EOS was sampled
-    entropy: Tensor | None = None  # [B, T] nats, of the same distributions; None where the engine can't tell
+    entropy: Tensor | None = None  # [B, T] nats, of the same distributions; None if the engine does not know it
 
 
 class RolloutEngine(ABC):
-    """Answers prompts with a policy; subclasses write ``generate``, and ``receive`` where they keep weights."""
+    """Answers prompts with a policy. Subclasses write ``generate``, and ``receive`` if they keep their own weights."""
 
-    # Whether, without top-k and top-p, its log-probs are the policy's but for rounding. Methods that need these for
-    # their metrics alone then take them instead of making a pass.
+    # Whether its log-probs equal the policy's up to rounding, if top-k and top-p are off. Then methods that need the
+    # policy's log-probs only for metrics use these, and save a forward pass.
     exact: bool = False
 
     def receive(self, policy: Policy) -> None:  # noqa: B027  most engines need none
-        """Take the policy's weights over: called before the first ``generate`` after the weights have changed.
+        """Copies the policy's weights. It is called before the first ``generate`` after the weights have changed.
 
-        Every process calls it. Nothing to do where ``generate`` computes with the policy itself.
+        Every process calls it. Engines whose ``generate`` computes with the policy itself need not define it.
         """
 
     @abstractmethod
@@ -78,9 +78,9 @@ class RolloutEngine(ABC):
         """One response to every prompt.
 
         Args:
-            policy: the model that answers; on this process's device, its parameters possibly sharded.
-            prompts: B prompts; ``prompts.rows`` number the draws.
-            sampling: how.
+            policy: the model that answers, on this process's device; its parameters may be sharded.
+            prompts: B prompts; ``prompts.rows`` gives the row numbers for the draws.
+            sampling: how responses are sampled.
             progress: called with (tokens decoded so far in the longest response, ``sampling.max_new_tokens``).
         """
 
@@ -93,12 +93,12 @@ class RolloutEngine(ABC):
         sampling: Sampling,
         progress: Progress | None = None,
     ) -> Rollout:
-        """``generate``, checked and made into a `Rollout`.
+        """Calls ``generate``, checks its result, and makes a `Rollout` of it.
 
         Raises:
             TrainingDiverged: a token's log-prob is NaN or infinite; names iteration and row.
-            InputError: a token has an id that is none of the policy's vocabulary.
-            ValueError: the engine returned something of another shape than it must.
+            InputError: a token's id is not in the policy's vocabulary.
+            ValueError: the engine returned a tensor of a wrong shape, or impossible lengths.
         """
         rows, device = len(prompts), prompts.tokens.device
         tokens, log_probs, lengths, truncated, entropy = self.generate(policy, prompts, sampling, progress)
@@ -106,7 +106,7 @@ class RolloutEngine(ABC):
         longest = int(lengths.max()) if rows else 0
         inside = length_mask(lengths, longest)
         _check_ids(type(self).__name__, policy, tokens[:, :longest].to(device), inside, prompts.rows)
-        # masked_fill, not a product: what stands past the end may be NaN.
+        # masked_fill, not a product, because values after a row's end may be NaN.
         dtype = torch.promote_types(log_probs.dtype, torch.float32)
         log_probs = log_probs[:, :longest].to(device, dtype).masked_fill(~inside, 0.0)
         _check_finite(log_probs, prompts.rows, sampling.iteration)
@@ -130,9 +130,9 @@ class RolloutEngine(ABC):
 
 @contextmanager
 def ready_to_decode(policy: Policy) -> Iterator[None]:
-    """Evaluation mode, layers that are not compiled, and under autocast each weight cast once for the whole rollout."""
+    """Sets evaluation mode and uncompiled layers; under autocast, each weight is cast once for the whole rollout."""
     training = policy.training
-    policy.eval()  # gradient checkpointing drops the cache in train mode; dropout is off in either
+    policy.eval()  # gradient checkpointing would drop the cache in train mode; dropout is off in both modes
     try:
         with uncompiled(policy), _cast_once(policy):
             yield
@@ -142,13 +142,13 @@ def ready_to_decode(policy: Policy) -> Iterator[None]:
 
 @contextmanager
 def _cast_once(policy: Policy) -> Iterator[None]:
-    # Lightning's autocast keeps no casts, so every token would cast the whole model anew, which costs about as much as
-    # the step itself where few rows are decoded.
+    # Lightning's autocast does not cache casts, so every token would cast the whole model anew. With few rows that
+    # costs about as much as the step itself.
     device = next(policy.parameters()).device.type
     if not torch.is_autocast_enabled(device):
         yield
         return
-    # Autocast keeps those of trained weights only, and a LoRA policy's are mostly frozen.
+    # Autocast caches only casts of weights that need gradients, and most weights of a LoRA policy are frozen.
     frozen = [p for p in policy.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
         for parameter in frozen:
@@ -190,7 +190,7 @@ def _check_ids(engine: str, policy: Policy, tokens: Tensor, inside: Tensor, numb
     row, step = strange.nonzero()[0].tolist()
     raise InputError(
         f"{engine}.generate: id {int(tokens[row, step])} was sampled for prompt row {int(numbers[row])}, and the "
-        "tokenizer has no token for it: have the engine leave out the ids that policy.vocabulary.strangers() tells"
+        "tokenizer has no token for it: the engine must leave out the ids that policy.vocabulary.strangers() marks"
     )
 
 
@@ -207,7 +207,7 @@ def _check_finite(log_probs: Tensor, numbers: Tensor, iteration: int) -> None:
 
 
 def _joined(prompts: PromptBatch, response: Tensor, lengths: Tensor) -> Tensor:
-    """Prompts and responses side by side: ``[B, P]``, ``[B, T]`` -> ``[B, S]``, zeros past the end."""
+    """Joins prompts and responses without a gap: ``[B, P]``, ``[B, T]`` -> ``[B, S]``, zeros after the end."""
     total = prompts.lengths + lengths
     tokens = prompts.tokens.new_zeros(len(prompts), int(total.max()) if len(prompts) else 0)
     in_prompt = length_mask(prompts.lengths, tokens.shape[1])

@@ -1,4 +1,4 @@
-"""Which engine answers where nobody chose one."""
+"""Chooses the engine of a rollout if the user has not chosen one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf_lightning.rollout.native import NativeEngine
 
 
 def fitting_engine(policy: Policy) -> RolloutEngine:
-    """This library's loop; where it cannot run the policy, transformers' generation, which answers alike and slower."""
+    """The native engine, or transformers' generation if the native one cannot run the policy: same answers, slower."""
     engine = NativeEngine()
     try:
         with torch.inference_mode(False), torch.no_grad(), unsharded(policy), ready_to_decode(policy):
@@ -25,11 +25,11 @@ def fitting_engine(policy: Policy) -> RolloutEngine:
 
 
 def told_fitting_engine(policy: Policy) -> RolloutEngine:
-    """`fitting_engine`, with a warning where it is the slower one; every process calls it."""
+    """`fitting_engine`, with a warning if it is the slower engine. Every process calls it."""
     engine = fitting_engine(policy)
     if isinstance(engine, TransformersEngine):
         rank_zero_warn(
-            f"{type(policy.model).__name__}: transformers' generation answers, since the own decode loop cannot run "
-            "it; it is slower and answers alike (model.engine names another)"
+            f"{type(policy.model).__name__}: this library's decode loop cannot run this model, so transformers' "
+            "generation answers; it gives the same answers more slowly (model.engine names another)"
         )
     return engine

@@ -1,4 +1,4 @@
-"""Transformers' own ``generate`` as an engine, for models whose caches hold more than keys and values."""
+"""An engine that calls transformers' ``generate``, for models whose caches hold more than keys and values."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from rlhf_lightning.rollout.engine import Progress, Responses, RolloutEngine, Sa
 
 
 class TransformersEngine(RolloutEngine):
-    """Generation by transformers: for state-space and hybrid models, or to compare with.
+    """Generation by transformers, for state-space and hybrid models, or to compare with.
 
-    Prompts of the same length are answered together, so that no model ever sees padding. Tokens are drawn as the native
-    loop draws them: both engines give the same responses, but for rounding.
+    Prompts of the same length are answered together, so that no model ever sees padding. Tokens are drawn as in the
+    native engine, so both engines give the same responses, up to rounding.
     """
 
     exact = True
@@ -47,7 +47,7 @@ class TransformersEngine(RolloutEngine):
         return self._generate(policy, prompts, sampling, progress)
 
     def _check(self, policy: Policy) -> None:
-        """Lets the policy answer two prompts of three tokens, and compares with what its training pass says of them."""
+        """Lets the policy answer two prompts of three tokens, and compares the log-probs with its training pass."""
         device = next(policy.parameters()).device
         one = torch.ones(2, dtype=torch.int64, device=device)
         tokens = torch.arange(6, device=device).view(2, 3) % policy.model.config.get_text_config().vocab_size
@@ -58,8 +58,8 @@ class TransformersEngine(RolloutEngine):
         if bool(expected.isfinite().all()) and not nearly_equal(found.log_probs, expected, computed_in(policy)):
             apart = float((found.log_probs - expected).abs().max())
             raise InputError(
-                f"{type(policy.model).__name__}: transformers' generation gives a token other log-probs than the "
-                f"model's training pass does, by up to {apart:.2g}: it cannot be sampled from here"
+                f"{type(policy.model).__name__}: transformers' generation gives other log-probs than the model's "
+                f"training pass, by up to {apart:.2g}: this library cannot sample from the model"
             )
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class TransformersEngine(RolloutEngine):
 
 
 class _Draws(LogitsProcessor):
-    """Draws the next tokens, and leaves greedy search no other choice than to take them."""
+    """Draws the next tokens, and sets all other scores to -inf, so that greedy search takes the drawn ones."""
 
     def __init__(
         self, vocabulary: Vocabulary, sampling: Sampling, draws: Tensor, prompt: int, progress: Progress | None
@@ -125,10 +125,10 @@ class _Draws(LogitsProcessor):
 
 @contextmanager
 def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
-    """Without the penalties and filters of the model's own generation config, which fills in for what is not given."""
-    own = model.generation_config
+    """Removes the model's own generation config, whose penalties and filters would apply by default."""
+    config = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = config

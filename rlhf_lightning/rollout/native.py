@@ -1,6 +1,6 @@
-"""The decode loop: a prefill, then one token a step for all rows that have not ended, over a cache without gaps.
+"""The native engine's decode loop: a prefill, then one token a step for all rows that have not ended.
 
-What a row is given depends on the row alone: on its own tokens and draws (`Sampling.draws`).
+A row's response depends only on its own tokens and draws (`Sampling.draws`), not on the other rows.
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ from rlhf_lightning.rollout.decoding import Decode, Decoding
 from rlhf_lightning.rollout.engine import Progress, Responses, RolloutEngine, Sampling, ready_to_decode
 from rlhf_lightning.rollout.graphs import StepGraphs, can_capture
 
-_WINDOWED = {"full_attention", "sliding_attention"}  # the kinds of layers whose caches are keys and values alone
-# Steps that are not recorded are each of another size, and cuDNN's attention makes a plan for every size.
+_WINDOWED = {"full_attention", "sliding_attention"}  # layers whose caches hold only keys and values
+# Steps that are not recorded differ in size, and cuDNN's attention would make a plan for every size.
 _OF_ANY_SIZE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_PATIENCE = 8  # steps between two looks at who has ended, where a look makes the GPU wait
+_PATIENCE = 8  # steps between two checks for rows that have ended, if a check makes the GPU wait
 
 
 class NativeEngine(RolloutEngine):
-    """This library's own loop over the policy's forward pass; for models whose caches are keys and values alone.
+    """This library's own loop over the policy's forward pass, for models whose caches hold only keys and values.
 
     Args:
-        prefill_tokens: padded prompt tokens in one forward pass at most; it bounds the memory, and changes no result.
-        cuda_graphs: on a GPU, replay recorded steps where the model is not sharded, which spares the launches of single
-            kernels. Except under autocast, the cache and what the steps work in then stay on the GPU from one rollout
-            to the next.
-        compile_steps: let torch.compile make a step's many small kernels into few. That takes a while in the first
-            rollout; not for sharded weights, nor under autocast, which would cast all weights in every step.
+        prefill_tokens: most padded prompt tokens in one forward pass; it bounds the memory and changes no result.
+        cuda_graphs: on a GPU, replay recorded steps, which saves kernel launches. Not for sharded models. Except under
+            autocast, the cache and the steps' buffers then stay on the GPU from one rollout to the next.
+        compile_steps: let torch.compile fuse a step's many small kernels; this slows the first rollout down. Not for
+            sharded weights, nor under autocast, which would cast all weights in every step.
     """
 
     exact = True
@@ -62,13 +61,13 @@ class NativeEngine(RolloutEngine):
         """See `RolloutEngine`.
 
         Raises:
-            InputError: the model's cache holds something else than keys and values; names the other engine. Or
-                ``compile_steps`` under autocast, or on sharded weights.
+            InputError: the model's cache holds more than keys and values (the message names the other engine), or
+                ``compile_steps`` is set under autocast or for sharded weights.
         """
         count = len(prompts)
         longest = int(prompts.lengths.max()) if count else 0
         check_length(policy.model, longest + sampling.max_new_tokens, policy.model.name_or_path or "model")
-        # Tensors that are made here while Lightning validates must serve training too, which may not change its kind.
+        # Lightning validates in inference mode, and tensors made in that mode could not be used in training.
         with torch.inference_mode(False), torch.no_grad(), unsharded(policy), ready_to_decode(policy):
             self.check(policy)
             kernels: AbstractContextManager[Any] = nullcontext()
@@ -93,29 +92,29 @@ class NativeEngine(RolloutEngine):
         return decoding.responses(count)
 
     def check(self, policy: Policy) -> None:
-        """InputError unless this loop can run the policy, which is ready to decode; tried once for each."""
+        """Raises an InputError if this loop cannot run the policy (ready to decode). Each policy is tried only once."""
         if policy not in self._checked:
             check_decodes(policy)
             self._checked.add(policy)
 
     def _graphs_for(self, policy: Policy, rows: int, longest: int, sampling: Sampling) -> StepGraphs:
-        """What the last rollouts recorded, where it can be replayed in this one; else new ones, in its place."""
+        """The graphs of earlier rollouts if they fit this one, else new ones."""
         if self._graphs is not None and self._graphs.fits(policy, rows, longest, sampling):
             return self._graphs
-        self._graphs = None  # its memory first
+        self._graphs = None  # frees the memory of the old ones first
         graphs = StepGraphs(policy, rows, longest, sampling)
-        # Autocast's copies of the weights live for one rollout, and so do graphs that read them, and their cache.
+        # Autocast's copies of the weights live for one rollout only, so the graphs that read them cannot live longer.
         if not torch.is_autocast_enabled(graphs.decoding.row.device.type):
             self._graphs = graphs
         return graphs
 
     def _step_of(self, policy: Policy) -> Decode:
-        """What makes a step: ``policy.decode``, compiled where that is asked for and can be done."""
+        """The function that makes a step: ``policy.decode``, compiled if ``compile_steps`` is set."""
         if not self.compile_steps:
             return policy.decode
         if is_sharded(policy) or torch.is_autocast_enabled(next(policy.parameters()).device.type):
             raise InputError(
-                "model.engine.compile_steps: works on whole weights in the precision that they are computed in: take "
+                "model.engine.compile_steps: works neither under autocast nor with sharded weights; set "
                 "trainer.precision bf16-true or 32-true and a strategy that does not shard, or leave it off"
             )
         if self._compiled is None or self._compiled[0] is not policy:
@@ -139,15 +138,15 @@ class NativeEngine(RolloutEngine):
 
 
 def check_decodes(policy: Policy) -> None:
-    """InputError unless a few tokens get the same log-probs through a `SlotCache` as without a cache."""
+    """Raises an InputError if a few tokens get other log-probs with a `SlotCache` than without a cache."""
     model, name = policy.model, type(policy.model).__name__
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     advice = "set model.engine to rlhf_lightning.rollout.TransformersEngine"
     if not getattr(model, "_supports_attention_backend", False) or model._is_stateful or not kinds <= _WINDOWED:
         raise InputError(
-            f"{name}: this library's decode loop keeps keys and values alone, and this model needs "
-            f"something else of its cache or of its attention; {advice}"
+            f"{name}: this library's decode loop caches only keys and values, and this model's cache or attention "
+            f"needs something else; {advice}"
         )
     device = next(policy.parameters()).device
     tokens = torch.arange(min(5, config.vocab_size), device=device).flip(0)[None]
@@ -162,7 +161,7 @@ def check_decodes(policy: Policy) -> None:
                 cache.lengths[:] = place
                 now = slice(place, place + 1)
                 found.append(policy.decode(tokens[:, now], positions[:, now], cache.step(1, place + 1), slots=cache))
-    # Whatever a model does with a cache that it does not expect.
+    # A model may raise anything if its cache is not of the class that it expects.
     except Exception as error:
         if out_of_memory(error):
             raise

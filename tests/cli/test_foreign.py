@@ -37,7 +37,7 @@ def test_a_callback_that_fails_is_named_with_its_line(tiny_policy_dir: Path) -> 
     line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "raise self.error" in text)
     assert str(said) == (
         f"trainer.callbacks: Mailer failed in on_train_batch_end (ConnectionError: no server; {__file__}:{line}); "
-        "mend it, or leave it out"
+        "repair it, or leave it out"
     )
 
 

@@ -66,14 +66,14 @@ def test_other_names_of_system_are_advised_but_not_beside_it(write):
         (line,) = (
             check([write([{name: "be kind", "prompt": f"p{i}", "completion": "c"} for i in range(3)])]).files[0].advice
         )
-        assert line.endswith(f"looks like 'system', which it is not read as; --columns system={name} does")
+        assert line.endswith(f"looks like 'system', but is not read as it; --columns system={name} does so")
     both = {"system": "be kind", "system_prompt": "be kind", "prompt": "p", "completion": "c"}
     assert check([write([both])]).files[0].advice == []  # --columns would be refused
 
 
 def test_an_answer_that_a_form_does_not_read_is_not_told_to_be_renamed_to_itself(write):
     row = {"prompt": "p", "completion": "a", "chosen": "a", "rejected": "b"}
-    told = "column 'completion' of 1 rows is not used in training, where rewards alone are handed it"
+    told = "column 'completion' of 1 rows is not used in training; only reward functions get it"
     assert check([write([row])]).files[0].advice == [told]
 
 

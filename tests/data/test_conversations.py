@@ -63,7 +63,7 @@ def test_turns_that_the_template_changes_are_sequences_of_their_own(tokenizer):
         asked = rendered(tokenizer, templates.DROPS, turns[: count - 1], add_generation_prompt=True)
         assert example.prompt.tolist() == asked
     assert "who?" not in tokenizer.decode(ids(examples[1]))
-    assert encoder.noted["conversation in one sequence a turn, as the chat template changes earlier ones"] == 1
+    assert encoder.noted["conversation split into one sequence a turn, as the chat template changes earlier turns"] == 1
     assert encoder.borders == {"sequences": 2, "compared": 2}
 
 
@@ -81,7 +81,7 @@ def test_an_opening_that_the_generation_prompt_has_is_taken_once(tokenizer):
     assert tokenizer.decode(ids(example)) == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nfine<|im_end|>"
     opening = json.dumps("<think>\n")
     assert any(
-        "otherwise than its generation prompt" in w and f"without the {opening} that sampling" in w
+        "begins without its generation prompt" in w and f"without the {opening} that sampling" in w
         for w in encoder.noted
     )
     # So does it over the rest of an opening, which is what a policy says behind the generation prompt.
@@ -90,7 +90,7 @@ def test_an_opening_that_the_generation_prompt_has_is_taken_once(tokenizer):
     assert [count for what, count in encoder.noted.items() if opening in what] == [2]
 
 
-TAKEN_ONCE = "opening of a response that the generation prompt has already, taken once"
+TAKEN_ONCE = "response that repeats the end of the generation prompt, which is taken once"
 
 
 @pytest.mark.parametrize("text", ["<think>who?</think>fine", "<think> who? </think>\n\nfine"])
@@ -116,7 +116,7 @@ def test_words_that_the_generation_prompt_happens_to_have_are_not_taken_once(tex
     # Nor are blanks.
     blank = templates.CHATML.replace("assistant\n'", "assistant\n\n'")
     (note,) = noted(blank, talk(("user", "hello"), ("assistant", "fine")))
-    assert r'without the "\n" that sampling asks with' in note
+    assert r'without the "\n" that sampling adds' in note
     # Nor is a beginning of it that stands before the whole response, too.
     spelt = templates.CHATML.replace("assistant\n'", "assistant\n>'").replace("+ '\n' +", "+ '\n' + '>' +")
     assert noted(spelt, talk(("user", "hello"), ("assistant", ">>"))) == {}
@@ -231,7 +231,7 @@ def test_earlier_turns_of_a_response_that_end_in_another_token_are_learnt_withou
     assert learnt(tokenizer, example, 1) == [" final<s>fine<|im_end|>"]
     turns = [("user", "hello"), *((m.role, m.content) for m in answer)]
     assert ids(example) == rendered(tokenizer, templates.HARMONY, turns)
-    note = "earlier turn of a response, learnt without its end, which the chat template writes with another token"
+    note = "earlier turn of a response, learnt without an end token, as the chat template ends it with another one"
     assert encoder.noted == {note: 1}
 
 
@@ -261,4 +261,4 @@ def test_both_sides_of_a_pair_are_cut_alike(tokenizer):
             assert [ids(cut, side) for side in (0, 1)] == [ids(whole, side)[over:] for side in (0, 1)]
             assert cut.prompt.tolist() == whole.prompt.tolist()[over:]
         else:
-            assert examples == [] and dropped == {"pair that parts before its last max_prompt_tokens tokens": 1}
+            assert examples == [] and dropped == {"pair that differs before its last max_prompt_tokens tokens": 1}

@@ -82,7 +82,7 @@ def test_weights_that_mean_nothing_are_refused(tmp_path):
     a, b = files(tmp_path)
     for path, message in (
         ({a: 1, b: 0}, "a weight of 0; give a number above 0"),
-        ({a: 1, b: 0.01}, "a weight of 0.01 is no row of 10"),
+        ({a: 1, b: 0.01}, "a weight of 0.01 takes none of 10 rows"),
         (f"{{{a}: -1}}", "weights are numbers above 0"),
     ):
         with pytest.raises(InputError, match=message):

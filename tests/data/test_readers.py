@@ -172,7 +172,7 @@ def test_other_objects_in_cells_stay_text_and_messages_that_python_wrote_are_tol
     path = next(tables(tmp_path, {"prompt": "q", "chosen": repr([SAYS]), "rejected": repr([WORSE])}))
     (line,) = for_training(load_records(path).rows)
     assert (
-        line.startswith("messages are written as text in 1 of 1 rows, and stay text, quotes and braces with it")
+        line.startswith("messages are written as text in 1 of 1 rows, and stay text with their quotes and braces")
         and line in check([path]).files[0].advice
     )
     path = next(tables(tmp_path, {"messages": repr([ASKS, SAYS])}))

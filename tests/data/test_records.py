@@ -55,7 +55,7 @@ def test_transcripts_are_split_before_their_last_answer():
 def test_transcripts_that_differ_before_the_last_answer_are_dropped():
     start = "\n\nHuman: a\n\nAssistant:"
     record = parse({"chosen": f"{start} b\n\nHuman: c\n\nAssistant: d", "rejected": f"{start} e"})
-    assert record == (None, {"transcripts that part early": 1})
+    assert record == (None, {"transcripts that differ before their last answer": 1})
 
 
 def test_a_ranking_gives_its_pairs_best_first():
@@ -265,7 +265,7 @@ def test_to_answer_its_prompt_a_row_needs_no_responses(write):
         2,
         3,
     ]
-    assert found.read == 5 and dict(found.dropped) == {"transcripts that part early": 1}
+    assert found.read == 5 and dict(found.dropped) == {"transcripts that differ before their last answer": 1}
     assert [record.raw for record in found.rows] == rows[:4]
     trained = load_records(path)
     assert trained.dropped["equal responses"] == 1 and trained.dropped["empty response"] == 2

@@ -118,8 +118,8 @@ def test_behind_a_prompt_that_is_too_long_only_the_last_turn_is_rendered(name, l
     monkeypatch.setattr(ChatTemplate, "render", counting)
     long = talk(*((role, f"fine {i}") for i in range(100) for role in ("user", "assistant")))
     short = talk(("user", "hello"), ("assistant", "fine"))
-    for asked in (conversations._ASKED, ()):
-        monkeypatch.setattr(conversations, "_ASKED", asked)
+    for asked in (conversations._LENGTH_CHECKS, ()):
+        monkeypatch.setattr(conversations, "_LENGTH_CHECKS", asked)
         counts.append(0)
         encoder = Encoder(tokenizer, max_prompt_tokens=150, long_prompts=long_prompts)
         try:

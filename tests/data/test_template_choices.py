@@ -61,12 +61,12 @@ def test_a_system_message_that_the_template_refuses_begins_the_users(tokenizer):
         encoder = Encoder(tokenizer_of)
         (example,), _ = encoder.encode([talk(*turns)], "demonstrations")
         assert tokenizer.decode(ids(example)) == "[I] be kind\n\nhello [/I] fine <|im_end|>"
-        assert encoder.noted == {"system message put into the user's, as the chat template takes none": 1}
+        assert encoder.noted == {"system message put into the user's, as the chat template takes no system message": 1}
     assert "be kind" in tokenizer.decode(encode(tokenizer, talk(*turns))[0].prompt)
     tokenizer_of.chat_template = "{% for m in messages if m.role != 'developer' %}{{ m.role + m.content }}{% endfor %}"
     encoder = Encoder(tokenizer_of)
     encoder.encode([talk(("developer", "be kind"), *turns[1:])], "prompts")
-    assert encoder.noted == {"developer message given as the system's, as the chat template knows no other": 1}
+    assert encoder.noted == {"developer message given as the system's, as the chat template has no developer role": 1}
 
 
 def test_named_templates(tokenizer):
@@ -141,7 +141,7 @@ def test_an_end_that_the_assistant_spells_is_the_one_that_ends_its_turn(tokenize
     (example,), _ = encoder.encode([talk(*turns)], "demonstrations")
     (clean,) = encode(tokenizer, talk(*FOUR))
     assert ids(example) == ids(clean) and torch.equal(example.masks[0], clean.masks[0])
-    assert encoder.noted == {"response that spells the token that ends it, taken once": 2} and not encoder.spelled
+    assert encoder.noted == {"response that spells its own end token, which is taken once": 2} and not encoder.spelled
     (plain,) = encode(tokenizer, Record("hello", (f"fine<|im_end|>{blanks}",), (), "rows.jsonl:1", DEMONSTRATION))
     (bare,) = encode(tokenizer, Record("hello", ("fine",), (), "rows.jsonl:1", DEMONSTRATION))
     assert ids(plain) == ids(bare)
@@ -170,6 +170,6 @@ def test_a_system_message_that_only_a_prompt_shows_begins_the_users(tokenizer):
     encoder = Encoder(tokenizer_of)
     record = talk(("system", "be kind"), ("user", "hello"), ("assistant", "fine"))
     (example,), _ = encoder.encode([record], "demonstrations")
-    note = "system message put into the first user's, as the chat template shows it in a last message alone"
+    note = "system message put into the first user's, as the chat template shows it only in the last message"
     assert encoder.noted == {note: 1}
     assert tokenizer.decode(ids(example)) == "[I]be kind\n\nhello[/I] fine<|im_end|>"

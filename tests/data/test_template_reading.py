@@ -73,7 +73,7 @@ def test_a_part_that_the_template_drops_of_responses_is_named_and_counted(tokeni
         assert tokenizer.decode(ids(example)).split("assistant\n")[1].strip() == "fine<|im_end|>"
     (line,) = encoder.conversations.losses
     assert line.startswith(
-        f"the chat template drops {opened}…{closed} from 2 of 3 responses, which are learnt without;"
+        f"the chat template drops {opened}…{closed} from 2 of 3 responses, which are learnt without it;"
     )
     # Words that stand between other marks are not lost.
     tokenizer_of.chat_template = templates.CHATML.replace(

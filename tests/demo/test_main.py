@@ -77,7 +77,7 @@ def test_every_stage_leaves_a_normal_run_folder(folder: Path, stage: str) -> Non
 
 def test_the_page_shows_what_was_promised(folder: Path) -> None:
     html = (folder / "report.html").read_text(encoding="utf-8")
-    few = "Of the baseline, and of the best by their mean"  # six histograms over each other cannot be read
+    few = "Only the baseline and the policies with the highest means"  # six histograms over each other cannot be read
     titles = ("Learning curves", "Proxy and gold reward over KL", "Rewards by gold", "Samples")
     for title in (*titles, "Gold reward over KL, along each method", "RLOO: score", "KTO: accuracy", "best of 8", few):
         assert title in html

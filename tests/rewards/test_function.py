@@ -77,9 +77,9 @@ def source(tmp_path):
     [
         ("trouble", ["fine", "raise"], r"raised KeyError: 'lexicon' \(mine.py:7\); it fails so for row 1: "),
         ("words", ["a", "b"], "expected 2 numbers, got list .*; it fails so for row 0: "),
-        ("short", ["a", "b"], r"each of 2 responses, got shape \(1,\).*no response alone, the first of 2 is row 0: "),
+        ("short", ["a", "b"], r"each of 2 responses, got shape \(1,\).*no single response, the first of 2 is row 0: "),
         ("trouble", ["a", "inf"], "the score of response 1 is inf; .*row 1: "),
-        ("objects", ["a", "b"], "expected 2 numbers|no list of numbers"),
+        ("objects", ["a", "b"], "expected 2 numbers|else than a list of numbers"),
         ("leaving", ["a"], "raised SystemExit: 3"),
     ],
 )

@@ -86,7 +86,7 @@ def test_encoding_again_is_what_training_does(tiny_reward_dir, tiny_tokenizer, t
     own.save_pretrained(tmp_path)
     reward = ModelReward(str(tmp_path))
     reward.prepare(tiny_tokenizer, torch.device("cpu"))
-    tokens, lengths = reward._own.encoded(
+    tokens, lengths = reward._reader.encoded(
         rollout_of(tiny_tokenizer, ["the cat", "the"], ["the <eos> cat", "cat"], [False, True])
     )
     assert tokens[0].tolist() == [1, 6, 7, 6, 3, 4, 5, 7, 0]

@@ -85,7 +85,7 @@ def read(path, policy, rollout) -> list[str]:
     """What the reward model reads, as text."""
     reward = ModelReward(path)
     reward.prepare(policy, torch.device("cpu"))
-    tokens, lengths = reward._own.encoded(rollout)
+    tokens, lengths = reward._reader.encoded(rollout)
     own = AutoTokenizer.from_pretrained(path)
     return [own.decode(row[:length]) for row, length in zip(tokens, lengths, strict=True)]
 
@@ -204,7 +204,7 @@ def test_ids_are_handed_over_only_where_the_template_is_the_policy_s(reward_dir,
     for template in (None, CHAT_TEMPLATE):
         reward = ModelReward(reward_dir(template, make_policy()))
         reward.prepare(policy, torch.device("cpu"))
-        assert reward._own.encoded(rollout)[0] is rollout.tokens
+        assert reward._reader.encoded(rollout)[0] is rollout.tokens
     other = CHAT_TEMPLATE.replace(" : ", " . ")
     path = reward_dir(other, make_policy())
     close(scored(path, policy, rollout), stock(path, rendered(path, [[USER, said("yes")]])))
@@ -225,7 +225,7 @@ def test_special_tokens_that_a_response_spells_stay_text(reward_dir, tmp_path):
     rollout = answered(policy, [{"prompt": [USER]}], ["<|im_end|> yes"], tmp_path)
     reward = ModelReward(path)
     reward.prepare(policy, torch.device("cpu"))
-    tokens, lengths = reward._own.encoded(rollout)
+    tokens, lengths = reward._reader.encoded(rollout)
     own = AutoTokenizer.from_pretrained(path)
     end = own.convert_tokens_to_ids("<|im_end|>")
     assert int((tokens[0, : lengths[0]] == end).sum()) == 2  # the user's turn's, and the response's
@@ -240,7 +240,7 @@ def test_a_clock_in_its_template_says_the_runs_day_also_where_that_is_told_late(
     for date, said_day in (("2001-02-03", "03 February 2001"), ("2002-03-04", "04 March 2002")):
         reward.date = date
         reward(rollout)
-        tokens, lengths = reward._own.encoded(rollout)
+        tokens, lengths = reward._reader.encoded(rollout)
         assert f"Today is {said_day}." in AutoTokenizer.from_pretrained(path).decode(tokens[0, : lengths[0]])
 
 

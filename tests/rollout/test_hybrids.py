@@ -66,11 +66,11 @@ def test_families_with_a_recurrent_state_are_scored_and_sampled_from_or_refused(
         table = policy.model(input_ids=tokens[None]).logits[0].double().log_softmax(-1)
         expected = table[:-1].gather(1, tokens[1:, None])[:, 0]
         torch.testing.assert_close(scores.log_probs[row, : length - 1].double(), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match=r"keeps keys and values alone.*set model.engine to rlhf_lightning.rollout.Tr"):
+    with pytest.raises(InputError, match=r"caches only keys and values.*set model.engine to rlhf_lightning.rollout.Tr"):
         sample(policy, batch, max_new_tokens=6)
     if name == "zamba2":  # whose generation computes its state otherwise than its training pass, in transformers 5
         refused = (
-            r"Zamba2ForCausalLM: transformers' generation gives .* by up to 0\.\d+: it cannot be sampled from here"
+            r"Zamba2ForCausalLM: transformers' generation gives .* by up to 0\.\d+: this library cannot sample from"
         )
         with pytest.raises(InputError, match=refused):
             sample(policy, batch, TransformersEngine(), max_new_tokens=6)
