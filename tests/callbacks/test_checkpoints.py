@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from processes import run_scripts
 from small_data import SmallData, train
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
@@ -50,10 +49,7 @@ def test_waits_for_the_optimizer_step(tiny_policy_dir: Path, tmp_path: Path) -> 
 def test_killed_anywhere_in_a_save_leaves_a_whole_checkpoint(
     tiny_policy_dir: Path, tmp_path: Path, strategy: str
 ) -> None:
-    command = [sys.executable, str(HERE / "killed_save.py"), str(tiny_policy_dir), str(tmp_path / "runs"), strategy]
-    path = os.pathsep.join([str(HERE.parent / "modules"), str(HERE.parents[1])])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    run_scripts(HERE / "killed_save.py", [[str(tiny_policy_dir), str(tmp_path / "runs"), strategy]])
     survivors = []
     for run in sorted((tmp_path / "runs").iterdir()):
         found = latest(run / "checkpoints")

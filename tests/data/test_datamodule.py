@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 from chat_tokenizer import TEMPLATE, make_tokenizer
 from data_runs import Notes, SaveAt, make_data, make_trainer, write_rows
 from jsonargparse import ArgumentParser
+from processes import run_scripts
 
 from rlhf_lightning.batches import LabelledBatch, PreferenceBatch, View
 from rlhf_lightning.data.collate import collate
@@ -223,20 +221,8 @@ def test_two_processes_see_what_one_sees_also_when_resumed(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), os.getcwd()])}
     arguments = [path, str(tmp_path / "notes"), str(tmp_path / "saved.ckpt")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "data_runs.py"), *arguments, rank, port],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    run_scripts(HERE / "data_runs.py", [[*arguments, rank, port] for rank in "01"])
     first, second = (json.loads(Path(f"{arguments[1]}.{rank}").read_text()) for rank in range(2))
 
     def together(name):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from architectures import build
+from processes import fork_server
 from tiny_models import make_config, make_tokenizer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -150,12 +150,10 @@ def run(rank: int, folder: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     # One pair of processes for all: starting them takes longer than the work. A failure's traceback names its function.
-    # Spawned processes import this file anew, and find its neighbours through the path.
-    here = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here, here.parent, here.parents[1]))))
-    mp.spawn(run, args=(tmp_path,), nprocs=2)
+    fork_server()
+    mp.start_processes(run, args=(tmp_path,), nprocs=2, start_method="forkserver")
 
 
 def test_unsharded_modules_pass_through() -> None:

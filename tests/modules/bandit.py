@@ -37,12 +37,14 @@ class Bandit:
     @torch.no_grad()
     def log_probs(self, model: LlamaForCausalLM) -> Tensor:
         """Log-probability of each response as a whole, float64, by the stock model."""
-        totals = []
-        for response in self.responses:
-            tokens = torch.tensor([PROMPT + response])
-            table = model(tokens).logits[0].double().log_softmax(-1)
-            totals.append(sum(table[len(PROMPT) - 1 + t, token] for t, token in enumerate(response)))
-        return torch.stack(totals)
+        totals = torch.empty(len(self.responses), dtype=torch.float64)
+        for length in (1, 2):  # rows without padding
+            rows = [row for row, response in enumerate(self.responses) if len(response) == length]
+            responses = torch.tensor([self.responses[row] for row in rows])
+            tokens = torch.cat([torch.tensor([PROMPT] * len(rows)), responses], 1)
+            table = model(tokens).logits[:, len(PROMPT) - 1 : -1].double().log_softmax(-1)
+            totals[rows] = table.gather(-1, responses[..., None])[..., 0].sum(1)
+        return totals
 
     def objective(self, model: LlamaForCausalLM, reference: Tensor) -> float:
         """E[reward] - beta KL(policy || reference), summed over all responses."""

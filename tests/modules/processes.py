@@ -1,15 +1,20 @@
-"""Runs a file of cases in two processes: the test's side, which starts them, and theirs."""
+"""Runs a script in processes of its own, and a file of cases in two: the test's side, which starts them, and theirs."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,10 +22,58 @@ import torch.distributed as dist
 from rlhf_lightning.collectives import rank
 
 HERE = Path(__file__).parent
+PATH = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])])
+# What takes long to import. Processes are forked from one that has done so, and starts no thread.
+PRELOADED = ["lightning.pytorch", "transformers.models.llama.modeling_llama", "rlhf_lightning.modules"]
+
+
+def fork_server() -> Any:
+    """The context of multiprocessing whose processes have :data:`PRELOADED` already; one a session."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}):
+        forkserver.ensure_running()
+    return context
+
+
+def _run_script(script: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
+    """``python script arguments``, in a forked process."""
+    with open(output, "wb", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+def run_scripts(script: Path, arguments: list[list[str]], environments: list[dict[str, str]] | None = None) -> None:
+    """``python script`` with each list of arguments, all at once; fails with what they said where one of them fails."""
+    context = fork_server()
+    shared = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, str(number)) for number in range(len(arguments))]
+        running = [
+            context.Process(target=_run_script, args=(str(script), own, {**shared, **added}, str(output)))
+            for own, added, output in zip(arguments, environments or [{}] * len(arguments), outputs, strict=True)
+        ]
+        try:
+            for process in running:
+                process.start()
+            deadline = time.monotonic() + 600
+            for process in running:
+                process.join(max(0.0, deadline - time.monotonic()))
+            codes = [process.exitcode for process in running]  # None: it is still running
+        finally:
+            for process in running:
+                if process.is_alive():
+                    process.kill()
+        said = "\n".join(output.read_text(errors="replace") for output in outputs if output.exists())
+    assert codes == [0] * len(codes), f"exit codes {codes}\n{said[-6000:]}"
 
 
 def launch(script: Path, argument: Path, processes: int = 2) -> None:
-    """Start ``script argument`` as torchrun would, in every process; fails with the output of the first that fails."""
+    """Start ``script argument`` as torchrun would, in every process; fails as :func:`run_scripts` does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -30,25 +83,10 @@ def launch(script: Path, argument: Path, processes: int = 2) -> None:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])]),
+        "GROUP_RANK": "0",
     }
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(argument)],
-            env={**os.environ, **shared, "RANK": str(number), "LOCAL_RANK": str(number), "GROUP_RANK": "0"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(processes)
-    ]
-    try:
-        outputs = [process.communicate(timeout=600)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert all(process.returncode == 0 for process in running), "\n".join(outputs)[-6000:]
+    own = [{**shared, "RANK": str(number), "LOCAL_RANK": str(number)} for number in range(processes)]
+    run_scripts(script, [[str(argument)]] * processes, own)
 
 
 def results_of_two(script: str, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:

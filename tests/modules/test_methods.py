@@ -177,12 +177,26 @@ def test_every_own_option_is_in_the_table():
     assert tested == {cls for cls, _ in METHODS.values()}
 
 
+@pytest.fixture(scope="module")
+def against(tiny_policy_dir):
+    """The weights that a method trains to with the options that another value is compared with; trained once."""
+    known: dict[str, Tensor] = {}
+
+    def weights_with(name: str, reward: type[Reward] | None, options: dict) -> Tensor:
+        key = repr((name, reward, options))
+        if key not in known:
+            known[key] = weights(trained(tiny_policy_dir, name, reward=reward and reward(), **options))
+        return known[key]
+
+    return weights_with
+
+
 @pytest.mark.parametrize(("name", "option"), [(name, option) for name, table in OTHER.items() for option in table])
-def test_another_value_trains_to_other_weights(tiny_policy_dir, name, option):
-    reward = LastTokenReward() if option in ("dynamic_sampling", "train_prompts") else None
-    against = trained(tiny_policy_dir, name, reward=reward, **AGAINST.get((name, option), {}))
-    other = trained(tiny_policy_dir, name, reward=reward, **OTHER[name][option])
-    assert not torch.equal(weights(other), weights(against))
+def test_another_value_trains_to_other_weights(tiny_policy_dir, against, name, option):
+    reward = LastTokenReward if option in ("dynamic_sampling", "train_prompts") else None
+    before = against(name, reward, AGAINST.get((name, option), {}))
+    after = trained(tiny_policy_dir, name, reward=reward and reward(), **OTHER[name][option])
+    assert not torch.equal(weights(after), before)
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ SOLVED = {
 
 @pytest.mark.parametrize("name", SOLVED)
 def test_the_optimum_of_a_known_problem_is_found(tmp_path, name):
-    bandit, reference, module = trained_on_the_bandit(tmp_path, name, iterations=120, **SOLVED[name])
+    bandit, reference, module = trained_on_the_bandit(tmp_path, name, iterations=80, **SOLVED[name])
     optimum = BETA * torch.logsumexp(reference + bandit.rewards / BETA, 0).item()
     start = (reference.exp() * bandit.rewards).sum().item()
     assert optimum - start > 0.4  # there is something to learn

@@ -26,7 +26,7 @@ def test_ppo_finds_the_optimum_and_its_value_of_a_small_known_problem(tmp_path, 
     reference = bandit.log_probs(LlamaForCausalLM.from_pretrained(tmp_path))
     torch.testing.assert_close(reference.exp().sum().item(), 1.0)
     optimum = BETA * torch.logsumexp(reference + bandit.rewards / BETA, 0).item()
-    iterations = 120
+    iterations = 70
     module = make_module(
         tmp_path,
         BanditReward(bandit),

@@ -1,19 +1,27 @@
 """Every csrc/*.cu compiles for each architecture that is supported, and no kernel of it needs local memory; and every
 csrc/*_cuda.cpp passes a C++ compiler with CUDA's headers, whatever torch is installed.
+
+What compiled is kept in build/ for as long as nothing that it was made of changes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import setuptools
+import torch
 from ops.cuda_emulation import COMPILER
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension
@@ -56,14 +64,63 @@ def nvcc():
 
 
 @pytest.fixture(scope="module")
-def kernels(nvcc, tmp_path_factory):
-    """All files' kernels, compiled once."""
-    return cuda_resources.compile_all(nvcc, cuda_resources.ARCHITECTURES, tmp_path_factory.mktemp("cuda"))
+def tools(nvcc):
+    """What the compilers and their headers say they are."""
+    programs = [[nvcc], COMPILER]
+    said = [subprocess.run([*p, "--version"], capture_output=True, text=True, check=True).stdout for p in programs]
+    return [*said, *map(str, programs), torch.__version__, *cpp_extension.include_paths(), os.environ.get("CPATH")]
 
 
+def kept(work: Callable[[], Any], source: Path, *made_of: object) -> Any:
+    """What ``work``, which compiles ``source``, once gave; JSON. Nothing is kept of work that raises."""
+    headers = sorted(p for p in (ROOT / "csrc").iterdir() if p.suffix in (".h", ".cuh"))
+    programs = [Path(__file__), Path(cuda_resources.__file__)]
+    texts = [(path.name, path.read_text(encoding="utf-8")) for path in (source, *headers, *programs)]
+    name = hashlib.sha256(repr((texts, made_of)).encode()).hexdigest()[:16]
+    path = ROOT / "build" / "cuda_compiles" / f"{name}.json"
+    if not path.exists():
+        text = json.dumps(work())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_what_is_kept_is_made_again_when_a_source_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    source, header, done = tmp_path / "csrc" / "x.cu", tmp_path / "csrc" / "x.h", []
+    source.parent.mkdir()
+    source.write_text("first")
+
+    def work():
+        done.append(len(done) + 1)
+        return done
+
+    def fails():
+        raise RuntimeError("does not compile")
+
+    assert [kept(work, source), kept(work, source)] == [[1], [1]]
+    source.write_text("second")
+    with pytest.raises(RuntimeError):
+        kept(fails, source)
+    assert [kept(work, source), kept(work, source)] == [[1, 2], [1, 2]]
+    header.write_text("new")
+    assert kept(work, source) == [1, 2, 3]
+    assert kept(work, source, "another flag") == [1, 2, 3, 4]
+
+
+# Each file on its own: processes that share the tests would each compile all of what one fixture gives.
 @pytest.mark.parametrize("source", cuda_resources.SOURCES, ids=lambda path: path.name)
-def test_compiles_for_every_architecture_without_local_memory(kernels, source):
-    found = kernels[source.name]
+def test_compiles_for_every_architecture_without_local_memory(nvcc, tools, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_resources, "SOURCES", [source])
+
+    def compile_it():
+        kernels = cuda_resources.compile_all(nvcc, cuda_resources.ARCHITECTURES, tmp_path)
+        return [asdict(kernel) for kernel in kernels[source.name]]
+
+    rows = kept(compile_it, source, tools, cuda_resources.nvcc_flags(), cuda_resources.ARCHITECTURES)
+    found = [cuda_resources.Kernel(**row) for row in rows]
     assert {kernel.architecture for kernel in found} == set(cuda_resources.ARCHITECTURES)
     local = [kernel for kernel in found if kernel.stack or kernel.spill_stores or kernel.spill_loads]
     assert not local, cuda_resources.table(local)
@@ -99,14 +156,19 @@ def syntax_errors(source, nvcc, folder):
 
 
 @pytest.mark.parametrize("source", TENSOR_SIDES, ids=lambda path: path.name)
-def test_the_tensor_side_compiles(nvcc, source, tmp_path):
-    assert syntax_errors(source, nvcc, tmp_path) == ""
+def test_the_tensor_side_compiles(nvcc, tools, source, tmp_path):
+    def compile_it():
+        assert syntax_errors(source, nvcc, tmp_path) == ""
+
+    kept(compile_it, source, tools)
 
 
 def test_a_tensor_side_that_does_not_compile_is_seen(nvcc, tmp_path):
     source = tmp_path / "wrong_cuda.cpp"
-    good = f'#include "{ROOT / "csrc" / "cuda_tensors.h"}"\n'
-    source.write_text(f"{good}int wrong() {{ return rlhf_lightning::element_type(1.5, 2); }}\n")
+    good = "#include <cuda_runtime_api.h>\n#include <c10/core/ScalarType.h>\nint element_type(c10::ScalarType type);\n"
+    source.write_text(good)
+    assert syntax_errors(source, nvcc, tmp_path / "good") == ""
+    source.write_text(f"{good}int wrong() {{ return element_type(1.5, 2); }}\n")
     assert "element_type" in syntax_errors(source, nvcc, tmp_path)
 
 
