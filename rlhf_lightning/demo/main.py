@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 import time
@@ -120,6 +121,9 @@ def run(root: Path, size: Size, seed: int, methods: Sequence[str] = DEFAULT) -> 
         ),
     )
     seconds["total"] = time.monotonic() - began
+    option = "--quick" if size is stages.QUICK else "--hacking" if size is stages.HACKING else None
+    arguments = ["--seed", str(seed), "--out", str(root), *([option] if option else [])]
+    arguments += [] if tuple(methods) == DEFAULT else ["--methods", *methods]
     results = Results(
         seed=seed,
         seconds=seconds,
@@ -129,9 +133,7 @@ def run(root: Path, size: Size, seed: int, methods: Sequence[str] = DEFAULT) -> 
             [pair for ranking in held_out for pair in ranking.pairs()]
         ),
         notes={
-            "command": f"python -m rlhf_lightning demo --seed {seed} --out {root}"
-            + (" --quick" if size is stages.QUICK else " --hacking" if size is stages.HACKING else "")
-            + (f" --methods {' '.join(methods)}" if tuple(methods) != DEFAULT else ""),
+            "command": f"python -m rlhf_lightning demo {shlex.join(arguments)}",
             "wall time": "\n".join(f"{name}: {spent:.1f} s" for name, spent in seconds.items()),
             "annotator": f"Plackett-Luce at temperature {size.annotator_temperature} of gold reward, "
             f"{stages.ANNOTATOR_LAPSE:.0%} of rankings at random",

@@ -117,7 +117,8 @@ def samples(
     """``count`` prompts, evenly spread over the set and not hand-picked, with every policy's answer and its scores."""
     labels = labels or {}
     total = len(comparison.prompts)
-    shown = sorted({round(i * (total - 1) / max(count - 1, 1)) for i in range(min(count, total))})
+    count = min(count, total)
+    shown = [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
     return [
         Sample(
             comparison.prompts[row],

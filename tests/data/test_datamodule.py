@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from chat_tokenizer import TEMPLATE, make_tokenizer
 from data_runs import Notes, SaveAt, make_data, make_trainer, write_rows
 from jsonargparse import ArgumentParser
-from processes import run_scripts
+from processes import free_port, run_scripts
 
 from rlhf_lightning.batches import LabelledBatch, PreferenceBatch, View
 from rlhf_lightning.data.collate import collate
@@ -218,9 +217,7 @@ def test_options_out_of_range_are_refused_when_parsed(option, value):
 
 def test_two_processes_see_what_one_sees_also_when_resumed(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     arguments = [path, str(tmp_path / "notes"), str(tmp_path / "saved.ckpt")]
     run_scripts(HERE / "data_runs.py", [[*arguments, rank, port] for rank in "01"])
     first, second = (json.loads(Path(f"{arguments[1]}.{rank}").read_text()) for rank in range(2))

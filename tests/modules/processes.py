@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import socket
 import sys
@@ -72,16 +74,22 @@ def run_scripts(script: Path, arguments: list[list[str]], environments: list[dic
     assert codes == [0] * len(codes), f"exit codes {codes}\n{said[-6000:]}"
 
 
+def free_port() -> int:
+    """A free port below those that the system gives to connections, so that none takes it before it is used."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("100 ports are taken")
+
+
 def launch(script: Path, argument: Path, processes: int = 2) -> None:
     """Start ``script argument`` as torchrun would, in every process; fails as :func:`run_scripts` does."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     shared = {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "TORCHELASTIC_RUN_ID": "test",
         "GROUP_RANK": "0",
     }
