@@ -9,8 +9,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_lightning.evaluation.charts import Series, line_chart
+from rlhf_lightning.evaluation.compare import Answers, Comparison, Settings
 from rlhf_lightning.evaluation.html_report import (
     Answer,
     Highlight,
@@ -23,6 +25,7 @@ from rlhf_lightning.evaluation.html_report import (
     render,
     write_report,
 )
+from rlhf_lightning.evaluation.present import samples
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror='alert(2)'>\" onmouseover=\"x\x1b\ud800</p></style>"
 VOID = {"meta", "br", "img", "link", "input"}
@@ -166,3 +169,11 @@ def test_row_of_the_wrong_width_is_refused() -> None:
 )
 def test_numbers_as_tables_show_them(value: float | int | None, shown: str) -> None:
     assert number(value) == shown
+
+
+@pytest.mark.parametrize(("total", "shown"), [(1, [0]), (3, [0, 1, 2]), (10, [0, 3, 6, 9]), (4, [0, 1, 2, 3])])
+def test_samples_are_spread_over_all_prompts_also_where_there_are_few(total: int, shown: list[int]) -> None:
+    prompts = [f"prompt {row}" for row in range(total)]
+    answers = Answers(prompts, torch.ones(total), torch.zeros(total, dtype=torch.bool), torch.zeros(total), {})
+    found = samples(Comparison(prompts, {"sft": answers}, "sft", (), Settings()), count=4)
+    assert [sample.prompt for sample in found] == [f"prompt {row}" for row in shown]
