@@ -105,3 +105,12 @@ def test_the_recipe_follows_configs_and_sizes(tmp_path: Path, monkeypatch: pytes
     before = {size: demo_table.recipe(size) for size in demo_table.SIZES}
     monkeypatch.setattr(demo_table.stages, "QUICK", replace(demo_table.stages.QUICK, ranked=3))
     assert demo_table.recipe("quick") != before["quick"] and demo_table.recipe("full") == before["full"]
+
+
+def test_other_words_make_no_other_recipe(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / f"{name}.py" for name in ("first", "second", "third"))
+    first.write_text('"""One."""\nX = 1  # one\n"""The first."""\n\n\ndef f():\n    """Two."""\n')
+    second.write_text('"""Uno."""\n\nX = 1\n\n\ndef f():\n    """Due."""\n')
+    third.write_text('"""One."""\nX = 2  # one\n"""The first."""\n\n\ndef f():\n    """Two."""\n')
+    trees = [demo_table._without_words(path) for path in (first, second, third)]
+    assert trees[0] == trees[1] != trees[2]
