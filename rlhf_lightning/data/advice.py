@@ -55,7 +55,7 @@ def advice(records: Sequence[Record], option: str = COLUMNS) -> list[str]:
         if name in misspelt:
             lines.append(_hint(name, misspelt[name], count, option))
         elif name in _KNOWN or name in _ANSWERS:
-            unused = "is not used in training; only reward functions get it"
+            unused = "is not used in training; only rewards get it"
             lines.append(f"column '{shown(name)}' of {count:,} rows {unused}")
     return lines
 

@@ -173,6 +173,6 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--hacking",
         action="store_true",
-        help="the smaller size with a weak reward model and without a KL penalty, to show how PPO exploits it",
+        help="the smaller size with a weak reward model and without penalties, to show how PPO exploits it",
     )
     return parser

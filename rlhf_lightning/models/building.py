@@ -152,7 +152,7 @@ class ModelFactory:
         return self._ready(policy, frozen)
 
     def check_reference(self, folder: str | None, start: str) -> None:
-        """InputError where a reference in ``folder`` has another vocabulary than the model in ``start``."""
+        """Raises an InputError if a reference in ``folder`` has another vocabulary than the model in ``start``."""
         if folder is None or folder == start:
             return
         own = load_tokenizer(folder, self.network.trust_remote_code)
@@ -207,7 +207,7 @@ class ModelFactory:
         return built
 
     def _train_routers(self, model: Policy | ScalarModel) -> None:
-        """Train the routers of a mixture of experts too, where the model's config asks for it.
+        """Trains the routers of a mixture of experts too, where the model's config asks for it.
 
         Raises:
             InputError: it asks for what is not known of this model, or not possible with other options.

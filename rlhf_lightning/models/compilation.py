@@ -19,7 +19,7 @@ _VARIANTS = 64
 
 
 def compile_layers(module: Policy | ScalarModel) -> None:
-    """Have each decoder layer compiled at its first call, for any number of rows and tokens.
+    """Compiles each decoder layer at its first call, for any number of rows and tokens.
 
     Layers are alike, so one compilation serves them all. FSDP2 gathers each layer before it runs, so the model is not
     compiled as a whole.
@@ -35,7 +35,7 @@ def compile_layers(module: Policy | ScalarModel) -> None:
 
 @contextmanager
 def uncompiled(module: nn.Module) -> Iterator[None]:
-    """Run the layers uncompiled: sampling calls them with a cache, and each change of it would compile them again."""
+    """Runs the layers uncompiled: sampling calls them with a cache, and each change of it would compile them again."""
     compiled = {part: part._compiled_call_impl for part in module.modules() if part._compiled_call_impl is not None}
     for part in compiled:
         part._compiled_call_impl = None

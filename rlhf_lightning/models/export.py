@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf_lightning.collectives import barrier, rank
 from rlhf_lightning.errors import InputError, check_choice
 from rlhf_lightning.models.loading import eos_ids, quiet_transformers
 from rlhf_lightning.models.lora import merged
@@ -59,7 +60,7 @@ def export_policy(
     dtype: ExportDtype = "auto",
     card: str | None = None,
 ) -> None:
-    """Write the causal LM (no critic) and the tokenizer: ``AutoModelForCausalLM.from_pretrained(folder)``.
+    """Writes the causal LM (no critic) and the tokenizer: ``AutoModelForCausalLM.from_pretrained(folder)``.
 
     An adapter is added to the weights, here and in `export_scalar`: the folder needs no peft.
 
@@ -85,7 +86,7 @@ def export_scalar(
     dtype: ExportDtype = "auto",
     card: str | None = None,
 ) -> None:
-    """Write a reward model: ``AutoModelForSequenceClassification.from_pretrained(folder)`` gives the raw scores.
+    """Writes a reward model: ``AutoModelForSequenceClassification.from_pretrained(folder)`` gives the raw scores.
 
     Stock classifiers score at the last token that differs from ``config.pad_token_id``. So that this is the last real
     token, the saved pad (of config and tokenizer) never ends a response: the tokenizer's own pad if it is not an EOS;
@@ -104,7 +105,7 @@ def try_export(
     dtype: ExportDtype = "auto",
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """Write everything but the weights beside ``folder``, read it back and remove it, so that a failure shows now.
+    """Writes everything but the weights beside ``folder``, reads it back and removes it, so that a failure shows now.
 
     One process calls it.
 
@@ -157,7 +158,7 @@ def try_export(
 
 @contextlib.contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """Give an empty folder to write to; it takes the place of ``folder`` when the block ends without an error.
+    """Gives an empty folder to write to; it takes the place of ``folder`` when the block ends without an error.
 
     Raises:
         InputError: ``folder`` is a file, or has files but no config.json: it is somebody's, and not a model.
@@ -223,7 +224,7 @@ def _scalar_parts(scalar: ScalarModel, tokenizer: PreTrainedTokenizerBase, dtype
 
 
 def _make_savable(config: GenerationConfig) -> dict[str, Any]:
-    """Reset what strict validation refuses and plain generation ignores (a temperature without sampling); returns it.
+    """Resets what strict validation refuses and plain generation ignores (a temperature without sampling); returns it.
 
     What it refuses for another reason stays, for `try_export` to report.
     """
@@ -249,9 +250,8 @@ def _dtype(model: PreTrainedModel, wanted: ExportDtype) -> torch.dtype:
 
 def _export(module: Policy | ScalarModel, parts: _Parts, folder: str | Path, card: str | None) -> None:
     state = _model_state(module)
-    distributed = torch.distributed.is_initialized()
     try:
-        if not distributed or torch.distributed.get_rank() == 0:
+        if rank() == 0:
             if parts.rows is not None:
                 _grow(parts.model, state, parts.rows)
             with replacing(folder) as staged, quiet_transformers():
@@ -259,8 +259,7 @@ def _export(module: Policy | ScalarModel, parts: _Parts, folder: str | Path, car
                 if card is not None:
                     (staged / "README.md").write_text(card, encoding="utf-8")
     finally:
-        if distributed:  # nobody goes on to read a folder that is not there yet
-            torch.distributed.barrier()
+        barrier()  # no process may read a folder that is not there yet
 
 
 def _write(parts: _Parts, state: dict[str, Tensor], folder: Path) -> None:

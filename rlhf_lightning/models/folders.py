@@ -46,7 +46,7 @@ def find(path: str | Path) -> str:
 
 
 def _ask_hub(name: str, problem: str) -> None:
-    """InputError unless the hub has the model: asked once and briefly, where loading would try again for minutes."""
+    """Raises an InputError unless the hub has the model. It asks once; loading would retry for minutes."""
     if constants.HF_HUB_OFFLINE:
         raise InputError(f"{problem} no model of that name was fetched before (HF_HUB_OFFLINE is set): check the path")
     try:
@@ -62,7 +62,7 @@ def _ask_hub(name: str, problem: str) -> None:
 
 
 def check_weight_files(folder: Path) -> None:
-    """InputError where a folder lacks its weights, or a part of them."""
+    """Raises an InputError if a folder lacks its weights, or a part of them."""
     if any((folder / name).is_file() for name in WEIGHT_FILES):
         return
     for name in WEIGHT_FILES:

@@ -133,7 +133,7 @@ class Head:
         return None
 
     def _find_trunk(self, states: Tensor, expected: Tensor) -> bool:
-        """Find where the trunk is that the model's forward calls: whether its logits follow from the states there."""
+        """Finds where the trunk is that the model's forward calls: whether its logits follow from the states there."""
         for place in _trunks(self._model):
             self._trunk_at = place
             # Whatever a model's forward makes of a trunk that is not what it calls.

@@ -56,7 +56,7 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
 
 @contextmanager
 def attention_of(trunk: nn.Module, name: str) -> Iterator[None]:
-    """Have the trunk's layers call another attention function."""
+    """Lets the trunk's layers call another attention function."""
     # Layers look it up in a config, which in a copied part of a model is their own.
     found = (vars(part).get("config") for part in trunk.modules())
     configs: list[Any] = list({id(config): config for config in found if config is not None}.values())
@@ -71,7 +71,7 @@ def attention_of(trunk: nn.Module, name: str) -> Iterator[None]:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep only the layers' inputs for the backward pass, and compute the rest again: less memory, more time.
+    """Keeps only the layers' inputs for the backward pass, and computes the rest again: less memory, more time.
 
     It takes effect in train mode alone.
     """

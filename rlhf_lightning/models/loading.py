@@ -142,7 +142,7 @@ def load_scalar_model(
 
 
 def draw_head(head: nn.Linear, seed: int) -> None:
-    """Fill ``head`` from N(0, 1 / (in_features + 1)), its bias with 0; the same on every machine for a seed."""
+    """Fills ``head`` from N(0, 1 / (in_features + 1)), its bias with 0; the same on every machine for a seed."""
     generator = torch.Generator().manual_seed(seed)
     # Device and dtype are given explicitly, because Lightning builds models under defaults of its own.
     drawn = torch.randn(head.weight.shape, generator=generator, device="cpu", dtype=torch.float32)
@@ -168,7 +168,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def check_vocabularies(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, where: str | Path = "model") -> None:
-    """Refuse a tokenizer with ids that the model has no embedding, or no row of its head, for.
+    """Refuses a tokenizer with ids for which the model has no embedding, or no row of its head.
 
     Raises:
         InputError: on a GPU that would be a device-side assert, long after the start.
@@ -196,7 +196,7 @@ def check_length(
     where: str | Path = "model",
     options: str = "data.max_prompt_tokens, data.max_response_tokens or model.sampling.max_new_tokens",
 ) -> None:
-    """Refuse sequences of ``tokens`` tokens where the model has positions for fewer.
+    """Refuses sequences of ``tokens`` tokens where the model has positions for fewer.
 
     Args:
         model: the model.
@@ -312,7 +312,7 @@ def _has_experts(config: PretrainedConfig) -> bool:
 
 
 def _check_kind(config: PretrainedConfig, path: str | Path) -> None:
-    """Refuse what no causal LM can be made of, or none that can be trained."""
+    """Refuses what no causal LM can be made of, or none that can be trained."""
     if config.is_encoder_decoder:
         raise InputError(f"{path}: {config.model_type} is an encoder with a decoder: give a decoder-only model")
     if getattr(config, "quantization_config", None) is not None:

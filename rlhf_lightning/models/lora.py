@@ -30,7 +30,7 @@ _BASE, _DOWN, _UP = ".base_layer", f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.
 def add_adapter(
     model: PreTrainedModel, rank: int, alpha: float, targets: Sequence[str] | None = None, seed: int = 0
 ) -> None:
-    """Freeze the model and put an adapter beside its trunk's linear layers, in place.
+    """Freezes the model and puts an adapter beside its trunk's linear layers, in place.
 
     Args:
         model: on the CPU.

@@ -31,7 +31,7 @@ class Beginnings(NamedTuple):
 
 
 def beginnings(inputs: Tensor, lengths: Tensor) -> Beginnings:
-    """Find the first tokens that right-padded rows have in common.
+    """Finds the first tokens that right-padded rows have in common.
 
     Args:
         inputs: token ids ``[B, S]`` int64, or embeddings ``[B, S, H]``, which are taken to have nothing in common.

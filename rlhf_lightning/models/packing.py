@@ -60,7 +60,7 @@ AttentionInterface.register(_NAME, packed_attention)
 
 
 def attention_is_compiled_around() -> None:
-    """Keep torch.compile out of `packed_attention`: every other number of calls in it would be compiled anew."""
+    """Keeps torch.compile out of `packed_attention`: it would compile each new number of calls in it again."""
     AttentionInterface.register(_NAME, torch.compiler.disable(packed_attention))
 
 

@@ -27,7 +27,7 @@ _newest: Pass | None = None  # of the process: a failure is of the pass that ran
 
 
 def note(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Remember that ``model`` is about to run on ``tokens``, ``[B, S]``."""
+    """Remembers that ``model`` is about to run on ``tokens``, ``[B, S]``."""
     global _newest
     device = tokens.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
@@ -35,7 +35,7 @@ def note(model: PreTrainedModel, tokens: Tensor) -> None:
 
 
 def explain(error: BaseException, where: str, advice: Sequence[str]) -> None:
-    """Give an out-of-memory error the words that help: the sizes of the pass, and the options that make it smaller.
+    """Gives an out-of-memory error the words that help: the sizes of the pass, and the options that make it smaller.
 
     The exception stays the one that torch raised, on the GPU or on the CPU, with its traceback; its message changes.
 

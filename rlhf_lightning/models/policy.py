@@ -230,7 +230,7 @@ class Policy(nn.Module):
         return generated
 
     def load_critic_head(self, weight: Tensor, bias: float = 0.0) -> None:
-        """Start the critic head from a reward model's ``score.weight`` ``[1, H]``; sharded, every process calls it.
+        """Starts the critic head from a reward model's ``score.weight`` ``[1, H]``; sharded, every process calls it.
 
         For a score that is used as (raw - mean) / std, give ``weight / std`` and ``-mean / std``.
 

@@ -42,7 +42,7 @@ def tells_outputs(folder: Path) -> bool:
 
 
 def put_head(model: PreTrainedModel, name: str, head: dict[str, Tensor], where: str | Path) -> None:
-    """Give ``model.score`` the weight of a head of another name; its bias becomes a part of the scores' mean.
+    """Gives ``model.score`` the weight of a head of another name; its bias becomes a part of the scores' mean.
 
     Raises:
         InputError: it is no linear layer of one output on this trunk.

@@ -52,7 +52,7 @@ class Routers:
         self.untaken: list[Routed] = []  # passes whose loss nobody has asked for yet, the newest last
 
     def remember(self, output: Any, lengths: Tensor, shape: torch.Size, slots: Tensor | None = None) -> None:
-        """Keep what a forward pass returned, if it can be trained.
+        """Keeps what a forward pass returned, if it can be trained.
 
         Args:
             output: of a trunk, or of a whole model, that was given `routing`'s argument.
@@ -88,7 +88,7 @@ class Routers:
 
     @torch.no_grad()
     def check(self, model: PreTrainedModel) -> None:
-        """Compare with what the model's own forward says, where it says something.
+        """Compares with what the model's own forward says, where it says something.
 
         Raises:
             ValueError: it is something else; or whatever the model's code raises.

@@ -73,7 +73,7 @@ class ScalarModel(nn.Module):
         return float(getattr(self.model.config, "reward_std", 1.0))
 
     def set_normalisation(self, mean: float, std: float) -> None:
-        """Write mean and deviation of the raw scores to the config, from where they are saved and loaded.
+        """Writes mean and deviation of the raw scores to the config, from where they are saved and loaded.
 
         Raises:
             InputError: they are not finite, or the deviation is not positive (every score was the same).

@@ -21,7 +21,7 @@ _Model = TypeVar("_Model", Policy, ScalarModel)
 
 
 def shard(module: _Model, mesh: DeviceMesh) -> _Model:
-    """Shard ``module``'s parameters over ``mesh``, in place: every process holds 1 / world of each.
+    """Shards ``module``'s parameters over ``mesh``, in place: every process holds 1 / world of each.
 
     Layers are gathered when they run and freed after; what is left (embeddings, LM head, final norm, critic head) stays
     gathered from forward to backward: the log-prob operator reads the LM head's weight inside the root's forward.
@@ -53,7 +53,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Keep all parameters of ``module`` gathered, so that a decode loop gathers once and not once a token.
+    """Keeps all parameters of ``module`` gathered, so that a decode loop gathers once and not once a token.
 
     Every process enters and leaves together. Does nothing to a module that is not sharded.
     """

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.building import LoRAOptions, ModelFactory, NetworkOptions, Place
 from rlhf_lightning.models.export import export_policy, export_scalar, try_export
 from rlhf_lightning.models.loading import load_tokenizer
-from rlhf_lightning.models.policy import Policy, Reference
+from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.ops.extension import keep_memory
 from rlhf_lightning.options import arguments_again, arguments_of, check_arguments, plain
@@ -83,7 +83,7 @@ class RLHFModule(LightningModule):
         self._set_hparams(getattr(self, "_given", {}))
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remember the arguments for ``hparams``, in whichever subclass they are named."""
+        """Remembers the arguments for ``hparams``, in whichever subclass they are named."""
         self = super().__new__(cls)
         if args or kwargs:  # a copy is made without
             given = arguments_of(cls, args, kwargs)
@@ -120,7 +120,7 @@ class RLHFModule(LightningModule):
     # Setting up
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies whose gradients this module would get wrong, and take the DataModule's tokenizer.
+        """Refuses strategies whose gradients this module would get wrong, and takes the DataModule's tokenizer.
 
         Raises:
             InputError: FSDP1, DeepSpeed and others; the message names ``fsdp2``.
@@ -175,10 +175,6 @@ class RLHFModule(LightningModule):
         """The network that is exported; None before ``configure_model``."""
         return next(iter(self.networks().values()), None)
 
-    def keep_frozen(self, name: str, module: nn.Module | Reference | None) -> None:
-        """Set an attribute outside the module tree, so that no checkpoint, optimizer or gradient reduction sees it."""
-        object.__setattr__(self, name, module)
-
     # The optimizer
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -216,12 +212,12 @@ class RLHFModule(LightningModule):
             keep_memory(True)
 
     def on_fit_end(self) -> None:
-        """Give that memory back."""
+        """Gives that memory back."""
         if self.device.type == "cpu":
             keep_memory(False)
 
     def on_train_start(self) -> None:
-        """Let the configured optimizer options win over a checkpoint's, and refuse a schedule without an end."""
+        """Lets the configured optimizer options win over a checkpoint's, and refuses a schedule without an end."""
         if self.optimizer_options.schedule != "constant":
             self.total_steps()
         schedulers = self.lr_schedulers()
@@ -233,7 +229,7 @@ class RLHFModule(LightningModule):
         self._step_began = time.monotonic()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the step's count, check them and measure their norms; Lightning clips after this.
+        """Divides the gradients by the step's count, checks them and measures their norms; Lightning clips after this.
 
         Raises:
             TrainingDiverged: the loss or a gradient is NaN or infinite. All processes raise it together, before the
@@ -254,7 +250,7 @@ class RLHFModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip to ``trainer.gradient_clip_val`` by the norm that is already measured; Lightning clips by value.
+        """Clips to ``trainer.gradient_clip_val`` by the norm that is already measured; Lightning clips by value.
 
         A subclass that overrides ``on_before_optimizer_step`` must call ``super()``'s, which measures the norm.
         """
@@ -309,13 +305,13 @@ class RLHFModule(LightningModule):
         return {"lora.rank": self.lora_options.rank}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the options that the weights depend on, and under LoRA which weights the adapters belong to."""
+        """Saves the options that the weights depend on, and under LoRA which weights the adapters belong to."""
         checkpoint["made_with"] = {"module": type(self).__name__, "model": self.model_folder, **self.shape_options()}
         if self._bases:
             checkpoint["bases"] = [list(base) for base in self._bases]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits this module.
+        """Checks that the checkpoint fits this module.
 
         Raises:
             InputError: its run had other `shape_options`, or its adapters were trained beside other weights.
@@ -341,12 +337,12 @@ class RLHFModule(LightningModule):
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/...``."""
+        """Logs ``val/...``."""
         self._log_held_out("val")
         self._step_began = time.monotonic()  # the time that validation took is no training time
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/...``."""
+        """Logs ``test/...``."""
         self._log_held_out("test")
 
     def held_out_metrics(self, totals: Totals) -> dict[str, float]:
@@ -362,11 +358,11 @@ class RLHFModule(LightningModule):
     # What callbacks hear
 
     def report_phase(self, phase: str, done: int, total: int) -> None:
-        """Tell the callbacks' ``on_phase(trainer, module, phase, done, total)`` how far a part of the step is."""
+        """Tells the callbacks' ``on_phase(trainer, module, phase, done, total)`` how far a part of the step is."""
         self._tell("on_phase", phase, done, total)
 
     def report_samples(self, rollout: Rollout, scores: dict[str, Tensor]) -> None:
-        """Tell the callbacks' ``on_samples(trainer, module, rollout, scores)``; each score is ``[B]``."""
+        """Tells the callbacks' ``on_samples(trainer, module, rollout, scores)``; each score is ``[B]``."""
         self._tell("on_samples", rollout, scores)
 
     def _tell(self, hook: str, *arguments: Any) -> None:
@@ -377,7 +373,7 @@ class RLHFModule(LightningModule):
     # The exported model
 
     def export(self, folder: str | Path, card: str | None = None) -> None:
-        """Write the trained model as a Hugging Face folder; every process calls it, the first one writes.
+        """Writes the trained model as a Hugging Face folder; every process calls it, the first one writes.
 
         Args:
             folder: where to.

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlhf_lightning.algorithms.losses import PreferenceLoss, preference_loss
+from rlhf_lightning.algorithms.losses import PreferenceLoss
 from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
 from rlhf_lightning.modules.preference import PreferenceModule
 from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.training.frozen_reference import FrozenReference
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import JudgedPairs, LabelSmoothing, PairLoss, check_smoothing
+from rlhf_lightning.training.pairs import (
+    JudgedLoss,
+    JudgedPairs,
+    LabelSmoothing,
+    check_smoothing,
+    pair_loss,
+    preference_losses,
+)
 from rlhf_lightning.training.sampler import SamplingOptions
 
 
@@ -67,12 +74,10 @@ class DPOModule(PreferenceModule):
         self.label_smoothing = label_smoothing
         self.sft_coef = sft_coef
 
-    def loss(self, log_probs: Tensor, experience: JudgedPairs) -> PairLoss:
+    def loss(self, log_probs: Tensor, experience: JudgedPairs) -> JudgedLoss:
         """The preference loss, equation 7, and the SFT loss where it is asked for."""
         ratios, tokens = experience.log_ratios(log_probs), experience.rows.response_tokens
-        scaled = ratios / tokens if self.loss_type == "ipo" else ratios
-        chosen, rejected = scaled.chunk(2)
-        losses = preference_loss(chosen, rejected, self.beta, self.loss_type, self.label_smoothing)
+        losses = preference_losses(ratios, tokens, self.beta, self.loss_type, self.label_smoothing)
         if self.sft_coef > 0:
             losses = losses - self.sft_coef * (log_probs / tokens).chunk(2)[0]
-        return PairLoss(losses, self.beta * ratios, log_probs)
+        return pair_loss(losses, self.beta * ratios, log_probs)

@@ -1,4 +1,4 @@
-"""KTO: each response is desirable or undesirable by itself, and is compared with the policy's mean drift."""
+"""KTO: each response is desirable or undesirable by itself, and is compared with mismatched responses."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from rlhf_lightning.options import NonNegativeInt, PositiveFloat
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.training.frozen_reference import FrozenReference
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import PairLoss, Rows, as_rows, response_log_probs, wins
+from rlhf_lightning.training.pairs import JudgedLoss, Rows, as_rows, pair_loss, response_log_probs, wins
 from rlhf_lightning.training.sampler import SamplingOptions
-from rlhf_lightning.training.totals import Totals
 
 
 class JudgedResponses(NamedTuple):
@@ -32,27 +31,6 @@ class JudgedResponses(NamedTuple):
     baseline: Tensor  # scalar, z0
     desirable: Tensor  # [n] bool
     paired: bool  # whether the first half are chosen responses, and the second half the rejected ones beside them
-
-
-class LabelledLoss(NamedTuple):
-    """What the method makes of a batch of labelled responses."""
-
-    losses: Tensor  # [n]
-    rewards: Tensor  # [n]
-    log_probs: Tensor  # [n] summed over the response, under the policy
-    right: Tensor  # [n] 1 where the reward is on the label's side of beta z0, one half at a tie
-    baseline: Tensor  # scalar, z0
-    desirable: Tensor  # [n] bool
-
-    def add_metrics(self, totals: Totals, weights: Tensor, prefix: str, separator: str) -> None:
-        """See `PairLoss.add_metrics`."""
-        counted = weights > 0
-        totals.add(f"{prefix}loss", self.losses, weights)
-        totals.add(f"{prefix}accuracy", self.right, counted)
-        totals.add(f"{prefix}baseline", self.baseline.expand(len(weights)), counted)
-        for group, values in (("rewards", self.rewards), ("logps", self.log_probs)):
-            totals.add(f"{group}{separator}chosen", values, counted & self.desirable)
-            totals.add(f"{group}{separator}rejected", values, counted & ~self.desirable)
 
 
 class KTOModule(PreferenceModule):
@@ -70,9 +48,8 @@ class KTOModule(PreferenceModule):
     rows, has no other responses: its ``z0`` is 0, and a warning says so.
 
     What is logged: see `PreferenceModule`, and ``train/baseline``, ``val/baseline``, the ``z0``. Rewards are ``beta``
-    times the summed log-ratio to the reference. Labelled responses have no margin, their accuracy is the share with
-    the reward on the right side of ``beta z0``, and chosen are called the desirable ones; what a step has none of is
-    NaN.
+    times the summed log-ratio to the reference. Labelled responses have no margin. Their accuracy is the share whose
+    reward is on the right side of ``beta z0``, and ``chosen`` means desirable. A kind that a step lacks is NaN.
 
     Args:
         model: folder of the policy to train: usually the SFT policy.
@@ -131,26 +108,31 @@ class KTOModule(PreferenceModule):
         baseline = self.estimate_baseline(rows, batch.weights)
         return JudgedResponses(rows, self.frozen.log_probs(rows), baseline, desirable, paired)
 
-    def loss(self, log_probs: Tensor, experience: JudgedResponses) -> PairLoss | LabelledLoss:
-        """Equation 8; of a pair the mean of its two losses."""
-        ratios, baseline = log_probs - experience.reference_log_probs, experience.baseline
-        losses = self.losses(ratios, baseline, experience.desirable)
-        rewards = self.beta * ratios
+    def loss(self, log_probs: Tensor, experience: JudgedResponses) -> JudgedLoss:
+        """Equation 8. The loss of a pair is the mean of its two."""
+        baseline, desirable = experience.baseline, experience.desirable
+        ratios = log_probs - experience.reference_log_probs
+        losses, rewards = self.response_losses(ratios, baseline, desirable), self.beta * ratios
         if experience.paired:
             losses = losses.reshape(2, -1).mean(dim=0)
-            return PairLoss(losses, rewards, log_probs, {"baseline": baseline.expand(len(losses))})
-        desirable = experience.desirable
-        right = torch.where(desirable, wins(ratios, baseline), wins(baseline, ratios))
-        return LabelledLoss(losses, rewards, log_probs, right, baseline, desirable)
+            return pair_loss(losses, rewards, log_probs, baseline=baseline.expand(len(losses)))
+        everything = torch.ones_like(desirable)
+        metrics = {
+            "accuracy": (torch.where(desirable, wins(ratios, baseline), wins(baseline, ratios)), everything),
+            "baseline": (baseline.expand(len(losses)), everything),
+        }
+        for group, values in (("rewards", rewards), ("logps", log_probs)):
+            metrics |= {f"{group}/chosen": (values, desirable), f"{group}/rejected": (values, ~desirable)}
+        return JudgedLoss(losses, metrics)
 
-    def losses(self, ratios: Tensor, baseline: Tensor, desirable: Tensor) -> Tensor:
+    def response_losses(self, ratios: Tensor, baseline: Tensor, desirable: Tensor) -> Tensor:
         """``[n]``, each response's loss with its weight: of log-ratios ``[n]``, z0 and labels ``[n]``."""
         good = self.desirable_weight * kto_loss(ratios, baseline, self.beta, desirable=True)
         bad = self.undesirable_weight * kto_loss(ratios, baseline, self.beta, desirable=False)
         return torch.where(desirable, good, bad)
 
     def longest_sequence(self) -> int:
-        """Any prompt may meet any response."""
+        """See `RLHFModule.longest_sequence`; the baseline pairs any prompt with any response."""
         mixed = getattr(self.datamodule, "longest_prompt", 0) + getattr(self.datamodule, "longest_response", 0)
         return max(super().longest_sequence(), mixed)
 

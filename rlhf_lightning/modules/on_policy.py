@@ -50,8 +50,8 @@ from rlhf_lightning.training.totals import Totals
 _VALIDATION = -1
 _NO_REWARD = "model.reward: none is given; name one (rlhf_lightning.rewards.ModelReward, ...) or override score()"
 _STOPPED_AT_ONCE = (
-    "iteration {}: before its first step the policy is already past model.kl.stop, so no step was made: the rollout's "
-    "log-probs are not the training pass's; set model.objective.old_log_probs to recompute, or raise kl.stop"
+    "iteration {}: before its first step the policy is already past model.kl.stop, so no step was made: the old "
+    "log-probs are not those of the training pass; let a pass recompute them, or raise kl.stop"
 )
 
 
@@ -62,8 +62,16 @@ class OnPolicyModule(RLHFModule, ABC):
         model: folder (or hub id) of the policy to train, usually an SFT run's.
         group_size: responses to each prompt.
         rows_per_prompt: of them, the rows that are learnt from; None for all.
-        reward, reference, iterations, sampling, engine, scores, kl, update, optimizer, lora, network, seed: see
-            `PPOModule`, which has them all.
+        reward: what scores a response; None where `score` is overridden.
+        reference: folder of the frozen model that the KL is measured against; None takes ``model`` as it is at the
+            start.
+        iterations: how often to sample.
+        sampling: how responses are drawn.
+        engine: what answers prompts; None chooses one that can run the model.
+        scores: from the reward's scores to those that are learnt from.
+        kl: the KL penalty.
+        update: the optimizer steps of an iteration.
+        optimizer, lora, network, seed: see `RLHFModule`.
 
     Attributes:
         totals: the metrics of this iteration, logged at its end.
@@ -96,7 +104,7 @@ class OnPolicyModule(RLHFModule, ABC):
     ) -> None:
         sampler = Sampler(sampling, engine, seed)
         super().__init__(model, optimizer=optimizer, lora=lora, network=network, seed=seed, sampler=sampler)
-        self.keep_frozen("reward", reward)
+        object.__setattr__(self, "reward", reward)  # outside of the module tree, and so of checkpoints
         self.reference_folder = reference
         self.group_size, self.rows_per_prompt = group_size, rows_per_prompt or group_size
         self.iterations, self.update_options = iterations, update
@@ -124,7 +132,7 @@ class OnPolicyModule(RLHFModule, ABC):
         return {} if self.actors is None else self.actors.networks()
 
     def setup(self, stage: str) -> None:
-        """Check what needs the tokenizer or the data; see `RLHFModule.setup`.
+        """Checks what needs the tokenizer or the data; see `RLHFModule.setup`.
 
         Raises:
             InputError: there is no reward, or the minibatches outnumber an iteration's responses.
@@ -138,16 +146,11 @@ class OnPolicyModule(RLHFModule, ABC):
             self.check_minibatches(prompts)
 
     def check_minibatches(self, prompts: int) -> None:
-        """InputError where the responses to ``prompts`` prompts do not make enough minibatches."""
-        rows, wanted = prompts * self.rows_per_prompt, self.update_options.minibatches
-        if rows < wanted:
-            raise InputError(
-                f"model.update.minibatches: {wanted} minibatches cannot be made of {rows} responses; raise "
-                "data.batch_size or lower it"
-            )
+        """Raises an InputError if the responses to ``prompts`` prompts do not make enough minibatches."""
+        self.update_options.check_rows(prompts * self.rows_per_prompt)
 
     def configure_model(self) -> None:
-        """Load, shard and prepare all models. Every stage calls this; only the first call does the work."""
+        """Loads, shards and prepares all models. Every stage calls this; only the first call does the work."""
         if self.actors is None:
             self.actors = self.build_actors(self.factory())
 
@@ -293,7 +296,7 @@ class OnPolicyModule(RLHFModule, ABC):
                 if "policy/approx_kl" in metrics:
                     change.add("approx_kl", *metrics["policy/approx_kl"])
                 loss = reduce(add, (total / count for total, count in zip(sums, counts, strict=True)))
-                if self.actors.resting and isinstance(self.trainer.strategy.model, DistributedDataParallel):
+                if isinstance(self.trainer.strategy.model, DistributedDataParallel):
                     loss = loss + self.actors.no_loss()
                 # The strategies average gradients over processes; ours are sums over a global count.
                 loss = world_size() * (loss + self.router_losses(micro) / counts[0])
@@ -318,7 +321,7 @@ class OnPolicyModule(RLHFModule, ABC):
         return router_losses(networks, counted, self.counts(micro, rows)[0], self.totals)
 
     def finish(self, rollout: Rollout, scores: Tensor, steps: int) -> None:
-        """Log the iteration, adapt the KL coefficient, and count the iteration as done."""
+        """Logs the iteration, adapts the KL coefficient, and counts the iteration as done."""
         metrics = iteration_metrics(self.totals, rollout, scores, self.phases.seconds)
         metrics |= {"policy/steps": float(steps), "objective/kl_coef": self.kl.coef}
         optimizer = self.optimizers()
@@ -342,12 +345,12 @@ class OnPolicyModule(RLHFModule, ABC):
         return f"{super().moment} in iteration {self.iteration}"
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Check (see `RLHFModule`), then clip the gradients of each network, the critic's apart from the policy's.
+        """Checks (see `RLHFModule`), then clips the gradients of each network, the critic's apart from the policy's.
 
         A scaler of fp16 gradients has taken its scale off by now, so this is the place to clip.
         """
-        if self.actors is not None and self.actors.resting:
-            self.actors.rest(optimizer)
+        assert self.actors is not None
+        self.actors.rest(optimizer)
         super().on_before_optimizer_step(optimizer)
         bound = self.update_options.max_grad_norm
         for name, network in self.networks().items():
@@ -355,7 +358,7 @@ class OnPolicyModule(RLHFModule, ABC):
                 scale_grads(network.parameters(), bound / self.step.norms[name])
 
     def on_train_end(self) -> None:
-        """Warn once more, at the end, of a run that made no step."""
+        """Warns once more, at the end, of a run that made no step."""
         if not self._steps_made:
             rank_zero_warn("no step was made in this run: the model is the one that it began with")
 
@@ -379,7 +382,7 @@ class OnPolicyModule(RLHFModule, ABC):
         return answers(batch, self.answer(batch))
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Answer held-out prompts with the same draws each time, so that two validations differ by the policy alone."""
+        """Answers held-out prompts with the same draws each time: two validations differ by the policy alone."""
         assert self.actors is not None
         asked, totals = self.sampling_options.eval_temperature, self.held_out_totals
         temperature = self.sampling_options.temperature if asked is None else asked

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_lightning.algorithms.losses import PreferenceLoss, negative_log_likelihood, preference_loss
+from rlhf_lightning.algorithms.losses import PreferenceLoss, negative_log_likelihood
 from rlhf_lightning.batches import PromptBatch
 from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
 from rlhf_lightning.models.policy import TokenScores
@@ -21,11 +21,12 @@ from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.training.experience import Pairs
 from rlhf_lightning.training.kl_control import KLOptions
 from rlhf_lightning.training.minibatches import UpdateOptions
-from rlhf_lightning.training.objective import Loss, Metrics
+from rlhf_lightning.training.objective import Loss
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import LabelSmoothing, check_smoothing, wins
+from rlhf_lightning.training.pairs import LabelSmoothing, check_smoothing, preference_losses, wins
 from rlhf_lightning.training.sampler import RolloutOptions
 from rlhf_lightning.training.shaping import ScoreOptions, check_group
+from rlhf_lightning.training.totals import Metrics
 
 
 class OnlineDPOModule(OnPolicyModule):
@@ -101,7 +102,7 @@ class OnlineDPOModule(OnPolicyModule):
         self.label_smoothing = label_smoothing
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Learn from the best and the worst response to each prompt."""
+        """Learns from the best and the worst response to each prompt."""
         rollout, scores = self.sample(batch)
         with self.phases.timed("score"), torch.no_grad():
             old = self.evaluate(rollout, scores, self.sampler.policy_log_probs(rollout))
@@ -121,7 +122,7 @@ class OnlineDPOModule(OnPolicyModule):
         self.finish(rollout, scores, self.learn(experience))
 
     def counts(self, experience: Pairs, rows: Tensor) -> Tensor:
-        """Pairs."""
+        """The number of pairs, which divides the loss."""
         return (experience.weights[rows] > 0).sum()[None]
 
     def loss(self, new: TokenScores, experience: Pairs) -> Loss:
@@ -130,8 +131,9 @@ class OnlineDPOModule(OnPolicyModule):
         mask = response_mask(prompt_lengths, lengths)
         log_probs = -negative_log_likelihood(new.log_probs, mask)
         ratios = log_probs.reshape(-1, 2) - experience.reference_log_probs
-        scaled = ratios / mask.sum(dim=1).clamp(min=1).reshape(-1, 2) if self.loss_type == "ipo" else ratios
-        losses = preference_loss(scaled[:, 0], scaled[:, 1], self.beta, self.loss_type, self.label_smoothing)
+        tokens = mask.sum(dim=1).clamp(min=1).reshape(-1, 2)
+        sides = ratios.T.flatten(), tokens.T.flatten()  # all best responses, then all worst ones
+        losses = preference_losses(sides[0], sides[1], self.beta, self.loss_type, self.label_smoothing)
         paired = experience.weights > 0
         rewards = self.beta * ratios.detach()
         metrics: Metrics = {

@@ -10,7 +10,7 @@ from rlhf_lightning.modules.preference import PreferenceModule
 from rlhf_lightning.options import NonNegativeInt, PositiveFloat
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import JudgedPairs, PairLoss
+from rlhf_lightning.training.pairs import JudgedLoss, JudgedPairs, pair_loss
 from rlhf_lightning.training.sampler import SamplingOptions
 
 
@@ -54,9 +54,9 @@ class ORPOModule(PreferenceModule):
         )
         self.odds_coef = odds_coef
 
-    def loss(self, log_probs: Tensor, experience: JudgedPairs) -> PairLoss:
+    def loss(self, log_probs: Tensor, experience: JudgedPairs) -> JudgedLoss:
         """The SFT loss, a mean over each chosen response's tokens, and the odds-ratio loss."""
         means = log_probs / experience.rows.response_tokens
         chosen, rejected = means.chunk(2)
         losses = -chosen + self.odds_coef * odds_ratio_loss(chosen, rejected)
-        return PairLoss(losses, log_odds(means), log_probs, {"sft_loss": -chosen})
+        return pair_loss(losses, log_odds(means), log_probs, sft_loss=-chosen)

@@ -6,11 +6,14 @@ Shapes: ``B`` pairs of this process, ``T`` response tokens; see `training.pairs`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from rlhf_lightning.batches import PreferenceBatch, PromptBatch, Rollout, View
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.building import LoRAOptions, NetworkOptions
 from rlhf_lightning.models.policy import Policy, Reference
 from rlhf_lightning.modules.base import RLHFModule
@@ -62,7 +65,7 @@ class PreferenceModule(RLHFModule, ABC):
         self.policy: Policy | None = None
 
     def configure_model(self) -> None:
-        """Load (and shard) the policy and its reference. Every stage calls this; only the first call does the work."""
+        """Loads (and shards) the policy and its reference. Every stage calls this; the first call does the work."""
         if self.policy is not None:
             return
         factory = self.factory()
@@ -100,33 +103,49 @@ class PreferenceModule(RLHFModule, ABC):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The weighted sum of the pairs' losses."""
         assert self.policy is not None
-        experience = self.experience(batch)
-        pairs = self.loss(response_log_probs(self.policy, experience.rows), experience)
-        pairs.add_metrics(self.step.totals, batch.weights, "train/", "/")
-        total, lengths = batch.weights.sum(), experience.rows.lengths
-        counted = (batch.weights > 0).repeat(len(lengths) // len(batch))
-        loss = weighted_sum(pairs.losses, batch.weights)
+        judged, lengths = self.judge(batch)
+        judged.add_to(self.step.totals, batch.weights, lambda name: name if "/" in name else f"train/{name}")
+        total, counted = batch.weights.sum(), (batch.weights > 0).repeat(len(lengths) // len(batch))
+        loss = weighted_sum(judged.losses, batch.weights)
         loss = loss + router_loss(self.policy, counted, total, self.step.totals)
         self.step.count(total, loss, tokens=lengths.sum())
         return loss
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Loss, accuracy and margin of the rewards, and the rewards and log-probs themselves."""
+        judged, _ = self.judge(batch)
+        judged.add_to(self.held_out_totals, batch.weights, lambda name: name.replace("/", "_"))
+
+    def judge(self, batch: PreferenceBatch) -> tuple[JudgedLoss, Tensor]:
+        """The loss of a batch by its rows' new log-probs, and the rows' lengths."""
         assert self.policy is not None
         experience = self.experience(batch)
-        pairs = self.loss(response_log_probs(self.policy, experience.rows), experience)
-        pairs.add_metrics(self.held_out_totals, batch.weights, "", "_")
+        log_probs = response_log_probs(self.policy, experience.rows)
+        return self.loss(log_probs, experience), experience.rows.lengths
 
     def on_validation_start(self) -> None:
-        """Refuse to measure a model against itself; see `FrozenReference.refuse_itself`."""
+        """Refuses to measure a model against itself."""
         super().on_validation_start()
-        if self.frozen is not None:
-            self.frozen.refuse_itself(self.trainer, self.model_folder)
+        self._refuse_itself()
 
     def on_test_start(self) -> None:
         """As `on_validation_start`."""
         super().on_test_start()
-        self.on_validation_start()
+        self._refuse_itself()
+
+    def _refuse_itself(self) -> None:
+        """Raises an InputError if an untrained policy would be measured against itself: every margin would be 0."""
+        trainer, start = self.trainer, self.model_folder
+        if self.frozen is None or trainer.state.fn not in (TrainerFn.VALIDATING, TrainerFn.TESTING):
+            return
+        folder = self.frozen.folder or start
+        same = Path(folder).expanduser().resolve() == Path(start).expanduser().resolve()
+        if same and trainer.ckpt_path is None and trainer.global_step == 0:
+            raise InputError(
+                f"model.reference: {folder} is the model that is measured too, and against itself all rewards and "
+                "margins are 0: give the trained model's folder as model.model and the one that it started from as "
+                "model.reference, or a checkpoint by --ckpt_path"
+            )
 
     # The policy's answers
 

@@ -31,8 +31,8 @@ class RejectionSamplingModule(OnPolicyModule):
     """RAFT (Dong et al. 2023, arXiv 2304.06767); rejection sampling of Touvron et al. 2023, arXiv 2307.09288.
 
     The loss is SFT's, the mean over a minibatch's tokens, at temperature 1 whatever the samples' was. The reference
-    serves the logged KL alone: nothing holds the policy near it but the number of steps. Logs beside what PPO does
-    ``rollout/kept_scores``, their mean score.
+    serves the logged KL alone: nothing holds the policy near it but the number of steps. Also logs
+    ``rollout/kept_scores``, the mean score of the kept responses.
 
     Args:
         model: folder (or hub id) of the policy to train.
@@ -95,7 +95,7 @@ class RejectionSamplingModule(OnPolicyModule):
         self.keep = keep
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Learn from the best responses."""
+        """Learns from the best responses."""
         rollout, scores = self.sample(batch)
         with self.phases.timed("score"), torch.no_grad():
             self.evaluate(rollout, scores, self.sampler.policy_log_probs(rollout))
@@ -106,7 +106,7 @@ class RejectionSamplingModule(OnPolicyModule):
         self.finish(rollout, scores, self.learn(experience))
 
     def counts(self, experience: Sampled, rows: Tensor) -> Tensor:
-        """Tokens."""
+        """The number of tokens, which divides the loss."""
         return experience.mask[rows].sum()[None]
 
     def new_scores(self, micro: Sampled) -> TokenScores:

@@ -88,7 +88,7 @@ class RewardModelModule(RLHFModule):
         self.calibration = BinaryCalibrationError(n_bins=10, norm="l1")
 
     def configure_model(self) -> None:
-        """Load (and shard) the model. Every stage calls this; only the first call does the work."""
+        """Loads (and shards) the model. Every stage calls this; only the first call does the work."""
         if self.reward_model is None:
             trainer = self._trainer
             # A fresh head is right for training, or where a checkpoint fills it next (as it may without a Trainer).
@@ -134,7 +134,7 @@ class RewardModelModule(RLHFModule):
         return bradley_terry_loss(chosen, rejected, batch.margins, self.label_smoothing, self.centring)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Add the sums behind the metrics that the class's docstring lists."""
+        """Adds the sums behind the metrics that the class's docstring lists."""
         totals = self.held_out_totals
         chosen, rejected = self.scores(batch)
         counted = batch.weights > 0
@@ -168,19 +168,19 @@ class RewardModelModule(RLHFModule):
         return means
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the sums behind the normalisation, added up over all processes; every process calls this."""
+        """Saves the sums behind the normalisation, added up over all processes; every process calls this."""
         super().on_save_checkpoint(checkpoint)
         sums = all_reduce_sum(self._trained_on.to(self.trainer.strategy.root_device))
         checkpoint["reward_model"] = {"trained_on": sums.tolist()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the saved sums to the first process; the others start from zero."""
+        """Gives the saved sums to the first process; the others start from zero."""
         super().on_load_checkpoint(checkpoint)
         sums = torch.tensor(self.own_part(checkpoint, "reward_model")["trained_on"], dtype=torch.float64)
         self._trained_on = sums if rank() == 0 else torch.zeros_like(sums)
 
     def on_train_end(self) -> None:
-        """Score the chosen responses and store the scores' mean (and deviation) with the model."""
+        """Scores the chosen responses and stores the scores' mean (and deviation) with the model."""
         self._set_normalisation()
 
     def _set_normalisation(self) -> None:

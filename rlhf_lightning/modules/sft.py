@@ -59,7 +59,7 @@ class SFTModule(RLHFModule):
         self.policy: Policy | None = None
 
     def configure_model(self) -> None:
-        """Load (and shard) the policy. Every stage calls this; only the first call does the work."""
+        """Loads (and shards) the policy. Every stage calls this; only the first call does the work."""
         if self.policy is None:
             self.policy = self.factory().policy(self.model_folder)
 

@@ -10,7 +10,7 @@ from rlhf_lightning.modules.preference import PreferenceModule
 from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from rlhf_lightning.rollout.engine import RolloutEngine
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import JudgedPairs, PairLoss
+from rlhf_lightning.training.pairs import JudgedLoss, JudgedPairs, pair_loss
 from rlhf_lightning.training.sampler import SamplingOptions
 
 
@@ -56,9 +56,9 @@ class SimPOModule(PreferenceModule):
         self.beta = beta
         self.gamma = gamma
 
-    def loss(self, log_probs: Tensor, experience: JudgedPairs) -> PairLoss:
+    def loss(self, log_probs: Tensor, experience: JudgedPairs) -> JudgedLoss:
         """The loss of the mean log-probs."""
         means = log_probs / experience.rows.response_tokens
         chosen, rejected = means.chunk(2)
         losses = simpo_loss(chosen, rejected, self.beta, self.gamma)
-        return PairLoss(losses, self.beta * means, log_probs)
+        return pair_loss(losses, self.beta * means, log_probs)

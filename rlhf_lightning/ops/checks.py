@@ -16,7 +16,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # float32 goes from 1e-38 to 3e38. It must hold three things: log2(e) / temperature, the rate of the exponential, with
 # its rounding error, 7 decades below; 300 * temperature, the largest difference of logits that matters; and the slope
-# of the entropy's gradient, 1 / temperature squared times the incoming gradient and 1 / V. The last is the tightest:
+# of the entropy's gradient, (1 / temperature)^2 times the incoming gradient and 1 / V. The last is the tightest:
 # these limits leave 14 decades for the other factors, upwards and downwards. csrc/check.h has the same limits.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-12, 1e12
 

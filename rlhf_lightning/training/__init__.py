@@ -1,1 +1,1 @@
-"""The parts that modules hold, each with one job; every one works without a Trainer."""
+"""The parts that modules hold, each with one job."""

@@ -117,7 +117,7 @@ class Actors(nn.Module):
     def measure_demonstrations(
         self, demonstrations: DemonstrationBatch, totals: Totals, report: Report = silent
     ) -> None:
-        """Add the policy's negative log-likelihood of what people answered, a token, to ``totals``.
+        """Adds the policy's negative log-likelihood of what people answered, a token, to ``totals``.
 
         It rises as the policy forgets. At temperature 1, as in supervised fine-tuning.
         """
@@ -134,22 +134,26 @@ class Actors(nn.Module):
     # Whose parameters are whose
 
     def own_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """What is trained of the policy, and of the critic alone; a trunk that they share is the policy's."""
+        """The trained parameters: the policy's, with a shared trunk, and the critic's own."""
         parts = [part for part in (self.critic, self.policy.branch, self.policy.critic_head) if part is not None]
         critic = [p for part in parts for p in part.parameters() if p.requires_grad]
         own = {id(p) for p in critic}
         return [p for p in self.parameters() if p.requires_grad and id(p) not in own], critic
 
-    def no_loss(self) -> Tensor:
-        """0, with a gradient of 0 for every parameter of the policy: DDP waits for them even while it rests."""
+    def no_loss(self) -> Tensor | float:
+        """0; while the policy rests, with a gradient of 0 for each of its parameters, because DDP waits for those."""
+        if not self.resting:
+            return 0.0
         return torch.stack([(0.0 * parameter).sum() for parameter in self.own_parameters()[0]]).sum()
 
     def rest(self, optimizer: Optimizer) -> None:
-        """Leave the policy as it is in the coming step.
+        """Leaves a policy that rests as it is in the coming step.
 
         Its gradients become None and not 0, because AdamW skips parameters without a gradient and would decay the
         others. Their optimizer state is created all the same, since a sharded checkpoint needs every parameter's.
         """
+        if not self.resting:
+            return
         if isinstance(self.policy, FSDPModule):
             self.policy.reshard()  # as a backward pass would have; the optimizer knows the shards alone
         for parameter in self.own_parameters()[0]:

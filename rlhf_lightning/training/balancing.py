@@ -44,7 +44,7 @@ def router_losses(
 
 
 def check_taken(parts: Iterable[nn.Module]) -> None:
-    """Refuse a step that has left out the routers' loss of a pass.
+    """Refuses a step that has left out the routers' loss of a pass.
 
     Raises:
         InputError: a module of the user's own does not add it.

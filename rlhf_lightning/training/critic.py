@@ -49,7 +49,7 @@ class CriticOptions(Options):
 def start_critic(
     options: CriticOptions, factory: ModelFactory, policy: Policy, start: str, reward: Reward | None
 ) -> ScalarModel | None:
-    """The critic that is a model of its own; None, and the head on the policy's trunk started, for one that is not.
+    """Loads a critic that is a model of its own. For one on the policy's trunk it starts the head and returns None.
 
     Args:
         options: which.
@@ -78,7 +78,7 @@ def _folder_of(reward: Reward | None, factory: ModelFactory) -> str | None:
 
 
 def _start_head(policy: Policy, folder: str, factory: ModelFactory, asked: bool) -> None:
-    """Start the head from the reward model's. Where widths differ and nobody named that model, it stays fresh."""
+    """Starts the head from the reward model's. Where widths differ and nobody named that model, it stays fresh."""
     assert policy.critic_head is not None
     model = load_scalar_model(folder, fresh_head=False, trust_remote_code=factory.network.trust_remote_code)
     start, head = ScalarModel(model), cast(torch.nn.Linear, model.score).weight.detach()

@@ -35,7 +35,7 @@ class GradientStep:
         self._counted = False
 
     def count(self, amount: Tensor, loss: Tensor, tokens: Tensor | None = None) -> None:
-        """Add to what this step's gradients are divided by.
+        """Adds to what this step's gradients are divided by.
 
         Args:
             amount: scalar; the tokens, rows or weight behind the summed loss. Without any call in a step the gradients
@@ -50,7 +50,7 @@ class GradientStep:
         self.check(loss)
 
     def check(self, loss: Tensor) -> None:
-        """Remember whether the loss is NaN or infinite on any process; then no process takes the step."""
+        """Remembers whether the loss is NaN or infinite on any process; then no process takes the step."""
         self._add(1, (~torch.isfinite(loss.detach())).any())
 
     def _add(self, slot: int, amount: Tensor) -> None:
@@ -66,7 +66,7 @@ class GradientStep:
         *,
         overflows: bool,
     ) -> float:
-        """Divide the gradients by the count of all processes, check them, and measure their norms.
+        """Divides the gradients by the count of all processes, checks them, and measures their norms.
 
         Args:
             parameters: all that the optimizer steps.

@@ -80,7 +80,7 @@ class KLController:
         return self.options.stop is not None and approx_kl > self.options.stop
 
     def adapt(self, kl: float, responses: int) -> None:
-        """Move an adaptive coefficient, by an iteration's mean KL in nats per response and its number of responses."""
+        """Moves an adaptive coefficient, by an iteration's mean KL in nats per response and its number of responses."""
         if self.options.target is not None:
             horizon = self.options.horizon or 10000.0
             self.coef = adapt_kl_coefficient(self.coef, kl, self.options.target, horizon, responses)
@@ -90,6 +90,6 @@ class KLController:
         return {"coef": self.coef}
 
     def load(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint; a fixed coefficient is the config's."""
+        """Continues from a checkpoint; a fixed coefficient is the config's."""
         if self.options.target is not None:
             self.coef = state["coef"]

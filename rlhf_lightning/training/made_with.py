@@ -11,7 +11,7 @@ from rlhf_lightning.errors import InputError
 
 
 def check_made_with(made: Mapping[str, Any], options: Mapping[str, Any], module: str | None = None) -> None:
-    """Refuse a checkpoint of other options than the run's, and warn of one of another method.
+    """Refuses a checkpoint of other options than the run's, and warns of one of another method.
 
     Args:
         made: the module and the options that the checkpoint was made with; what it does not have is not compared.
@@ -36,7 +36,7 @@ def check_made_with(made: Mapping[str, Any], options: Mapping[str, Any], module:
 
 
 def check_bases(made: Sequence[Sequence[str]], loaded: Sequence[tuple[str, str]]) -> None:
-    """Refuse adapters that were trained beside other weights: they are worth nothing beside these.
+    """Refuses adapters that were trained beside other weights: they are worth nothing beside these.
 
     Args:
         made: folder and fingerprint of the weights beside each adapter of the checkpoint.

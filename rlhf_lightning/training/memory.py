@@ -22,11 +22,11 @@ class ExplainMemory(Callback):
         self._phase = ""
 
     def on_phase(self, trainer: Trainer, module: LightningModule, phase: str, done: int, total: int) -> None:
-        """Remember which part of an on-policy step is running."""
+        """Remembers which part of an on-policy step is running."""
         self._phase = phase if done < total else ""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Rewrite the message, and give kept memory back, as ``on_fit_end`` does after a training without an error."""
+        """Rewrites the message, and gives kept memory back, as ``on_fit_end`` does without an error."""
         if trainer.state.fn == TrainerFn.FITTING and pl_module.device.type == "cpu":
             keep_memory(False)
         if out_of_memory(exception):

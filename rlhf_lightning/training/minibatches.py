@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf_lightning.batches import micro_batches
 from rlhf_lightning.collectives import rounds
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.options import Options, PositiveFloat, PositiveInt
 from rlhf_lightning.randomness import MINIBATCHES, permutation
 
@@ -34,12 +35,20 @@ class UpdateOptions(Options):
     micro_batch_tokens: PositiveInt = 8192
     max_grad_norm: PositiveFloat | None = 1.0
 
+    def check_rows(self, rows: int) -> None:
+        """Raises an InputError if an iteration's ``rows`` do not make enough minibatches."""
+        if rows < self.minibatches:
+            raise InputError(
+                f"model.update.minibatches: {self.minibatches} minibatches cannot be made of {rows} responses; raise "
+                "data.batch_size or lower it"
+            )
+
 
 Report = Callable[[str, int, int], None]  # called with a phase, and how many of its parts are done
 
 
 def silent(phase: str, done: int, total: int) -> None:
-    """Report to nobody."""
+    """Reports to nobody."""
 
 
 def micro_rounds(

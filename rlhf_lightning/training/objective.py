@@ -20,13 +20,11 @@ from rlhf_lightning.ops.clipped_policy_loss import clipped_policy_loss
 from rlhf_lightning.options import NonNegativeFloat, OpenUnitInterval, Options, PositiveFloat
 from rlhf_lightning.training.experience import Experience, ResponseScores
 from rlhf_lightning.training.kl_control import KLOptions
-from rlhf_lightning.training.totals import Totals
-
-Metrics = dict[str, tuple[Tensor, Tensor]]  # by name: values, and which of them count, of one shape
+from rlhf_lightning.training.totals import Metrics, Totals
 
 
 class PolicyScores(Protocol):
-    """What the surrogate asks of new scores."""
+    """The new scores that the surrogate needs."""
 
     @property
     def log_probs(self) -> Tensor:

@@ -6,27 +6,26 @@ Shapes: ``B`` pairs of this process, ``T`` response tokens. A pair's two rows st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jsonargparse.typing import restricted_number_type
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlhf_lightning.algorithms.losses import PreferenceLoss, negative_log_likelihood
+from rlhf_lightning.algorithms.losses import PreferenceLoss, negative_log_likelihood, preference_loss
 from rlhf_lightning.batches import PreferenceBatch
 from rlhf_lightning.errors import InputError, check_choice
 from rlhf_lightning.models.policy import Policy, Reference
-from rlhf_lightning.training.totals import Totals
+from rlhf_lightning.training.totals import Metrics, Totals
 
 # Half or more would say that the labels are worthless or the wrong way round.
 LabelSmoothing = restricted_number_type("LabelSmoothing", float, [(">=", 0), ("<", 0.5)])
 
 
 def check_smoothing(label_smoothing: float, loss_type: str) -> None:
-    """InputError where the loss is unknown, or where it is asked for label smoothing and has none."""
+    """Raises an InputError if the loss is unknown, or is asked for label smoothing and has none."""
     check_choice("model.loss_type", loss_type, PreferenceLoss)
     if label_smoothing > 0 and loss_type != "sigmoid":
         raise InputError(
@@ -91,42 +90,53 @@ class JudgedPairs(NamedTuple):
         return log_probs - self.reference_log_probs
 
 
-class JudgedLoss(Protocol):
-    """What a method makes of a batch of judged responses."""
+class JudgedLoss(NamedTuple):
+    """What a method makes of a batch of judged pairs or responses."""
 
-    @property
-    def losses(self) -> Tensor:
-        """``[B]``, one for each weight of the batch."""
+    losses: Tensor  # [B], one for each weight of the batch
+    metrics: Metrics  # by name: values [B], and which of them count where their row has a weight
 
-    def add_metrics(self, totals: Totals, weights: Tensor, prefix: str, separator: str) -> None:
-        """See `PairLoss.add_metrics`."""
-
-
-class PairLoss(NamedTuple):
-    """What a method makes of a batch of pairs."""
-
-    losses: Tensor  # [B]
-    rewards: Tensor  # [2B] what the method takes for the responses' rewards; no gradient is asked of these
-    log_probs: Tensor  # [2B] summed over the response, under the policy
-    more: Mapping[str, Tensor] = MappingProxyType({})  # other metrics, [B] each, by name
-
-    def add_metrics(self, totals: Totals, weights: Tensor, prefix: str, separator: str) -> None:
-        """Add loss, accuracy and margin of the rewards, and rewards and log-probs themselves, to ``totals``.
+    def add_to(self, totals: Totals, weights: Tensor, name: Callable[[str], str]) -> None:
+        """Adds the loss and the metrics to ``totals``.
 
         Args:
             totals: where to.
-            weights: ``[B]``, the pairs'.
-            prefix: of the names of the first three.
-            separator: in the names of the others, ``rewards/chosen``.
+            weights: ``[B]``, the rows'.
+            name: from a metric's name to the one that is logged.
         """
-        counted = weights > 0
-        chosen, rejected = self.rewards.chunk(2)
-        totals.add(f"{prefix}loss", self.losses, weights)
-        totals.add(f"{prefix}accuracy", wins(chosen, rejected), counted)
-        totals.add(f"{prefix}margin", chosen - rejected, counted)
-        for group, values in (("rewards", self.rewards), ("logps", self.log_probs)):
-            chosen, rejected = values.chunk(2)
-            totals.add(f"{group}{separator}chosen", chosen, counted)
-            totals.add(f"{group}{separator}rejected", rejected, counted)
-        for name, values in self.more.items():
-            totals.add(prefix + name, values, counted)
+        totals.add(name("loss"), self.losses, weights)
+        for metric, (values, counted) in self.metrics.items():
+            totals.add(name(metric), values, counted & (weights > 0))
+
+
+def pair_loss(losses: Tensor, rewards: Tensor, log_probs: Tensor, **more: Tensor) -> JudgedLoss:
+    """The losses of pairs, with accuracy and margin of their rewards, and the rewards and log-probs themselves.
+
+    Args:
+        losses: ``[B]``.
+        rewards: ``[2B]``, what the method takes for the responses' rewards.
+        log_probs: ``[2B]``, summed over the response, under the policy.
+        more: other metrics, ``[B]`` each.
+    """
+    chosen, rejected = rewards.chunk(2)
+    values = {"accuracy": wins(chosen, rejected), "margin": chosen - rejected, **more}
+    for group, both in (("rewards", rewards), ("logps", log_probs)):
+        values[f"{group}/chosen"], values[f"{group}/rejected"] = both.chunk(2)
+    everything = torch.ones_like(losses, dtype=torch.bool)
+    return JudgedLoss(losses, {name: (value, everything) for name, value in values.items()})
+
+
+def preference_losses(
+    ratios: Tensor, tokens: Tensor, beta: float, kind: PreferenceLoss, label_smoothing: float
+) -> Tensor:
+    """``[B]``, DPO's loss of each pair.
+
+    Args:
+        ratios: ``[2B]``, the responses' summed log-probs less those of the reference; the chosen ones first.
+        tokens: ``[2B]``, the tokens of each response, which ``ipo`` divides by.
+        beta: the strength of the pull to the reference.
+        kind: of the loss.
+        label_smoothing: the probability that a label is the wrong way round.
+    """
+    chosen, rejected = (ratios / tokens if kind == "ipo" else ratios).chunk(2)
+    return preference_loss(chosen, rejected, beta, kind, label_smoothing)

@@ -25,7 +25,7 @@ from rlhf_lightning.training.totals import Totals
 
 
 def count_rollout(totals: Totals, rollout: Rollout, scores: Tensor, old: ResponseScores, price: KLController) -> None:
-    """Add what is known of a rollout before its update: scores, KL, entropy, lengths.
+    """Adds what is known of a rollout before its update: scores, KL, entropy, lengths.
 
     ``objective/kl`` is k1, ``objective/kl_k3`` k3; ``objective/non_score_reward`` is ``-price.coef`` times the estimate
     that is charged; ``objective/entropy`` the summed -log p of the sampled tokens (an unbiased estimate of the
@@ -70,7 +70,7 @@ class Phases:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the seconds that the block takes to the phase's."""
+        """Adds the seconds that the block takes to the phase's."""
         began = time.monotonic()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began

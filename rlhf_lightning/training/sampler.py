@@ -79,7 +79,7 @@ class RolloutOptions(SamplingOptions):
 
 
 class Answering(Protocol):
-    """Whose policy answers: a module, or anything with these."""
+    """The object whose policy answers, such as a module."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -92,7 +92,7 @@ class Answering(Protocol):
         """The optimizer step whose weights the policy has."""
 
     def report_phase(self, phase: str, done: int, total: int) -> None:
-        """Hear how far the sampling is."""
+        """Hears how far the sampling is."""
 
 
 class Sampler:
@@ -112,7 +112,7 @@ class Sampler:
         self._step: int | None = None  # the optimizer step whose weights the engine has
 
     def forget(self) -> None:
-        """Hand the weights over again before the next answer: a checkpoint may have been loaded."""
+        """Hands the weights over again before the next answer: a checkpoint may have been loaded."""
         self._step = None
 
     def __call__(self, host: Answering, prompts: PromptBatch, iteration: int = 0, **overrides: Any) -> Rollout:
@@ -169,7 +169,7 @@ class Sampler:
         return rollout.log_probs if self.engine is not None and self.engine.exact and self.options.whole else None
 
     def warn_of_narrowing(self) -> None:
-        """Warn where top-k or top-p draw from another distribution than the log-probs are of."""
+        """Warns where top-k or top-p draw from another distribution than the log-probs are of."""
         if not self.options.whole:
             rank_zero_warn(
                 "model.sampling.top_k and top_p sample from a narrower distribution than the log-probs are of: expect "

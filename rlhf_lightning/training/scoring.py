@@ -26,7 +26,7 @@ def parts_of(reward: Reward | None) -> Iterator[Reward]:
 
 
 def prepare_reward(reward: Reward | None, tokenizer: PreTrainedTokenizerBase, place: Place) -> None:
-    """Load what the reward needs. A `ModelReward`'s model gets the run's precision; a user's reward keeps its own."""
+    """Loads what the reward needs. A `ModelReward`'s model gets the run's precision; a user's reward keeps its own."""
     if reward is None:
         return
     reward.prepare(tokenizer, place.device, place.mesh)

@@ -72,7 +72,7 @@ class ScoreShaping:
         self.moments = RunningMoments() if options.normalise else None
 
     def observe(self, scores: Tensor, counted: Tensor) -> None:
-        """Count an iteration's scores ``[B]`` (where ``counted`` is True, over all processes) into the moments."""
+        """Counts an iteration's scores ``[B]`` (where ``counted`` is True, over all processes) into the moments."""
         if self.moments is not None:
             self.moments.update(scores, counted, all_reduce_sum)
 
@@ -91,7 +91,7 @@ class ScoreShaping:
         return {} if self.moments is None else self.moments.state()
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; one made without normalisation starts the moments here."""
+        """Goes on from a checkpoint; one made without normalisation starts the moments here."""
         if self.moments is not None and state:
             self.moments = RunningMoments(**state)
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from rlhf_lightning.collectives import all_reduce_sum
 
+Metrics = dict[str, tuple[Tensor, Tensor]]  # by name: values, and which of them count, of one shape
+
 
 class Totals:
     """Named running means; `means` adds up those of all processes, which must have added under the same names."""
@@ -15,7 +17,7 @@ class Totals:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, values: Tensor, mask: Tensor | None = None) -> None:
-        """Count ``values`` (where ``mask`` is True, or all of them) into the mean called ``name``.
+        """Counts ``values`` (where ``mask`` is True, or all of them) into the mean called ``name``.
 
         A float ``mask`` gives weights; where it is 0 a value is ignored, even NaN.
         """

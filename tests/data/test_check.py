@@ -73,7 +73,7 @@ def test_other_names_of_system_are_advised_but_not_beside_it(write):
 
 def test_an_answer_that_a_form_does_not_read_is_not_told_to_be_renamed_to_itself(write):
     row = {"prompt": "p", "completion": "a", "chosen": "a", "rejected": "b"}
-    told = "column 'completion' of 1 rows is not used in training; only reward functions get it"
+    told = "column 'completion' of 1 rows is not used in training; only rewards get it"
     assert check([write([row])]).files[0].advice == [told]
 
 

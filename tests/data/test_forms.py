@@ -354,7 +354,7 @@ def test_the_check_says_what_looks_wrong(tmp_path, capsys):
     path = write_as(rows, tmp_path / "a.jsonl")
     few, unused, misspelt = check([path]).files[0].advice
     assert few.startswith("300 rows have 1 distinct prompt; is the text to answer in another column?")
-    assert unused == "column 'input' of 300 rows is not used in training; only reward functions get it"
+    assert unused == "column 'input' of 300 rows is not used in training; only rewards get it"
     assert misspelt.startswith("column 'wieght' of 300 rows looks like 'weight'")
     assert main([path]) == 0 and "look at a.jsonl: 300 rows have 1 distinct prompt" in capsys.readouterr().out
     assert advice(load_records(write_as([CASES["label"](i)[0] for i in range(9)], tmp_path / "b.jsonl")).rows) == []

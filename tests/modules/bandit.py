@@ -37,7 +37,7 @@ class Bandit:
     @torch.no_grad()
     def log_probs(self, model: LlamaForCausalLM) -> Tensor:
         """Log-probability of each response as a whole, float64, by the stock model."""
-        totals = torch.empty(len(self.responses), dtype=torch.float64)
+        totals = torch.full((len(self.responses),), torch.nan, dtype=torch.float64)
         for length in (1, 2):  # rows without padding
             rows = [row for row, response in enumerate(self.responses) if len(response) == length]
             responses = torch.tensor([self.responses[row] for row in rows])

@@ -30,7 +30,10 @@ PRELOADED = ["lightning.pytorch", "transformers.models.llama.modeling_llama", "r
 
 
 def fork_server() -> Any:
-    """The context of multiprocessing whose processes have :data:`PRELOADED` already; one a session."""
+    """The context of multiprocessing whose processes have :data:`PRELOADED` already; one a session.
+
+    They keep the variables that the server read on import (``RLHF_LIGHTNING_OPS``), and end without exit handlers.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with mock.patch.dict(os.environ, {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}):

@@ -213,7 +213,8 @@ def test_ddp_and_shards_add_the_same_loss_in_two_processes(asking: Path, tmp_pat
     job = {"policy": str(asking), "data": str(tmp_path / "prompts.jsonl"), "batch_size": 5}
     options = {**PPO, "iterations": 1, "optimizer": {"learning_rate": 3e-3}}
     cases = {s: {**job, "options": options, "trainer": {"strategy": s, "devices": 2}} for s in ("ddp", "fsdp2")}
-    ddp, fsdp2 = (results_of_two("ppo_cases.py", cases, tmp_path)[strategy] for strategy in cases)
+    results = results_of_two("ppo_cases.py", cases, tmp_path)
+    ddp, fsdp2 = results["ddp"], results["fsdp2"]
     assert all(metrics["policy/router_loss"] > 0 and metrics["critic/router_loss"] > 0 for metrics in ddp["metrics"])
     for name, weight in ddp["weights"].items():
         torch.testing.assert_close(fsdp2["weights"][name], weight, rtol=1e-3, atol=1e-5, msg=name)

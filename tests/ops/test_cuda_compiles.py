@@ -68,7 +68,9 @@ def tools(nvcc):
     """What the compilers and their headers say they are."""
     programs = [[nvcc], COMPILER]
     said = [subprocess.run([*p, "--version"], capture_output=True, text=True, check=True).stdout for p in programs]
-    return [*said, *map(str, programs), torch.__version__, *cpp_extension.include_paths(), os.environ.get("CPATH")]
+    read = ("CPATH", "CPLUS_INCLUDE_PATH", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+    variables = [os.environ.get(name) for name in read]
+    return [*said, *map(str, programs), torch.__version__, *cpp_extension.include_paths(), *variables]
 
 
 def kept(work: Callable[[], Any], source: Path, *made_of: object) -> Any:

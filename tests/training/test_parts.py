@@ -22,7 +22,7 @@ from rlhf_lightning.training.experience import CriticExperience, Experience, Res
 from rlhf_lightning.training.frozen_reference import FrozenReference
 from rlhf_lightning.training.kl_control import KLController, KLOptions
 from rlhf_lightning.training.objective import ClippedObjective, ObjectiveOptions
-from rlhf_lightning.training.pairs import JudgedPairs, PairLoss, Rows
+from rlhf_lightning.training.pairs import JudgedPairs, Rows
 from rlhf_lightning.training.scoring import checked_scores, settle
 from rlhf_lightning.training.totals import Totals
 
@@ -246,7 +246,7 @@ def test_dpos_loss_is_a_pure_function_of_log_probs_and_reference() -> None:
     """Rafailov et al. 2023, equation 7, with log-ratios of 1.5 and -0.5."""
     loss = DPOModule("no folder", beta=0.5).loss(torch.tensor([-4.5, -3.5]), pairs([-6.0, -3.0]))
     assert float(loss.losses) == pytest.approx(-log_sigmoid(0.5 * (1.5 + 0.5)))
-    assert loss.rewards.tolist() == [0.75, -0.25]
+    assert [float(loss.metrics[f"rewards/{side}"][0]) for side in ("chosen", "rejected")] == [0.75, -0.25]
     ipo = DPOModule("no folder", beta=0.5, loss_type="ipo").loss(torch.tensor([-4.5, -3.5]), pairs([-6.0, -3.0]))
     assert float(ipo.losses) == pytest.approx((1.5 / 3 + 0.5 / 1 - 1 / (2 * 0.5)) ** 2)
 
@@ -272,9 +272,10 @@ def test_ktos_loss_is_that_of_each_response_and_a_pairs_the_mean_of_two(paired: 
     expected = [sum(each) / 2] if paired else each
     torch.testing.assert_close(loss.losses, torch.tensor(expected))
     totals = Totals()
-    loss.add_metrics(totals, torch.ones(len(expected)), "", "_")
-    assert totals.means()["accuracy"] == 1.0
-    assert isinstance(loss, PairLoss) == paired
+    loss.add_to(totals, torch.ones(len(expected)), str)
+    means = totals.means()
+    assert (means["accuracy"], means["rewards/chosen"], means["logps/rejected"]) == (1.0, 0.75, -3.5)
+    assert means["loss"] == pytest.approx(sum(expected) / len(expected)) and ("margin" in means) == paired
 
 
 def test_a_frozen_reference_is_no_part_of_the_module() -> None:

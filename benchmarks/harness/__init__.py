@@ -1,0 +1,1 @@
+"""What all benchmarks share: one clock, one reader of memory, one worker process, one report."""

@@ -1,0 +1,1 @@
+"""The stages of ``bench_operators.py``: cases, inputs, sides, measure, report."""
