@@ -12,10 +12,10 @@ __device__ __forceinline__ void gradient_at(
     const Compute<T>* grad, bool same_grad, const Compute<T>* slope, T* out, int64_t at) {
   using C = Compute<T>;
   const auto slopes = load<n>(slope + at);
-  Pack<C, n> grads{};
+  Vector<C, n> grads{};
   if (!same_grad) grads = load<n>(grad + at);
   const C same = same_grad ? load<1>(grad).at[0] : C(0);
-  Pack<T, n> product;
+  Vector<T, n> product;
 #pragma unroll
   for (int i = 0; i < n; ++i) product.at[i] = from_compute<T>((same_grad ? same : grads.at[i]) * slopes.at[i]);
   store<n>(out + at, product);

@@ -43,10 +43,10 @@ __device__ __forceinline__ void store_wide(C* x, const C (&values)[n]) {
   constexpr int width = n < kVector<C> ? n : kVector<C>;
 #pragma unroll
   for (int i = 0; i < n; i += width) {
-    Pack<C, width> pack;
+    Vector<C, width> vector;
 #pragma unroll
-    for (int j = 0; j < width; ++j) pack.at[j] = values[i + j];
-    store<width>(x + i, pack);
+    for (int j = 0; j < width; ++j) vector.at[j] = values[i + j];
+    store<width>(x + i, vector);
   }
 }
 
@@ -57,7 +57,7 @@ __device__ __forceinline__ void losses_at(const LossArraysOf<T>& arrays, int64_t
   const auto learned = load<n>(arrays.learned + at), old = load<n>(arrays.old + at);
   const auto target = load<n>(arrays.target + at);
   C loss[n], slope[n];
-  Pack<unsigned char, n> clipped;
+  Vector<unsigned char, n> clipped;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     const LossAt<C> here = loss_of(to_compute(learned.at[i]), to_compute(old.at[i]), to_compute(target.at[i]));

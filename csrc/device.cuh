@@ -51,7 +51,7 @@ __device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
 
 // A vector of n elements. One instruction moves it where it takes 1, 2, 4, 8 or 16 bytes.
 template <typename T, int n>
-struct alignas(sizeof(T) * n) Pack {
+struct alignas(sizeof(T) * n) Vector {
   T at[n];
 };
 template <typename T>
@@ -85,29 +85,29 @@ using Word = typename WordOf<static_cast<int>(sizeof(T)) * n>::type;
 // Loads and stores of n elements at an address that is a multiple of their size in bytes. load is for memory that no
 // thread of the kernel writes. The streaming ones are for data that is not used again soon: they leave the cache to the rest.
 template <int n, typename T>
-__device__ __forceinline__ Pack<T, n> load(const T* x) {
+__device__ __forceinline__ Vector<T, n> load(const T* x) {
   const auto word = __ldg(reinterpret_cast<const Word<T, n>*>(x));
-  Pack<T, n> pack;
-  __builtin_memcpy(&pack, &word, sizeof(pack));
-  return pack;
+  Vector<T, n> vector;
+  __builtin_memcpy(&vector, &word, sizeof(vector));
+  return vector;
 }
 template <int n, typename T>
-__device__ __forceinline__ Pack<T, n> load_streaming(const T* x) {
+__device__ __forceinline__ Vector<T, n> load_streaming(const T* x) {
   const auto word = __ldcs(reinterpret_cast<const Word<T, n>*>(x));
-  Pack<T, n> pack;
-  __builtin_memcpy(&pack, &word, sizeof(pack));
-  return pack;
+  Vector<T, n> vector;
+  __builtin_memcpy(&vector, &word, sizeof(vector));
+  return vector;
 }
 template <int n, typename T>
-__device__ __forceinline__ void store(T* x, const Pack<T, n>& pack) {
+__device__ __forceinline__ void store(T* x, const Vector<T, n>& vector) {
   Word<T, n> word;
-  __builtin_memcpy(&word, &pack, sizeof(pack));
+  __builtin_memcpy(&word, &vector, sizeof(vector));
   __stwb(reinterpret_cast<Word<T, n>*>(x), word);  // the default store; the compiler may split a plain assignment into elements
 }
 template <int n, typename T>
-__device__ __forceinline__ void store_streaming(T* x, const Pack<T, n>& pack) {
+__device__ __forceinline__ void store_streaming(T* x, const Vector<T, n>& vector) {
   Word<T, n> word;
-  __builtin_memcpy(&word, &pack, sizeof(pack));
+  __builtin_memcpy(&word, &vector, sizeof(vector));
   __stcs(reinterpret_cast<Word<T, n>*>(x), word);
 }
 

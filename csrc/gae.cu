@@ -2,7 +2,7 @@
 //
 // Launch: one block a row, or a cluster of 2, 4 or 8 blocks a row where the rows are long and few; the grid has
 // rows * cluster blocks in x. A block has 1 to kMaxWarps warps: no more than the row's steps need. In each iteration a block
-// takes one tile of the row, the last tile first. A thread takes kRounds groups of kSteps neighbouring steps of the tile.
+// takes one tile of the row, the last tile first. A thread takes kGroups groups of kSteps neighbouring steps of the tile.
 // Warps exchange results by shuffles, a block's warps through shared memory, a cluster's blocks through distributed shared
 // memory.
 //
@@ -73,52 +73,52 @@ struct Rows {
 
 // Loads n elements from x on, by one vector load or one by one; never reads an element beyond `left`.
 template <int n, bool by_vector, typename T>
-__device__ __forceinline__ Pack<T, n> load_some(const T* x, int left) {
-  Pack<T, n> pack{};
+__device__ __forceinline__ Vector<T, n> load_some(const T* x, int left) {
+  Vector<T, n> vector{};
   if constexpr (by_vector) {
-    if (left >= n) pack = load<n>(x);  // the row is whole vectors, so all n exist or none
+    if (left >= n) vector = load<n>(x);  // the row is whole vectors, so all n exist or none
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      if (i < left) pack.at[i] = load<1>(x + i).at[0];
+      if (i < left) vector.at[i] = load<1>(x + i).at[0];
     }
   }
-  return pack;
+  return vector;
 }
 template <int n, bool by_vector, typename T>
-__device__ __forceinline__ void store_some(T* x, const Pack<T, n>& pack, int left) {
+__device__ __forceinline__ void store_some(T* x, const Vector<T, n>& vector, int left) {
   if constexpr (by_vector) {
-    if (left >= n) store<n>(x, pack);
+    if (left >= n) store<n>(x, vector);
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      if (i < left) store<1>(x + i, Pack<T, 1>{{pack.at[i]}});
+      if (i < left) store<1>(x + i, Vector<T, 1>{{vector.at[i]}});
     }
   }
 }
 
-// A thread's part of one tile: kRounds groups of kSteps steps.
-template <typename T, int kSteps, int kRounds, bool by_vector>
+// A thread's part of one tile: kGroups groups of kSteps steps.
+template <typename T, int kSteps, int kGroups, bool by_vector>
 struct Tile {
   using C = Compute<T>;
-  C difference[kRounds][kSteps];  // reward - value, 0 at a False step
-  C value[kRounds][kSteps];
-  unsigned counted = 0;  // bit round * kSteps + step
-  Map<C> after[kRounds];  // the map of the warp's steps after the group
+  C difference[kGroups][kSteps];  // reward - value, 0 at a False step
+  C value[kGroups][kSteps];
+  unsigned counted = 0;  // bit group * kSteps + step
+  Map<C> after[kGroups];  // the map of the warp's steps after the group
 
   // `at` is the index of the thread's first step in the arrays; `left` counts the steps from it on.
   __device__ void read(const Rows<T>& rows, int64_t at, int left) {
 #pragma unroll
-    for (int round = 0; round < kRounds; ++round, at += kWarp * kSteps, left -= kWarp * kSteps) {
+    for (int group = 0; group < kGroups; ++group, at += kWarp * kSteps, left -= kWarp * kSteps) {
       const auto mask = load_some<kSteps, by_vector>(rows.mask + at, left);
       const auto rewards = load_some<kSteps, by_vector>(rows.rewards + at, left);
       const auto values = load_some<kSteps, by_vector>(rows.values + at, left);
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const bool real = mask.at[step] != 0;
-        value[round][step] = real ? to_compute(values.at[step]) : C(0);
-        difference[round][step] = real ? to_compute(rewards.at[step]) - value[round][step] : C(0);
-        counted |= static_cast<unsigned>(real) << (round * kSteps + step);
+        value[group][step] = real ? to_compute(values.at[step]) : C(0);
+        difference[group][step] = real ? to_compute(rewards.at[step]) - value[group][step] : C(0);
+        counted |= static_cast<unsigned>(real) << (group * kSteps + step);
       }
     }
   }
@@ -128,12 +128,12 @@ struct Tile {
     const int lane = threadIdx.x % kWarp;
     auto warp = identity<C>();
 #pragma unroll
-    for (int round = kRounds - 1; round >= 0; --round) {
+    for (int group = kGroups - 1; group >= 0; --group) {
       auto from_here = identity<C>();  // at first the map of this lane's steps, in the end that of all lanes from this one on
 #pragma unroll
       for (int step = kSteps - 1; step >= 0; --step) {
-        if ((counted >> (round * kSteps + step) & 1u) == 0) continue;
-        const C own = fma(by.decay, difference[round][step], by.discount * value[round][step]);
+        if ((counted >> (group * kSteps + step) & 1u) == 0) continue;
+        const C own = fma(by.decay, difference[group][step], by.discount * value[group][step]);
         from_here = {from_here.count + 1, fma(by.decay, from_here.offset, own)};
       }
 #pragma unroll
@@ -145,7 +145,7 @@ struct Tile {
       }
       const Map<C> next{
           __shfl_down_sync(kAllLanes, from_here.count, 1), __shfl_down_sync(kAllLanes, from_here.offset, 1)};
-      after[round] = lane + 1 < kWarp ? composed(warp, next, by) : warp;
+      after[group] = lane + 1 < kWarp ? composed(warp, next, by) : warp;
       const Map<C> whole{
           __shfl_sync(kAllLanes, from_here.count, 0), __shfl_sync(kAllLanes, from_here.offset, 0)};
       warp = composed(warp, whole, by);
@@ -157,16 +157,16 @@ struct Tile {
   __device__ void write(
       const Rows<T>& rows, int64_t at, int left, const Factors<C>& by, C bootstrap) const {
 #pragma unroll
-    for (int round = 0; round < kRounds; ++round, at += kWarp * kSteps, left -= kWarp * kSteps) {
-      Pack<C, kSteps> advantages, returns;
-      C next = after[round](bootstrap, by);
+    for (int group = 0; group < kGroups; ++group, at += kWarp * kSteps, left -= kWarp * kSteps) {
+      Vector<C, kSteps> advantages, returns;
+      C next = after[group](bootstrap, by);
 #pragma unroll
       for (int step = kSteps - 1; step >= 0; --step) {
-        const bool real = counted >> (round * kSteps + step) & 1u;
-        const C advantage = difference[round][step] + next;
+        const bool real = counted >> (group * kSteps + step) & 1u;
+        const C advantage = difference[group][step] + next;
         advantages.at[step] = real ? advantage : C(0);
-        returns.at[step] = real ? advantage + value[round][step] : C(0);
-        if (real) next = fma(by.discount, value[round][step], by.decay * advantage);
+        returns.at[step] = real ? advantage + value[group][step] : C(0);
+        if (real) next = fma(by.discount, value[group][step], by.decay * advantage);
       }
       store_some<kSteps, by_vector>(rows.advantages + at, advantages, left);
       store_some<kSteps, by_vector>(rows.returns + at, returns, left);
@@ -205,7 +205,7 @@ template <typename T, int kSteps, bool by_vector>
 constexpr int kBlocksPerMultiprocessor = kSteps > 1 && by_vector && sizeof(T) < 8 ? 5 : 3;
 
 // Block i of a cluster of `cluster` blocks takes tiles i, i + cluster, ... of the cluster's row, counted from the row's end.
-template <typename T, int kSteps, int kRounds, bool by_vector>
+template <typename T, int kSteps, int kGroups, bool by_vector>
 __global__ void __launch_bounds__(kMaxWarps * kWarp, kBlocksPerMultiprocessor<T, kSteps, by_vector>) gae_kernel(
     const Rows<T> rows, int64_t steps, int cluster, const Factors<Compute<T>> by) {
   using C = Compute<T>;
@@ -213,32 +213,32 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, kBlocksPerMultiprocessor<T,
   static_assert(std::is_trivially_default_constructible_v<Map<C>>, "shared memory is not initialised");
   __shared__ Map<C> of_warp[2][kMaxWarps], of_tile[2];
   const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, rank = blockIdx.x % cluster;
-  constexpr int kRun = kSteps * kRounds * kWarp;
+  constexpr int kRun = kSteps * kGroups * kWarp;
   const int tiles = static_cast<int>((steps + kRun * warps - 1) / (kRun * warps));
 
   C bootstrap = 0;  // B of the first step after this iteration's tiles
-  int turn = 0;
-  for (int done = 0; done < tiles; done += cluster, turn ^= 1) {
+  int buffer = 0;
+  for (int done = 0; done < tiles; done += cluster, buffer ^= 1) {
     const int tile = tiles - 1 - done - rank;  // negative in the last iteration where the tiles run out
     const int64_t start = (static_cast<int64_t>(tile) * warps + warp) * kRun + threadIdx.x % kWarp * kSteps;
     const int left = tile < 0 ? 0 : static_cast<int>(min(steps - start, static_cast<int64_t>(kRun)));
     const int64_t at = blockIdx.x / cluster * steps + start;
-    Tile<T, kSteps, kRounds, by_vector> mine;
+    Tile<T, kSteps, kGroups, by_vector> mine;
     mine.read(rows, at, left);
     const Map<C> own = mine.scan(by);
-    if (threadIdx.x % kWarp == 0) of_warp[turn][warp] = own;
+    if (threadIdx.x % kWarp == 0) of_warp[buffer][warp] = own;
     __syncthreads();
     auto later = identity<C>(), whole = identity<C>();  // the maps of the warps after this one, and of all warps
     for (int w = warps - 1; w >= 0; --w) {
       if (w == warp) later = whole;
-      whole = composed(whole, of_warp[turn][w], by);
+      whole = composed(whole, of_warp[buffer][w], by);
     }
     C here = bootstrap;  // B of the first step after this tile
     if (cluster == 1) {
       bootstrap = whole(bootstrap, by);
     } else {
-      if (threadIdx.x == 0) of_tile[turn] = whole;
-      const Map<C> map = maps_of_cluster(&of_tile[turn], cluster);
+      if (threadIdx.x == 0) of_tile[buffer] = whole;
+      const Map<C> map = maps_of_cluster(&of_tile[buffer], cluster);
       for (int i = 0; i < cluster; ++i) {
         if (i == rank) here = bootstrap;
         const Map<C> other{__shfl_sync(kAllLanes, map.count, i), __shfl_sync(kAllLanes, map.offset, i)};
@@ -267,12 +267,12 @@ cudaError_t choose_cluster(Kernel* kernel, int64_t rows, int64_t tiles, int& clu
   return cudaSuccess;
 }
 
-template <typename T, int kSteps, int kRounds, bool by_vector>
+template <typename T, int kSteps, int kGroups, bool by_vector>
 cudaError_t launch_shape(const GaeArrays& a, double gamma, double lam, cudaStream_t stream) {
   using C = Compute<T>;
-  constexpr int64_t kRun = kSteps * kRounds * kWarp;
+  constexpr int64_t kRun = kSteps * kGroups * kWarp;
   const int64_t warps = std::min<int64_t>(kMaxWarps, (a.steps + kRun - 1) / kRun);
-  const auto kernel = gae_kernel<T, kSteps, kRounds, by_vector>;
+  const auto kernel = gae_kernel<T, kSteps, kGroups, by_vector>;
   int cluster;
   const cudaError_t error =
       choose_cluster(kernel, a.rows, (a.steps + kRun * warps - 1) / (kRun * warps), cluster);

@@ -21,7 +21,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kPacks = 4;   // 16-byte vectors that a thread loads together
+constexpr int kVectors = 4;   // 16-byte vectors that a thread loads together
 constexpr int kDigit = 4;   // bits of a key that a pass of select() finds
 constexpr int kSteps = (1 << kDigit) - 1;
 
@@ -68,28 +68,28 @@ struct Row {
 
   // Calls f(values, index of each vector's first) over this warp's segment; beyond its end the values are -inf.
   template <typename F>
-  __device__ __forceinline__ void packs(const F& f) const {
+  __device__ __forceinline__ void vectors(const F& f) const {
     const int begin = begin_of(warp()), end = begin_of(warp() + 1);
-    for (int first = begin; first < end; first += kPacks * kStride) {
-      Pack<T, kWidth> pack[kPacks];
-      A value[kPacks][kWidth];
-      int at[kPacks];
+    for (int first = begin; first < end; first += kVectors * kStride) {
+      Vector<T, kWidth> vector[kVectors];
+      A value[kVectors][kWidth];
+      int at[kVectors];
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
         at[i] = first + i * kStride + lane() * kWidth;
         if (by_vector && end - at[i] >= kWidth) {
-          pack[i] = load<kWidth>(x + at[i]);
+          vector[i] = load<kWidth>(x + at[i]);
         } else {
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) {
-            pack[i].at[j] = at[i] + j < end ? load<1>(x + at[i] + j).at[0] : from_compute<T>(A(-INFINITY));
+            vector[i].at[j] = at[i] + j < end ? load<1>(x + at[i] + j).at[0] : from_compute<T>(A(-INFINITY));
           }
         }
       }
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) value[i][j] = to_compute(pack[i].at[j]);
+        for (int j = 0; j < kWidth; ++j) value[i][j] = to_compute(vector[i].at[j]);
       }
       f(value, at, end);
     }
@@ -97,9 +97,9 @@ struct Row {
   // Calls f(value, index) for each column of this warp's segment.
   template <typename F>
   __device__ __forceinline__ void each(const F& f) const {
-    packs([&](const A(&value)[kPacks][kWidth], const int(&at)[kPacks], int end) {
+    vectors([&](const A(&value)[kVectors][kWidth], const int(&at)[kVectors], int end) {
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
           if (at[i] + j < end) f(value[i][j], at[i] + j);
@@ -112,10 +112,10 @@ struct Row {
   __device__ void statistics() {
     const auto power_of = [](auto d) { return exp2_of(d); };
     auto own = empty_state<A>();
-    packs([&](const A(&value)[kPacks][kWidth], const int(&at)[kPacks], int) {
-      A kept[kPacks][kWidth], top = own.max;
+    vectors([&](const A(&value)[kVectors][kWidth], const int(&at)[kVectors], int) {
+      A kept[kVectors][kWidth], top = own.max;
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
           kept[i][j] = passes(value[i][j], at[i] + j) ? value[i][j] : A(-INFINITY);
@@ -124,7 +124,7 @@ struct Row {
       }
       raise(own, top, scale, power_of);
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
+      for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
           const A d = maximum((kept[i][j] - top) * scale, kLowest<A>);

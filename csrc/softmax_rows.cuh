@@ -43,10 +43,10 @@ __device__ __forceinline__ void widen(const uint4& word, Compute<T> (&values)[kV
       values[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
     }
   } else {
-    Pack<T, kVector<T>> pack;
-    __builtin_memcpy(&pack, &word, sizeof(pack));
+    Vector<T, kVector<T>> vector;
+    __builtin_memcpy(&vector, &word, sizeof(vector));
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) values[i] = to_compute(pack.at[i]);
+    for (int i = 0; i < kVector<T>; ++i) values[i] = to_compute(vector.at[i]);
   }
 }
 

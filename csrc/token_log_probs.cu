@@ -56,7 +56,7 @@ __device__ __forceinline__ unsigned int larger_pair(unsigned int a, unsigned int
   }
   return c;
 #else
-  Pack<T, 2> x, y;
+  Vector<T, 2> x, y;
   __builtin_memcpy(&x, &a, sizeof(x));
   __builtin_memcpy(&y, &b, sizeof(y));
   for (int i = 0; i < 2; ++i) x.at[i] = from_compute<T>(larger(to_compute(x.at[i]), to_compute(y.at[i])));
@@ -112,11 +112,11 @@ __device__ __forceinline__ void add(State<Compute<T>>& state, const uint4 (&word
 // A 16-byte vector of x and otherwise -inf, which adds nothing.
 template <typename T>
 __device__ __forceinline__ uint4 word_of(T x) {
-  Pack<T, kVector<T>> pack;
+  Vector<T, kVector<T>> vector;
 #pragma unroll
-  for (int i = 0; i < kVector<T>; ++i) pack.at[i] = i == 0 ? x : from_compute<T>(-Compute<T>(INFINITY));
+  for (int i = 0; i < kVector<T>; ++i) vector.at[i] = i == 0 ? x : from_compute<T>(-Compute<T>(INFINITY));
   uint4 word;
-  __builtin_memcpy(&word, &pack, sizeof(word));
+  __builtin_memcpy(&word, &vector, sizeof(word));
   return word;
 }
 

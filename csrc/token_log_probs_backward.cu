@@ -57,10 +57,10 @@ __device__ __forceinline__ void write_words(
       if (word >= count) continue;
       Compute<T> values[kVector<T>];
       widen<T>(words[i], values);
-      Pack<T, kVector<T>> pack;
+      Vector<T, kVector<T>> vector;
 #pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) pack.at[j] = from_compute<T>(gradient(values[j]));
-      store(out + static_cast<int64_t>(word) * kVector<T>, pack);
+      for (int j = 0; j < kVector<T>; ++j) vector.at[j] = from_compute<T>(gradient(values[j]));
+      store(out + static_cast<int64_t>(word) * kVector<T>, vector);
     }
   }
 }
