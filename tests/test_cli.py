@@ -123,6 +123,9 @@ def test_keys_have_lines_and_no_init_args(tmp_path: Path) -> None:
         ("model.kl_coeff", " (did you mean --model.kl.coef?)"),
         ("trainer.max_epoch", " (did you mean --trainer.max_epochs?)"),
         ("num_train_epochs", " (did you mean --trainer.max_epochs?)"),
+        ("trainer.epochs", " (did you mean --trainer.max_epochs?)"),
+        ("kl_beta", " (did you mean --model.kl.coef?)"),
+        ("data.file", " (did you mean --data.path?)"),
         ("banana", ""),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -99,14 +100,18 @@ def test_the_reward_in_the_readme(fit: Fit) -> None:
     assert line["objective/scores"] <= 1.0
 
 
-def test_the_script_in_the_readme(tmp_path: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_in_the_readme(
+    tmp_path: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["fish", "food", "milk", "birds"]
     rows = [{"prompt": f"the {word}", "chosen": "is good", "rejected": "is bad"} for word in words * 10]
     Path("prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    Path("prompts.jsonl").write_text('{"prompt": "the fish"}\n{"prompt": "the milk"}\n', encoding="utf-8")
     _, script = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
     assert script.count("MODEL") == 1
     exec(script.replace("MODEL", str(tiny_policy_dir)), {})
+    assert len(ast.literal_eval(capsys.readouterr().out.splitlines()[-1])) == 2
     before, after = (load_causal_lm(folder).state_dict() for folder in (tiny_policy_dir, Path("runs/mine/model")))
     assert any(not torch.equal(before[name], weight) for name, weight in after.items())

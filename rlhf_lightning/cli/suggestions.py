@@ -25,10 +25,13 @@ _ELSEWHERE = {
     "epsilon": "objective.clip_low",
     "epsilon_high": "objective.clip_high",
     "eval_steps": "val_check_interval",
+    "file": "data.path",
     "fp16": "precision",
     "gradient_accumulation_steps": "accumulate_grad_batches",
     "gae_lambda": "advantages.lam",
     "init_kl_coef": "kl.coef",
+    "kl_beta": "kl.coef",
+    "kl_penalty_coef": "kl.coef",
     "logging_steps": "log_every_n_steps",
     "lora_r": "lora.rank",
     "lora_target_modules": "lora.targets",
@@ -80,8 +83,23 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     if rest and head not in heads and (near_head := nearest(head, heads)):
         near: str | None = f"{near_head}.{rest}" if f"{near_head}.{rest}" in known else near_head
     else:
-        near = _elsewhere(name, known) or _nearest_end(name, known) or nearest(name, known)
+        near = _in_section(name, known) or _elsewhere(name, known) or _nearest_end(name, known) or nearest(name, known)
     return f" (did you mean {prefix}{near}?)" if near else ""
+
+
+def _in_section(name: str, known: list[str]) -> str | None:
+    """The known name of another section than the model's with ``name``'s last part as its last word.
+
+    ``trainer.epochs`` finds ``trainer.max_epochs``, and not an option of PPO.
+    """
+    head, _, last = name.partition(".")
+    return next(
+        (other for other in known if head != "model" and other.endswith(f"_{last}") and _head(other) == head), None
+    )
+
+
+def _head(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _elsewhere(name: str, known: list[str]) -> str | None:

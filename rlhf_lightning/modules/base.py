@@ -392,4 +392,4 @@ class RLHFModule(LightningModule):
 
 
 # `__new__` comes first where Python looks for a class's signature; the constructor's is the one to show.
-RLHFModule.__new__.__signature__ = inspect.signature(RLHFModule.__init__)  # type: ignore[attr-defined]
+RLHFModule.__new__.__signature__ = inspect.signature(RLHFModule.__init__, eval_str=True)  # type: ignore[attr-defined]

@@ -128,6 +128,11 @@ class Sampler:
             InputError: there is no policy yet, or a process has no prompt.
             TrainingDiverged: logits were NaN or infinite, on whichever process.
         """
+        if not isinstance(prompts, PromptBatch):
+            raise InputError(
+                f"generate: takes a PromptBatch, not a {type(prompts).__name__}; PreferenceDataModule(FILE).prepare("
+                "module.data_view, module.tokenizer, 'predict').predict_dataloader() gives them"
+            )
         policy = host.policy
         if policy is None:
             raise InputError(f"{type(host).__name__}: there is no model yet; call configure_model() first")

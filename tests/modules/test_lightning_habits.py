@@ -74,6 +74,8 @@ def test_generate_and_forward_without_a_trainer(tiny_policy_dir: Path) -> None:
     with pytest.raises(InputError, match="SFTModule: there is no model yet; call configure_model"):
         module(torch.tensor([[4, 5]]))
     module.configure_model()
+    with pytest.raises(InputError, match=r"generate: takes a PromptBatch, not a list; PreferenceDataModule\(FILE\)"):
+        module.generate(["a question"])
     rollout = module.generate(prompts(3))
     scores = module(rollout.tokens, rollout.lengths, rollout.prompt_lengths)
     torch.testing.assert_close(scores.log_probs, rollout.log_probs, atol=1e-5, rtol=1e-4)
