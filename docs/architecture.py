@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -29,6 +30,48 @@ FLOW = """
                                       |
                                       +--> modules/dpo, kto, orpo, simpo: no sampling, no reward model
 """
+
+
+# What people come to change, and the file that has it; a test holds that the files are there.
+PLACES = {
+    "the KL estimators": "algorithms/kl.py",
+    "the KL penalty, its coefficient": "training/kl_control.py",
+    "the normalisation and penalties of scores": "training/shaping.py",
+    "advantages and returns": "training/credit.py",
+    "the clipped loss": "training/objective.py",
+    "where a critic starts": "training/critic.py",
+    "minibatches and micro-batches": "training/minibatches.py",
+    "the learning-rate schedule": "training/optimizer.py",
+    "how training, validation and predict sample": "training/sampler.py",
+    "the decode loop": "rollout/native.py",
+    "LoRA's options; its layers": "models/building.py`, `models/lora.py",
+    "what a checkpoint holds": "modules/base.py`, `modules/on_policy.py",
+    "when checkpoints are saved": "callbacks/checkpoints.py",
+    "the progress line": "callbacks/progress.py",
+    "a form of rows that data may have": "data/forms.py",
+    "chat templates": "models/template.py`, `data/conversations.py",
+    "`did you mean` hints": "cli/suggestions.py",
+    "the report of evaluate and demo": "evaluation/present.py`, `evaluation/html_report.py",
+}
+
+
+def places() -> list[str]:
+    """`PLACES` as a table."""
+    for files in PLACES.values():
+        for file in files.split("`, `"):
+            assert (PACKAGE / file).exists(), file
+    return ["| to change | open |", "|---|---|", *(f"| {what} | `{files}` |" for what, files in PLACES.items())]
+
+
+def data_files() -> list[str]:
+    """The files of data/, the largest folder, with the first sentence of each."""
+    rows = ["| file | what it does |", "|---|---|"]
+    for path in sorted((PACKAGE / "data").glob("*.py")):
+        told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        first = re.split(r"(?<=\.)\s", " ".join(told.split("\n\n")[0].split()), maxsplit=1)[0]
+        if path.name != "__init__.py":
+            rows.append(f"| `{path.name}` | {first} |")
+    return rows
 
 
 def floors() -> list[str]:
@@ -121,12 +164,16 @@ def page() -> str:
     """The whole text."""
     return "\n".join(
         [
-            "# The house",
+            "# Architecture",
             "",
             "Made from the code by `python docs/architecture.py`.",
             "",
             "## How data flows",
             FLOW,
+            "## Where things are changed",
+            "",
+            *places(),
+            "",
             "## The floors",
             "",
             "An import points to a lower floor, or stays on its own. `tests/test_structure.py` holds it.",
@@ -147,6 +194,10 @@ def page() -> str:
             "",
             "`modules/ppo.py` has it on one screen. Where its calls lead:",
             *iteration(),
+            "",
+            "## The files of data/",
+            "",
+            *data_files(),
             "",
         ]
     )

@@ -321,7 +321,7 @@ class PreferenceDataModule(LightningDataModule):
                 encoder.borders["merged"]
             )
         if encoder.borders["compared"] < encoder.borders["sequences"]:
-            self.noted["sequences whose tokens were checked, a sample"] = encoder.borders["compared"]
+            self.noted["sequences in the sample whose tokens were checked"] = encoder.borders["compared"]
         if not examples:
             raise self._nothing_left(records, purpose)
         return examples
