@@ -40,6 +40,7 @@ from rlhf_lightning.training.critic import CriticOptions
 from rlhf_lightning.training.kl_control import KLOptions
 from rlhf_lightning.training.objective import ClippedObjective, ObjectiveOptions
 from rlhf_lightning.training.optimizer import AdamWOptions
+from rlhf_lightning.training.pairs import preference_losses
 
 WORD: Any = "no_such_word"
 ONES = torch.ones(2)
@@ -105,6 +106,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "training.critic.CriticOptions(kind)": lambda: CriticOptions(kind=WORD),
     "training.kl_control.KLOptions(estimator)": lambda: KLOptions(estimator=WORD),
     "training.kl_control.KLOptions(loss_estimator)": lambda: KLOptions(loss_coef=1.0, loss_estimator=WORD),
+    "models.policy.Policy(critic)": lambda: Policy(LlamaForCausalLM(make_config()), WORD),
+    "training.pairs.preference_losses(kind)": lambda: preference_losses(ONES, ONES, 0.1, WORD, 0.0),
     "training.objective.ObjectiveOptions(normalisation)": lambda: ObjectiveOptions(normalisation=WORD),
     "training.objective.ObjectiveOptions(old_log_probs)": lambda: ObjectiveOptions(old_log_probs=WORD),
     "training.optimizer.AdamWOptions(schedule)": lambda: AdamWOptions(schedule=WORD),
@@ -112,7 +115,6 @@ CALLS: dict[str, Callable[[], Any]] = {
 
 # Not called here.
 SPARED = (
-    "models.policy.Policy(critic)",
     "models.building.ModelFactory.policy(critic)",  # hands it on to that one
     "demo.methods.Method(kind)",  # made in its own file alone, which --help loads and which so imports nothing
 )

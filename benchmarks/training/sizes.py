@@ -68,7 +68,7 @@ PROFILED: dict[str, tuple[Size, str, dict[str, Any]]] = {
     "smollm2": (
         replace(SIZES["smollm2"], prompts=8, prompt=(40, 80), minibatches=2, response=(16, 48)),
         "bf16-mixed",
-        {"epochs": 1, "critic": 4, "micro_batch_tokens": 2048},
+        {"epochs": 1, "critic": "head", "micro_batch_tokens": 2048},
     ),
 }
 

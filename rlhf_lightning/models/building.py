@@ -131,7 +131,7 @@ class ModelFactory:
     # Under LoRA: folder and fingerprint of the weights that each adapter stands beside.
     bases: list[tuple[str, str]] = field(default_factory=list)
 
-    def policy(self, folder: str, critic: Literal["head"] | int | None = None, *, frozen: bool = False) -> Policy:
+    def policy(self, folder: str, critic: Literal["head"] | None = None, *, frozen: bool = False) -> Policy:
         """A causal LM, for training or frozen.
 
         A frozen model is on this process's device already. Keep it outside of the module tree: then it is in no
@@ -220,9 +220,4 @@ class ModelFactory:
             raise InputError(
                 "model.network.compile_layers: the routers' auxiliary loss, which the model's config asks for, needs "
                 f"layers that are not compiled; set it to false, {way_out}"
-            )
-        if isinstance(model, Policy) and model.branch is not None:
-            raise InputError(
-                "model.critic.kind: a branch of the policy's layers has no auxiliary loss of its routers, which the "
-                f"model's config asks for; use model or head, {way_out}"
             )

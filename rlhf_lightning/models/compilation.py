@@ -11,7 +11,6 @@ from rlhf_lightning.models.layers import decoder_layers
 from rlhf_lightning.models.packing import attention_is_compiled_around
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
-from rlhf_lightning.models.sharding import trunks
 
 # A layer is compiled once for each mode: trained or frozen, with gradients or without, packed or padded. After 8 modes
 # torch would stop compiling and run the layer as it is.
@@ -28,9 +27,8 @@ def compile_layers(module: Policy | ScalarModel) -> None:
 
     config.recompile_limit = max(config.recompile_limit, _VARIANTS)
     attention_is_compiled_around()
-    for trunk in trunks(module):
-        for layer in decoder_layers(trunk)[1]:
-            layer.compile(dynamic=True)
+    for layer in decoder_layers(module.model.base_model)[1]:
+        layer.compile(dynamic=True)
 
 
 @contextmanager

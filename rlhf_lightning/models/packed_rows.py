@@ -30,17 +30,14 @@ class Beginnings(NamedTuple):
         return int(self.lengths.sum() - self.shared.sum())
 
 
-def beginnings(inputs: Tensor, lengths: Tensor) -> Beginnings:
+def beginnings(tokens: Tensor, lengths: Tensor) -> Beginnings:
     """Finds the first tokens that right-padded rows have in common.
 
     Args:
-        inputs: token ids ``[B, S]`` int64, or embeddings ``[B, S, H]``, which are taken to have nothing in common.
+        tokens: ``[B, S]`` int64.
         lengths: ``[B]`` int64; S where they are larger.
     """
-    lengths = lengths.cpu().clamp(max=inputs.shape[1])
-    if inputs.dim() == 3:
-        return Beginnings(lengths, torch.arange(len(lengths)), torch.zeros_like(lengths))
-    tokens = inputs.cpu()
+    lengths, tokens = lengths.cpu().clamp(max=tokens.shape[1]), tokens.cpu()
     ids = tokens.numpy().astype(">u4")  # big-endian, so that bytes sort as the numbers do
     rows = [row[:length].tobytes() for row, length in zip(ids, lengths.tolist(), strict=True)]
     order = torch.tensor(sorted(range(len(rows)), key=rows.__getitem__), dtype=torch.int64)

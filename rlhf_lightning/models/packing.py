@@ -66,59 +66,54 @@ def attention_is_compiled_around() -> None:
 
 def hidden_states(
     trunk: PreTrainedModel,
-    inputs: Tensor,
+    tokens: Tensor,
     lengths: Tensor,
     packs: bool,
-    below: int | None = None,
     routers: Routers | None = None,
-) -> tuple[Tensor | None, Tensor]:
+) -> Tensor:
     """The trunk's hidden states of right-padded rows, packed where that saves enough.
 
     No attention mask: in a causal model the real tokens of a right-padded row never see the padding after them, and
     without a mask the attention kernels take their fast causal path.
 
     Args:
-        inputs: token ids ``[B, S]`` int64, or what stands for their embeddings, ``[B, S, H]``.
+        tokens: ``[B, S]`` int64.
         lengths: ``[B]`` int64; S where they are larger.
         packs: whether this trunk's layers can be called without padding, see `can_pack`.
-        below: the hidden state that many layers below the last is wanted too.
         routers: remember what the trunk's routers say, where the pass has a gradient.
 
-    Returns: the state below (None where none is wanted) and the last one, ``[B, S, H]`` each; past a row's end they
-        are finite numbers without a meaning, which must get no gradient.
+    Returns: the last hidden states, ``[B, S, H]``; past a row's end they are finite numbers without a meaning, which
+        must get no gradient.
 
     Raises:
         InputError: rows past the length up to which the trunk's positions do not depend on the rows beside them.
     """
     if rope_limit(trunk.config) is not None:
-        longest, width = int(lengths.max()), inputs.shape[1]
+        longest, width = int(lengths.max()), tokens.shape[1]
         check_length(trunk, longest, trunk.name_or_path or "model")
         if longest < width:  # padding would count as positions that are taken
-            low, last = hidden_states(trunk, inputs[:, :longest], lengths, packs, below, routers)
-            fill = (0, 0, 0, width - longest)
-            return None if low is None else nn.functional.pad(low, fill), nn.functional.pad(last, fill)
-    name = "input_ids" if inputs.dim() == 2 else "inputs_embeds"
-    arguments: dict[str, Any] = {"use_cache": False, "output_hidden_states": below is not None}
+            states = hidden_states(trunk, tokens[:, :longest], lengths, packs, routers)
+            return nn.functional.pad(states, (0, 0, 0, width - longest))
+    arguments: dict[str, Any] = {"use_cache": False}
     arguments |= routing(trunk, routers is not None and torch.is_grad_enabled())
-    width = inputs.shape[1]
+    rows, width = tokens.shape
     packed = None
     with torch.device("cpu"):  # where indices are made; Lightning's default device is another
-        begin = beginnings(inputs, lengths) if packs else None
-        if begin is not None and 0 < begin.size < _WORTH * inputs.shape[0] * width:
-            packed = PackedRows(begin, width, inputs.device)
+        begin = beginnings(tokens, lengths) if packs else None
+        if begin is not None and 0 < begin.size < _WORTH * rows * width:
+            packed = PackedRows(begin, width, tokens.device)
     if packed is not None:
+        arguments |= {"input_ids": packed.pack(tokens), "position_ids": packed.positions, "packed": packed}
         with attention_of(trunk, _NAME):
-            output = trunk(**{name: packed.pack(inputs)}, position_ids=packed.positions, packed=packed, **arguments)
-        if routers is not None:
-            routers.remember(output, lengths, inputs.shape, packed.slots)
-        found = None if below is None else packed.spread(output.hidden_states[-1 - below])
-        return found, packed.spread(output.last_hidden_state)
-    if takes_positions(trunk):
-        arguments["position_ids"] = torch.arange(width, device=inputs.device).expand(inputs.shape[:2])
-    output = trunk(**{name: inputs}, **arguments)
+            output = trunk(**arguments)
+    else:
+        if takes_positions(trunk):
+            arguments["position_ids"] = torch.arange(width, device=tokens.device).expand(rows, width)
+        output = trunk(input_ids=tokens, **arguments)
     if routers is not None:
-        routers.remember(output, lengths, inputs.shape)
-    return None if below is None else output.hidden_states[-1 - below], output.last_hidden_state
+        routers.remember(output, lengths, tokens.shape, None if packed is None else packed.slots)
+    states = output.last_hidden_state
+    return states if packed is None else packed.spread(states)
 
 
 def takes_positions(trunk: PreTrainedModel) -> bool:
@@ -137,9 +132,9 @@ def can_pack(trunk: PreTrainedModel) -> bool:
     device = next(trunk.parameters()).device
     tokens = torch.arange(8, device=device).view(2, 4) % min(8, trunk.config.get_text_config().vocab_size)
     lengths = torch.tensor([4, 2], device=device)
-    expected = hidden_states(trunk, tokens, lengths, packs=False)[1]
+    expected = hidden_states(trunk, tokens, lengths, packs=False)
     try:
-        got = hidden_states(trunk, tokens, lengths, packs=True)[1]
+        got = hidden_states(trunk, tokens, lengths, packs=True)
     except Exception:  # whatever a model's code makes of arguments that it does not know
         return False
     real = torch.arange(4, device=device) < lengths[:, None]

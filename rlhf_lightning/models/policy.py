@@ -7,7 +7,6 @@ parameters (FSDP2), so nothing outside may touch ``policy.model``'s weights to c
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Cache, PreTrainedModel
 
-from rlhf_lightning.errors import InputError
-from rlhf_lightning.models.head import Head, head_rows, probe, weighted_loss
-from rlhf_lightning.models.layers import decoder_layers, embedding_weight, linear_in_full_precision, nearly_equal
+from rlhf_lightning.errors import InputError, check_choice
+from rlhf_lightning.models.head import Head, head_rows, weighted_loss
+from rlhf_lightning.models.layers import embedding_weight, linear_in_full_precision
 from rlhf_lightning.models.loading import draw_head
 from rlhf_lightning.models.lora import adapter_off
 from rlhf_lightning.models.packing import can_pack, hidden_states, takes_positions
@@ -45,10 +44,9 @@ class Policy(nn.Module):
 
     Args:
         model: the causal LM; kept as ``policy.model``.
-        critic: None; ``"head"``: one linear layer on the trunk's last hidden state; an int N: a copy of the last N
-            layers that starts from the hidden state below them, and a linear layer on top. Either head starts from
+        critic: None; or ``"head"``, one linear layer on the trunk's last hidden state, which starts from
             N(0, 1 / (H + 1)), or from ``load_critic_head``. The critic's loss reaches the shared trunk; scale it, or
-            detach by using a critic of its own.
+            take a critic that is a model of its own.
         seed: of the critic head's draw.
         ids: the ids that have a token (``loading.token_ids``); None: all that the head has rows for. The others are
             never sampled, have no share in any probability, and get no gradient from the head.
@@ -64,14 +62,13 @@ class Policy(nn.Module):
         routers: who sets them (``routers.find_routers``) has to take their loss after every pass with a gradient.
 
     Raises:
-        InputError: the branch does not reproduce the trunk (it adds positions to its inputs, say), or a critic is to
-            share the trunk of a model whose head cannot be run apart.
+        InputError: a critic is to share the trunk of a model whose head cannot be run apart.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        critic: Literal["head"] | int | None = None,
+        critic: Literal["head"] | None = None,
         seed: int = 0,
         ids: Sequence[int] | None = None,
     ) -> None:
@@ -82,20 +79,15 @@ class Policy(nn.Module):
         self.routers: Routers | None = None
         self.vocabulary = Vocabulary(head_rows(model), ids)
         self.head = Head(model, self.vocabulary)
-        self._branch_layers = 0
-        self.branch: nn.Module | None = None
         self.critic_head: nn.Linear | None = None
         if critic is None:
             return
+        check_choice("critic", critic, Literal["head"])
         if not self.head.alone:
             raise InputError(
                 f"critic: {type(model).__name__} cannot share its trunk with a critic, because its head cannot be run "
                 "apart from it: use model.critic.kind: model, a critic model of its own"
             )
-        if critic != "head":
-            self._branch_layers = _checked_depth(critic, len(decoder_layers(self._trunk)[1]))
-            self.branch = _branch(self._trunk, self._branch_layers)
-            self._check_branch()
         embeddings = embedding_weight(model)
         self.critic_head = nn.Linear(self.head.width, 1, device=embeddings.device, dtype=embeddings.dtype)
         draw_head(self.critic_head, seed)
@@ -141,15 +133,14 @@ class Policy(nn.Module):
         columns = prompt_lengths[rows] - 1 + slots
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             with contextlib.nullcontext() if adapted else adapter_off(self):
-                below, last, logits = self._pass(tokens, lengths)
+                states, logits = self._pass(tokens, lengths)
             targets = tokens[rows, columns + 1]
             if logits is None:
-                log_probs, entropy = self.head.score(last[rows, columns], targets, temperature)
+                log_probs, entropy = self.head.score(states[rows, columns], targets, temperature)
             else:
                 log_probs, entropy = token_log_probs(logits[rows, columns], targets, temperature)
         values = None
         if self.critic_head is not None and adapted:
-            states = last if self.branch is None else self._branch_states(below, lengths)
             # One state more than there are response tokens: a truncated response is bootstrapped from the one after.
             known = response_mask(prompt_lengths, lengths + 1)
             rows, slots = known.nonzero(as_tuple=True)
@@ -181,7 +172,7 @@ class Policy(nn.Module):
         rows, slots = mask.nonzero(as_tuple=True)
         columns = prompt_lengths[rows] - 1 + slots
         targets = tokens[rows, columns + 1]
-        _, states, logits = self._pass(tokens, lengths)
+        states, logits = self._pass(tokens, lengths)
         if logits is None:
             loss, log_probs = self.head.cross_entropy(states[rows, columns], targets, weights[mask])
         else:
@@ -238,9 +229,7 @@ class Policy(nn.Module):
             InputError: there is no critic head, or the reward model has another width.
         """
         if self.critic_head is None:
-            raise InputError(
-                "the policy has no critic head to initialise: set model.critic.kind to 'head' or a number of layers"
-            )
+            raise InputError("the policy has no critic head to initialise: set model.critic.kind to head")
         if weight.shape != self.critic_head.weight.shape:
             raise InputError(
                 f"critic head {list(self.critic_head.weight.shape)} cannot start from score {list(weight.shape)}: "
@@ -253,17 +242,11 @@ class Policy(nn.Module):
             own.copy_(weight)
             self.critic_head.bias.fill_(bias)
 
-    def _states(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The hidden state below the branch (None without one) and the last one, each ``[B, S, H]``."""
+    def _pass(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The last hidden states ``[B, S, H]`` and None; or twice the logits ``[B, S, V]``."""
         note(self.model, tokens)
-        below = None if self.branch is None else self._branch_layers
-        return hidden_states(self._trunk, tokens, lengths, self.packs, below, self.routers)
-
-    def _pass(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """`_states`, and None; or, where the head cannot be run on states, the logits ``[B, S, V]`` in their place."""
         if self.head.alone:
-            return *self._states(tokens, lengths), None
-        note(self.model, tokens)
+            return hidden_states(self._trunk, tokens, lengths, self.packs, self.routers), None
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         arguments: dict[str, Any] = {"position_ids": places} if self._trunk_takes_positions else {}
         arguments |= routing(self.model, self.routers is not None and torch.is_grad_enabled())
@@ -271,42 +254,7 @@ class Policy(nn.Module):
         if self.routers is not None:
             self.routers.remember(output, lengths, tokens.shape)
         logits = self.vocabulary.logits(output.logits)
-        return None, logits, logits
-
-    def _branch_states(self, below: Tensor | None, lengths: Tensor) -> Tensor:
-        assert isinstance(self.branch, PreTrainedModel) and below is not None
-        return hidden_states(self.branch, below, lengths, self.packs)[1]
-
-    @torch.no_grad()
-    def _check_branch(self) -> None:
-        tokens = probe(self.model)
-        lengths = torch.full((1,), tokens.shape[1], device=tokens.device)
-        below, last = self._states(tokens, lengths)
-        if not nearly_equal(self._branch_states(below, lengths), last, last.dtype):
-            raise InputError(
-                f"critic: {self._branch_layers} does not work for {type(self.model).__name__}, whose trunk changes the "
-                "hidden states it is given: use model.critic.kind: head, or a critic model of its own"
-            )
-
-
-def _branch(trunk: PreTrainedModel, depth: int) -> PreTrainedModel:
-    """A copy of the trunk with its last ``depth`` layers and no embeddings."""
-    _, layers = decoder_layers(trunk)
-    embeddings = trunk.get_input_embeddings()
-    # deepcopy takes what the memo holds for these two as their copies: the weights left out are never duplicated.
-    memo = {id(layers): nn.ModuleList(copy.deepcopy(layer) for layer in layers[-depth:]), id(embeddings): nn.Identity()}
-    branch = copy.deepcopy(trunk, memo)
-    config = branch.config.get_text_config()
-    config.num_hidden_layers = depth
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[-depth:]
-    return branch
-
-
-def _checked_depth(critic: Any, layers: int) -> int:
-    if isinstance(critic, bool) or not isinstance(critic, int) or not 1 <= critic <= layers:
-        raise InputError(f"critic: {critic!r} is not 'head', nor a number of layers from 1 to the model's {layers}")
-    return critic
+        return logits, logits
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class ScalarModel(nn.Module):
         """
         note(self.model, tokens)
         places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        states = hidden_states(self._trunk, tokens, lengths, self.packs, routers=self.routers)[1]
+        states = hidden_states(self._trunk, tokens, lengths, self.packs, self.routers)
         score = self.model.score
         assert isinstance(score, nn.Linear)
         scores = linear_in_full_precision(states, score)[..., 0]

@@ -30,20 +30,13 @@ def shard(module: _Model, mesh: DeviceMesh) -> _Model:
         module: holds the same weights on every process, on the mesh's kind of device or on the CPU.
         mesh: one dimension, or replicas by shards.
     """
-    for trunk in trunks(module):
-        for layer in decoder_layers(trunk)[1]:
-            fully_shard(layer, reshard_after_forward=True, mesh=mesh)
+    for layer in decoder_layers(module.model.base_model)[1]:
+        fully_shard(layer, reshard_after_forward=True, mesh=mesh)
     fully_shard(module, reshard_after_forward=False, mesh=mesh)
     if isinstance(module, Policy):
         for name in ("decode", "cross_entropy", "generate"):
             register_fsdp_forward_method(module, name)
     return module
-
-
-def trunks(module: Policy | ScalarModel) -> list[nn.Module]:
-    """What has decoder layers in it: the model's trunk, and the critic's branch."""
-    branch = module.branch if isinstance(module, Policy) else None
-    return [module.model.base_model, *([] if branch is None else [branch])]
 
 
 def is_sharded(module: nn.Module) -> bool:

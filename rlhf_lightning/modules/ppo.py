@@ -175,7 +175,7 @@ class PPOModule(OnPolicyModule):
         return None if self.actors is None else self.actors.critic
 
     def build_policy(self, factory: ModelFactory) -> Policy:
-        """See `OnPolicyModule.build_policy`; with a critic's head or branch where it stands on the policy's trunk."""
+        """See `OnPolicyModule.build_policy`; with a critic's head on the policy's trunk if asked for."""
         return factory.policy(self.model_folder, self.critic_options.on_trunk)
 
     def build_actors(self, factory: ModelFactory) -> Actors:

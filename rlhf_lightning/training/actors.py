@@ -135,7 +135,7 @@ class Actors(nn.Module):
 
     def own_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The trained parameters: the policy's, with a shared trunk, and the critic's own."""
-        parts = [part for part in (self.critic, self.policy.branch, self.policy.critic_head) if part is not None]
+        parts = [part for part in (self.critic, self.policy.critic_head) if part is not None]
         critic = [p for part in parts for p in part.parameters() if p.requires_grad]
         own = {id(p) for p in critic}
         return [p for p in self.parameters() if p.requires_grad and id(p) not in own], critic

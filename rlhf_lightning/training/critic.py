@@ -11,7 +11,7 @@ from rlhf_lightning.models.building import ModelFactory
 from rlhf_lightning.models.loading import load_scalar_model, load_tokenizer, same_vocabulary
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.scalar import ScalarModel
-from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt, Options, PositiveFloat, PositiveInt
+from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt, Options, PositiveFloat
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rewards.model import ModelReward
 
@@ -21,8 +21,7 @@ class CriticOptions(Options):
     """What estimates the value of a response that is not finished yet.
 
     Args:
-        kind: ``model``, a model of its own; ``head``, a linear head on the policy's trunk; or a number N, a branch
-            of its own that starts as a copy of the policy's last N layers.
+        kind: ``model``, a model of its own; ``head``, a linear head on the policy's trunk.
         model: folder of a reward model that the critic starts from; None takes the reward's own model where there is
             one of the same vocabulary, and otherwise the policy's trunk with a fresh head.
         learning_rate: peak learning rate of the critic's own parameters; None takes that of ``optimizer``.
@@ -33,7 +32,7 @@ class CriticOptions(Options):
         coef: weight of the value loss.
     """
 
-    kind: Literal["model", "head"] | PositiveInt = "model"
+    kind: Literal["model", "head"] = "model"
     model: str | None = None
     learning_rate: PositiveFloat | None = None
     warmup: NonNegativeInt = 0
@@ -41,9 +40,9 @@ class CriticOptions(Options):
     coef: NonNegativeFloat = 0.1
 
     @property
-    def on_trunk(self) -> Literal["head"] | int | None:
+    def on_trunk(self) -> Literal["head"] | None:
         """What `Policy` is given: None for a critic that is a model of its own."""
-        return None if self.kind == "model" else self.kind
+        return "head" if self.kind == "head" else None
 
 
 def start_critic(

@@ -29,7 +29,7 @@ def graphs() -> int:
 
 
 def test_gradients_are_those_of_the_layers() -> None:
-    policy = Policy(build("llama-tied"), 1).train()
+    policy = Policy(build("llama-tied"), "head").train()
     padded, packed = slice(0, 1), slice(0, 4)  # a single row has no padding to leave out
     expected = [gradients(policy, padded), gradients(policy, packed)]
     torch._dynamo.reset()
@@ -44,7 +44,7 @@ def test_gradients_are_those_of_the_layers() -> None:
 
 
 def test_compiled_once_for_any_number_of_rows_and_tokens() -> None:
-    policy = Policy(build("llama-tied"), 1).train()
+    policy = Policy(build("llama-tied"), "head").train()
     compile_layers(policy)
 
     def run(rows: int, width: int, shortest: int = 1) -> None:

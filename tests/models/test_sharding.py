@@ -70,7 +70,6 @@ def train_policies(rank: int, folder: Path) -> None:
     for name, critic in (
         ("llama", None),
         ("llama", "head"),
-        ("llama", 1),
         ("llama-tied", "head"),
         ("gemma2", None),
         ("cohere", None),
@@ -78,9 +77,9 @@ def train_policies(rank: int, folder: Path) -> None:
         compare_training(rank, make_policy(name, critic), make_policy(name, critic))
     holed = [i for i in range(40) if i not in (2, 10)]  # ids without a token, none of them in TOKENS
     compare_training(rank, make_policy("llama-tied", None, holed), make_policy("llama-tied", None, holed))
-    checkpointed = make_policy("llama", 2).train()
+    checkpointed = make_policy("llama", "head").train()
     checkpoint_activations(checkpointed.model)
-    compare_training(rank, checkpointed, make_policy("llama", 2))
+    compare_training(rank, checkpointed, make_policy("llama", "head"))
 
 
 def train_scalar(rank: int, folder: Path) -> None:

@@ -14,7 +14,7 @@ from ppo_harness import Recorder, TokenReward, fit, make_module
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.modules import GRPOModule, PPOModule, ReinforcePlusPlusModule, RLOOModule
 
-CRITICS = ["model", "head", 1]
+CRITICS = ["model", "head"]
 
 
 # ---------------------------------------------------------------- critic warm-up
@@ -101,7 +101,7 @@ def test_the_critics_own_parameters_have_its_learning_rate_and_no_others(tiny_po
         tiny_policy_dir, critic={"kind": critic, "learning_rate": 5e-3}, optimizer={"learning_rate": 1e-3}
     )
     fit(module)
-    own = [part for part in (module.critic, module.policy.branch, module.policy.critic_head) if part is not None]
+    own = [part for part in (module.critic, module.policy.critic_head) if part is not None]
     expected = {id(parameter): 1e-3 for parameter in module.parameters()}
     expected |= {id(parameter): 5e-3 for part in own for parameter in part.parameters()}
     groups = module.trainer.optimizers[0].param_groups

@@ -34,7 +34,7 @@ BASE = {
 # Another value of each, with what it needs to matter. The base makes responses with and without EOS.
 OTHER: dict[str, dict] = {
     "reference": {},  # the fixture's folder is put in
-    "critic.kind": {"critic": {"kind": 1}},
+    "critic.kind": {"critic": {"kind": "model"}},
     "critic.learning_rate": {"critic": {"learning_rate": 1e-4}},
     "sampling.max_new_tokens": {"sampling": {"max_new_tokens": 5}},
     "sampling.temperature": {"sampling": {"temperature": 0.7}},

@@ -20,9 +20,8 @@ OPTIONS = {
 KINDS = {
     "own-critic": {"scores": {"normalise": True}, "critic": {"kind": "model"}, "advantages": {"whiten_rewards": True}},
     "head": {"critic": {"kind": "head"}},
-    "branch": {"critic": {"kind": 1}},
     "warm-up": {"critic": {"kind": "model", "warmup": 2}},
-    "branch-warm-up": {"critic": {"kind": 1, "warmup": 1}},
+    "head-warm-up": {"critic": {"kind": "head", "warmup": 1}},
     "lora": {"critic": {"kind": "head"}, "lora": {"rank": 4}},
     # Fewer prompts than processes, in training and in the last batch of validation.
     "one-row": {"update": {"minibatches": 1}},
