@@ -5,6 +5,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #ifdef __linux__
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -90,12 +91,17 @@ class Kept {
   }
 
   void clear() {
-    while (door_.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
+    lock();
     for (const Block block : blocks_) unmap(block);
     blocks_.clear();
     bytes_ = 0;
-    door_.clear(std::memory_order_release);
+    unlock();
   }
+
+  void lock() {
+    while (door_.test_and_set(std::memory_order_acquire)) std::this_thread::yield();
+  }
+  void unlock() { door_.clear(std::memory_order_release); }
 
  private:
   // Unmaps the oldest blocks until at most `room` or kKeptBytes bytes are left, whichever is more. Two blocks stay whatever
@@ -140,6 +146,9 @@ class Used {
     return block;
   }
 
+  void lock() { door_.lock(); }
+  void unlock() { door_.unlock(); }
+
   // Starts or stops measuring the peak of the bytes in use.
   void watch(bool on) {
     const std::lock_guard<std::mutex> lock(door_);
@@ -164,6 +173,20 @@ Used& used() {
   static Used* const blocks = new Used;
   return *blocks;
 }
+
+// fork() copies the calling thread alone. A lock that another thread held would stay locked in the child for ever, so the
+// thread that forks takes all locks before, and both processes free them after.
+void lock_all() {
+  used().lock();
+  kept().lock();
+}
+
+void unlock_all() {
+  kept().unlock();
+  used().unlock();
+}
+
+[[maybe_unused]] const int kForkSafe = pthread_atfork(lock_all, unlock_all, unlock_all);
 
 void release(void* start) {
   c10::profiledCPUMemoryReporter().Delete(start);

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from operators.cases import Case
 from torch import Tensor
+
+from operators.cases import Case
 
 GAMMA, LAM, CLIP, ENTROPY_WEIGHT = 0.99, 0.95, 0.2, 0.1
 # Relative to the norm of the truth: far above what an implementation of that dtype rounds away (products of bfloat16

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from harness import clock
 from harness.worker import NATIVE, Refused, Serve, Worker
+from torch import Tensor
+
 from operators import cases, sides
 from operators.cases import BACKWARD, BOTH, ENTRANTS, FORWARD, LIMIT, OURS, TRL_LOOP, VERL_LOOP, Case
 from operators.inputs import TOLERANCE, Inputs, allocate, errors
-from torch import Tensor
 
 WARM_UP = 2
 LOOPS = (TRL_LOOP, VERL_LOOP)  # thousands of launches: on a GPU they are timed as they are used, not in a graph

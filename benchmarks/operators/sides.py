@@ -12,10 +12,11 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from operators.cases import FILTERS
-from operators.inputs import CLIP, GAMMA, LAM, Inputs
 from torch import Tensor
 from torch.nn import functional
+
+from operators.cases import FILTERS
+from operators.inputs import CLIP, GAMMA, LAM, Inputs
 
 Forward = Callable[[], dict[str, Tensor]]
 

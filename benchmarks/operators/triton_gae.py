@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from operators.inputs import GAMMA, LAM, Inputs
 
 _ROWS = 32  # of one program, which is one warp

@@ -21,6 +21,7 @@ import torch
 from harness.clock import Meter, copy_bandwidth, median_seconds
 from harness.worker import NATIVE, Answer, Serve, once
 from torch import Tensor
+
 from training.sizes import PRECISIONS, TASKS, Size, size_of, work
 
 OURS, LIMITS = "ours", "limits"

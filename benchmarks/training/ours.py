@@ -10,7 +10,6 @@ import torch
 from harness.clock import Meter
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
-from training.sizes import Size, work
 
 from rlhf_lightning.batches import PreferenceBatch, PromptBatch, Rollout
 from rlhf_lightning.data.choices import Kind
@@ -25,6 +24,7 @@ from rlhf_lightning.training.minibatches import UpdateOptions
 from rlhf_lightning.training.objective import ObjectiveOptions
 from rlhf_lightning.training.optimizer import AdamWOptions
 from rlhf_lightning.training.sampler import RolloutOptions
+from training.sizes import Size, work
 
 
 class Watch(Callback):

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness import report
 from harness.report import markdown, number
+
 from training.entrants import OURS, PLAIN
 from training.sizes import Size, size_of
 

@@ -21,8 +21,6 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from training.ours import examples, make_trainer
-from training.sizes import PROFILED, Size, draw_work
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_lightning.batches import Rollout
@@ -33,6 +31,8 @@ from rlhf_lightning.rewards import Reward
 from rlhf_lightning.training.critic import CriticOptions
 from rlhf_lightning.training.minibatches import UpdateOptions
 from rlhf_lightning.training.sampler import RolloutOptions
+from training.ours import examples, make_trainer
+from training.sizes import PROFILED, Size, draw_work
 
 WARM_UP = 2
 

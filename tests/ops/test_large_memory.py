@@ -166,6 +166,53 @@ def test_a_step_takes_the_pages_of_the_last_one(kept: None):
     assert step() < first / 10
 
 
+FORKS = """
+import os, sys, threading, time
+import torch
+from rlhf_lightning.ops.extension import keep_memory
+
+torch.set_num_threads(1)
+keep_memory(True)
+keep_memory(sys.argv[1] == "on")
+ended = False
+
+def work():
+    while not ended:
+        x, y = torch.empty(1 << 20), torch.empty(1 << 19)
+        del x, y
+
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+hung = 0
+for _ in range(150):
+    child = os.fork()
+    if child == 0:
+        x = torch.empty(1 << 20)
+        del x
+        keep_memory(False)
+        os._exit(0)
+    end = time.monotonic() + 20
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > end:
+            hung += 1
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            break
+        time.sleep(0.0005)
+    if hung:
+        break
+ended = True
+print(hung)
+"""
+
+
+@pytest.mark.parametrize("keeping", ["on", "off"])
+def test_a_child_of_a_fork_never_waits_for_a_lock_of_the_parents_threads(keeping: str):
+    done = subprocess.run([sys.executable, "-c", FORKS, keeping], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "0", done.stdout + done.stderr
+
+
 def test_without_keeping_little_is_kept():
     before = resident()
     results = [gradient(1.0, 4 * ROWS) for _ in range(12)]  # 64 MiB each
