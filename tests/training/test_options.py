@@ -32,7 +32,7 @@ from rlhf_lightning.training.shaping import ScoreOptions
         (KLOptions, "loss_estimator", "k1", "k2 or k3 or None"),
         (AdvantageOptions, "score_position", "first", "last_token or after_eos"),
         (AdvantageOptions, "gamma", 1.5, "ClosedUnitInterval"),
-        (CriticOptions, "kind", "heads", "model or head or PositiveInt"),
+        (CriticOptions, "kind", "heads", "model or head"),
         (NetworkOptions, "export_dtype", "float8", "auto or"),
     ],
 )
