@@ -34,44 +34,50 @@ FLOW = """
 
 # What people come to change, and the file that has it; a test holds that the files are there.
 PLACES = {
-    "the KL estimators": "algorithms/kl.py",
-    "the KL penalty, its coefficient": "training/kl_control.py",
-    "the normalisation and penalties of scores": "training/shaping.py",
-    "advantages and returns": "training/credit.py",
-    "the clipped loss": "training/objective.py",
-    "where a critic starts": "training/critic.py",
-    "minibatches and micro-batches": "training/minibatches.py",
-    "the learning-rate schedule": "training/optimizer.py",
-    "how training, validation and predict sample": "training/sampler.py",
-    "the decode loop": "rollout/native.py",
-    "LoRA's options; its layers": "models/building.py`, `models/lora.py",
-    "what a checkpoint holds": "modules/base.py`, `modules/on_policy.py",
-    "when checkpoints are saved": "callbacks/checkpoints.py",
-    "the progress line": "callbacks/progress.py",
-    "a form of rows that data may have": "data/forms.py",
-    "chat templates": "models/template.py`, `data/conversations.py",
-    "`did you mean` hints": "cli/suggestions.py",
-    "the report of evaluate and demo": "evaluation/present.py`, `evaluation/html_report.py",
+    "the KL estimators": ("algorithms/kl.py",),
+    "the KL penalty, its coefficient": ("training/kl_control.py",),
+    "the normalisation and penalties of scores": ("training/shaping.py",),
+    "advantages and returns": ("training/credit.py",),
+    "the clipped loss": ("training/objective.py",),
+    "where a critic starts": ("training/critic.py",),
+    "minibatches and micro-batches": ("training/minibatches.py",),
+    "the learning-rate schedule": ("training/optimizer.py",),
+    "how training, validation and predict sample": ("training/sampler.py",),
+    "the decode loop": ("rollout/native.py",),
+    "LoRA's options; its layers": ("models/building.py", "models/lora.py"),
+    "what a checkpoint holds": ("modules/base.py", "modules/on_policy.py"),
+    "when checkpoints are saved": ("callbacks/checkpoints.py",),
+    "the progress line": ("callbacks/progress.py",),
+    "a form of rows that data may have": ("data/forms.py",),
+    "chat templates": ("models/template.py", "data/conversations.py"),
+    "`did you mean` hints": ("cli/suggestions.py",),
+    "the report of evaluate and demo": ("evaluation/present.py", "evaluation/html_report.py"),
 }
 
 
 def places() -> list[str]:
     """`PLACES` as a table."""
-    for files in PLACES.values():
-        for file in files.split("`, `"):
-            assert (PACKAGE / file).exists(), file
-    return ["| to change | open |", "|---|---|", *(f"| {what} | `{files}` |" for what, files in PLACES.items())]
+    rows = ["| to change | open |", "|---|---|"]
+    for what, files in PLACES.items():
+        assert all((PACKAGE / file).exists() for file in files), files
+        rows.append(f"| {what} | {', '.join(f'`{file}`' for file in files)} |")
+    return rows
 
 
 def data_files() -> list[str]:
     """The files of data/, the largest folder, with the first sentence of each."""
     rows = ["| file | what it does |", "|---|---|"]
     for path in sorted((PACKAGE / "data").glob("*.py")):
-        told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        first = re.split(r"(?<=\.)\s", " ".join(told.split("\n\n")[0].split()), maxsplit=1)[0]
         if path.name != "__init__.py":
+            first = re.split(r"(?<=\.)\s", _told(path), maxsplit=1)[0]
             rows.append(f"| `{path.name}` | {first} |")
     return rows
+
+
+def _told(path: Path) -> str:
+    """The first paragraph of a file's docstring, in one line."""
+    told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(told.split("\n\n")[0].split())
 
 
 def floors() -> list[str]:
@@ -84,8 +90,7 @@ def floors() -> list[str]:
         for unit in units:
             path = PACKAGE / unit / "__init__.py"
             path = path if path.exists() else PACKAGE / f"{unit}.py"
-            told = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
-            rows.append(f"| {number} | `{unit}` | {' '.join(told.split())} |")
+            rows.append(f"| {number} | `{unit}` | {_told(path)} |")
     return rows
 
 

@@ -32,11 +32,8 @@ def find_config(name: str) -> Path:
     if name in shipped:
         return shipped[name]
     same = f"{path.with_suffix('')}.yaml"
-    hint = (
-        f" (did you mean {same}?)"
-        if same in shipped
-        else did_you_mean(name, shipped) or f"; the shipped ones are {', '.join(shipped)}"
-    )
+    near = f" (did you mean {same}?)" if same in shipped else did_you_mean(name, shipped)
+    hint = near or f"; the shipped ones are {', '.join(shipped)}"
     raise InputError(f"--config {name}: no such file, and no shipped config of that name{hint}")
 
 

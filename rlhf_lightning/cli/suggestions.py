@@ -93,13 +93,9 @@ def _in_section(name: str, known: list[str]) -> str | None:
     ``trainer.epochs`` finds ``trainer.max_epochs``, and not an option of PPO.
     """
     head, _, last = name.partition(".")
-    return next(
-        (other for other in known if head != "model" and other.endswith(f"_{last}") and _head(other) == head), None
-    )
-
-
-def _head(name: str) -> str:
-    return name.partition(".")[0]
+    if head == "model":
+        return None
+    return next((other for other in known if other.startswith(f"{head}.") and other.endswith(f"_{last}")), None)
 
 
 def _elsewhere(name: str, known: list[str]) -> str | None:
