@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from rlhf_lightning.callbacks.loop_position import (
+    after_each_batch,
+    batches_done,
+    batches_of_epoch,
+    begin_next_epoch,
+    reopen,
+    settle,
+)
 from rlhf_lightning.callbacks.metrics import rewind_loggers
+from rlhf_lightning.callbacks.resume_notes import notes, settings
 from rlhf_lightning.callbacks.run_files import run_folder, sync_to_disk
+from rlhf_lightning.callbacks.stop_signals import StopSignals
 from rlhf_lightning.collectives import barrier, failing_together
 from rlhf_lightning.models.export import flush
+from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.outputs import check_room
-from rlhf_lightning.text import say
+from rlhf_lightning.text import notice, say
 
 _STAGING = ".staging-"
 
@@ -36,16 +46,16 @@ def latest(folder: str | Path) -> Path | None:
 class RunCheckpoint(Checkpoint):
     """Saves to ``<run>/checkpoints/batch-N.ckpt`` after every so many batches, at the end, and on a signal.
 
-    N counts batches over the whole run; one batch is one PPO iteration. With gradient accumulation a save waits for the
-    optimizer step. If a run's last batch ends an epoch, the save also waits for the validation that follows, since a
-    run resumed from there would have nothing left to do and would skip it. A save never touches earlier checkpoints, so
-    they survive if the process is killed in the middle.
+    N counts batches over the whole run; one batch is one PPO iteration. A save comes after the batch's validation and
+    its log entry; with gradient accumulation it waits for the optimizer step. A save never touches earlier checkpoints,
+    so they survive if the process is killed in the middle.
 
     A run resumed from an older checkpoint keeps the later checkpoints of its first attempt until it has saved one of
-    its own. Then they are removed, so that the newest checkpoint always belongs to the resumed run.
+    its own. Then they are removed, so that the newest checkpoint always belongs to the resumed run. A resumed run
+    trains exactly what is missing, whatever ended the first attempt, and its log entries replace the later ones.
 
-    The first Ctrl-C saves after the current batch and stops; the second stops at once. SIGTERM saves, too. (In runs of
-    several processes neither saves, since the processes may have stopped at different batches.)
+    Ctrl-C, SIGTERM and SIGUSR1, to any of the processes, save and stop: after the current batch, or at once within a
+    rollout (it is drawn again) or a validation (it is made again). A second Ctrl-C stops without.
 
     Args:
         every_n_batches: how often to save.
@@ -57,9 +67,11 @@ class RunCheckpoint(Checkpoint):
         self.keep = keep
         self._folder: Path | None = None
         self._saved = 0  # batches done at the last save
-        self._between_batches = False
-        self._stop = self._stop_now = False
-        self._old_handler: Any = None
+        self._then: tuple[dict[str, Any], dict[str, Any]] = {}, {}  # settings and options of a loaded checkpoint's run
+        self._signals = StopSignals()
+        self._end_calls: Callable[[], None] | None = None
+        self._saving = self._validating = False  # the second: within a validation
+        self._held = False  # whether a wish to stop waits for the batch's end and the optimizer step
 
     @property
     def newest(self) -> Path | None:
@@ -84,52 +96,97 @@ class RunCheckpoint(Checkpoint):
                 needed, what = _bytes_at_the_end(pl_module), "a checkpoint and the model take at least"
                 check_room(self._folder.parent, needed, what, "another place with --runs FOLDER")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lets the run go on within an epoch that was ended early, or that is longer now."""
+        if trainer.state.fn == "fit":
+            reopen(checkpoint["loops"]["fit_loop"], batches_of_epoch(trainer))
+            self._then = checkpoint.get("run", {}), checkpoint.get("hyper_parameters", {})
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: RLHFModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        """Saves the position in Lightning's loops so that a resumed run goes on exactly there."""
+        checkpoint["run"] = settings(trainer, pl_module)
+        if self._saving:
+            settle(checkpoint["loops"]["fit_loop"], self._validating)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over the signals."""
+        self._signals.take()
+
+    def on_train_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """After a resume, removes log entries later than the checkpoint, since they will be written again."""
         if trainer.ckpt_path is not None:
-            self._saved = _batches(trainer)
+            # Where a validation is left to make, the checkpoint is written again after it.
+            self._saved = batches_done(trainer) - trainer.fit_loop.epoch_loop.val_loop.restarted_mid_evaluation
             rewind_loggers(trainer)
-        if trainer.world_size == 1:
-            self._take_over_interrupts()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stops if the user asked for it. Until the batch's end, a run could not be resumed from the state."""
-        if self._stop_now:
-            say(f"stopped; the same command goes on with --ckpt_path last, from {self.newest}")
-            raise KeyboardInterrupt
-        self._between_batches = False
+            begin_next_epoch(trainer)
+            for line in notes(trainer, pl_module, *self._then) if trainer.is_global_zero else ():
+                say(notice("resume", line))
+        self._signals.take()
+        self._end_calls = after_each_batch(trainer, partial(self._between_batches, trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves if a checkpoint is due."""
-        if trainer.fit_loop.epoch_loop._should_accumulate():
+        """Lets a wish to stop (``max_time``) wait until the batch is done: no validation is made that was not due."""
+        self._hold_stop(trainer)
+
+    def _hold_stop(self, trainer: Trainer) -> None:
+        self._held |= trainer.should_stop
+        trainer.should_stop = False
+
+    def _between_batches(self, trainer: Trainer) -> None:
+        self._hold_stop(trainer)
+        if trainer.fit_loop.epoch_loop._should_accumulate():  # no checkpoint holds gradients
             return
-        self._between_batches = True
-        due = self._stop or _batches(trainer) - self._saved >= self.every_n_batches
-        if due and not _is_last(trainer):  # the end is saved in any case
+        trainer.should_stop = self._held
+        stop = self._signals.agreed()
+        if stop or batches_done(trainer) - self._saved >= self.every_n_batches:
             self.save(trainer)
-        # The run stops at the next batch's start, since this batch's metrics are logged after this hook.
-        self._stop_now = self._stop
+        if stop:
+            self._stop()
+
+    def on_phase(self, trainer: Trainer, module: LightningModule, phase: str, done: int, total: int) -> None:
+        """Called by modules with the progress of a part of their step. A rollout is dropped if the user wants to stop.
+
+        Not with several processes, since they are not at the same place in their rollouts.
+        """
+        draws = phase == "rollout" and trainer.training and not module.automatic_optimization
+        if draws and self._signals.came and trainer.world_size == 1:
+            self.save(trainer)
+            self._stop()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """Stops if the user wants to. The last validation of a run is finished, since a resumed run would skip it."""
+        if trainer.state.fn != "fit" or not self._signals.agreed():
+            return
+        if not trainer.sanity_checking:
+            if trainer.fit_loop.epoch_loop.global_step == trainer.max_steps:
+                return
+            self._validating = True
+            self.save(trainer)
+        self._stop()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the final state."""
         self.save(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves if SIGTERM stopped the run. Never saves after a failure, which the state itself may have caused."""
-        if isinstance(exception, SIGTERMException) and self._between_batches and trainer.world_size == 1:
-            self.save(trainer)
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restores the handler of Ctrl-C."""
-        if self._old_handler is not None:
-            signal.signal(signal.SIGINT, self._old_handler)
-            self._old_handler = None
+        """Restores the handlers of the signals."""
+        if self._end_calls is not None:
+            self._end_calls()
+            self._end_calls = None
+        self._signals.give_back()
+
+    def _stop(self) -> NoReturn:
+        where = f", from {self.newest}" if self.newest else ""
+        say(f"stopped; the same command goes on with --ckpt_path last{where}")
+        self._signals.stop()
 
     def save(self, trainer: Trainer) -> None:
         """Writes a checkpoint of the current state, unless there is one already. Every process calls it."""
-        batches = _batches(trainer)
+        batches = batches_done(trainer)
         if batches == self._saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert self._folder is not None
@@ -140,7 +197,11 @@ class RunCheckpoint(Checkpoint):
             for leftover in self._folder.glob(f"{_STAGING}*"):  # a killed run may have left some
                 _delete(leftover)
         barrier()
-        trainer.save_checkpoint(staging)
+        self._saving = True
+        try:
+            trainer.save_checkpoint(staging)
+        finally:
+            self._saving = False
         if trainer.is_global_zero:
             if not is_whole(staging):
                 # Lightning's atomic writer swallows some errors (permissions, for one) and reports success.
@@ -158,17 +219,6 @@ class RunCheckpoint(Checkpoint):
         barrier()
         self._saved = batches
 
-    def _take_over_interrupts(self) -> None:
-        def handler(number: int, frame: FrameType | None) -> None:
-            self._stop = True
-            say("\nstopping after this batch; Ctrl-C again stops at once")
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        try:
-            self._old_handler = signal.signal(signal.SIGINT, handler)
-        except ValueError:  # not in the main thread, where Python allows no handlers
-            self._old_handler = None
-
 
 def _bytes_at_the_end(module: LightningModule) -> int:
     """A lower bound: the trained weights with AdamW's two moments, and the exported model in 16 bits."""
@@ -176,20 +226,6 @@ def _bytes_at_the_end(module: LightningModule) -> int:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     state = sum(parameter.numel() * (parameter.element_size() + 2 * 4) for parameter in trained)
     return state + 2 * sum(parameter.numel() for parameter in parameters)
-
-
-def _batches(trainer: Trainer) -> int:
-    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
-
-
-def _is_last(trainer: Trainer) -> bool:
-    """Whether this batch ends both its epoch and the run.
-
-    If ``max_steps`` ends a run within an epoch, Lightning's loop counts the rest of that epoch as done before
-    `on_train_end`. A run resumed from there with a later end would skip those batches.
-    """
-    epochs = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-    return trainer.is_last_batch and (epochs or trainer.global_step == trainer.max_steps)
 
 
 def is_whole(path: Path) -> bool:

@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from rlhf_lightning.callbacks.run_files import append_line, logged_step, rewind_lines
+from rlhf_lightning.callbacks.loop_position import steps_logged
+from rlhf_lightning.callbacks.run_files import append_line, rewind_lines
 
 
 class JsonlLogger(Logger):
@@ -55,19 +56,19 @@ class JsonlLogger(Logger):
         """Does nothing, since the run's config.yaml has the options."""
 
     @rank_zero_only
-    def rewind(self, last_step: int) -> None:
-        """Removes the lines after ``last_step``. Called when a run is resumed from there."""
-        rewind_lines(self.path, last_step)
+    def rewind(self, steps: int) -> None:
+        """Keeps the lines of the first ``steps`` steps. Called when a run is resumed from there."""
+        rewind_lines(self.path, steps)
 
 
 def rewind_loggers(trainer: Trainer) -> None:
     """On a resume, removes entries after the checkpoint from metrics.jsonl and TensorBoard: they are logged again."""
-    step = logged_step(trainer)
+    steps = steps_logged(trainer)
     for logger in trainer.loggers:
         if isinstance(logger, JsonlLogger):
-            logger.rewind(step)
+            logger.rewind(steps)
         elif isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             # This is the event that SummaryWriter's purge_step writes. That option must be given when the file is
             # opened, and the step is known only later, when the checkpoint is read.
             restart = Event(session_log=SessionLog(status=SessionLog.START))
-            logger.experiment._get_file_writer().add_event(restart, step + 1)
+            logger.experiment._get_file_writer().add_event(restart, steps)

@@ -41,14 +41,14 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
             raise
 
 
-def rewind_lines(path: Path, last_step: int) -> None:
-    """Removes the lines of steps after ``last_step``, which a resumed run writes again, and an incomplete last line."""
+def rewind_lines(path: Path, steps: int) -> None:
+    """Keeps the whole lines of the first ``steps`` steps; a resumed run writes the others again."""
     if not path.exists():
         return
     lines = []
     for line in path.read_bytes().split(b"\n"):  # not splitlines(): JSON text may hold U+2028
         try:
-            if json.loads(line)["step"] <= last_step:
+            if json.loads(line)["step"] < steps:
                 lines.append(line + b"\n")
         except (ValueError, KeyError, TypeError):  # an incomplete line may even end within a character
             continue

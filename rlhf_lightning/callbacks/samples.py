@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from rlhf_lightning.batches import DemonstrationBatch, PreferenceBatch, PromptBatch, Rollout, length_mask
+from rlhf_lightning.callbacks.loop_position import steps_logged
 from rlhf_lightning.callbacks.run_files import append_line, logged_step, rewind_lines, run_folder
 from rlhf_lightning.callbacks.sinks import Sink
 from rlhf_lightning.errors import TrainingDiverged
@@ -37,13 +38,13 @@ class SampleTable(Callback):
         self.rows = rows
         self.every_n_batches = every_n_batches
         self._held_out: PromptBatch | None = None
-        self._validated = False  # whether this validation's table is written
+        self._drawn: tuple[Rollout, dict[str, Tensor]] | None = None  # the first rollout of a validation
         self._file, self._events = Sink("samples.jsonl"), Sink("TensorBoard's samples")
         self._answers = Sink("the table of samples")
 
     def on_validation_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
-        """Begins a validation, which writes one table, from its first batch."""
-        self._validated = False
+        """Begins a validation, which writes one table, of its first batch, at its end."""
+        self._drawn = None
 
     def setup(self, trainer: Trainer, pl_module: RLHFModule, stage: str) -> None:  # type: ignore[override]
         """Finds the run's folder here, since all processes must take part."""
@@ -52,7 +53,7 @@ class SampleTable(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """After a resume, removes samples later than the checkpoint, since they will be written again."""
         if trainer.ckpt_path is not None and trainer.is_global_zero:
-            rewind_lines(self.path, logged_step(trainer))
+            rewind_lines(self.path, steps_logged(trainer))
 
     def on_samples(self, trainer: Trainer, module: RLHFModule, rollout: Rollout, scores: dict[str, Tensor]) -> None:
         """Called by modules with a rollout and its scores, ``[B]`` by name."""
@@ -60,9 +61,8 @@ class SampleTable(Callback):
             return
         if trainer.training and trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_batches == 0:
             self.write(trainer, rollout, scores, "train")
-        elif not trainer.training and not self._validated:
-            self._validated = True
-            self.write(trainer, rollout, scores, "val")
+        elif not trainer.training and self._drawn is None:
+            self._drawn = rollout, scores
 
     def on_validation_batch_end(  # type: ignore[override]
         self, trainer: Trainer, pl_module: RLHFModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
@@ -74,6 +74,9 @@ class SampleTable(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """Answers the stored prompts. Every process takes part, since the weights may be sharded."""
         prompts, self._held_out = self._held_out, None
+        if self._drawn is not None:
+            self.write(trainer, *self._drawn, "val")
+            self._drawn = None
         if prompts is not None and not trainer.sanity_checking:
             rollout, diverged = None, None
             with self._answers:

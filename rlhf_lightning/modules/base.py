@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -193,13 +194,9 @@ class RLHFModule(LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: self.optimizer_options.factor(step, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole training, over which the learning-rate schedule runs.
-
-        Raises:
-            InputError: the training has no end that could be told in advance.
-        """
-        return steps_of_training(self.trainer, self.optimizer_options.schedule)
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole training, over which the learning-rate schedule runs; None without an end."""
+        return steps_of_training(self.trainer)
 
     @property
     def _scaled(self) -> bool:
@@ -217,9 +214,17 @@ class RLHFModule(LightningModule):
             keep_memory(False)
 
     def on_train_start(self) -> None:
-        """Lets the configured optimizer options win over a checkpoint's, and refuses a schedule without an end."""
-        if self.optimizer_options.schedule != "constant":
-            self.total_steps()
+        """Lets the configured optimizer options win over a checkpoint's; checks schedule and warm-up.
+
+        Raises:
+            InputError: the schedule needs an end, and the training has none.
+        """
+        options = self.optimizer_options
+        if 0 < (total := options.checked(self.total_steps())) < options.warmup_steps:
+            rank_zero_warn(
+                f"model.optimizer.warmup_steps: {options.warmup_steps:,} are more than the training's {total:,}: the "
+                f"learning rate ends at {options.factor(total - 1, self.total_steps):.0%} of its peak"
+            )
         schedulers = self.lr_schedulers()
         if isinstance(schedulers, LambdaLR):
             schedulers.base_lrs = [configured["lr"] for configured in self._configured]

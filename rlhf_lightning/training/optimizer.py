@@ -37,7 +37,7 @@ class AdamWOptions(Options):
     warmup_steps: NonNegativeInt = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
 
-    def factor(self, step: int, total_steps: Callable[[], int]) -> float:
+    def factor(self, step: int, total_steps: Callable[[], int | None]) -> float:
         """The share of the peak learning rate that optimizer step ``step`` (from 0) uses.
 
         Args:
@@ -49,8 +49,22 @@ class AdamWOptions(Options):
         # The first step's share is asked for before the length of the training is known.
         if self.schedule == "constant" or step == self.warmup_steps:
             return 1.0
-        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps() - self.warmup_steps))
+        total = self.checked(total_steps())
+        progress = min(1.0, (step - self.warmup_steps) / max(1, total - self.warmup_steps))
         return 1.0 - progress if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    def checked(self, total_steps: int | None) -> int:
+        """``total_steps``, of the whole training; 0 for None where the schedule needs no end.
+
+        Raises:
+            InputError: None, and the schedule needs an end.
+        """
+        if total_steps is None and self.schedule != "constant":
+            raise InputError(
+                f"model.optimizer.schedule: {self.schedule} needs an end; set trainer.max_steps or max_epochs, or "
+                "constant"
+            )
+        return total_steps or 0
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -75,24 +89,13 @@ def make_adamw(groups: list[dict[str, Any]], options: AdamWOptions, *, fused: bo
     )
 
 
-def steps_of_training(trainer: Trainer, schedule: str) -> int:
-    """Optimizer steps until ``max_steps`` or ``max_epochs`` end an automatically optimised training.
+def steps_of_training(trainer: Trainer) -> int | None:
+    """Optimizer steps until ``max_steps`` or ``max_epochs`` end an automatically optimised training; None if neither.
 
     Lightning's ``estimated_stepping_batches`` would set up the loader too early.
-
-    Args:
-        trainer: whose.
-        schedule: what asks, for the message.
-
-    Raises:
-        InputError: the training has no end that could be told in advance.
     """
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.num_training_batches != math.inf:
         an_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         limits.append(an_epoch * trainer.max_epochs)
-    if not limits:
-        raise InputError(
-            f"model.optimizer.schedule: {schedule} needs an end; set trainer.max_steps or max_epochs, or constant"
-        )
-    return min(limits)
+    return min(limits, default=None)

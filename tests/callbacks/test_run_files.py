@@ -128,7 +128,7 @@ def test_rewinding_keeps_lines_with_unusual_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     for step in range(3):
         append_line(path, {"step": step, "response": "one\u2028two\u0085three"})
-    rewind_lines(path, 1)
+    rewind_lines(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").split("\n")[:-1]] == [0, 1]
 
 

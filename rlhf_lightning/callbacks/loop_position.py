@@ -1,0 +1,130 @@
+"""Where a training is in Lightning's loops: told between two batches, saved, and put right where a run is resumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+
+def after_each_batch(trainer: Trainer, told: Callable[[], None]) -> Callable[[], None]:
+    """Calls ``told`` after every batch, once it is validated and logged, and before the next one is fetched.
+
+    Lightning has no hook there. A checkpoint must be written at that moment: earlier, its log entry and its validation
+    may be lost; later, a loader with a state has already given away the next batch.
+
+    Returns: a function that ends this.
+    """
+    batches, epochs = trainer.fit_loop.epoch_loop, trainer.fit_loop
+    end_of_batch, end_of_epoch = batches.on_advance_end, epochs.on_advance_end
+
+    def batch_done(fetcher: Any) -> None:
+        end_of_batch(fetcher)
+        if not batches._num_ready_batches_reached():
+            told()
+
+    def epoch_done() -> None:
+        end_of_epoch()
+        if batches._num_ready_batches_reached():
+            told()
+
+    def end() -> None:
+        for loop in (batches, epochs):
+            vars(loop).pop("on_advance_end", None)
+
+    vars(batches)["on_advance_end"], vars(epochs)["on_advance_end"] = batch_done, epoch_done
+    return end
+
+
+def settle(progress: dict[str, Any], validating: bool) -> None:
+    """Turns the counts of a save within an epoch into those from which Lightning goes on exactly.
+
+    These are the counts that it has in ``on_train_batch_end``. A batch that has begun is not counted: it is trained
+    again, with the same draws.
+
+    Args:
+        progress: ``loops.fit_loop`` of the checkpoint that is being saved.
+        validating: whether the save is within a validation, which the resumed run then makes from its beginning.
+    """
+    epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    validation = progress["epoch_loop.val_loop.batch_progress"]
+    if validating:
+        total = validation["total"]
+        total.update(started=total["ready"], processed=total["ready"] - 1, completed=total["ready"] - 1)
+        validation["current"].update(ready=0, started=0, processed=0, completed=0)
+    elif epoch["current"]["processed"] < epoch["current"]["started"]:
+        for counts in (batch["total"], batch["current"]):
+            counts["ready"] = counts["started"] = counts["processed"]
+        if batch["current"]["processed"] == 0:  # within the epoch's first batch: the epoch begins again
+            for counts in (epoch["total"], epoch["current"]):
+                counts["ready"] = counts["started"] = counts["processed"]
+        else:
+            _back_to_the_batchs_end(progress)
+
+
+def reopen(progress: dict[str, Any], batches: float) -> None:
+    """Lets a resumed run go on within an epoch that Lightning counts as done though batches of it are missing.
+
+    It counts so if anything ends a run within an epoch (``max_steps``, ``max_time``, early stopping), and would skip
+    the rest of the epoch. An epoch may also have become longer, e.g. by more iterations.
+
+    Args:
+        progress: ``loops.fit_loop`` of the checkpoint that is being loaded.
+        batches: an epoch's batches in the resumed run.
+    """
+    epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+    ended = 0 < epoch["current"]["processed"] == epoch["current"]["started"]
+    if ended and 0 < batch["current"]["processed"] < batches:
+        for counts in (epoch["total"], epoch["current"]):
+            counts["processed"] -= 1
+            counts["completed"] = counts["processed"]
+        batch["is_last_batch"] = False
+        _back_to_the_batchs_end(progress)
+
+
+def _back_to_the_batchs_end(progress: dict[str, Any]) -> None:
+    """The counts of ``on_train_batch_end``, from those after the batch's log entry."""
+    batch = progress["epoch_loop.batch_progress"]
+    for counts in (batch["total"], batch["current"]):
+        counts["completed"] = counts["processed"] - 1
+    progress["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def batches_of_epoch(trainer: Trainer) -> float:
+    """The batches of a training epoch, before Lightning has counted them; infinite where a loader has no length."""
+    limit = trainer.limit_train_batches
+    try:
+        loaders = CombinedLoader(trainer.fit_loop._data_source.dataloader(), "max_size_cycle").flattened
+        length: float = max(map(len, loaders))
+    except TypeError:
+        length = math.inf
+    if isinstance(limit, int):
+        return min(limit, length)
+    return int(length * limit) if length < math.inf else length
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Lets a run that was resumed between two epochs train the next one.
+
+    Under ``max_steps`` Lightning takes every resumed run for one within an epoch, and would skip the next epoch.
+    """
+    loop: Any = trainer.fit_loop
+    if loop.epoch_progress.current.processed == loop.epoch_progress.current.started:
+        loop._restarting = False
+        loop.epoch_loop.restarting = False
+
+
+def batches_done(trainer: Trainer) -> int:
+    """The batches of the whole run that are trained."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return int(progress.total.processed)
+
+
+def steps_logged(trainer: Trainer) -> int:
+    """When a run is resumed: how many of its log entries, from the first on, belong to the checkpoint's state."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    within_batch = loop.batch_progress.total.completed < loop.batch_progress.total.processed
+    return int(loop._batches_that_stepped) + (within_batch or loop.val_loop.restarted_mid_evaluation)
