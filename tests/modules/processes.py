@@ -79,7 +79,8 @@ def run_scripts(script: Path, arguments: list[list[str]], environments: list[dic
 
 def free_port() -> int:
     """A free port below those that the system gives to connections, so that none takes it before it is used."""
-    for port in random.sample(range(20_000, 30_000), 100):
+    # A command seeds `random`: two workers would try the same ports at the same time.
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
