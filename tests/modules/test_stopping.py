@@ -4,132 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from making import make
-from ppo_cases import write_prompts
-from ppo_harness import TokenReward
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from lightning.pytorch import Trainer
+from processes import results_of_two
+from stop_cases import CASES, Signal, StopAfter, counts, fit, records, resume, steps
 
-from rlhf_lightning import modules
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
 from rlhf_lightning.callbacks.loop_position import batches_done
-from rlhf_lightning.callbacks.metrics import JsonlLogger
-from rlhf_lightning.callbacks.samples import SampleTable
-from rlhf_lightning.data.datamodule import PreferenceDataModule
-
-_SAMPLING = {"sampling": {"max_new_tokens": 4}}
-_UPDATE = {"iterations": 12, "update": {"epochs": 1, "minibatches": 2, "micro_batch_tokens": 64}, **_SAMPLING}
-# name: the class and its options
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "sft": ("SFTModule", {**_SAMPLING}),
-    "sft-lora": ("SFTModule", {**_SAMPLING, "lora": {"rank": 2}}),
-    "reward_model": ("RewardModelModule", {}),
-    "dpo": ("DPOModule", {**_SAMPLING}),
-    "ppo": ("PPOModule", {**_UPDATE, "kl": {"target": 1.0}, "scores": {"normalise": True}}),
-    "grpo": ("GRPOModule", {**_UPDATE, "group_size": 2}),
-    "online_dpo": ("OnlineDPOModule", {**_UPDATE, "group_size": 2}),
-}
-
-
-def fit(
-    case: str,
-    folder: Path,
-    run: Path,
-    *callbacks: Callback,
-    ckpt_path: Path | None = None,
-    checkpoint: RunCheckpoint | None = None,
-    **options: Any,
-) -> Any:
-    name, given = CASES[case]
-    samples = "iterations" in given
-    reward = {"reward": TokenReward()} if samples else {}
-    given = {**given, **({"iterations": options.pop("iterations")} if "iterations" in options else {})}
-    given["optimizer"] = {"learning_rate": 0.01, "schedule": options.pop("schedule", "linear"), "warmup_steps": 2}
-    module = make(getattr(modules, name), str(folder), **reward, **given)
-    rows = run.parent / "rows.jsonl"
-    if not rows.exists():
-        write_rows(rows)
-    data = PreferenceDataModule(str(rows), batch_size=4, val_path=str(rows), val_batch_size=9)
-    loggers = [TensorBoardLogger(save_dir=str(run.parent), name=run.name, version=""), JsonlLogger(run)]
-    trainer = Trainer(
-        **{
-            "max_epochs": 1 if samples else 2,
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": loggers,
-            "callbacks": [
-                *callbacks,
-                SampleTable(rows=2, every_n_batches=3),
-                checkpoint or RunCheckpoint(every_n_batches=2),
-            ],
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "use_distributed_sampler": False,
-            "log_every_n_steps": 1,
-            "val_check_interval": 4,
-            "check_val_every_n_epoch": None,
-            "num_sanity_val_steps": 0,
-            "limit_val_batches": 2,
-            **options,
-        }
-    )
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=None if ckpt_path is None else str(ckpt_path))
-    finally:
-        for logger in loggers[:1]:
-            logger.finalize("done")
-    return module
-
-
-def write_rows(path: Path) -> None:
-    prompts = path.with_name("prompts.jsonl")
-    write_prompts(prompts, rows=24)
-    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
-    rows = [{"prompt": text, "chosen": f"{text} cat", "rejected": f"{text[:5]} dog big"} for text in texts]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def resume(case: str, folder: Path, run: Path, *callbacks: Callback, **options: Any) -> Any:
-    # TensorBoard reads event files in the order of their names, which begin with the second.
-    time.sleep(1.0)
-    return fit(case, folder, run, *callbacks, ckpt_path=latest(run / "checkpoints"), **options)
-
-
-CLOCK = ("time", "tokens_per_second", "seconds")
-
-
-def records(run: Path) -> dict[str, Any]:
-    """What a run wrote, without clock times and rates."""
-
-    def lines(name: str) -> list[Any]:
-        path = run / name
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        return [{k: v for k, v in row.items() if not any(word in k for word in CLOCK)} for row in rows]
-
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    scalars = {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if not any(word in tag for word in CLOCK)
-    }
-    return {"metrics": lines("metrics.jsonl"), "samples": lines("samples.jsonl"), "scalars": scalars}
-
-
-def counts(run: Path) -> dict[str, Any]:
-    """Lightning's counts in the newest checkpoint, without those of validation, which nothing reads."""
-    progress = torch.load(latest(run / "checkpoints"), weights_only=True)["loops"]["fit_loop"]
-    return {name: value for name, value in progress.items() if "val_loop" not in name}
 
 
 def same(straight: Path, broken: Path) -> None:
@@ -165,33 +53,6 @@ def handlers() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-def steps(case: str, batches: int) -> int:
-    return batches * (2 if case in ("ppo", "grpo", "online_dpo") else 1)
-
-
-class StopAfter(Callback):
-    """As ``max_time`` does it: at a batch's end, whatever comes next."""
-
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        trainer.should_stop = trainer.fit_loop.epoch_loop.batch_progress.total.ready >= self.batches
-
-
-class Signal(Callback):
-    """Sends this process a signal in batch ``batches``, at the named hook."""
-
-    def __init__(self, batches: int, number: int, hook: str = "on_before_optimizer_step") -> None:
-        self.batches, self.number, self.sent = batches, number, False
-        setattr(self, hook, self.send)
-
-    def send(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batches and not self.sent:
-            self.sent = True  # a second Ctrl-C stops at once
-            os.kill(os.getpid(), self.number)
 
 
 # `make test-faults` runs every case with every stop; the test command runs each case and each stop at least once.
@@ -318,3 +179,42 @@ def test_a_kill_after_a_save_loses_no_record(case: str, straight: Any, tiny_poli
         fit(case, tiny_policy_dir, tmp_path / "broken", checkpoint=KilledAfterSave(every_n_batches=2))
     resume(case, tiny_policy_dir, tmp_path / "broken")
     same(straight(case), tmp_path / "broken")
+
+
+# Method, strategy, the process that gets the signal, where, and which.
+IN_TWO = {
+    "sft-ddp": ("sft", "ddp", 1, "on_before_optimizer_step", signal.SIGTERM),
+    "sft-fsdp2": ("sft", "fsdp2", 0, "on_validation_start", signal.SIGUSR1),
+    "ppo-fsdp2": ("ppo", "fsdp2", 1, "on_before_optimizer_step", signal.SIGINT),
+}
+if WHOLE:
+    IN_TWO = {
+        f"{method}-{strategy}-{to}-{hook}-{number}": (method, strategy, to, hook, number)
+        for method, strategy, to, hook, number in itertools.product(
+            CASES,
+            ["ddp", "fsdp2"],
+            [0, 1],
+            ["on_before_optimizer_step", "on_validation_start"],
+            [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1],
+        )
+    }
+
+
+@pytest.fixture(scope="module")
+def in_two(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("two")
+    cases = {}
+    for name, (method, strategy, to, hook, number) in IN_TWO.items():
+        shared = {"model": str(tiny_policy_dir), "method": method, "strategy": strategy}
+        cases[f"{method}-{strategy}"] = {**shared, "run": str(folder / f"straight-{method}-{strategy}")}
+        stop = {"to": to, "hook": hook, "number": int(number), "batches": 4}
+        cases[f"stopped-{name}"] = {**shared, **stop, "run": str(folder / f"stopped-{name}")}
+    return results_of_two("stop_cases.py", cases, folder)
+
+
+@pytest.mark.parametrize("name", IN_TWO)
+def test_a_signal_to_one_of_two_processes_stops_and_saves_both(name: str, in_two: dict[str, Any]) -> None:
+    method, strategy, *_ = IN_TWO[name]
+    expected, got = in_two[f"{method}-{strategy}"], in_two[f"stopped-{name}"]
+    assert all(torch.equal(got["weights"][key], value) for key, value in expected["weights"].items())
+    assert got["records"] == expected["records"]

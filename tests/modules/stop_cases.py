@@ -1,0 +1,181 @@
+"""Runs of six methods that stop and go on: in one process, and as a script in two."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from making import make
+from ppo_cases import write_prompts
+from ppo_harness import TokenReward
+from processes import run_cases
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rlhf_lightning import modules
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.callbacks.metrics import JsonlLogger
+from rlhf_lightning.callbacks.samples import SampleTable
+from rlhf_lightning.collectives import rank
+from rlhf_lightning.data.datamodule import PreferenceDataModule
+from rlhf_lightning.models.sharding import full_state_dict
+
+_SAMPLING = {"sampling": {"max_new_tokens": 4}}
+_UPDATE = {"iterations": 12, "update": {"epochs": 1, "minibatches": 2, "micro_batch_tokens": 64}, **_SAMPLING}
+# name: the class and its options
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sft": ("SFTModule", {**_SAMPLING}),
+    "sft-lora": ("SFTModule", {**_SAMPLING, "lora": {"rank": 2}}),
+    "reward_model": ("RewardModelModule", {}),
+    "dpo": ("DPOModule", {**_SAMPLING}),
+    "ppo": ("PPOModule", {**_UPDATE, "kl": {"target": 1.0}, "scores": {"normalise": True}}),
+    "grpo": ("GRPOModule", {**_UPDATE, "group_size": 2}),
+    "online_dpo": ("OnlineDPOModule", {**_UPDATE, "group_size": 2}),
+}
+
+
+def fit(
+    case: str,
+    folder: Path,
+    run: Path,
+    *callbacks: Callback,
+    ckpt_path: Path | None = None,
+    checkpoint: RunCheckpoint | None = None,
+    **options: Any,
+) -> Any:
+    name, given = CASES[case]
+    samples = "iterations" in given
+    reward = {"reward": TokenReward()} if samples else {}
+    given = {**given, **({"iterations": options.pop("iterations")} if "iterations" in options else {})}
+    given["optimizer"] = {"learning_rate": 0.01, "schedule": options.pop("schedule", "linear"), "warmup_steps": 2}
+    module = make(getattr(modules, name), str(folder), **reward, **given)
+    rows = run.parent / "rows.jsonl"
+    if not rows.exists():
+        write_rows(rows)
+    data = PreferenceDataModule(str(rows), batch_size=4, val_path=str(rows), val_batch_size=9)
+    loggers = [TensorBoardLogger(save_dir=str(run.parent), name=run.name, version=""), JsonlLogger(run)]
+    trainer = Trainer(
+        **{
+            "max_epochs": 1 if samples else 2,
+            "accelerator": "cpu",
+            "devices": 1,
+            "default_root_dir": run,
+            "logger": loggers,
+            "callbacks": [
+                *callbacks,
+                SampleTable(rows=2, every_n_batches=3),
+                checkpoint or RunCheckpoint(every_n_batches=2),
+            ],
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+            "log_every_n_steps": 1,
+            "val_check_interval": 4,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 2,
+            **options,
+        }
+    )
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=None if ckpt_path is None else str(ckpt_path))
+    finally:
+        for logger in loggers[:1]:
+            logger.finalize("done")
+    return module
+
+
+def write_rows(path: Path) -> None:
+    prompts = path.with_name("prompts.jsonl")
+    write_prompts(prompts, rows=24)
+    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    rows = [{"prompt": text, "chosen": f"{text} cat", "rejected": f"{text[:5]} dog big"} for text in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def resume(case: str, folder: Path, run: Path, *callbacks: Callback, **options: Any) -> Any:
+    # TensorBoard reads event files in the order of their names, which begin with the second.
+    time.sleep(1.0)
+    return fit(case, folder, run, *callbacks, ckpt_path=latest(run / "checkpoints"), **options)
+
+
+CLOCK = ("time", "tokens_per_second", "seconds")
+
+
+def records(run: Path) -> dict[str, Any]:
+    """What a run wrote, without clock times and rates."""
+
+    def lines(name: str) -> list[Any]:
+        path = run / name
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [{k: v for k, v in row.items() if not any(word in k for word in CLOCK)} for row in rows]
+
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    scalars = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if not any(word in tag for word in CLOCK)
+    }
+    return {"metrics": lines("metrics.jsonl"), "samples": lines("samples.jsonl"), "scalars": scalars}
+
+
+def counts(run: Path) -> dict[str, Any]:
+    """Lightning's counts in the newest checkpoint, without those of validation, which nothing reads."""
+    progress = torch.load(latest(run / "checkpoints"), weights_only=True)["loops"]["fit_loop"]
+    return {name: value for name, value in progress.items() if "val_loop" not in name}
+
+
+def steps(case: str, batches: int) -> int:
+    return batches * (2 if case in ("ppo", "grpo", "online_dpo") else 1)
+
+
+class StopAfter(Callback):
+    """As ``max_time`` does it: at a batch's end, whatever comes next."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.fit_loop.epoch_loop.batch_progress.total.ready >= self.batches
+
+
+class Signal(Callback):
+    """Sends this process a signal in batch ``batches``, at the named hook."""
+
+    def __init__(self, batches: int, number: int, hook: str = "on_before_optimizer_step") -> None:
+        self.batches, self.number, self.sent = batches, number, False
+        setattr(self, hook, self.send)
+
+    def send(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batches and not self.sent:
+            self.sent = True  # a second Ctrl-C stops at once
+            os.kill(os.getpid(), self.number)
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """Train, in a second attempt if a signal to one process stops the first; the whole weights and the records."""
+    folder, out = Path(case["model"]), Path(case["run"])
+    options = {"devices": 2, "strategy": case["strategy"]}
+    if "number" in case:
+        mine = rank() == case["to"] if dist.is_initialized() else int(os.environ["RANK"]) == case["to"]
+        stop = [Signal(case["batches"], case["number"], case["hook"])] if mine else []
+        with contextlib.suppress(SystemExit):
+            fit(case["method"], folder, out, *stop, **options)
+            raise AssertionError("the run was not stopped")
+        assert latest(out / "checkpoints").name == f"batch-{case['batches']:08d}.ckpt"
+        module = resume(case["method"], folder, out, **options)
+    else:
+        module = fit(case["method"], folder, out, **options)
+    weights = {name: value.clone() for name, value in full_state_dict(module.model).items()}
+    return {"weights": weights, "records": json.dumps(records(out)) if rank() == 0 else ""}
+
+
+if __name__ == "__main__":
+    run_cases(run)
