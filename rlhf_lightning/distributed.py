@@ -1,4 +1,4 @@
-"""The ``fsdp2`` strategy, and a switch for the exchange of gradients.
+"""The ``fsdp2`` strategy, its checkpoints read without running a pickle, and a switch for the exchange of gradients.
 
 Lightning's DDP and PyTorch's FSDP2 both average gradients over the processes. The losses here are sums, so modules
 multiply by the number of processes, and divide by a count over all processes (`GradientStep`, `OnPolicyModule`).
@@ -6,14 +6,39 @@ multiply by the number of processes, and divide by a count over all processes (`
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+
+from rlhf_lightning.errors import InputError
+
+# All that the metadata of a sharded checkpoint is made of.
+_METADATA = {
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size",),
+    "pathlib": ("Path", "PosixPath", "WindowsPath"),
+    "collections": ("OrderedDict",),
+}
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -47,9 +72,44 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Loads a file or a folder of shards.
+
+        Raises:
+            InputError: the folder's metadata could run code when it is read, or is damaged.
+        """
+        if Path(checkpoint_path).is_dir() and (said := strange_metadata(Path(checkpoint_path))):
+            raise InputError(f"--ckpt_path {checkpoint_path}: {said}; take another checkpoint, from a source you trust")
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
 
 if "fsdp2" not in StrategyRegistry:
     StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Sharded training with PyTorch's FSDP2")
+
+
+def strange_metadata(checkpoint: Path) -> str:
+    """What in a sharded checkpoint's metadata is none of torch's own classes; empty if nothing is.
+
+    torch reads this file by `pickle`, which can run any code. Here nothing else is looked up than the known classes.
+    """
+    try:
+        with (checkpoint / ".metadata").open("rb") as file:
+            _MetadataReader(file).load()
+    except OSError as error:
+        return f".metadata cannot be read ({error.strerror})"
+    except Exception as error:  # a damaged pickle can raise anything
+        return f".metadata is none that torch has written ({' '.join(str(error).split())[:120]})"
+    return ""
+
+
+class _MetadataReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        known = name in _METADATA.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        )
+        if not known:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
 
 
 @contextmanager

@@ -158,8 +158,9 @@ def unsafe(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def test_nothing_is_loaded_in_a_way_that_can_run_it() -> None:
     files = [*SOURCES, ROOT / "setup.py", *(ROOT / "examples").rglob("*.py"), *BENCHMARKS]
-    found = [f"{path}:{line}: {what}" for path in files for line, what in unsafe(tree_of(path))]
-    assert not found, "\n".join(found)
+    found = [f"{path.relative_to(ROOT)}: {what}" for path in files for line, what in unsafe(tree_of(path))]
+    # A pickle is read in one place, by an unpickler that finds a few named classes only (test_checkpoint_files.py).
+    assert found == ["rlhf_lightning/distributed.py: import pickle"]
 
 
 def test_the_check_for_unsafe_loads_sees_them() -> None:

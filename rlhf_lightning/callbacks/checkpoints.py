@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
-import zipfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +13,19 @@ from typing import Any, NoReturn
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.distributed.checkpoint.api import CheckpointException
 
+from rlhf_lightning.callbacks.checkpoint_files import (
+    PlainFiles,
+    batches_of,
+    clear_staging,
+    delete,
+    latest,
+    list_files,
+    set_aside,
+    staging,
+)
 from rlhf_lightning.callbacks.loop_position import (
     after_each_batch,
     batches_done,
@@ -26,21 +38,12 @@ from rlhf_lightning.callbacks.metrics import rewind_loggers
 from rlhf_lightning.callbacks.resume_notes import notes, settings
 from rlhf_lightning.callbacks.run_files import run_folder, sync_to_disk
 from rlhf_lightning.callbacks.stop_signals import StopSignals
-from rlhf_lightning.collectives import barrier, failing_together
+from rlhf_lightning.collectives import failing_together
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.export import flush
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.outputs import check_room
 from rlhf_lightning.text import notice, say
-
-_STAGING = ".staging-"
-
-
-def latest(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint, a file or folder, in a run's ``checkpoints`` folder; None if there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return None
-    return max((path for path in folder.glob("batch-*.ckpt") if is_whole(path)), default=None)
 
 
 class RunCheckpoint(Checkpoint):
@@ -81,9 +84,11 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the run's folder here, since all processes must take part."""
         self._folder = run_folder(trainer) / "checkpoints"
+        if trainer.strategy._checkpoint_io is None:
+            trainer.strategy.checkpoint_io = PlainFiles()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks that the disk has room for the end of the run: one checkpoint and the model.
+        """Removes what a killed save has left, and checks the disk's room for the run's end: a checkpoint, the model.
 
         Raises:
             InputError: there is less room, so the training would be lost; on all processes.
@@ -93,6 +98,7 @@ class RunCheckpoint(Checkpoint):
         with failing_together():
             if trainer.is_global_zero:
                 assert self._folder is not None
+                clear_staging(self._folder)
                 needed, what = _bytes_at_the_end(pl_module), "a checkpoint and the model take at least"
                 check_room(self._folder.parent, needed, what, "another place with --runs FOLDER")
 
@@ -185,39 +191,67 @@ class RunCheckpoint(Checkpoint):
         self._signals.stop()
 
     def save(self, trainer: Trainer) -> None:
-        """Writes a checkpoint of the current state, unless there is one already. Every process calls it."""
+        """Writes a checkpoint of the current state, unless there is one already. Every process calls it.
+
+        Raises:
+            InputError: it cannot be written; on all processes. The checkpoints from before are as they were.
+        """
         batches = batches_done(trainer)
         if batches == self._saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert self._folder is not None
+        began = time.monotonic()
         destination = self._folder / f"batch-{batches:08d}.ckpt"
-        staging = self._folder / f"{_STAGING}{destination.name}"
-        if trainer.is_global_zero:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self._folder.glob(f"{_STAGING}*"):  # a killed run may have left some
-                _delete(leftover)
-        barrier()
+        staged = staging(destination)
+        with failing_together(), self._written(destination):
+            if trainer.is_global_zero:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                clear_staging(self._folder)  # of a failed save in this run
         self._saving = True
         try:
-            trainer.save_checkpoint(staging)
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(False)  # with optimizers and callbacks
         finally:
             self._saving = False
-        if trainer.is_global_zero:
-            if not is_whole(staging):
-                # Lightning's atomic writer swallows some errors (permissions, for one) and reports success.
-                raise OSError(f"{staging}: the checkpoint could not be written; is the disk full or read-only?")
-            sync_to_disk(staging)
-            # Checkpoints with higher numbers than the last save are from an earlier attempt. They are set aside before
-            # the new one gets its name. If the process is killed in between, the newest one is where this run began.
-            aside = [_set_aside(path) for path in self._folder.glob("batch-*.ckpt") if _number(path) > self._saved]
-            os.replace(staging, destination)
-            flush(self._folder)
-            for old in aside:
-                _delete(old)
-            for old in sorted(self._folder.glob("batch-*.ckpt"))[: -self.keep]:
-                _delete(_set_aside(old))
-        barrier()
+        # Trainer.save_checkpoint ends in a barrier, at which the other processes would wait for one that has failed.
+        with failing_together(), self._written(destination):
+            trainer.strategy.save_checkpoint(checkpoint, staged)
+        with failing_together(), self._written(destination):
+            if trainer.is_global_zero:
+                size = self._name(staged, destination)
+                said = f"saved: {destination}, {size / 1e6:,.1f} MB in {time.monotonic() - began:,.1f} s"
+                rank_zero_info(said, extra={"in_preflight": True})
         self._saved = batches
+
+    def _name(self, staged: Path, destination: Path) -> int:
+        """Gives a written checkpoint its name, and removes what it replaces; returns its bytes."""
+        sync_to_disk(staged)
+        # Checkpoints with higher numbers than the last save are from an earlier attempt. They are set aside before the
+        # new one gets its name. If the process is killed in between, the newest one is where this run began.
+        folder = destination.parent
+        aside = [set_aside(path) for path in folder.glob("batch-*.ckpt") if batches_of(path) > self._saved]
+        size = list_files(staged, destination)
+        os.replace(staged, destination)
+        flush(folder)
+        for old in aside:
+            delete(old)
+        for old in sorted(folder.glob("batch-*.ckpt"))[: -self.keep]:
+            delete(set_aside(old))
+        return size
+
+    @contextmanager
+    def _written(self, destination: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, CheckpointException) as error:
+            failures = (
+                [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+            )
+            why = next((failure for failure in [error, *failures] if isinstance(failure, OSError)), error)
+            newest = self.newest
+            before = f"the one from before is whole: {newest}" if newest else "there is none from before"
+            raise InputError(
+                f"{destination}: this checkpoint cannot be written ({getattr(why, 'strerror', why)}); {before}"
+            ) from error
 
 
 def _bytes_at_the_end(module: LightningModule) -> int:
@@ -226,31 +260,3 @@ def _bytes_at_the_end(module: LightningModule) -> int:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     state = sum(parameter.numel() * (parameter.element_size() + 2 * 4) for parameter in trained)
     return state + 2 * sum(parameter.numel() for parameter in parameters)
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is complete: a file has its index at the end, a folder of shards the files written last."""
-    if path.is_dir():
-        return (path / "meta.pt").is_file() and (path / ".metadata").is_file()
-    return path.is_file() and zipfile.is_zipfile(path)
-
-
-def _number(path: Path) -> int:
-    digits = path.stem.removeprefix("batch-")
-    return int(digits) if digits.isdecimal() else 0
-
-
-def _set_aside(path: Path) -> Path:
-    """Renames a checkpoint, so that a half-deleted folder is not taken for one. The next save deletes leftovers."""
-    doomed = path.with_name(f"{_STAGING}doomed-{path.name}")
-    if doomed.exists():
-        _delete(doomed)
-    os.replace(path, doomed)
-    return doomed
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from rlhf_lightning.callbacks.checkpoints import is_whole, latest
+from rlhf_lightning.callbacks.checkpoint_files import damage, is_whole, latest, newest_intact
 from rlhf_lightning.errors import InputError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -23,6 +23,7 @@ _TIMED = re.compile(r"-\d{8}-\d{6}(-\d+)?")
 # Lightning starts the other processes of a run with the same command line, some seconds later. This variable tells them
 # the first process's folder. (torchrun starts all at once: they choose before the first process writes anything.)
 _SHARED = "RLHF_LIGHTNING_RUN"
+_SHARED_CHECKPOINT = "RLHF_LIGHTNING_CHECKPOINT"  # and its checkpoint; empty for none
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,11 @@ def choose(wanted: Wanted, first: bool = True, busy: Sequence[Path] = ()) -> Run
             "it names a folder in runs/"
         )
     if not first and _SHARED in os.environ:
-        folder = Path(os.environ[_SHARED])
-        return Run(folder, latest(folder / "checkpoints") if wanted.checkpoint == "last" else _given(wanted.checkpoint))
+        checkpoint = os.environ[_SHARED_CHECKPOINT]
+        return Run(Path(os.environ[_SHARED]), Path(checkpoint) if checkpoint else None)
     run = _newest(wanted) if wanted.checkpoint == "last" else _by_name(wanted, busy)
     if first:
-        os.environ[_SHARED] = str(run.folder)
+        os.environ[_SHARED], os.environ[_SHARED_CHECKPOINT] = str(run.folder), str(run.checkpoint or "")
     return run
 
 
@@ -190,14 +191,16 @@ def _newest(wanted: Wanted) -> Run:
         runs.sort(key=started)
     runs = [run for run in runs if holds_run(run)] or [wanted.root / (wanted.name or wanted.stage)]
     run = runs[-1]
-    checkpoint = latest(run / "checkpoints")
+    checkpoint, damaged = newest_intact(run / "checkpoints")
     if checkpoint is None:
         # An older run is never chosen unasked, since continuing it would write to it.
+        which = f" ({'; '.join(damaged)})" if damaged else ""
         raise InputError(
-            f"--ckpt_path last: {run / 'checkpoints'} holds no whole checkpoint; start without it"
+            f"--ckpt_path last: {run / 'checkpoints'} holds no whole checkpoint{which}; start without it"
             f"{_known_runs(wanted.root)}"
         )
-    return Run(run, checkpoint, f"{run} goes on from {checkpoint.name}", goes_on=True)
+    older = f"; newer ones are damaged ({'; '.join(damaged)})" if damaged else ""
+    return Run(run, checkpoint, f"{run} goes on from {checkpoint.name}{older}", goes_on=True)
 
 
 def _run_of_config(wanted: Wanted) -> Path | None:
@@ -223,6 +226,11 @@ def _given(checkpoint: str | None) -> Path | None:
         raise InputError(
             f"--ckpt_path {path}: this is no whole checkpoint: another kind of file, or one that is cut off; take "
             "another of the run's checkpoints/batch-*.ckpt, or `last` for the newest whole one"
+        )
+    if said := damage(path):
+        raise InputError(
+            f"--ckpt_path {path}: this checkpoint is damaged ({said}); take another of the run's "
+            "checkpoints/batch-*.ckpt, or `last` for the newest whole one"
         )
     return path
 

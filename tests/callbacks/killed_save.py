@@ -33,9 +33,8 @@ def die_at(point: int) -> None:
 
         setattr(module, name, wrapped)
 
-    import lightning.pytorch as pl
-
-    counted(pl.Trainer, "save_checkpoint", begins_save=True)
+    counted(checkpoints, "staging", begins_save=True)
+    counted(checkpoints, "list_files")
     counted(checkpoints, "sync_to_disk")
     counted(os, "replace")
     counted(checkpoints, "flush")

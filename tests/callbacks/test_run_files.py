@@ -15,7 +15,8 @@ from small_data import SmallData, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.callbacks.checkpoint_files import latest
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.callbacks.metrics import JsonlLogger
 from rlhf_lightning.callbacks.model_export import ModelExport
 from rlhf_lightning.callbacks.run_files import append_line, rewind_lines

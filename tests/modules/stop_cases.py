@@ -20,7 +20,8 @@ from processes import run_cases
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_lightning import modules
-from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.callbacks.checkpoint_files import latest
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.callbacks.metrics import JsonlLogger
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.collectives import rank

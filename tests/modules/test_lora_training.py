@@ -15,7 +15,8 @@ from small_data import SmallData, train
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.callbacks.checkpoint_files import latest
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import load_causal_lm
 from rlhf_lightning.models.lora import adapted_layers

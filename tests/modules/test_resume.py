@@ -11,7 +11,8 @@ from lightning.pytorch import Callback
 from making import make
 from small_data import SmallData, train
 
-from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.callbacks.checkpoint_files import latest
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.callbacks.model_export import ModelExport
 from rlhf_lightning.data.datamodule import PreferenceDataModule
 from rlhf_lightning.modules.base import RLHFModule

@@ -16,7 +16,8 @@ from lightning.pytorch import Trainer
 from processes import results_of_two
 from stop_cases import CASES, Signal, StopAfter, counts, fit, records, resume, steps
 
-from rlhf_lightning.callbacks.checkpoints import RunCheckpoint, latest
+from rlhf_lightning.callbacks.checkpoint_files import latest
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.callbacks.loop_position import batches_done
 
 
