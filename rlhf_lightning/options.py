@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -46,13 +47,15 @@ class Options:
     """The base of all groups, which are frozen dataclasses with their options as fields.
 
     Raises:
-        InputError: a field's type does not allow its value; names the field and the type.
+        InputError: a field's type does not allow its value, or it is a number that is not finite; names the field.
     """
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
             if not _allowed(value := getattr(self, name), kind):
                 raise InputError(f"{type(self).__name__}.{name}: expected {_told(kind)}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{type(self).__name__}.{name}: expected a finite number, got {value!r}")
 
 
 def plain(value: Any) -> Any:

@@ -93,12 +93,13 @@ def damage(checkpoint: Path) -> str:
         folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
         for name, entry in listed.items():
             path = folder / Path(name).name
+            told = "it" if path == checkpoint else path.name
             if not path.is_file():
-                return f"{path.name} is missing"
+                return f"{told} is missing"
             if path.stat().st_size != entry["bytes"]:
-                return f"{path.name} has {path.stat().st_size:,} bytes of {entry['bytes']:,}"
+                return f"{told} has {path.stat().st_size:,} bytes of {entry['bytes']:,}"
             if _described(path)[1]["sha256"] != entry["sha256"]:
-                return f"{path.name} has changed since it was written"
+                return f"{told} has changed since it was written"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{manifest.name} cannot be read"
     return ""

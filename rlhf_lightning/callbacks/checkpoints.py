@@ -149,7 +149,7 @@ class RunCheckpoint(Checkpoint):
         if stop or batches_done(trainer) - self._saved >= self.every_n_batches:
             self.save(trainer)
         if stop:
-            self._stop()
+            self._stop(trainer)
 
     def on_phase(self, trainer: Trainer, module: LightningModule, phase: str, done: int, total: int) -> None:
         """Called by modules with the progress of a part of their step. A rollout is dropped if the user wants to stop.
@@ -159,7 +159,7 @@ class RunCheckpoint(Checkpoint):
         draws = phase == "rollout" and trainer.training and not module.automatic_optimization
         if draws and self._signals.came and trainer.world_size == 1:
             self.save(trainer)
-            self._stop()
+            self._stop(trainer)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
@@ -172,7 +172,7 @@ class RunCheckpoint(Checkpoint):
                 return
             self._validating = True
             self.save(trainer)
-        self._stop()
+        self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the final state."""
@@ -185,9 +185,10 @@ class RunCheckpoint(Checkpoint):
             self._end_calls = None
         self._signals.give_back()
 
-    def _stop(self) -> NoReturn:
-        where = f", from {self.newest}" if self.newest else ""
-        say(f"stopped; the same command goes on with --ckpt_path last{where}")
+    def _stop(self, trainer: Trainer) -> NoReturn:
+        if trainer.is_global_zero:
+            goes_on = f"; the same command goes on with --ckpt_path last, from {self.newest}" if self.newest else ""
+            say(f"stopped{goes_on}")
         self._signals.stop()
 
     def save(self, trainer: Trainer) -> None:

@@ -39,7 +39,8 @@ def notes(trainer: Trainer, module: RLHFModule, then: Mapping[str, Any], options
     yield from changed(options, plain(dict(module.hparams)), "model")
     yield from changed(then.get("trainer", {}), now["trainer"], "trainer")
     optimizer, before, after = module.optimizer_options, then.get("steps"), now["steps"]
-    if optimizer.schedule != "constant" and before is not None and after not in (before, None):
+    same = options.get("optimizer", {}).get("schedule") == optimizer.schedule != "constant"
+    if same and before is not None and after not in (before, None):
         rates = [
             optimizer.learning_rate * optimizer.factor(trainer.global_step, partial(int, steps))
             for steps in (before, after)

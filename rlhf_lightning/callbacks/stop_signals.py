@@ -12,9 +12,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rlhf_lightning.collectives import largest
 from rlhf_lightning.text import say
 
-_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]  # SIGUSR1 is a cluster's warning that time is up; Windows has none
+# SIGUSR1 is a cluster's warning that the time is up; Windows has none.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopSignals:
@@ -33,7 +32,7 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():  # Python allows no handlers there
             return
         for number in _SIGNALS:
-            if signal.getsignal(number) != self._handle and not self._number:
+            if signal.getsignal(number) != self._handle:
                 self._old.setdefault(number, signal.getsignal(number))
                 signal.signal(number, self._handle)
 
@@ -60,9 +59,8 @@ class StopSignals:
         raise SIGTERMException
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == self._number == signal.SIGINT:
+            raise KeyboardInterrupt
         self._number = number
-        again = ""
-        if number == signal.SIGINT:
-            again = "; Ctrl-C again stops at once"
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
         say(f"\n{signal.Signals(number).name}: stopping as soon as a checkpoint can be written{again}")

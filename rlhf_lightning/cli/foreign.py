@@ -16,6 +16,8 @@ from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
 from rlhf_lightning.text import notice, say
 
 _EPOCHS_BEHIND = re.compile(r"checkpoint with current_epoch=(\d+), but you have set Trainer\(max_epochs=(\d+)")
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+_LOADING = ("lightning.pytorch.trainer.connectors.checkpoint_connector", "lightning.pytorch.utilities.migration")
 _SURE = ("val/loss", "val/scores")  # every validation of this library logs one of these
 _OURS = ("rlhf_lightning.", "lightning.")
 
@@ -145,6 +147,24 @@ def of_configuration(error: MisconfigurationException) -> InputError:
             "left to train; raise trainer.max_epochs"
         )
     return InputError(text)
+
+
+def of_checkpoint(error: Exception) -> InputError | None:
+    """The error to show if a checkpoint holds more than data, or is none of a training; None for other errors.
+
+    torch's own text says how to load it in spite of the first, which would run whatever code it names.
+    """
+    modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, KeyError) and any(name.startswith(_LOADING) for name in modules):
+        return InputError(
+            f"--ckpt_path: the file is no checkpoint of a training (it has no {error}); a model's weights are given as "
+            "a folder, with --model.model"
+        )
+    if type(error).__name__ != "UnpicklingError":
+        return None
+    asked = _GLOBAL.search(str(error))
+    what = f"asks for {asked[1]}" if asked else "is no data that torch has written"
+    return InputError(f"--ckpt_path: the file {what}; take a checkpoint of this library, from a source you trust")
 
 
 def of_callback(error: Exception) -> InputError | None:

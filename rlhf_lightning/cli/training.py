@@ -72,7 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     except MisconfigurationException as error:
         raise foreign.of_configuration(error) from error
     except Exception as error:
-        if (said := foreign.of_callback(error) or foreign.of_trainer(error)) is not None:
+        said = foreign.of_checkpoint(error) or foreign.of_callback(error) or foreign.of_trainer(error)
+        if said is not None:
             raise said from error
         raise
     return 0
@@ -246,6 +247,11 @@ class TrainingCLI(LightningCLI):
             for note in self.layers.notes:
                 say(notice("note", note))
         self._check_that_it_can_be_written()
+        if self.options.get("weights_only") is False:
+            raise InputError(
+                "--weights_only false: a checkpoint read so can run any code, and none of this library's needs it; "
+                "leave the option out"
+            )
         read_from = self.options.clone().as_dict()
         check_inputs(read_from)
         self.run = self._run_to_write()

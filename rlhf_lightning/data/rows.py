@@ -46,6 +46,9 @@ class Form:
         raise NotImplementedError
 
 
+_MOST = 1e6  # of a weight or a margin
+
+
 @dataclass(frozen=True)
 class Record:
     """One checked row.
@@ -184,7 +187,12 @@ class Row:
 
     def _number(self, key: str, default: float) -> float:
         value = self.take(key)
-        return default if value is None else checked_number(value, self.where, key)
+        number = default if value is None else checked_number(value, self.where, key)
+        if abs(number) > _MOST:
+            raise self.refused(
+                key, f"is {number:g}, and {_MOST:g} is the most that a float32 loss can hold beside others"
+            )
+        return number
 
     def _as_chat(self, prompt: Prompt, responses: Sequence[Response], tools: str) -> Prompt:
         """The prompt; as messages if the row has a system text, tools or message responses, which need a template."""

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_lightning.batches import Rollout
 from rlhf_lightning.errors import InputError
 
+_LARGEST = 1e15  # of a score: its square, summed over a batch, is still a float32
+
 
 class Reward(nn.Module):
     """Scores responses. Subclass it and write ``forward``; name the subclass in YAML by its ``class_path``."""
@@ -75,19 +77,21 @@ def check_scores(scores: Any, rollout: Rollout, source: str, may_skip: bool = Fa
         source: the reward's name, for the message.
         may_skip: allow NaN, which means that a response has no score.
 
-    Raises: InputError if the scores are no numbers, not one for each response, or not finite. It names the source, the
-    response and its prompt.
+    Raises: InputError if the scores are no numbers, not one for each response, not finite or too large. It names the
+    source, the response and its prompt.
     """
     try:
         values = as_scores(scores, len(rollout), rollout.tokens.device)
     except ValueError as error:
         raise InputError(f"reward {source}: {error}") from error
-    wrong = torch.isinf(values) if may_skip else ~torch.isfinite(values)
+    wrong = values.abs() > _LARGEST
+    if not may_skip:
+        wrong |= torch.isnan(values)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
         raise InputError(
-            f"reward {source}: the score of response {row} is {values[row].item()}; return a finite number "
-            f"({quoted(rollout, row)})"
+            f"reward {source}: the score of response {row} is {values[row].item()}; return a finite number, "
+            f"at most {_LARGEST:g} from 0 ({quoted(rollout, row)})"
         )
     return values
 

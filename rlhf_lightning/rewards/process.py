@@ -59,18 +59,20 @@ class FunctionProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._end: Callable[[], Any] = lambda: None
+        self._number = 0  # of the last call, which its answer repeats
 
     def call(self, arguments: list[Any], keywords: dict[str, Any], timeout: float) -> Any:
         """The function's result, with arrays and tensors as lists.
 
         Raises:
             CallFailed: the function raises an error, ends its own process, returns something else than a list of
-                numbers or text, or does not answer within ``timeout`` seconds. In the last case its process is ended,
-                with all that it started, and the next call starts another.
+                numbers or text, answers twice, or does not answer within ``timeout`` seconds. In the last two cases its
+                process is ended, with all that it started, and the next call starts another.
             InputError: JSON cannot hold an argument.
         """
+        self._number += 1
         try:
-            request = json.dumps([arguments, keywords]).encode()
+            request = json.dumps([self._number, arguments, keywords]).encode()
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"function {self.source}: with a timeout it runs in a process of its own, and only columns of text, "
@@ -81,11 +83,18 @@ class FunctionProcess:
         process, pipe = self._process, self._pipe
         assert process is not None and pipe is not None
         try:
+            left_over = pipe.poll(0)
             pipe.send_bytes(request)
             if not pipe.poll(timeout):
                 self.stop()
                 raise CallFailed(f"did not answer within {timeout:g} s, so its process was ended")
-            result, failure = json.loads(pipe.recv_bytes())
+            number, result, failure = json.loads(pipe.recv_bytes())
+            if left_over or number != self._number:
+                self.stop()
+                raise CallFailed(
+                    "answered a call twice (a process that it forks must end there and not return), so its process "
+                    "was ended"
+                )
         except (EOFError, OSError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)  # the pipe closes a moment before the exit code is known
@@ -148,13 +157,13 @@ def serve() -> None:
 
     threading.Thread(target=read, daemon=True).start()
     while True:
-        arguments, keywords = json.loads(requests.get())
+        number, arguments, keywords = json.loads(requests.get())
         try:
-            reply = json.dumps([_plain(call_here(function, arguments, keywords)), None])
+            reply = json.dumps([number, _plain(call_here(function, arguments, keywords)), None])
         except CallFailed as error:
-            reply = json.dumps([None, str(error)])
+            reply = json.dumps([number, None, str(error)])
         except (TypeError, ValueError) as error:
-            reply = json.dumps([None, f"returned something else than a list of numbers ({_told(error)})"])
+            reply = json.dumps([number, None, f"returned something else than a list of numbers ({_told(error)})"])
         pipe.send_bytes(reply.encode())
 
 
@@ -179,7 +188,8 @@ def _told(error: BaseException) -> str:
     """``KeyError: 'lexicon' (my_rewards.py:12)``, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return " ".join(f"{type(error).__name__}: {error}{where}".split())
+    said = f": {error}" if str(error) else ""
+    return " ".join(f"{type(error).__name__}{said}{where}".split())
 
 
 def load_function(name: str) -> Callable[..., Any]:

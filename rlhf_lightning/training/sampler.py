@@ -15,6 +15,7 @@ from rlhf_lightning.collectives import failing_together
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.models.loading import eos_ids
 from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.ops.checks import LEAST_TEMPERATURE, MOST_TEMPERATURE
 from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt, Options, PositiveFloat, PositiveInt
 from rlhf_lightning.rollout.engine import Progress, RolloutEngine, Sampling
 from rlhf_lightning.rollout.fitting import told_fitting_engine
@@ -43,6 +44,11 @@ class SamplingOptions(Options):
         super().__post_init__()
         if self.top_p > 1.0:
             raise InputError(f"model.sampling.top_p: expected a probability in (0, 1], got {self.top_p}")
+        for name in ("temperature", "eval_temperature"):
+            value = getattr(self, name, None)
+            if value and not LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE:
+                limits = f"{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
+                raise InputError(f"model.sampling.{name}: expected 0 or a number from {limits}, got {value:g}")
 
     @property
     def whole(self) -> bool:

@@ -5,7 +5,11 @@ Shapes: ``B`` responses of this process.
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -53,8 +57,31 @@ def checked_scores(
     if date is not None:
         for part in parts_of(reward):
             part.date = date
-    with failing_together():
+    with failing_together(), unharmed():
         return check_scores(score(rollout), rollout, source, reward is not None and reward.may_skip)
+
+
+@contextmanager
+def unharmed() -> Iterator[None]:
+    """Restores what a user's code may change for the whole process, so that it does not change the training.
+
+    That is the working directory, torch's grad mode and default dtype, and the handlers of signals.
+    """
+    folder = os.open(".", os.O_RDONLY) if hasattr(os, "fchdir") else None
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    main = threading.current_thread() is threading.main_thread()  # Python lets no other thread set a handler
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()} if main else {}
+    try:
+        yield
+    finally:
+        if folder is not None:
+            os.fchdir(folder)
+            os.close(folder)
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
 
 
 def settle(

@@ -52,7 +52,8 @@ def data(tmp_path: Path) -> Any:
     return SimpleNamespace(path=paths, val_path=str(tmp_path / "val.jsonl"), seed=3, train=[1, 2], held_out=[1])
 
 
-def test_a_card_says_what_a_model_is_made_of(base: Path, data: Any) -> None:
+def test_a_card_says_what_a_model_is_made_of(base: Path, data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # a command that ran before may have set it
     made = trainer(data)
     text = Card(made, module(SFTModule, base)).text("sft", made)
     front = yaml.safe_load(text.split("---\n")[1])

@@ -87,7 +87,8 @@ def test_a_shorter_or_missing_part_is_found_and_the_one_before_is_taken(checkpoi
     path = max(parts(newest), key=lambda part: part.stat().st_size)
     whole = path.read_bytes()
     path.write_bytes(whole + b"\0")
-    assert damage(newest) == f"{path.name} has {len(whole) + 1:,} bytes of {len(whole):,}"
+    told = "it" if path == newest else path.name
+    assert damage(newest) == f"{told} has {len(whole) + 1:,} bytes of {len(whole):,}"
     found, wrong = newest_intact(checkpoints)
     assert found == checkpoints / "batch-00000002.ckpt"
     assert wrong == [f"{newest.name}: {damage(newest)}"]

@@ -36,6 +36,7 @@ RATE, SCHEDULE = "--model.optimizer.learning_rate", "--model.optimizer.schedule"
         ([RATE, "null"], "model.optimizer.learning_rate: null is no value for it"),
         ([SCHEDULE, "cosin"], SCHEDULE + ": expected 'constant' or 'linear' or 'cosine', got cosin"),
         ([RATE], RATE + ": a value must follow"),
+        ([RATE, "inf"], "AdamWOptions.learning_rate: expected a finite number, got inf"),
         (["--model", "PPOModul"], "--model: no class 'PPOModul' is known (did you mean PPOModule?)"),
         (["--data.batch_size", "0"], "--data.batch_size: expected PositiveInt (value >0), got 0"),
         (["--data.long_prompt", "drop"], "unknown key of PreferenceDataModule (did you mean --data.long_prompts?)"),
@@ -70,6 +71,7 @@ FUNCTION = ["--model.reward", "FunctionReward", "--model.reward.function"]
     ("options", "said"),
     [
         (["--model.sampling.top_p", "2"], "top_p"),
+        (["--model.sampling.temperature", "1e-30"], "expected 0 or a number from 1e-12 to 1e+12, got 1e-30"),
         (["--data.batch_size", "2", "--model.update.minibatches", "4"], "4 minibatches cannot be made of 2 responses"),
         ([*FUNCTION, "no.py:f"], "function file no.py does not exist"),
         ([*FUNCTION, "mine.py:short"], "expected one score for each of 4 responses"),

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 
-from rlhf_lightning.rewards.process import FunctionProcess
+import pytest
+
+from rlhf_lightning.rewards.process import CallFailed, FunctionProcess, call_here
 
 TRAINING = """
 import sys
@@ -45,3 +47,32 @@ def test_the_process_loads_what_the_function_needs_and_no_more(tmp_path):
     names = ["torch", "transformers", "rlhf_lightning.rewards", "rlhf_lightning.errors"]
     assert process.call(names, {}, 60.0) == [False, False, False, True]
     process.stop()
+
+
+FORKING = """
+import os, time
+def length(texts, twice):
+    if twice and not os.fork():
+        time.sleep(0.5)
+    return [len(text) for text in texts]
+"""
+
+
+def test_an_answer_too_many_is_never_the_score_of_another_call(tmp_path):
+    (tmp_path / "mine.py").write_text(FORKING)
+    process = FunctionProcess(f"{tmp_path / 'mine.py'}:length")
+    assert process.call([["a"], True], {}, 60.0) == [1]
+    with pytest.raises(CallFailed, match="answered a call twice"):
+        for texts in (["bb"], ["ccc"], ["dddd"]):  # the second answer comes half a second after the first
+            assert process.call([texts, False], {}, 60.0) == [len(texts[0])]
+            time.sleep(0.4)
+    assert process.call([["ccccc"], False], {}, 60.0) == [5]
+    process.stop()
+
+
+def test_an_error_without_a_text_is_told_by_its_type():
+    def fail():
+        raise StopIteration
+
+    with pytest.raises(CallFailed, match=r"^raised StopIteration \(test_process.py:\d+\)$"):
+        call_here(fail, [], {})
