@@ -46,7 +46,12 @@ PLACES = {
     "the decode loop": ("rollout/native.py",),
     "LoRA's options; its layers": ("models/building.py", "models/lora.py"),
     "what a checkpoint holds": ("modules/base.py", "modules/on_policy.py"),
-    "when checkpoints are saved": ("callbacks/checkpoints.py",),
+    "when checkpoints are saved, and how they lie on the disk": (
+        "callbacks/checkpoints.py",
+        "callbacks/checkpoint_files.py",
+    ),
+    "where a resumed run goes on": ("callbacks/loop_position.py",),
+    "what a signal does": ("callbacks/stop_signals.py",),
     "the progress line": ("callbacks/progress.py",),
     "a form of rows that data may have": ("data/forms.py",),
     "chat templates": ("models/template.py", "data/conversations.py"),
