@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlhf_lightning.errors import InputError, TrainingDiverged
+from rlhf_lightning.errors import InputError, ProcessFailed, TrainingDiverged
+
+# How gloo and NCCL say that another process is gone or does not answer.
+_PEER = re.compile(r"Connection (closed|reset)|Broken pipe|Timed out|timed out|timeout|remote process|NCCL", re.I)
+_PLACE = re.compile(r"^\[\S+\] ")  # in their sources
+_FIRST, _PATIENCE = "rlhf_lightning/first_failure", 3.0  # seconds
 
 
 def world_size() -> int:
@@ -100,6 +108,43 @@ def failing_together() -> Iterator[None]:
     for number, failure in failures:
         if failure is not None:
             raise failure[0](f"process {number}: {failure[1]}") from error
+
+
+def first_failure(error: Exception) -> Exception | None:
+    """Who made this process fail: the error of another one, which ended before; None if it is this process's own.
+
+    A process that ends closes its connections, and one that stands still answers no collective within the strategy's
+    timeout. The others then fail too, with an error that does not say why. So every process leaves its own error in
+    the store that they share. Call this once, where a run has failed.
+    """
+    if isinstance(error, dist.DistStoreError) and not _initialised():
+        return ProcessFailed(f"the processes of the run did not find each other ({error}); were all of them started?")
+    if world_size() == 1:
+        return None
+    is_own = _PEER.search(str(error)) is None
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        if is_own:
+            kind = type(error).__name__ if isinstance(error, InputError | TrainingDiverged) else ""
+            text = str(error) if kind else f"{type(error).__name__}: {error}"
+            store.compare_set(_FIRST, "", json.dumps([rank(), kind, text]))
+            return None
+        left = time.monotonic() + _PATIENCE
+        while not store.check([_FIRST]) and time.monotonic() < left:
+            time.sleep(0.1)
+        number, kind, text = json.loads(store.get(_FIRST)) if store.check([_FIRST]) else (None, "", "")
+    except RuntimeError:  # the process that holds the store is gone
+        number = None
+    if is_own:
+        return None
+    if number is None:
+        why = _PLACE.sub("", " ".join(str(error).split())).partition(". ")[0][:160]
+        return ProcessFailed(
+            f"another process of the run has ended, or stands still ({why}); --ckpt_path last goes on from the last "
+            "checkpoint"
+        )
+    classes: dict[str, type[Exception]] = {known.__name__: known for known in (InputError, TrainingDiverged)}
+    return classes.get(kind, ProcessFailed)(f"process {number}: {text}")
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> float:

@@ -7,15 +7,17 @@ multiply by the number of processes, and divide by a count over all processes (`
 from __future__ import annotations
 
 import pickle
+import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,6 +42,8 @@ _METADATA = {
     "collections": ("OrderedDict",),
 }
 
+TIMEOUT = timedelta(minutes=5)  # how long a process waits for one that does not answer, unless the user says otherwise
+
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Shards parameters, gradients and optimizer state over all processes (PyTorch's ``fully_shard``).
@@ -57,7 +61,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
-        timeout: timedelta | None = timedelta(minutes=30),
+        timeout: timedelta | None = TIMEOUT,
     ) -> None:
         super().__init__(
             data_parallel_size="auto",
@@ -81,6 +85,31 @@ class FSDP2Strategy(ModelParallelStrategy):
         if Path(checkpoint_path).is_dir() and (said := strange_metadata(Path(checkpoint_path))):
             raise InputError(f"--ckpt_path {checkpoint_path}: {said}; take another checkpoint, from a source you trust")
         return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+@contextmanager
+def ending_together(trainer: Trainer, own_timeout: bool) -> Iterator[None]:
+    """If the body fails, ends the processes that this one has started: they may stand still. Not before 5 seconds.
+
+    Args:
+        trainer: whose strategy waits for the other processes.
+        own_timeout: whether the user has given the strategy; else DDP's, 30 minutes, becomes `TIMEOUT`.
+    """
+    if isinstance(trainer.strategy, DDPStrategy) and not own_timeout:
+        trainer.strategy._timeout = TIMEOUT
+    try:
+        yield
+    except BaseException:
+        deadline = time.monotonic() + 5.0
+        children = getattr(trainer.strategy.launcher, "procs", [])
+        ending = list(children)
+        children.clear()  # Lightning watches this list, and kills this process, too, before it can say what was wrong
+        for process in ending:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.wait()
+        raise
 
 
 if "fsdp2" not in StrategyRegistry:

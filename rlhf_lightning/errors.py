@@ -1,4 +1,4 @@
-"""The two errors that end a run with an exit code of their own, and a command parser that raises one of them."""
+"""The errors that end a run with one line and an exit code, and a command parser that raises one of them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ class InputError(ValueError):
 
 class TrainingDiverged(RuntimeError):
     """A loss or gradient was NaN or infinite. Raised before the optimizer step, so saved checkpoints stay finite.
+
+    The command line prints it without a traceback and exits with code 1.
+    """
+
+
+class ProcessFailed(RuntimeError):
+    """Another process of the run failed, ended or stands still, so this one cannot go on.
 
     The command line prints it without a traceback and exits with code 1.
     """

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from rlhf_lightning import __version__
 from rlhf_lightning.cli.suggestions import did_you_mean
-from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
+from rlhf_lightning.errors import InputError, ProcessFailed, TrainingDiverged, out_of_memory
 from rlhf_lightning.text import printable
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         _say_error(error)
         return BAD_INPUT
-    except TrainingDiverged as error:
+    except (TrainingDiverged, ProcessFailed) as error:
         _say_error(error)
         return FAILED
     except RuntimeError as error:

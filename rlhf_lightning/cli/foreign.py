@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 from rlhf_lightning.cli.suggestions import did_you_mean
+from rlhf_lightning.collectives import first_failure
 from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
 from rlhf_lightning.text import notice, say
 
@@ -134,6 +135,15 @@ def _unknown(callback: Callback, name: str, known: list[str], where: str) -> Inp
         f"trainer.callbacks: {type(callback).__name__} watches {name!r}{did_you_mean(name, known)}; the {where} logs "
         f"{', '.join(known)}"
     )
+
+
+def explained(error: Exception) -> Exception | None:
+    """The error to show in place of one that Lightning, torch or a user's part raised; None to show it as it is."""
+    if (first := first_failure(error)) is not None:
+        return first
+    if isinstance(error, MisconfigurationException):
+        return of_configuration(error)
+    return of_checkpoint(error) or of_callback(error) or of_trainer(error)
 
 
 def of_configuration(error: MisconfigurationException) -> InputError:

@@ -16,7 +16,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils.logging import disable_progress_bar
 
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
@@ -49,6 +48,7 @@ from rlhf_lightning.cli.seeds import follow_seed_everything
 from rlhf_lightning.cli.stage_inputs import check_inputs, newer_models, what_to_try
 from rlhf_lightning.cli.trainer_options import fit_trainer
 from rlhf_lightning.data.datamodule import PreferenceDataModule
+from rlhf_lightning.distributed import ending_together
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.outputs import check_output
@@ -69,11 +69,8 @@ def main(arguments: Sequence[str]) -> int:
     _quiet()
     try:
         TrainingCLI(resolved, paths)
-    except MisconfigurationException as error:
-        raise foreign.of_configuration(error) from error
     except Exception as error:
-        said = foreign.of_checkpoint(error) or foreign.of_callback(error) or foreign.of_trainer(error)
-        if said is not None:
+        if (said := foreign.explained(error)) is not None:
             raise said from error
         raise
     return 0
@@ -341,9 +338,12 @@ class TrainingCLI(LightningCLI):
         try:
             # Callbacks write to the first logger's folder, or to this root if there are no loggers.
             options = {"logger": loggers or False, "default_root_dir": str(self.folder), **kwargs}
-            return super().instantiate_trainer(**options)
+            trainer = super().instantiate_trainer(**options)
         except (ValueError, TypeError, ImportError) as error:  # how Trainer refuses an option's value
             raise InputError(f"trainer: {error}") from error
+        given = not isinstance(self.options.trainer.strategy, str)
+        self.until_the_end.enter_context(ending_together(trainer, own_timeout=given))
+        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         left_out: tuple[type, ...] = (RunCheckpoint,) if config["enable_checkpointing"] is False else ()
