@@ -1,4 +1,4 @@
-"""The ``fsdp2`` strategy, its checkpoints read without running a pickle, and a switch for the exchange of gradients.
+"""The ``fsdp2`` strategy, its checkpoints, which cannot run code, and a switch for the exchange of gradients.
 
 Lightning's DDP and PyTorch's FSDP2 both average gradients over the processes. The losses here are sums, so modules
 multiply by the number of processes, and divide by a count over all processes (`GradientStep`, `OnPolicyModule`).
@@ -6,6 +6,7 @@ multiply by the number of processes, and divide by a count over all processes (`
 
 from __future__ import annotations
 
+import io
 import pickle
 import subprocess
 import time
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,7 +87,17 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         if Path(checkpoint_path).is_dir() and (said := strange_metadata(Path(checkpoint_path))):
             raise InputError(f"--ckpt_path {checkpoint_path}: {said}; take another checkpoint, from a source you trust")
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        try:
+            with _data_only():
+                return super().load_checkpoint(checkpoint_path, weights_only)
+        except CheckpointException as error:
+            for failure, _ in error.failures.values():
+                if isinstance(failure, pickle.UnpicklingError):
+                    raise InputError(
+                        f"--ckpt_path {checkpoint_path}: a shard holds more than data; take another checkpoint, from a "
+                        "source you trust"
+                    ) from error
+            raise
 
 
 @contextmanager
@@ -129,6 +142,23 @@ def strange_metadata(checkpoint: Path) -> str:
     except Exception as error:  # a damaged pickle can raise anything
         return f".metadata is none that torch has written ({' '.join(str(error).split())[:120]})"
     return ""
+
+
+@contextmanager
+def _data_only() -> Iterator[None]:
+    """Shards are read without code. torch reads what is no tensor in them by a pickle that may run any."""
+    original = DefaultLoadPlanner.load_bytes
+
+    def load_bytes(planner: DefaultLoadPlanner, read_item: Any, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)  # raises an UnpicklingError where there is more than data
+        value.seek(0)
+        original(planner, read_item, value)
+
+    DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        DefaultLoadPlanner.load_bytes = original  # type: ignore[method-assign]
 
 
 class _MetadataReader(pickle.Unpickler):

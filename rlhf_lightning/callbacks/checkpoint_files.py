@@ -22,17 +22,22 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from rlhf_lightning.models.export import flush
 
 _STAGING = ".staging-"
+_DOOMED = f"{_STAGING}doomed-"
 _MANIFEST = "manifest.json"
 
 
 class PlainFiles(TorchCheckpointIO):
-    """Writes a checkpoint straight to its path. Lightning's own writer stages it where temporary files go.
+    """Writes a staged checkpoint straight to its path, which need not be atomic, and all others as Lightning does.
 
-    That place may be another disk, and too small; it also holds the checkpoint a second time in memory.
+    Lightning stages where temporary files go. That place may be another disk, and too small; it also holds the
+    checkpoint a second time in memory.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Raises OSError where the disk is full or read-only."""
+        if not Path(path).name.startswith(_STAGING):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
         with open(path, "wb") as file:
             torch.save(checkpoint, file)
 
@@ -43,7 +48,10 @@ def staging(destination: Path) -> Path:
 
 
 def clear_staging(folder: Path) -> None:
-    """Removes what killed saves have left."""
+    """Removes what killed saves have left. A checkpoint that was set aside comes back if there is no other."""
+    if not whole(folder):
+        for aside in filter(is_whole, folder.glob(f"{_DOOMED}batch-*.ckpt")):
+            os.replace(aside, folder / aside.name.removeprefix(_DOOMED))
     for leftover in folder.glob(f"{_STAGING}*"):
         delete(leftover)
     for manifest in folder.glob(f"*.{_MANIFEST}"):
@@ -52,11 +60,11 @@ def clear_staging(folder: Path) -> None:
 
 
 def list_files(staged: Path, destination: Path) -> int:
-    """Writes the manifest of a staged checkpoint, for its later name; returns the checkpoint's bytes."""
+    """Writes the manifest of a staged checkpoint, beside it or in it; returns the checkpoint's bytes."""
     with ThreadPoolExecutor(8) as pool:  # hashing leaves the interpreter's lock free
         described = dict(pool.map(_described, _files(staged)))
     listed = {destination.name if staged.is_file() else name: entry for name, entry in described.items()}
-    manifest = _manifest(destination) if staged.is_file() else staged / _MANIFEST
+    manifest = manifest_of(staged)
     manifest.write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
     flush(manifest)
     return sum(entry["bytes"] for entry in listed.values())
@@ -76,7 +84,8 @@ def _files(checkpoint: Path) -> Iterator[Path]:
     )
 
 
-def _manifest(checkpoint: Path) -> Path:
+def manifest_of(checkpoint: Path) -> Path:
+    """Where the manifest of a checkpoint lies, or will lie."""
     return checkpoint / _MANIFEST if checkpoint.is_dir() else checkpoint.with_name(f"{checkpoint.name}.{_MANIFEST}")
 
 
@@ -85,21 +94,24 @@ def damage(checkpoint: Path) -> str:
 
     A file without a manifest (Lightning's own, say) is compared with the checksums that a zip file has.
     """
-    manifest = _manifest(checkpoint)
+    manifest = manifest_of(checkpoint)
     if not manifest.exists():
-        return "" if checkpoint.is_dir() else _broken_zip(checkpoint)
+        return f"it has no {_MANIFEST}" if checkpoint.is_dir() else _broken_zip(checkpoint)
     try:
-        listed: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        listed: dict[str, Any] = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+        found = {path.name: path for path in _files(checkpoint)}
+        if missing := sorted(listed.keys() - found.keys()):
+            return f"{missing[0]} is missing"
+        if strange := sorted(found.keys() - listed.keys()):
+            return f"{strange[0]} is not in its manifest"
         for name, entry in listed.items():
-            path = folder / Path(name).name
-            told = "it" if path == checkpoint else path.name
-            if not path.is_file():
-                return f"{told} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{told} has {path.stat().st_size:,} bytes of {entry['bytes']:,}"
-            if _described(path)[1]["sha256"] != entry["sha256"]:
+            told, size = "it" if found[name] == checkpoint else name, found[name].stat().st_size
+            if size != entry["bytes"]:
+                return f"{told} has {size:,} bytes of {entry['bytes']:,}"
+            if _described(found[name])[1]["sha256"] != entry["sha256"]:
                 return f"{told} has changed since it was written"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{manifest.name} cannot be read"
     return ""
@@ -150,12 +162,12 @@ def batches_of(checkpoint: Path) -> int:
 
 def set_aside(path: Path) -> Path:
     """Renames a checkpoint, so that a half-deleted folder is not taken for one. The next save deletes leftovers."""
-    doomed = path.with_name(f"{_STAGING}doomed-{path.name}")
+    doomed = path.with_name(f"{_DOOMED}{path.name}")
     if doomed.exists():
         delete(doomed)
     os.replace(path, doomed)
     if doomed.is_file():
-        _manifest(path).unlink(missing_ok=True)
+        manifest_of(path).unlink(missing_ok=True)
     return doomed
 
 

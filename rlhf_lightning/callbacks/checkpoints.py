@@ -23,15 +23,15 @@ from rlhf_lightning.callbacks.checkpoint_files import (
     delete,
     latest,
     list_files,
+    manifest_of,
     set_aside,
     staging,
 )
 from rlhf_lightning.callbacks.loop_position import (
-    after_each_batch,
+    around_each_batch,
     batches_done,
-    batches_of_epoch,
     begin_next_epoch,
-    reopen,
+    reopen_later,
     settle,
 )
 from rlhf_lightning.callbacks.metrics import rewind_loggers
@@ -58,7 +58,7 @@ class RunCheckpoint(Checkpoint):
     trains exactly what is missing, whatever ended the first attempt, and its log entries replace the later ones.
 
     Ctrl-C, SIGTERM and SIGUSR1, to any of the processes, save and stop: after the current batch, or at once within a
-    rollout (it is drawn again) or a validation (it is made again). A second Ctrl-C stops without.
+    rollout (it is drawn again) or a validation (it is made again). A second Ctrl-C stops at once, and saves nothing.
 
     Args:
         every_n_batches: how often to save.
@@ -69,10 +69,15 @@ class RunCheckpoint(Checkpoint):
         self.every_n_batches = every_n_batches
         self.keep = keep
         self._folder: Path | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        """The state before a fit; one callback may be used for several."""
         self._saved = 0  # batches done at the last save
+        self._newest_own = 0  # the number of this run's newest checkpoint; higher ones are from an earlier attempt
         self._then: tuple[dict[str, Any], dict[str, Any]] = {}, {}  # settings and options of a loaded checkpoint's run
         self._signals = StopSignals()
-        self._end_calls: Callable[[], None] | None = None
+        self._endings: list[Callable[[], None]] = []  # what is to be undone at a fit's end
         self._saving = self._validating = False  # the second: within a validation
         self._held = False  # whether a wish to stop waits for the batch's end and the optimizer step
 
@@ -86,6 +91,22 @@ class RunCheckpoint(Checkpoint):
         self._folder = run_folder(trainer) / "checkpoints"
         if trainer.strategy._checkpoint_io is None:
             trainer.strategy.checkpoint_io = PlainFiles()
+        if stage == "fit":
+            self._undo()
+            self._reset()
+            self._take_signals(trainer)
+
+    def _take_signals(self, trainer: Trainer) -> None:
+        """Takes the signals over right after Lightning has set its own handlers."""
+        connector = trainer._signal_connector
+        register = connector.register_signal_handlers
+
+        def registered() -> None:
+            register()
+            self._signals.take(trainer)
+
+        vars(connector)["register_signal_handlers"] = registered
+        self._endings += [lambda: vars(connector).pop("register_signal_handlers", None), self._signals.give_back]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Removes what a killed save has left, and checks the disk's room for the run's end: a checkpoint, the model.
@@ -105,7 +126,7 @@ class RunCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lets the run go on within an epoch that was ended early, or that is longer now."""
         if trainer.state.fn == "fit":
-            reopen(checkpoint["loops"]["fit_loop"], batches_of_epoch(trainer))
+            reopen_later(trainer)
             self._then = checkpoint.get("run", {}), checkpoint.get("hyper_parameters", {})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: RLHFModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
@@ -114,29 +135,21 @@ class RunCheckpoint(Checkpoint):
         if self._saving:
             settle(checkpoint["loops"]["fit_loop"], self._validating)
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over the signals."""
-        self._signals.take()
-
     def on_train_start(self, trainer: Trainer, pl_module: RLHFModule) -> None:  # type: ignore[override]
         """After a resume, removes log entries later than the checkpoint, since they will be written again."""
         if trainer.ckpt_path is not None:
             # Where a validation is left to make, the checkpoint is written again after it.
-            self._saved = batches_done(trainer) - trainer.fit_loop.epoch_loop.val_loop.restarted_mid_evaluation
+            self._newest_own = batches_done(trainer)
+            self._saved = self._newest_own - trainer.fit_loop.epoch_loop.val_loop.restarted_mid_evaluation
             rewind_loggers(trainer)
             begin_next_epoch(trainer)
             for line in notes(trainer, pl_module, *self._then) if trainer.is_global_zero else ():
                 say(notice("resume", line))
-        self._signals.take()
-        self._end_calls = after_each_batch(trainer, partial(self._between_batches, trainer))
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Lets a wish to stop (``max_time``) wait until the batch is done: no validation is made that was not due."""
-        self._hold_stop(trainer)
+        hold, between = (partial(hook, trainer) for hook in (self._hold_stop, self._between_batches))
+        self._endings.append(around_each_batch(trainer, hold, between))
 
     def _hold_stop(self, trainer: Trainer) -> None:
+        """Lets a wish to stop (``max_time``) wait until the batch is done: no validation is made that was not due."""
         self._held |= trainer.should_stop
         trainer.should_stop = False
 
@@ -157,33 +170,43 @@ class RunCheckpoint(Checkpoint):
         Not with several processes, since they are not at the same place in their rollouts.
         """
         draws = phase == "rollout" and trainer.training and not module.automatic_optimization
-        if draws and self._signals.came and trainer.world_size == 1:
+        if draws and trainer.world_size == 1 and self._signals.agreed():
             self.save(trainer)
             self._stop(trainer)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """Stops if the user wants to. The last validation of a run is finished, since a resumed run would skip it."""
+        """Stops if the user wants to, but for a run's last validation under ``max_steps``: a resume would skip it."""
         if trainer.state.fn != "fit" or not self._signals.agreed():
             return
         if not trainer.sanity_checking:
-            if trainer.fit_loop.epoch_loop.global_step == trainer.max_steps:
+            loop = trainer.fit_loop.epoch_loop
+            if loop.global_step == trainer.max_steps or loop._should_accumulate():  # no checkpoint holds gradients
                 return
             self._validating = True
             self.save(trainer)
         self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the final state."""
+        """Saves the final state. From here on a signal ends the process as it did before the run."""
         self.save(trainer)
+        if self._signals.agreed():
+            self._stop(trainer)
+        self._undo()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Puts back what a fit has changed; Lightning calls no ``teardown`` after a failure."""
+        self._undo()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restores the handlers of the signals."""
-        if self._end_calls is not None:
-            self._end_calls()
-            self._end_calls = None
-        self._signals.give_back()
+        """Puts back what a fit has changed."""
+        self._undo()
+
+    def _undo(self) -> None:
+        endings, self._endings = self._endings, []
+        for end in endings:
+            end()
 
     def _stop(self, trainer: Trainer) -> NoReturn:
         if trainer.is_global_zero:
@@ -221,16 +244,20 @@ class RunCheckpoint(Checkpoint):
                 size = self._name(staged, destination)
                 said = f"saved: {destination}, {size / 1e6:,.1f} MB in {time.monotonic() - began:,.1f} s"
                 rank_zero_info(said, extra={"in_preflight": True})
-        self._saved = batches
+        self._saved = self._newest_own = batches
 
     def _name(self, staged: Path, destination: Path) -> int:
         """Gives a written checkpoint its name, and removes what it replaces; returns its bytes."""
         sync_to_disk(staged)
-        # Checkpoints with higher numbers than the last save are from an earlier attempt. They are set aside before the
-        # new one gets its name. If the process is killed in between, the newest one is where this run began.
         folder = destination.parent
-        aside = [set_aside(path) for path in folder.glob("batch-*.ckpt") if batches_of(path) > self._saved]
+        # Checkpoints with higher numbers than this run's newest are from an earlier attempt. They are set aside before
+        # the new one gets its name. If the process is killed in between, the newest one is where this run began.
+        others = [path for path in folder.glob("batch-*.ckpt") if batches_of(path) > self._newest_own]
+        others += [destination] if destination.exists() and destination not in others else []
         size = list_files(staged, destination)
+        aside = [set_aside(path) for path in others]
+        if staged.is_file():
+            os.replace(manifest_of(staged), manifest_of(destination))
         os.replace(staged, destination)
         flush(folder)
         for old in aside:

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 
-def after_each_batch(trainer: Trainer, told: Callable[[], None]) -> Callable[[], None]:
-    """Calls ``told`` after every batch, once it is validated and logged, and before the next one is fetched.
+def around_each_batch(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
+    """Calls ``before`` and ``after`` around what Lightning does at a batch's end: validation, and the log entry.
 
-    Lightning has no hook there. A checkpoint must be written at that moment: earlier, its log entry and its validation
-    may be lost; later, a loader with a state has already given away the next batch.
+    ``after`` is called before the next batch is fetched. Lightning has no hook there. A checkpoint must be written at
+    that moment: earlier, its log entry and its validation may be lost; later, a loader with a state has already given
+    away the next batch. At an epoch's last batch it is called once the epoch's own hooks are done.
 
     Returns: a function that ends this.
     """
@@ -22,14 +22,15 @@ def after_each_batch(trainer: Trainer, told: Callable[[], None]) -> Callable[[],
     end_of_batch, end_of_epoch = batches.on_advance_end, epochs.on_advance_end
 
     def batch_done(fetcher: Any) -> None:
+        before()
         end_of_batch(fetcher)
         if not batches._num_ready_batches_reached():
-            told()
+            after()
 
     def epoch_done() -> None:
         end_of_epoch()
         if batches._num_ready_batches_reached():
-            told()
+            after()
 
     def end() -> None:
         for loop in (batches, epochs):
@@ -65,24 +66,56 @@ def settle(progress: dict[str, Any], validating: bool) -> None:
             _back_to_the_batchs_end(progress)
 
 
-def reopen(progress: dict[str, Any], batches: float) -> None:
+def reopen_later(trainer: Trainer) -> None:
+    """Lets a run that loads a checkpoint `reopen` its epoch as soon as Lightning has counted the epoch's batches."""
+    loop: Any = trainer.fit_loop
+    set_up = loop.setup_data
+
+    def reopening() -> None:
+        del vars(loop)["setup_data"]
+        set_up()
+        parts = {
+            "epoch_progress": loop.epoch_progress,
+            "epoch_loop.batch_progress": loop.epoch_loop.batch_progress,
+        }
+        progress = {name: part.state_dict() for name, part in parts.items()}
+        progress["epoch_loop.state_dict"] = {"_batches_that_stepped": loop.epoch_loop._batches_that_stepped}
+        if reopen(progress, loop.max_batches):
+            for name, part in parts.items():
+                part.load_state_dict(progress[name])
+            loop.epoch_loop.batch_progress.is_last_batch = False
+            loop.epoch_loop._batches_that_stepped = progress["epoch_loop.state_dict"]["_batches_that_stepped"]
+            loop.restarting = True
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)
+
+    vars(loop)["setup_data"] = reopening
+
+
+def reopen(progress: dict[str, Any], batches: float) -> bool:
     """Lets a resumed run go on within an epoch that Lightning counts as done though batches of it are missing.
 
     It counts so if anything ends a run within an epoch (``max_steps``, ``max_time``, early stopping), and would skip
     the rest of the epoch. An epoch may also have become longer, e.g. by more iterations.
 
     Args:
-        progress: ``loops.fit_loop`` of the checkpoint that is being loaded.
-        batches: an epoch's batches in the resumed run.
+        progress: that of the loops, as in a checkpoint's ``loops.fit_loop``; changed in place.
+        batches: an epoch's batches in the resumed run; infinite where a loader has no length, and then the epoch is as
+            long as it was.
+
+    Returns: whether anything was missing.
     """
     epoch, batch = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
     ended = 0 < epoch["current"]["processed"] == epoch["current"]["started"]
-    if ended and 0 < batch["current"]["processed"] < batches:
-        for counts in (epoch["total"], epoch["current"]):
-            counts["processed"] -= 1
-            counts["completed"] = counts["processed"]
-        batch["is_last_batch"] = False
-        _back_to_the_batchs_end(progress)
+    missing = not batch["is_last_batch"] if batches == math.inf else batch["current"]["processed"] < batches
+    if not (ended and missing and batch["current"]["processed"]):
+        return False
+    for counts in (epoch["total"], epoch["current"]):
+        counts["processed"] -= 1
+        counts["completed"] = counts["processed"]
+    batch["is_last_batch"] = False
+    _back_to_the_batchs_end(progress)
+    return True
 
 
 def _back_to_the_batchs_end(progress: dict[str, Any]) -> None:
@@ -91,19 +124,6 @@ def _back_to_the_batchs_end(progress: dict[str, Any]) -> None:
     for counts in (batch["total"], batch["current"]):
         counts["completed"] = counts["processed"] - 1
     progress["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-
-
-def batches_of_epoch(trainer: Trainer) -> float:
-    """The batches of a training epoch, before Lightning has counted them; infinite where a loader has no length."""
-    limit = trainer.limit_train_batches
-    try:
-        loaders = CombinedLoader(trainer.fit_loop._data_source.dataloader(), "max_size_cycle").flattened
-        length: float = max(map(len, loaders))
-    except TypeError:
-        length = math.inf
-    if isinstance(limit, int):
-        return min(limit, length)
-    return int(length * limit) if length < math.inf else length
 
 
 def begin_next_epoch(trainer: Trainer) -> None:

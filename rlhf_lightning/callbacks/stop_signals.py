@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from rlhf_lightning.collectives import largest
@@ -20,47 +23,53 @@ class StopSignals:
     """Ctrl-C, SIGTERM and SIGUSR1 set a flag; a second Ctrl-C stops at once.
 
     Lightning's own handler talks to the other processes from within the signal, which hangs where they are in a
-    collective of the training. So the flag is only asked for at `agreed`.
+    collective of the training. So the flag is only asked for at `agreed`. Under SLURM with automatic requeueing,
+    SIGTERM and SIGUSR1 stay Lightning's.
     """
 
     def __init__(self) -> None:
-        self._number = 0  # of the signal that came; 0 for none
+        self._came = 0  # the number of the signal that came to this process; only the handler writes it
+        self._agreed = 0  # of the one that all processes know of
         self._old: dict[int, Any] = {}
 
-    def take(self) -> None:
+    def take(self, trainer: Trainer) -> None:
         """Handles the signals from now on. Lightning sets its own handlers at a run's start, so call this after it."""
         if threading.current_thread() is not threading.main_thread():  # Python allows no handlers there
             return
-        for number in _SIGNALS:
+        cluster = trainer._accelerator_connector.cluster_environment
+        requeued = isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue
+        for number in _SIGNALS[:1] if requeued else _SIGNALS:
             if signal.getsignal(number) != self._handle:
                 self._old.setdefault(number, signal.getsignal(number))
                 signal.signal(number, self._handle)
 
     def give_back(self) -> None:
-        """Restores the handlers from before."""
+        """Restores the handlers from before, where nobody has set others meanwhile."""
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, handler)
         self._old = {}
 
     @property
     def came(self) -> bool:
         """Whether a signal came to this process."""
-        return self._number > 0
+        return self._came > 0
 
     def agreed(self) -> bool:
         """Whether a signal came to any process; every process must ask."""
-        self._number = largest(self._number)
-        return self.came
+        self._agreed = largest(max(self._came, self._agreed))
+        return self._agreed > 0
 
     def stop(self) -> NoReturn:
-        """Ends the run as the signal asked for."""
-        if self._number == signal.SIGINT:
+        """Ends the run as the agreed signal asked for."""
+        if self._agreed == signal.SIGINT:
             raise KeyboardInterrupt
         raise SIGTERMException
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == self._number == signal.SIGINT:
+        if number == self._came == signal.SIGINT:
             raise KeyboardInterrupt
-        self._number = number
+        self._came = number
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-        say(f"\n{signal.Signals(number).name}: stopping as soon as a checkpoint can be written{again}")
+        with suppress(RuntimeError):  # Python refuses to print where the signal came in the middle of a print
+            say(f"\n{signal.Signals(number).name}: stopping as soon as a checkpoint can be written{again}")

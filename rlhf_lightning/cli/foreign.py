@@ -18,7 +18,11 @@ from rlhf_lightning.text import notice, say
 
 _EPOCHS_BEHIND = re.compile(r"checkpoint with current_epoch=(\d+), but you have set Trainer\(max_epochs=(\d+)")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
-_LOADING = ("lightning.pytorch.trainer.connectors.checkpoint_connector", "lightning.pytorch.utilities.migration")
+_LOADING = (
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    "lightning.pytorch.utilities.migration",
+    "lightning.fabric.utilities.cloud_io",
+)
 _SURE = ("val/loss", "val/scores")  # every validation of this library logs one of these
 _OURS = ("rlhf_lightning.", "lightning.")
 
@@ -165,7 +169,11 @@ def of_checkpoint(error: Exception) -> InputError | None:
     torch's own text says how to load it in spite of the first, which would run whatever code it names.
     """
     modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if isinstance(error, KeyError) and any(name.startswith(_LOADING) for name in modules):
+    if not any(name.startswith(_LOADING) for name in modules):
+        return None
+    if isinstance(error, IsADirectoryError):
+        return InputError("--ckpt_path: it is a folder of shards, which --trainer.strategy fsdp2 can load")
+    if isinstance(error, KeyError) and modules[-1].startswith(_LOADING):
         return InputError(
             f"--ckpt_path: the file is no checkpoint of a training (it has no {error}); a model's weights are given as "
             "a folder, with --model.model"

@@ -67,16 +67,14 @@ def unharmed() -> Iterator[None]:
 
     That is the working directory, torch's grad mode and default dtype, and the handlers of signals.
     """
-    folder = os.open(".", os.O_RDONLY) if hasattr(os, "fchdir") else None
+    folder = os.getcwd()
     grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     main = threading.current_thread() is threading.main_thread()  # Python lets no other thread set a handler
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()} if main else {}
     try:
         yield
     finally:
-        if folder is not None:
-            os.fchdir(folder)
-            os.close(folder)
+        os.chdir(folder)
         torch.set_grad_enabled(grad)
         torch.set_default_dtype(dtype)
         for number, handler in handlers.items():

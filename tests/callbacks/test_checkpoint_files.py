@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pickle
 import random
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from small_data import SmallData, train
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from rlhf_lightning.callbacks import checkpoint_files
 from rlhf_lightning.callbacks.checkpoint_files import damage, latest, newest_intact
@@ -62,6 +65,8 @@ def parts(checkpoint: Path) -> list[Path]:
 def test_what_was_written_is_intact(checkpoints: Path) -> None:
     names = sorted(path.name for path in checkpoints.glob("*.ckpt"))
     assert names == [f"batch-0000000{n}.ckpt" for n in (1, 2, 3)]
+    manifests = sorted(path.name for path in checkpoints.glob("*.manifest.json"))
+    assert manifests in ([], [f"{name}.manifest.json" for name in names])
     assert all(damage(checkpoints / name) == "" for name in names)
     assert newest_intact(checkpoints) == (checkpoints / names[-1], [])
 
@@ -134,6 +139,61 @@ def test_metadata_that_would_run_code_is_refused(saved: dict[str, Path], tiny_po
     finally:
         torch.distributed.destroy_process_group()
     assert not (tmp_path / "made").exists()
+
+
+def test_a_shard_that_would_run_code_is_refused(saved: dict[str, Path], tiny_policy_dir: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(saved["folder"] / "batch-00000002.ckpt", tmp_path / "batch-00000002.ckpt"))
+    hostile = io.BytesIO()
+    torch.save(Run(tmp_path / "made"), hostile)
+    (checkpoint / "hostile.distcp").write_bytes(hostile.getvalue())
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    name = next(name for name in metadata.state_dict_metadata if name.startswith("state_dict."))
+    places = [index for index in metadata.storage_data if index.fqn == name]
+    kind = type(metadata.storage_data[places[0]])
+    for index in places:
+        del metadata.storage_data[index]
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    metadata.storage_data[MetadataIndex(name)] = kind("hostile.distcp", 0, len(hostile.getvalue()))
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert strange_metadata(checkpoint) == ""
+    try:
+        with pytest.raises(InputError, match="a shard holds more than data"):
+            fit(tiny_policy_dir, tmp_path / "run", strategy="fsdp2", ckpt_path=str(checkpoint))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_users_own_checkpoints_are_written_as_lightning_writes_them(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    fit(tiny_policy_dir, tmp_path, RunCheckpoint(), ModelCheckpoint(dirpath=tmp_path / "new" / "best", save_last=True))
+    assert damage(tmp_path / "new" / "best" / "last.ckpt") == ""
+
+
+def test_what_is_not_as_the_manifest_says_is_found(checkpoints: Path) -> None:
+    newest = latest(checkpoints)
+    assert newest is not None
+    manifest = checkpoint_files.manifest_of(newest)
+    if newest.is_dir():
+        (newest / "stray.distcp").write_bytes(b"")
+        assert damage(newest) == "stray.distcp is not in its manifest"
+        (newest / "stray.distcp").unlink()
+        manifest.rename(checkpoints / "elsewhere")
+        assert damage(newest) == "it has no manifest.json"
+        (checkpoints / "elsewhere").rename(manifest)
+    manifest.write_text('{"files": {}}')
+    assert "is not in its manifest" in damage(newest)
+    manifest.write_text("{")
+    assert damage(newest) == f"{manifest.name} cannot be read"
+
+
+def test_a_checkpoint_that_was_set_aside_comes_back_if_it_is_the_only_one(checkpoints: Path) -> None:
+    for path in checkpoint_files.whole(checkpoints):
+        aside = checkpoint_files.set_aside(path)
+        if path.name != "batch-00000003.ckpt":
+            checkpoint_files.delete(aside)
+    checkpoint_files.clear_staging(checkpoints)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["batch-00000003.ckpt"]
+    assert damage(checkpoints / "batch-00000003.ckpt") == ""
 
 
 def test_nothing_is_staged_where_temporary_files_go(

@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from processes import results_of_two
 from stop_cases import CASES, Signal, StopAfter, counts, fit, records, resume, steps
 
+from rlhf_lightning.callbacks import stop_signals
 from rlhf_lightning.callbacks.checkpoint_files import latest
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
-from rlhf_lightning.callbacks.loop_position import batches_done
+from rlhf_lightning.callbacks.loop_position import batches_done, reopen
+from rlhf_lightning.callbacks.stop_signals import StopSignals
+from rlhf_lightning.modules.sft import SFTModule
 
 
 def same(straight: Path, broken: Path) -> None:
@@ -106,6 +110,26 @@ def test_a_stop_waits_for_the_optimizer_step(stop: str, straight: Any, tiny_poli
     same(straight("sft", **options), tmp_path / "broken")
 
 
+def test_a_later_max_steps_begins_the_next_epoch(straight: Any, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    options = {"schedule": "constant"}
+    fit("sft", tiny_policy_dir, tmp_path / "broken", max_steps=6, **options)
+    resume("sft", tiny_policy_dir, tmp_path / "broken", max_steps=12, **options)
+    same(straight("sft", **options), tmp_path / "broken")
+
+
+def test_a_stop_that_a_module_wishes_makes_no_validation_that_is_not_due(
+    straight: Any, tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: SFTModule, *args: Any) -> None:
+        self.trainer.should_stop = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready == 3
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SFTModule, "on_train_batch_end", stop)
+        fit("sft", tiny_policy_dir, tmp_path / "broken")
+    resume("sft", tiny_policy_dir, tmp_path / "broken")
+    same(straight("sft"), tmp_path / "broken")
+
+
 # In a batch, in the validation after it, and in a rollout: case, hook, batch, batches in the checkpoint.
 SIGNALS = [
     ("sft", "on_before_optimizer_step", 3, 3, signal.SIGINT),
@@ -148,6 +172,85 @@ def test_a_signal_saves_where_it_comes(
     assert latest(tmp_path / "broken" / "checkpoints").name == f"batch-{saved:08d}.ckpt"
     resume(case, tiny_policy_dir, tmp_path / "broken")
     same(straight(case), tmp_path / "broken")
+
+
+def test_a_signal_in_an_epochs_first_rollout_begins_that_epoch_again(
+    straight: Any, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    options = {"iterations": 6, "max_epochs": 2}
+    with pytest.raises(SystemExit):
+        fit("grpo", tiny_policy_dir, tmp_path / "broken", Signal(7, signal.SIGTERM, "on_phase"), **options)
+    resume("grpo", tiny_policy_dir, tmp_path / "broken", **options)
+    same(straight("grpo", **options), tmp_path / "broken")
+
+
+def test_a_signal_in_a_validation_before_the_optimizer_step_waits_for_the_step(
+    straight: Any, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    options = {"accumulate_grad_batches": 3}
+    with pytest.raises(SystemExit):
+        fit("sft", tiny_policy_dir, tmp_path / "broken", Signal(4, signal.SIGTERM, "on_validation_start"), **options)
+    assert latest(tmp_path / "broken" / "checkpoints").name == "batch-00000006.ckpt"
+    resume("sft", tiny_policy_dir, tmp_path / "broken", **options)
+    same(straight("sft", **options), tmp_path / "broken")
+
+
+def test_the_last_validation_under_max_steps_is_finished(straight: Any, tiny_policy_dir: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 12, "max_epochs": -1}
+    with pytest.raises(SystemExit):
+        fit("sft", tiny_policy_dir, tmp_path / "broken", Signal(12, signal.SIGTERM, "on_validation_start"), **options)
+    assert records(tmp_path / "broken") == records(straight("sft", **options))
+
+
+def test_a_second_fit_of_the_same_callback_starts_afresh_and_handlers_are_as_before(
+    tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    checkpoint = RunCheckpoint(every_n_batches=2)
+    fit("sft", tiny_policy_dir, tmp_path / "one", StopAfter(3), checkpoint=checkpoint)
+    with pytest.raises(SystemExit):
+        fit("sft", tiny_policy_dir, tmp_path / "two", Signal(3, signal.SIGTERM), checkpoint=checkpoint)
+    module = fit("sft", tiny_policy_dir, tmp_path / "three", checkpoint=checkpoint)
+    assert module.trainer.global_step == 12
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    signals = StopSignals()
+
+    def largest(number: int) -> int:
+        signals._handle(signal.SIGTERM, None)
+        return number
+
+    monkeypatch.setattr(stop_signals, "largest", largest)
+    assert not signals.agreed()
+    assert signals.agreed()
+    with pytest.raises(SIGTERMException):
+        signals.stop()
+
+
+# Whether an epoch of 6 batches that Lightning counts as done is gone on with: the batches done of it, the batches that
+# an epoch has now, whether its last batch came.
+@pytest.mark.parametrize(
+    ("done", "batches", "last", "expected"),
+    [(3, 6, False, True), (6, 6, True, False), (6, 9, True, True), (6, float("inf"), True, False),
+     (3, float("inf"), False, True), (0, 6, False, False)],
+)  # fmt: skip
+def test_only_an_epoch_with_missing_batches_is_gone_on_with(
+    done: int, batches: float, last: bool, expected: bool
+) -> None:
+    def both(count: int) -> dict[str, dict[str, int]]:
+        return {
+            part: dict.fromkeys(("ready", "started", "processed", "completed"), count) for part in ("total", "current")
+        }
+
+    progress = {
+        "epoch_progress": both(1),
+        "epoch_loop.batch_progress": {**both(done), "is_last_batch": last},
+        "epoch_loop.state_dict": {"_batches_that_stepped": done},
+    }
+    assert reopen(progress, batches) == expected
+    assert progress["epoch_progress"]["current"]["processed"] == (0 if expected else 1)
 
 
 def test_two_interruptions_in_one_run(straight: Any, tiny_policy_dir: Path, tmp_path: Path) -> None:
