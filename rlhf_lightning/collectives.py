@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -121,7 +122,7 @@ def first_failure(error: Exception) -> Exception | None:
         return ProcessFailed(f"the processes of the run did not find each other ({error}); were all of them started?")
     if world_size() == 1:
         return None
-    is_own = _PEER.search(str(error)) is None
+    is_own = not (_raised_by_torch(error) and _PEER.search(str(error)))
     try:
         store = dist.distributed_c10d._get_default_store()
         if is_own:
@@ -145,6 +146,11 @@ def first_failure(error: Exception) -> Exception | None:
         )
     classes: dict[str, type[Exception]] = {known.__name__: known for known in (InputError, TrainingDiverged)}
     return classes.get(kind, ProcessFailed)(f"process {number}: {text}")
+
+
+def _raised_by_torch(error: Exception) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).startswith("torch.")
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> float:

@@ -42,6 +42,7 @@ _METADATA = {
     "torch.serialization": ("_get_layout",),
     "torch": ("Size",),
     "pathlib": ("Path", "PosixPath", "WindowsPath"),
+    "pathlib._local": ("Path", "PosixPath", "WindowsPath"),
     "collections": ("OrderedDict",),
 }
 

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,12 +75,10 @@ def _described(path: Path) -> tuple[str, dict[str, Any]]:
     return path.name, {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _files(checkpoint: Path) -> Iterator[Path]:
-    yield from (
-        (path for path in sorted(checkpoint.iterdir()) if path.name != _MANIFEST)
-        if checkpoint.is_dir()
-        else [checkpoint]
-    )
+def _files(checkpoint: Path) -> list[Path]:
+    if not checkpoint.is_dir():
+        return [checkpoint]
+    return [path for path in sorted(checkpoint.iterdir()) if path.name != _MANIFEST]
 
 
 def manifest_of(checkpoint: Path) -> Path:

@@ -126,7 +126,7 @@ class RunCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lets the run go on within an epoch that was ended early, or that is longer now."""
         if trainer.state.fn == "fit":
-            reopen_later(trainer)
+            self._endings.append(reopen_later(trainer))
             self._then = checkpoint.get("run", {}), checkpoint.get("hyper_parameters", {})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: RLHFModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]

@@ -66,13 +66,19 @@ def settle(progress: dict[str, Any], validating: bool) -> None:
             _back_to_the_batchs_end(progress)
 
 
-def reopen_later(trainer: Trainer) -> None:
-    """Lets a run that loads a checkpoint `reopen` its epoch as soon as Lightning has counted the epoch's batches."""
+def reopen_later(trainer: Trainer) -> Callable[[], None]:
+    """Lets a run that loads a checkpoint `reopen` its epoch as soon as Lightning has counted the epoch's batches.
+
+    Returns: a function that ends this.
+    """
     loop: Any = trainer.fit_loop
     set_up = loop.setup_data
 
+    def end() -> None:
+        vars(loop).pop("setup_data", None)
+
     def reopening() -> None:
-        del vars(loop)["setup_data"]
+        end()
         set_up()
         parts = {
             "epoch_progress": loop.epoch_progress,
@@ -83,13 +89,13 @@ def reopen_later(trainer: Trainer) -> None:
         if reopen(progress, loop.max_batches):
             for name, part in parts.items():
                 part.load_state_dict(progress[name])
-            loop.epoch_loop.batch_progress.is_last_batch = False
             loop.epoch_loop._batches_that_stepped = progress["epoch_loop.state_dict"]["_batches_that_stepped"]
             loop.restarting = True
             loop._load_combined_loader_states()
             iter(loop._data_fetcher)
 
     vars(loop)["setup_data"] = reopening
+    return end
 
 
 def reopen(progress: dict[str, Any], batches: float) -> bool:

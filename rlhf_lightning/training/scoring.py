@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -67,14 +67,17 @@ def unharmed() -> Iterator[None]:
 
     That is the working directory, torch's grad mode and default dtype, and the handlers of signals.
     """
-    folder = os.getcwd()
+    folder = None
+    with suppress(OSError):  # it may have been removed
+        folder = os.getcwd()
     grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     main = threading.current_thread() is threading.main_thread()  # Python lets no other thread set a handler
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()} if main else {}
     try:
         yield
     finally:
-        os.chdir(folder)
+        if folder is not None:
+            os.chdir(folder)
         torch.set_grad_enabled(grad)
         torch.set_default_dtype(dtype)
         for number, handler in handlers.items():
