@@ -91,6 +91,8 @@ def test_configs_are_resolved_in_both_spellings(tmp_path: Path) -> None:
         ("a:\n- b: 1\n  b: 2\n", r":3: a.b is given twice"),
         ("- 1\n- 2\n", "expected `key: value` lines"),
         ("a: [1\nb: 2\n", r":\d: not valid YAML"),
+        ("# nothing\n", r": this config has no line; leave it out"),
+        ("a: 1\ntrainer: [[]]\n", r":2: trainer: expected its options as `key: value` lines, got a list"),
     ],
 )
 def test_faults_in_a_config_are_named_with_file_and_line(tmp_path: Path, text: str, said: str) -> None:

@@ -5,6 +5,7 @@ A command's code is imported only when the command runs, so that ``--help`` and 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -51,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _say_error(error)
         return FAILED
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _say_error(InputError(f"{error.filename}: no file can have such a long name"))
+        return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as stop:

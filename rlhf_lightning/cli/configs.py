@@ -14,6 +14,8 @@ from rlhf_lightning.text import PACKAGE
 # A wheel has the configs inside the package, a checkout beside it.
 _SHIPPED = (PACKAGE / "configs", PACKAGE.parent / "configs")
 
+_SECTIONS = ("trainer", "checkpoint", "samples")  # beside model and data, which may also be the name of a class
+
 
 def shipped_configs() -> dict[str, Path]:
     """The shipped configs by name: ``{"ppo.yaml": ..., "smollm2/ppo.yaml": ...}``."""
@@ -91,10 +93,15 @@ def _checked(path: Path) -> Path:
         raise InputError(f"{path}{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
-    if root is not None and not isinstance(root, yaml.MappingNode):
+    if root is None:
+        raise InputError(f"{path}: this config has no line; leave it out")
+    if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{path}: expected `key: value` lines at the top")
-    if root is not None:
-        _refuse_duplicates(root, path, "")
+    _refuse_duplicates(root, path, "")
+    for key, value in root.value:
+        if isinstance(value, yaml.SequenceNode) and key.value in _SECTIONS:
+            line = key.start_mark.line + 1
+            raise InputError(f"{path}:{line}: {key.value}: expected its options as `key: value` lines, got a list")
     return path
 
 

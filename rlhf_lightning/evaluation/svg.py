@@ -18,13 +18,16 @@ _LETTER = 7.8  # an upper bound on the mean width of a letter at the charts' fon
 
 _PICTURES: dict[int, str] = {code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)}
 _PICTURES |= {0x7F: "\u2421"} | dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\ufffd")
+# Marks that turn the direction of the text after them, also of text that is not the model's.
+_PICTURES |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), "\ufffd")
 
 
 def clean(text: str) -> str:
     """Text made safe for XML and HTML.
 
     Markup and quotes are escaped. Control characters, which XML forbids and terminals obey, become visible symbols
-    (U+2400 and up); tab and newline stay. Lone surrogates, which no file can hold, become U+FFFD.
+    (U+2400 and up); tab and newline stay. Lone surrogates, which no file can hold, and marks that override the
+    direction of text become U+FFFD.
     """
     return html.escape(text.replace("\r\n", "\n").translate(_PICTURES), quote=True)
 

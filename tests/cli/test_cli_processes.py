@@ -30,7 +30,7 @@ class Fail(Callback):
             open("stopped", "w").write(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
 """
-STRATEGY = ["--trainer.strategy", "rlhf_lightning.distributed.FSDP2Strategy", "--trainer.strategy.timeout", "00:00:15"]
+STRATEGY = ["--trainer.strategy", "rlhf_lightning.distributed.FSDP2Strategy", "--trainer.strategy.timeout", "00:00:45"]
 
 
 @pytest.mark.parametrize(

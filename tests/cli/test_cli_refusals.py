@@ -29,6 +29,8 @@ RATE, SCHEDULE = "--model.optimizer.learning_rate", "--model.optimizer.schedule"
         (["--ckpt_path", "last"], "runs/sft/checkpoints holds no whole checkpoint"),
         (["--ckpt_path", "no.ckpt"], "--ckpt_path no.ckpt: no such checkpoint"),
         (["--config", "sft.yam"], "--config sft.yam: no such file, and no shipped config of that name"),
+        (["--config", "a" * 300], f"{'a' * 300}: no file can have such a long name"),
+        (["--data.path", "a" * 300], f"{'a' * 300}: no file can have such a long name"),
         (["--config", "ppo.yml"], r"no shipped config of that name (did you mean ppo.yaml?)"),
         (["--model.learning_rat", "1"], "unknown key of SFTModule (did you mean --model.optimizer.learning_rate?)"),
         ([RATE, "-1"], RATE + ": expected PositiveFloat (value >0), got -1"),

@@ -129,6 +129,12 @@ def test_clean_shows_control_characters() -> None:
     assert clean("<b a='1'>&") == "&lt;b a=&#x27;1&#x27;&gt;&amp;"
 
 
+def test_clean_shows_marks_that_override_the_direction_of_text() -> None:
+    overrides = [chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))]
+    assert clean("".join(overrides)) == "\ufffd" * 9
+    assert clean("\u05d0\u200f\u05d1") == "\u05d0\u200f\u05d1"  # a mark that Hebrew needs stays
+
+
 def test_marks_stay_inside_the_picture() -> None:
     svg = interval_chart("t", [Estimate("n", 1.0, -0.2, 1.3)], "x", percent=True).svg
     for line in ElementTree.fromstring(svg).iter("line"):
