@@ -132,11 +132,9 @@ def _files(data: Any) -> list[dict[str, Any]]:
         several = given if isinstance(given, list | tuple | dict) else []
         for path in [given] if isinstance(given, str) else several:
             if Path(path).is_file():
-                digest = hashlib.sha256()
                 with Path(path).open("rb") as file:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
-                found.append({"file": Path(path).name, "use": use, "sha256": digest.hexdigest()})
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                found.append({"file": Path(path).name, "use": use, "sha256": digest})
             else:
                 found.append({"file": str(path), "use": use})
     return found

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from rlhf_lightning.callbacks.loop_position import batches_done
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.options import plain
+from rlhf_lightning.training.made_with import typed
 
 _TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision", "world_size")
 
@@ -58,8 +59,4 @@ def changed(then: Mapping[str, Any], now: Mapping[str, Any], name: str) -> Itera
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from changed(before, after, f"{name}.{key}")
         elif before != after:
-            yield f"{name}.{key}: {_typed(before)} when the checkpoint was made, now {_typed(after)}"
-
-
-def _typed(value: Any) -> str:
-    return "null" if value is None else str(value)
+            yield f"{name}.{key}: {typed(before)} when the checkpoint was made, now {typed(after)}"

@@ -50,11 +50,6 @@ class StopSignals:
                 signal.signal(number, handler)
         self._old = {}
 
-    @property
-    def came(self) -> bool:
-        """Whether a signal came to this process."""
-        return self._came > 0
-
     def agreed(self) -> bool:
         """Whether a signal came to any process; every process must ask."""
         self._agreed = largest(max(self._came, self._agreed))

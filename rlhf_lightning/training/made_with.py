@@ -23,9 +23,9 @@ def check_made_with(made: Mapping[str, Any], options: Mapping[str, Any], module:
     """
     for name, now in options.items():
         if name in made and made[name] != now:
-            then = _typed(made[name])
+            then = typed(made[name])
             raise InputError(
-                f"--ckpt_path: the checkpoint was made with model.{name} {then}, and this run has {_typed(now)}; "
+                f"--ckpt_path: the checkpoint was made with model.{name} {then}, and this run has {typed(now)}; "
                 f"give --model.{name} {then}, or leave --ckpt_path out"
             )
     if module is not None and made.get("module", module) != module:
@@ -91,5 +91,6 @@ def own_part(checkpoint: Mapping[str, Any], key: str, module: str, made: str) ->
     return part
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
+    """An option's value as one types it on the command line."""
     return "null" if value is None else str(value)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from making import make
@@ -88,8 +87,7 @@ def fit(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=None if ckpt_path is None else str(ckpt_path))
     finally:
-        for logger in loggers[:1]:
-            logger.finalize("done")
+        loggers[0].finalize("done")
     return module
 
 
@@ -165,7 +163,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     folder, out = Path(case["model"]), Path(case["run"])
     options = {"devices": 2, "strategy": case["strategy"]}
     if "number" in case:
-        mine = rank() == case["to"] if dist.is_initialized() else int(os.environ["RANK"]) == case["to"]
+        mine = int(os.environ["RANK"]) == case["to"]
         stop = [Signal(case["batches"], case["number"], case["hook"])] if mine else []
         with contextlib.suppress(SystemExit):
             fit(case["method"], folder, out, *stop, **options)
