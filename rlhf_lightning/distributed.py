@@ -84,10 +84,17 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Loads a file or a folder of shards.
 
         Raises:
-            InputError: the folder's metadata could run code when it is read, or is damaged.
+            InputError: the folder's metadata could run code when it is read, or is damaged; or the file is of a run
+                without this strategy.
         """
-        if Path(checkpoint_path).is_dir() and (said := strange_metadata(Path(checkpoint_path))):
-            raise InputError(f"--ckpt_path {checkpoint_path}: {said}; take another checkpoint, from a source you trust")
+        path = Path(checkpoint_path)
+        if path.is_dir() and (said := strange_metadata(path)):
+            raise InputError(f"--ckpt_path {path}: {said}; take another checkpoint, from a source you trust")
+        if path.is_file() and _numbers_parameters(path):
+            raise InputError(
+                f"--ckpt_path {path}: it was saved without trainer.strategy fsdp2, and its optimizer's state fits only "
+                "such a run; go on without the strategy, or begin a new run with the trained model"
+            )
         try:
             with _data_only():
                 return super().load_checkpoint(checkpoint_path, weights_only)
@@ -143,6 +150,15 @@ def strange_metadata(checkpoint: Path) -> str:
     except Exception as error:  # a damaged pickle can raise anything
         return f".metadata is none that torch has written ({' '.join(str(error).split())[:120]})"
     return ""
+
+
+def _numbers_parameters(file: Path) -> bool:
+    """Whether a file's optimizer state numbers the parameters, as it does without fsdp2, and does not name them.
+
+    Lightning would number the module's parameters in another order than the optimizer's groups, and mix up the state.
+    """
+    optimizers = torch.load(file, mmap=True, map_location="cpu", weights_only=True).get("optimizer_states", [])
+    return any(isinstance(name, int) for state in optimizers for name in state.get("state", ()))
 
 
 @contextmanager

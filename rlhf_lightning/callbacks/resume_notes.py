@@ -46,9 +46,11 @@ def notes(trainer: Trainer, module: RLHFModule, then: Mapping[str, Any], options
             optimizer.learning_rate * optimizer.factor(trainer.global_step, partial(int, steps))
             for steps in (before, after)
         ]
+        was, now_is = (f"{rate:.3g}" for rate in rates)
         yield (
             f"model.optimizer.schedule: {optimizer.schedule} ends at step {after:,}, and ended at {before:,} when the "
-            f"checkpoint was made: the learning rate goes on at {rates[1]:.3g} in place of {rates[0]:.3g}"
+            f"checkpoint was made: the learning rate goes on at {now_is}"
+            + (f" in place of {was}" if was != now_is else ", as before")
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 try:
@@ -21,6 +23,7 @@ from rlhf_lightning.errors import InputError
 # Variables in which Lightning, torchrun, SLURM and LSF give a process its rank. (`rank_zero_only` reads them only once,
 # when it is imported.)
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+_HOLDER = ".held-by"  # in the folder of a run that a process is writing to: which one
 _TRIES = 100  # attempts to hold a folder that other processes keep removing
 
 
@@ -48,12 +51,17 @@ def claimed(wanted: Wanted) -> Iterator[Run]:
         if held is not None:  # another run has used the folder and ended since the name was chosen
             os.close(held)
         elif run.goes_on:
-            raise InputError(f"{run.folder}: another process is training it; wait for its end, or stop it")
+            raise InputError(
+                f"{run.folder}: another process is training it{_holder(run.folder)}; wait for its end, or stop it"
+            )
         else:
             busy.append(run.folder)
+    holder = run.folder / _HOLDER
+    holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
     try:
         yield run
     finally:
+        holder.unlink(missing_ok=True)
         if not existed:
             remove_if_nothing_logged(run.folder)
         os.close(held)
@@ -105,6 +113,14 @@ def _hold(folder: Path) -> tuple[bool, int | None]:
         except OSError as error:
             raise _not_writable(folder, str(error.strerror)) from None
     raise _not_writable(folder, "another process removes it again and again")
+
+
+def _holder(folder: Path) -> str:
+    """What the process that holds the folder has written about itself."""
+    try:
+        return f" ({(folder / _HOLDER).read_text(encoding='utf-8').strip()[:200]})"
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _not_writable(folder: Path, reason: str) -> InputError:

@@ -167,6 +167,7 @@ def _character_counts(texts: list[str]) -> list[int]:
 
 
 def _token_counts(folder: str) -> Measure:
+    from rlhf_lightning.data.ids import AT_ONCE
     from rlhf_lightning.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
@@ -174,9 +175,10 @@ def _token_counts(folder: str) -> Measure:
 
     def counts(texts: list[str]) -> list[int]:
         new = list({text for text in texts if text not in known})
-        if new:
-            ids = tokenizer(new, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-            known.update(zip(new, map(len, ids), strict=True))
+        for start in range(0, len(new), AT_ONCE):
+            block = new[start : start + AT_ONCE]
+            ids = tokenizer(block, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+            known.update(zip(block, map(len, ids), strict=True))
         return [known[text] for text in texts]
 
     return counts

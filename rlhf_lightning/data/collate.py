@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_lightning.batches import DemonstrationBatch, LabelledBatch, PreferenceBatch, PromptBatch
 from rlhf_lightning.data.choices import Kind
+from rlhf_lightning.data.sequences import Array
 from rlhf_lightning.data.tokenization import Example
 from rlhf_lightning.errors import check_choice
 
@@ -69,13 +71,13 @@ def _conversation(example: Example) -> dict[str, Any] | None:
 
 def _demonstrations(examples: Sequence[Example], pad_id: int) -> DemonstrationBatch:
     """The responses of the prompts. A prompt without one gets an empty response of weight 0, so that rows match."""
-    empty = torch.zeros(0, dtype=torch.int32)
+    empty = np.zeros(0, dtype=np.int32)
     filled = [e if e.responses else replace(e, responses=(empty,), masks=(), weight=0.0) for e in examples]
     return _side(filled, 0, pad_id)
 
 
 def _side(examples: Sequence[Example], side: int, pad_id: int) -> DemonstrationBatch:
-    tokens, lengths = _pad([torch.cat([example.prompt, example.responses[side]]) for example in examples], pad_id)
+    tokens, lengths = _pad([np.concatenate([example.prompt, example.responses[side]]) for example in examples], pad_id)
     return DemonstrationBatch(
         tokens=tokens,
         lengths=lengths,
@@ -91,7 +93,7 @@ def _spoken(examples: Sequence[Example], side: int) -> Tensor | None:
     if all(mask is None for mask in masks):
         return None
     whole = [
-        torch.ones(len(example.responses[side]), dtype=torch.bool) if mask is None else mask
+        torch.ones(len(example.responses[side]), dtype=torch.bool) if mask is None else torch.from_numpy(mask)
         for example, mask in zip(examples, masks, strict=True)
     ]
     return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
@@ -101,10 +103,12 @@ def _weights(examples: Sequence[Example]) -> Tensor:
     return torch.tensor([example.weight for example in examples], dtype=torch.float32)
 
 
-def _pad(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+def _pad(rows: Sequence[Array], pad_id: int) -> tuple[Tensor, Tensor]:
     """Rows of int32 ids to ``[B, S]`` int64 and their lengths ``[B]`` int64."""
     lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True, padding_value=pad_id)
+    tokens = torch.nn.utils.rnn.pad_sequence(
+        [torch.from_numpy(row).long() for row in rows], batch_first=True, padding_value=pad_id
+    )
     return tokens, lengths
 
 
@@ -114,5 +118,5 @@ def encoding(examples: Sequence[Example], kind: Kind) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:
         for ids in (example.prompt, *(() if kind == "prompts" else example.responses)):
-            digest.update(len(ids).to_bytes(4, "little") + ids.numpy().tobytes())
+            digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
     return digest.hexdigest()

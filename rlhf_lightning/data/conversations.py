@@ -39,7 +39,7 @@ APART = "conversation split into one sequence a turn, as the chat template chang
 _LENGTH_CHECKS = tuple(2**power for power in range(4, 30))  # turns before which the prompt's length is checked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rendered:
     """One sequence as text: the prompt, then in turn what the assistant says and what others say in between."""
 

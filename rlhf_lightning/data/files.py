@@ -1,11 +1,15 @@
-"""Helpers of all file readers: a file's bytes, and the names of keys and values in messages."""
+"""Helpers of all file readers: a file's bytes and their limits, and the names of keys and values in messages."""
 
 from __future__ import annotations
 
 import gzip
+import io
+import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.text import alike
@@ -13,22 +17,78 @@ from rlhf_lightning.text import alike
 RawRow = dict[str, Any]
 Numbered = tuple[int, RawRow | InputError]
 
+ROW = 64 << 20  # bytes that a row may have
+WHOLE = 1 << 30  # bytes of a JSON file that holds all rows in one value
+# A compressed file may hold this many times its size (text has 3 to 20), or SMALL bytes if that is more.
+GROWTH, SMALL = 200, 1 << 28
 
-def whole_file(path: str) -> bytes:
-    """The whole file, decompressed."""
+
+class _Inflated(io.RawIOBase):
+    """The decompressed bytes of a gzip file, up to a limit.
+
+    Args:
+        path: for the message.
+        limit: the bytes that it may hold.
+    """
+
+    def __init__(self, path: str, limit: int) -> None:
+        self._path, self._left = path, limit
+        self._file = gzip.open(path, "rb")  # noqa: SIM115 - closed below
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise InputError(
+                f"{self._path}: the gzip data holds more than {GROWTH} times its size, which no text does; decompress "
+                "it, and look what it is"
+            )
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextmanager
+def reading(path: str) -> Iterator[IO[bytes]]:
+    """Opens a file to read it in pieces, decompressed.
+
+    Raises:
+        InputError: the file cannot be read, or is damaged; also for what the body meets while it reads.
+    """
     try:
-        data = Path(path).read_bytes()
+        if path.lower().endswith(".gz"):
+            limit = max(SMALL, GROWTH * os.stat(path).st_size)
+            with io.BufferedReader(_Inflated(path, limit), 1 << 20) as file:
+                yield file
+        else:
+            with open(path, "rb", buffering=1 << 20) as file:
+                yield file
+    except EOFError:
+        raise InputError(f"{path}: the gzip data is cut off; copy or write the file again") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}: not valid gzip data ({error}); compress it again, or drop the .gz") from None
     except OSError as error:
         hint = alike(Path(path), Path.is_file) if isinstance(error, FileNotFoundError) else ""
         raise InputError(f"{path}: cannot be read ({error.strerror}){hint}; check the path") from None
-    if not path.lower().endswith(".gz"):
-        return data
-    try:
-        return gzip.decompress(data)
-    except EOFError:
-        raise InputError(f"{path}: the gzip data is cut off; copy or write the file again") from None
-    except (OSError, zlib.error) as error:
-        raise InputError(f"{path}: not valid gzip data ({error}); compress it again, or drop the .gz") from None
+
+
+def whole_file(path: str) -> bytes:
+    """The whole file, decompressed. Only JSON that is one value for many rows is read so."""
+    with reading(path) as file:
+        data = file.read(WHOLE + 1)
+    if len(data) > WHOLE:
+        raise InputError(f"{path}: one JSON value with more than {WHOLE >> 30} GiB; write one object a line (.jsonl)")
+    return data
+
+
+def too_long(path: str, line: int) -> InputError:
+    """The error for a row beyond the limit."""
+    return InputError(f"{path}:{line}: a row of more than {ROW >> 20} MiB; the rows after it are not read")
 
 
 def not_utf8(path: str, line: int, error: UnicodeDecodeError, start: int) -> InputError:

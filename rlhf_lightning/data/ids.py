@@ -21,6 +21,7 @@ from rlhf_lightning.models.template import tokens_pattern
 
 SpecialTokens = Literal["text", "tokens"]
 Ids = list[int]
+AT_ONCE = 4096  # texts; what the tokenizer makes of one takes many times its memory for a moment
 _ANCHORS = ("\n", ":", ".", "|", "x")
 
 
@@ -90,11 +91,18 @@ class TextIds:
         return function(parts[:1])[0] + [id for part in parts[1:] for id in self._anchored(part, function)]
 
     def _call(self, texts: list[str], **options: Any) -> list[Ids]:
-        if not texts:
-            return []
         # verbose=False: no warning about long texts, since the data options limit lengths.
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
-        return encoded.input_ids
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False, **options}
+        found: list[Ids] = []
+        for start in range(0, len(texts), AT_ONCE):
+            encoded = self.tokenizer(texts[start : start + AT_ONCE], **options).input_ids
+            found += [[self._numbers[id] for id in ids] for ids in encoded]
+        return found
+
+    @cached_property
+    def _numbers(self) -> Ids:
+        """Every id once. The tokenizer makes an object of 28 bytes for each token that it returns."""
+        return list(range(len(self.tokenizer)))
 
     def pieces(self, sequences: Sequence[Rendered]) -> list[list[Ids]]:
         """The ids of every piece of every sequence, without BOS and EOS around a sequence."""

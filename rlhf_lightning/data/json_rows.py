@@ -7,9 +7,9 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
-from rlhf_lightning.data.files import Numbered, RawRow, kind_of, not_utf8, shown, whole_file
+from rlhf_lightning.data.files import ROW, Numbered, RawRow, kind_of, not_utf8, reading, shown, too_long, whole_file
 from rlhf_lightning.errors import InputError
 
 _BLANKS = re.compile(r"\s*")
@@ -23,47 +23,62 @@ def read_json(path: str, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]
         path: the file.
         is_row: tells whether the only object of a file is a row itself; else it holds the list of rows.
     """
-    data = whole_file(path)
-    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-    head = data[start:].lstrip()[:1]
     lines = path.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson"))
-    whole = _over_lines(data[start:]) if lines else not _one_a_line(data[start:])
-    if head == b"[" or (head == b"{" and whole):
-        yield from _values(path, data, start, is_row)
+    with reading(path) as file:
+        first, more = _opening(file)
+    if first.startswith(b"["):
+        whole = True
     else:
-        yield from _lines(path, data, start)
+        whole = first.startswith(b"{") and (_over_lines(path, first, more) if lines else not _one_a_line(first, more))
+    if whole:
+        yield from _values(path, whole_file(path), is_row)
+    else:
+        yield from _lines(path)
 
 
-def _one_a_line(data: bytes) -> bool:
+def _opening(file: IO[bytes]) -> tuple[bytes, bool]:
+    """The first line that is not blank, stripped, and whether another one follows."""
+    found = b""
+    start = len(codecs.BOM_UTF8)
+    while piece := file.readline(ROW):
+        piece, start = piece[start:] if start and piece.startswith(codecs.BOM_UTF8) else piece, 0
+        if not (piece := piece.strip()):
+            continue
+        if found:
+            return found, True
+        found = piece
+    return found, False
+
+
+def _one_a_line(first: bytes, more: bool) -> bool:
     """Whether the first line is a whole object, and other lines follow."""
-    first, _, rest = data.lstrip().partition(b"\n")
-    if not rest.strip():
+    if not more:
         return False
     try:
         json.loads(first)
     except (ValueError, RecursionError):
-        return first.rstrip().endswith(b"}")
+        return first.endswith(b"}")
     return True
 
 
-def _over_lines(data: bytes) -> bool:
+def _over_lines(path: str, first: bytes, more: bool) -> bool:
     """Whether the first object spans several lines, as in an indented file."""
-    first, _, rest = data.lstrip().partition(b"\n")
-    if not rest.strip() or first.rstrip().endswith(b"}"):
+    if not more or first.endswith(b"}"):
         return False
-    if first.strip() == b"{":
+    if first == b"{":
         return True
     try:
-        _, end = _SKIPPING.raw_decode(data.lstrip().decode("utf-8"))
+        text = whole_file(path).decode("utf-8-sig").lstrip()
+        _, end = _SKIPPING.raw_decode(text)
     except (ValueError, RecursionError):
         return False
-    return end > len(first.decode("utf-8"))
+    return "\n" in text[:end]
 
 
-def _values(path: str, data: bytes, start: int, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]:
+def _values(path: str, data: bytes, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]:
     """Rows of a list, of an object that holds a list, or of objects one after the other."""
     try:
-        text = data.decode("utf-8")[1 if start else 0 :]
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         yield data.count(b"\n", 0, error.start) + 1, not_utf8(path, data.count(b"\n", 0, error.start) + 1, error, 0)
         return
@@ -167,16 +182,18 @@ def checked_row(value: Any, where: str) -> RawRow | InputError:
     return InputError(f"{where}: a row must be a JSON object, not {kind_of(value)}; write one {{...}} for each")
 
 
-def _lines(path: str, data: bytes, start: int) -> Iterator[Numbered]:
-    line = 0
-    while start < len(data):
-        line += 1
-        end = data.find(b"\n", start)
-        complete = end >= 0
-        piece = data[start : end if complete else len(data)]
-        if piece.strip():
-            yield line, _parse_line(path, line, piece, start, complete)
-        start += len(piece) + 1
+def _lines(path: str) -> Iterator[Numbered]:
+    start = line = 0
+    with reading(path) as file:
+        while piece := file.readline(ROW + 1):
+            line += 1
+            if len(piece) > ROW:
+                yield line, too_long(path, line)
+                return
+            skipped = len(codecs.BOM_UTF8) if line == 1 and piece.startswith(codecs.BOM_UTF8) else 0
+            if (row := piece[skipped:].removesuffix(b"\n")).strip():
+                yield line, _parse_line(path, line, row, start + skipped, piece.endswith(b"\n"))
+            start += len(piece)
 
 
 def _parse_line(path: str, line: int, piece: bytes, start: int, complete: bool) -> RawRow | InputError:

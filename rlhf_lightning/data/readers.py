@@ -7,18 +7,18 @@ of JSON lists, Parquet and hub data sets count as lines.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
+import itertools
 import json
+import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from rlhf_lightning.data.files import Numbered, RawRow, not_utf8, shown, whole_file
+from rlhf_lightning.data.files import GROWTH, ROW, SMALL, WHOLE, Numbered, RawRow, not_utf8, reading, shown, too_long
 from rlhf_lightning.data.json_rows import read_json
 from rlhf_lightning.data.messages import speaking
 from rlhf_lightning.data.values import refused
@@ -34,6 +34,7 @@ _MESSAGE_CELLS = (
 )
 _NUMBER_CELLS = ("margin", "weight")
 _OPTIONAL_CELLS = ("label", "system", "input")
+_PARQUET_ROWS = 64  # read at once: a repeated value of a few bytes in the file may be many in memory
 
 
 def read_rows(path: str, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]:
@@ -64,16 +65,41 @@ def read_rows(path: str, is_row: Callable[[RawRow], bool]) -> Iterator[Numbered]
 
 
 def _read_csv(path: str) -> Iterator[Numbered]:
-    data = whole_file(path)
-    skipped = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    with reading(path) as file:
+        try:
+            yield from _csv_rows(path, csv.reader(_text_lines(path, file), strict=True))
+        except UnicodeDecodeError:
+            raise _not_utf8(path) from None
+
+
+def _text_lines(path: str, file: IO[bytes]) -> Iterator[str]:
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    for number in itertools.count(1):
+        if len(line := lines.readline(ROW + 1)) > ROW:
+            raise too_long(path, number)
+        if not line:
+            return
+        yield line
+
+
+def _not_utf8(path: str) -> InputError:
+    """The error for a file of which a part is not UTF-8: finds the byte."""
+    start = 0
+    with reading(path) as file:
+        for line, piece in enumerate(file, 1):
+            try:
+                piece.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return not_utf8(path, line, error, start)
+            start += len(piece)
+    return InputError(f"{path}: not UTF-8; save the file as UTF-8")
+
+
+def _next_cells(reader: Any) -> list[str] | None:
+    """The next row, with cells as long as a row may be: csv's own limit, the same for all readers, is 128 KiB."""
+    limit = csv.field_size_limit(ROW)
     try:
-        text = data[skipped:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data[: skipped + error.start].count(b"\n") + 1
-        raise not_utf8(path, line, error, skipped) from None
-    limit = csv.field_size_limit(sys.maxsize)  # a long transcript may exceed the default, 128 KiB a cell
-    try:
-        yield from list(_csv_rows(path, csv.reader(io.StringIO(text, newline=""), strict=True)))
+        return next(reader, None)
     finally:
         csv.field_size_limit(limit)
 
@@ -83,7 +109,7 @@ def _csv_rows(path: str, reader: Any) -> Iterator[Numbered]:
     line = 1
     while True:
         try:
-            cells = next(reader, None)
+            cells = _next_cells(reader)
         except csv.Error as error:
             yield line, InputError(f"{path}:{line}: not valid CSV ({error}); check the quotes")
             return
@@ -170,20 +196,30 @@ def _read_parquet(path: str) -> Iterator[Numbered]:
         import pyarrow.parquet
     except ImportError:
         raise InputError(f"{path}: reading Parquet needs pyarrow; run: pip install 'rlhf-lightning[parquet]'") from None
-    data = whole_file(path)
-    try:
-        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
-        _check_columns(path, file.schema_arrow)
-        line = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                line += 1
-                yield line, _without_nulls(row)
-    except InputError:
-        raise
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a readable Parquet file ({reason}); write it again") from None
+    line = 0
+    with reading(path) as source:
+        try:
+            file = pyarrow.parquet.ParquetFile(source, buffer_size=1 << 20)
+            _check_columns(path, file.schema_arrow)
+            _check_growth(path, file.metadata)
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                if batch.nbytes > WHOLE:
+                    raise InputError(f"{path}:{line + 1}: {len(batch)} rows with more than {WHOLE >> 30} GiB")
+                for row in batch.to_pylist():
+                    line += 1
+                    yield line, _without_nulls(row)
+        except InputError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: not a readable Parquet file ({reason}); write it again") from None
+
+
+def _check_growth(path: str, metadata: Any) -> None:
+    """Refuses a file whose pages grow beyond what text does. Repeated values are not counted here."""
+    held = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    if held > max(SMALL, GROWTH * os.stat(path).st_size):
+        raise InputError(f"{path}: holds more than {GROWTH} times its size, which no text does; write it again")
 
 
 def _read_hub(path: str) -> Iterator[Numbered]:

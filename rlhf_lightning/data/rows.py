@@ -49,7 +49,7 @@ class Form:
 _MOST = 1e6  # of a weight or a margin
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One checked row.
 

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from rlhf_lightning.data.choices import Kind, check_fit, wanted
 from rlhf_lightning.data.conversations import Conversations, Rendered
@@ -22,7 +21,7 @@ from rlhf_lightning.data.hints import COLUMNS
 from rlhf_lightning.data.ids import SpecialTokens, TextIds
 from rlhf_lightning.data.lengths import far_over, long_prompt, long_response, surely_over
 from rlhf_lightning.data.rows import Record
-from rlhf_lightning.data.sequences import Pieces, common_prompt, split
+from rlhf_lightning.data.sequences import Array, Pieces, common_prompt, split
 from rlhf_lightning.data.spelling import count_spelled, without_end
 from rlhf_lightning.errors import InputError, check_choice
 from rlhf_lightning.models.template import ChatTemplate, template_text
@@ -39,19 +38,19 @@ _TOO_LONG = "prompt without its demonstration, which is over max_response_tokens
 OTHER_PROMPT = "prompt without its demonstration, which follows another prompt than sampling uses"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One encoded demonstration, pair, labelled response or prompt."""
 
-    prompt: Tensor  # [prompt tokens] int32
+    prompt: Array  # [prompt tokens] int32
     # each [response tokens] int32, EOS included. Two (chosen, rejected), or one (to imitate, or labelled), or none
-    responses: tuple[Tensor, ...]
+    responses: tuple[Array, ...]
     margin: float
     weight: float
     row: int  # number in the whole set
     record: Record
     # each [response tokens] bool, True where the assistant speaks; None if it says all; () if all masks are None
-    masks: tuple[Tensor | None, ...] = ()
+    masks: tuple[Array | None, ...] = ()
     chat: bool = False  # of a prompt to answer: whether the chat template wrote it
 
     @property
@@ -60,7 +59,7 @@ class Example:
         return tuple(len(self.prompt) + len(response) for response in self.responses) or (len(self.prompt),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Draft:
     """An example before its texts are encoded: a record's prompt, and the sequences to learn from."""
 
@@ -375,7 +374,7 @@ class Encoder:
                 self._shortened[OTHER_PROMPT] += 1
                 learnt = ()
             example = _example(draft, prompt, learnt, len(examples))
-            if len(learnt) == 2 and torch.equal(*example.responses):
+            if len(learnt) == 2 and np.array_equal(example.responses[0], example.responses[1]):
                 dropped[SAME_TOKENS] += 1
                 continue
             examples.append(example)
@@ -389,7 +388,7 @@ class Encoder:
 def _example(draft: _Draft, prompt: list[int], learnt: tuple[Pieces, ...], row: int) -> Example:
     ids, masks = zip(*(split(side, len(prompt)) for side in learnt), strict=True) if learnt else ((), ())
     return Example(
-        prompt=torch.tensor(prompt, dtype=torch.int32),
+        prompt=np.array(prompt, dtype=np.int32),
         responses=ids,
         margin=draft.record.margin,
         weight=draft.record.weight,

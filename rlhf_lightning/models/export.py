@@ -1,7 +1,8 @@
 """Export: writes trained models as folders that stock transformers loads.
 
 A folder appears whole or not at all: it is written beside its place, flushed to disk and renamed, and a folder that is
-there already is replaced only after that. Under FSDP2 every process calls; process 0 writes.
+there already is replaced only after that; files in it that are no part of a model are kept. Under FSDP2 every process
+calls; process 0 writes.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ from rlhf_lightning.outputs import check_room
 ExportDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _NEW_PAD = "<|pad|>"
+# The files that exports write; whatever else stands in a model's folder is its user's.
+_OWN = re.compile(
+    r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?|(generation_)?config\.json|README\.md|"
+    r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template|spiece|sentencepiece).*|"
+    r"additional_chat_templates|__pycache__"
+)
 
 
 @dataclass
@@ -122,8 +129,8 @@ def try_export(
     folder = Path(folder)
     _check_free(folder)
     made = [parent for parent in folder.parents if not parent.exists()]
-    staged = folder.with_name(f".{folder.name}.try-{os.getpid()}")
-    shutil.rmtree(staged, ignore_errors=True)
+    _clear(folder)
+    staged = _beside(folder, "try")
     try:
         try:
             staged.mkdir(parents=True)
@@ -166,12 +173,12 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     _check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-    replaced = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    shutil.rmtree(staged, ignore_errors=True)
+    _clear(folder)
+    staged, replaced = _beside(folder, "new"), _beside(folder, "old")
     staged.mkdir()
     try:
         yield staged
+        _keep_others(folder, staged)
         for path in [*staged.rglob("*"), staged]:
             flush(path)
         stood = folder.exists()
@@ -187,6 +194,46 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}-{os.getpid()}")
+
+
+def _clear(folder: Path) -> None:
+    """Removes what killed exports have left beside a folder. A model that was set aside comes back if there is none."""
+    for left in folder.parent.glob(f".{folder.name}.*-*"):
+        what, _, process = left.name.removeprefix(f".{folder.name}.").partition("-")
+        if what not in ("new", "old", "try") or not process.isdecimal() or _runs(int(process)):
+            continue
+        if what == "old" and not folder.exists():
+            left.rename(folder)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process has this number. Two may export to one place."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
+
+
+def _keep_others(folder: Path, staged: Path) -> None:
+    """Takes what a user has put into a model's folder over to the new one."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if _OWN.fullmatch(path.name) or (staged / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, staged / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, staged / path.name, follow_symlinks=False)
 
 
 def _check_free(folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -155,6 +156,6 @@ class OwnTokens:
         examples, _ = self.encoder.encode(records, "demonstrations")
         cut = rollout.truncated.tolist()
         return [
-            torch.cat([example.prompt, example.responses[0][: -1 if cut[row] else None]])
+            torch.from_numpy(np.concatenate([example.prompt, example.responses[0][: -1 if cut[row] else None]]))
             for row, example in zip(rows, examples, strict=True)
         ]

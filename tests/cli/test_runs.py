@@ -186,12 +186,16 @@ def test_two_runs_at_once_do_not_share_a_folder(root: Path) -> None:
             pass
         leave(first.folder, started=1.0)
         with (
-            pytest.raises(InputError, match="another process is training it"),
+            pytest.raises(
+                InputError,
+                match=rf"another process is training it \(process {os.getpid()} on .* since \d{{4}}-.*\); wait",
+            ),
             claimed(wanted(root, checkpoint="last")),
         ):
             pass
     with claimed(wanted(root, checkpoint="last")) as again:
         assert again.name == "sft"
+    assert not (again.folder / ".held-by").exists()
 
 
 def test_a_run_that_logged_nothing_leaves_no_folder(root: Path) -> None:

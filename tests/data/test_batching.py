@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +17,8 @@ from rlhf_lightning.errors import InputError
 
 def example(row: int, prompt: int, *responses: int) -> Example:
     record = Record("p", (), (), f"f.jsonl:{row + 1}", Pair())
-    ids = tuple(torch.zeros(length, dtype=torch.int32) for length in responses)
-    return Example(torch.zeros(prompt, dtype=torch.int32), ids, 0.0, 1.0, row, record)
+    ids = tuple(np.zeros(length, dtype=np.int32) for length in responses)
+    return Example(np.zeros(prompt, dtype=np.int32), ids, 0.0, 1.0, row, record)
 
 
 def padded_tokens(rows: list[Example]) -> int:

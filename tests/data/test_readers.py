@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlhf_lightning.data import files, json_rows, readers
 from rlhf_lightning.data.advice import advice, for_training
 from rlhf_lightning.data.check import check
 from rlhf_lightning.data.records import checked_rows, load_records
+from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.data.values import Message
 from rlhf_lightning.errors import InputError
 
@@ -76,6 +79,68 @@ def test_gzip_is_read_and_its_damage_is_named(write):
     assert len(load_records(write(whole, "rows.jsonl.gz"))) == 50
     assert "the gzip data is cut off" in refusal(write(whole[:-12], "cut.jsonl.gz"))
     assert "not valid gzip data" in refusal(write(GOOD, "plain.jsonl.gz"))
+
+
+def bomb(path: Path, start: bytes, piece: bytes, count: int) -> str:
+    with gzip.open(path, "wb", 9) as file:
+        file.write(start)
+        for _ in range(count):
+            file.write(piece)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz"])
+def test_a_file_that_grows_beyond_what_text_does_is_refused_while_it_is_read(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(files, "SMALL", 1 << 20)
+    path = bomb(tmp_path / name, b"[" if name == "rows.json.gz" else b"", b" " * 4095 + b"\n", 4096)
+    assert refusal(path) == (
+        f"{path}: the gzip data holds more than 200 times its size, which no text does; decompress it, and look what "
+        "it is"
+    )
+
+
+@pytest.mark.parametrize(("name", "start"), [("rows.jsonl", GOOD + "\n"), ("rows.csv", "prompt,completion\np,c\n")])
+def test_a_row_without_an_end_is_refused_at_the_limit(write, monkeypatch, name, start):
+    monkeypatch.setattr(json_rows, "ROW", 1 << 16)
+    monkeypatch.setattr(readers, "ROW", 1 << 16)
+    rest = "x" * (1 << 18)
+    assert "more than" in refusal(write(start + rest, name)) and len(load_records(write(start, name))) == 1
+    assert len(load_records(write((GOOD + "\n") * 2000))) == 2000  # the file as a whole may be longer
+
+
+def test_a_list_of_rows_has_a_limit_of_its_own(write, monkeypatch):
+    monkeypatch.setattr(files, "WHOLE", 1 << 12)
+    path = write(json.dumps([json.loads(GOOD)] * 200), "rows.json")
+    assert refusal(path).startswith(f"{path}: one JSON value with more than 0 GiB; write one object a line (.jsonl)")
+
+
+def test_parquet_pages_that_grow_beyond_what_text_does_are_refused(tmp_path, monkeypatch):
+    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table
+    monkeypatch.setattr(readers, "SMALL", 1 << 20)
+    rows = [{"prompt": "p" * 10_000 + str(n), "completion": "c"} for n in range(2000)]
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(table.from_pylist(rows), path, compression="zstd", compression_level=19)
+    assert refusal(str(path)) == f"{path}: holds more than 200 times its size, which no text does; write it again"
+
+
+def test_reading_and_encoding_hold_little_more_than_the_rows(write, kept_tokenizer):
+    """The limit per row: what is kept of one, its texts and ids included, and what encoding needs for a moment."""
+    texts = [f"the {word} cat sees" for word in ("red", "big", "old", "small")]
+    rows = "".join(
+        json.dumps({"prompt": f"{texts[n % 4]} {n}", "chosen": f"dog {n} " * 10, "rejected": "no"}) + "\n"
+        for n in range(20_000)
+    )
+    path = write(rows)
+    tracemalloc.start()
+    try:
+        records = load_records(path)
+        read, _ = tracemalloc.get_traced_memory()
+        examples, _ = Encoder(kept_tokenizer, compared=100).encode(records.rows, "pairs")
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(examples) == 20_000
+    assert read / 20_000 < 1400 and (held - read) / 20_000 < 800 and (peak - read) / 20_000 < 2400
 
 
 def test_paths_that_are_no_data_file(write, tmp_path):

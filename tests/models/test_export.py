@@ -1,5 +1,8 @@
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,6 +163,36 @@ def test_a_failed_rename_leaves_the_older_model(tmp_path: Path, monkeypatch: pyt
         (staged / "config.json").write_text('{"version": 2}')
     assert (folder / "config.json").read_text() == "{}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_killed_at_any_step_the_old_model_or_the_new_one_is_there(tiny_policy_dir: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parent / "killed_export.py"
+    done = subprocess.run([sys.executable, script, tiny_policy_dir, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_a_user_has_put_into_a_model_stays_and_old_weights_go(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with replacing(folder) as staged:
+        (staged / "config.json").write_text("{}")
+        (staged / "model-00001-of-00002.safetensors").touch()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "plots" / "deep").mkdir(parents=True)
+    (folder / "plots" / "deep" / "loss.png").touch()
+    with replacing(folder) as staged:
+        (staged / "config.json").write_text("{}")
+        (staged / "model.safetensors").touch()
+    left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert left == ["config.json", "model.safetensors", "notes.txt", "plots/deep/loss.png"]
+
+
+def test_what_another_running_process_writes_beside_a_model_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".model.new-{os.getppid()}"
+    other.mkdir()
+    (tmp_path / ".model.new-99999999").mkdir()
+    with replacing(tmp_path / "model") as staged:
+        (staged / "config.json").write_text("{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "model"]
 
 
 def test_other_peoples_files_are_not_replaced(

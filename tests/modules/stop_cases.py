@@ -159,7 +159,7 @@ class Signal(Callback):
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Train, in a second attempt if a signal to one process stops the first; the whole weights and the records."""
+    """Train, or go on; in two attempts if a signal to one process stops the first. Returns the weights and records."""
     folder, out = Path(case["model"]), Path(case["run"])
     options = {"devices": 2, "strategy": case["strategy"]}
     if "number" in case:
@@ -171,7 +171,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         assert latest(out / "checkpoints").name == f"batch-{case['batches']:08d}.ckpt"
         module = resume(case["method"], folder, out, **options)
     else:
-        module = fit(case["method"], folder, out, **options)
+        attempt = resume if case.get("goes_on") else fit
+        module = attempt(case["method"], folder, out, **options, **case.get("options", {}))
     weights = {name: value.clone() for name, value in full_state_dict(module.model).items()}
     return {"weights": weights, "records": json.dumps(records(out)) if rank() == 0 else ""}
 

@@ -22,6 +22,7 @@ from rlhf_lightning.callbacks.checkpoint_files import latest
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.callbacks.loop_position import batches_done, reopen
 from rlhf_lightning.callbacks.stop_signals import StopSignals
+from rlhf_lightning.models.sharding import full_state_dict
 from rlhf_lightning.modules.sft import SFTModule
 
 
@@ -331,3 +332,30 @@ def test_a_signal_to_one_of_two_processes_stops_and_saves_both(name: str, in_two
     expected, got = results["straight"], results[name]
     assert all(torch.equal(got["weights"][key], value) for key, value in expected["weights"].items())
     assert got["records"] == expected["records"]
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy", "first"),
+    itertools.product(CASES, ["ddp", "fsdp2"], [1, 2]) if WHOLE else [("sft", "ddp", 1), ("ppo", "fsdp2", 2)],
+)
+def test_the_number_of_processes_may_change(
+    method: str, strategy: str, first: int, tiny_policy_dir: Path, tmp_path: Path
+) -> None:
+    def train(count: int, name: str, goes_on: bool = False, **options: Any) -> dict[str, torch.Tensor]:
+        options["schedule"] = "constant"
+        if count == 2:
+            case = {"model": str(tiny_policy_dir), "method": method, "strategy": strategy, "run": str(tmp_path / name)}
+            cases = {"it": {**case, "goes_on": goes_on, "options": options}}
+            return results_of_two("stop_cases.py", cases, tmp_path)["it"]["weights"]
+        try:
+            attempt = resume if goes_on else fit
+            module = attempt(method, tiny_policy_dir, tmp_path / name, strategy=strategy, **options)
+            return {key: value.clone() for key, value in full_state_dict(module.model).items()}
+        finally:
+            torch.distributed.destroy_process_group()
+
+    straight = train(1, "straight")
+    train(first, "changed", max_steps=steps(method, 6))
+    changed = train(3 - first, "changed", goes_on=True)
+    for name, value in straight.items():
+        torch.testing.assert_close(changed[name], value, atol=2e-4, rtol=1e-3, msg=name)
