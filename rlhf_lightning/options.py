@@ -25,6 +25,22 @@ from jsonargparse.typing import (
 
 from rlhf_lightning.errors import InputError
 
+# How messages call the types of options.
+WORDS = {
+    "PositiveInt": "a whole number above 0",
+    "NonNegativeInt": "a whole number from 0 up",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number from 0 up",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "OpenUnitInterval": "a number above 0 and below 1",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "dict": "options as `key: value` lines",
+    "list": "a list",
+    "NoneType": "None",
+}
 _HANDED_ON = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 __all__ = [
@@ -154,4 +170,5 @@ def _told(kind: Any) -> str:
         return " or ".join(_told(part) for part in typing.get_args(kind))
     if typing.get_origin(kind) is Literal:
         return " or ".join(map(str, typing.get_args(kind)))
-    return "None" if kind is type(None) else getattr(kind, "__name__", str(kind))
+    name = getattr(kind, "__name__", str(kind))
+    return WORDS.get(name, name)

@@ -154,7 +154,7 @@ def test_a_file_is_no_class(empty_folder: Path) -> None:
     config = write("c.yaml", "data:\n  tokenizer:\n    a.jsonl: 1\n")
     words = [option.tokens for option in ordered(split(["--model.a.b", "-1", "--data.path", "rows.jsonl", "stray"]))]
     assert words == [("--data.path", "rows.jsonl"), ("--model.a.b", "-1"), ("stray",)]
-    with pytest.raises(InputError, match=r"data.tokenizer: expected str"):  # and no class of the name rows.jsonl
+    with pytest.raises(InputError, match=r"data.tokenizer: expected a text"):  # and no class of the name rows.jsonl
         parsed(f"fit --config ppo.yaml --data.tokenizer rows.jsonl --config {config}")
 
 

@@ -183,7 +183,7 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
         ("--model.reward PPOModule", "--model.reward: PPOModule is no Reward"),
         ("--model torch.nn.Linear", "--model: torch.nn.Linear is no RLHFModule"),
         ("--model [1]", "--model: expected the name of a RLHFModule and its init_args, got [1]"),
-        ("--model.optimizer.learning_rate=", "--model.optimizer.learning_rate: expected PositiveFloat, got nothing"),
+        ("--model.optimizer.learning_rate=", "--model.optimizer.learning_rate: expected a number above 0, got nothing"),
         ("--model.help PPOModul", "--model.help: no class 'PPOModul' is known (did you mean PPOModule?)"),
         ("--model.nope.x 3", "--model.nope.x: unknown key"),
         ("--data", "--data: a value must follow"),
@@ -199,8 +199,11 @@ def test_what_cannot_be_built_is_one_line_and_leaves_nothing(
         ("--model.lr 1", "--model.lr: unknown key of PPOModule (did you mean --model.optimizer.learning_rate?)"),
         ("--model null", "error: model: required"),
         ("--trainer.callbacks+=EarlyStoping", "no class 'EarlyStoping' is known (did you mean EarlyStopping?)"),
-        ("--data.chat_template_kwargs {a:false}", "expected dict, got {a:false}; write a space behind each colon"),
-        ("--data.chat_template_kwargs 5", "expected dict, got 5"),
+        (
+            "--data.chat_template_kwargs {a:false}",
+            "expected options as `key: value` lines, got {a:false}; write a space behind each colon",
+        ),
+        ("--data.chat_template_kwargs 5", "expected options as `key: value` lines, got 5"),
         (
             "--checkpoint x",
             "--checkpoint: x is no config file, and a group of options is expected; write --checkpoint.",

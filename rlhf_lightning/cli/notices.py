@@ -65,11 +65,13 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     tokenizer = module.tokenizer
     batches = len(data.train_dataloader())
-    size = f"{batches:,} batches of {data.batch_size}"
+    samples = not module.automatic_optimization
+    size = f"{batches:,} {'iterations' if samples else 'batches'} of {data.batch_size}{' prompts' * samples}"
     stepwise = (trainer.max_epochs or -1) < 1  # only max_steps ends the run
-    amount = f"{trainer.max_steps:,} steps, an epoch is {size}" if stepwise else f"{trainer.max_epochs} x {size}"
+    repeated = "" if samples and trainer.max_epochs == 1 else f"{trainer.max_epochs} x "
+    amount = f"{trainer.max_steps:,} steps, an epoch is {size}" if stepwise else f"{repeated}{size}"
     if trainer.max_steps > 0 and not stepwise:
-        whole = "" if module.automatic_optimization else ", to the end of an iteration"
+        whole = ", to the end of an iteration" if samples else ""
         amount += f", at most {trainer.max_steps:,} optimizer steps{whole}"
     yield "run", f"{folder}: {type(module).__name__}, {amount}"
     yield "model", f"{module.model_folder}: {_sizes(module)}"

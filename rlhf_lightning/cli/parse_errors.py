@@ -6,12 +6,15 @@ level begins with ``Parser key "x":`` or ``Problem with given class_path 'c':``,
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlhf_lightning.cli.configs import keys_with_lines
 from rlhf_lightning.cli.suggestions import did_you_mean
+from rlhf_lightning.errors import InputError
+from rlhf_lightning.options import WORDS, Options
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -81,7 +84,7 @@ def explain(
     restriction = _RESTRICTION.search(message)
     if restriction:
         kind, value, rule = restriction.groups()
-        return f"{place}: expected {kind} ({_COMPARED.sub('value ', rule)}), got {value}"
+        return f"{place}: expected {WORDS.get(kind) or _COMPARED.sub('a value ', rule)}, got {value}"
     of_class = _explain_class(message, place, key, accepted)
     if of_class:
         return of_class
@@ -95,8 +98,26 @@ def explain(
     if expected and got:
         value = got[1].strip(chr(39)) or "nothing"
         advice = "; write a space behind each colon" if _TIGHT_COLON.fullmatch(value) and "dict" in expected else ""
-        return f"{place}: expected {' or '.join(expected)}, got {value}{advice}"
+        told = dict.fromkeys(WORDS.get(kind, kind) for kind in expected)
+        return f"{place}: expected {' or '.join(told)}, got {value}{advice}"
     return f"{place}: {_shortened(message)}" if place else _shortened(message)
+
+
+def refusal(error: BaseException, module: type) -> InputError | None:
+    """The `InputError` that the parser has wrapped, with options in place of constructors' arguments; None if none.
+
+    ``AdamWOptions.eps: ...`` becomes ``model.optimizer.eps: ...``.
+    """
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, InputError):
+        link = link.__cause__ or link.__context__
+    if link is None:
+        return None
+    parameters = inspect.signature(module).parameters.values()
+    places = {type(p.default).__name__: f"model.{p.name}" for p in parameters if isinstance(p.default, Options)}
+    name, dot, rest = str(link).partition(".")
+    place = {**places, module.__name__: "model"}.get(name, name)
+    return InputError(f"{place}{dot}{rest}")
 
 
 def _explain_class(message: str, place: str, key: str, accepted: Callable[[str | None], Sequence[str]]) -> str | None:

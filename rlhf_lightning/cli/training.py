@@ -41,7 +41,7 @@ from rlhf_lightning.cli.config_layers import Layers, lay
 from rlhf_lightning.cli.configs import no_module, resolve_configs
 from rlhf_lightning.cli.notices import MeasuredRows, Preflight, farewell
 from rlhf_lightning.cli.nulls import refused_values
-from rlhf_lightning.cli.parse_errors import explain
+from rlhf_lightning.cli.parse_errors import explain, refusal
 from rlhf_lightning.cli.predictions import PredictionWriter, inputs_of
 from rlhf_lightning.cli.runs import Run, Wanted, choose, free
 from rlhf_lightning.cli.seeds import follow_seed_everything
@@ -278,19 +278,16 @@ class TrainingCLI(LightningCLI):
             ) from error
 
     def instantiate_classes(self) -> None:
-        """Builds data, model and trainer. An InputError of a constructor is raised unchanged.
+        """Builds data, model and trainer. Of an InputError of a constructor only the class's name is changed.
 
         The parser takes it for an error of its own, since it is a ValueError, and wraps it in a report of many lines.
         """
         try:
             super().instantiate_classes()
         except Exception as error:
-            link: BaseException | None = error
-            while link is not None and not isinstance(link, InputError):
-                link = link.__cause__ or link.__context__
-            if link is None:
+            if (refused := refusal(error, imported(self.options.model.class_path))) is None:
                 raise
-            raise link from None
+            raise refused from None
         if self.subcommand == "fit":
             foreign.check_monitors(self.trainer.callbacks, self.model)  # type: ignore[attr-defined]
 

@@ -147,8 +147,8 @@ def test_what_a_checkpoint_does_not_hold_is_asked_for(tiny_policy_dir: Path, tmp
     [
         ({"kl": 0.1}, "PPOModule.kl: expected KLOptions, got 0.1"),
         ({"kl": None}, "PPOModule.kl: expected KLOptions, got None"),
-        ({"iterations": -1}, "PPOModule.iterations: expected PositiveInt, got -1"),
-        ({"ptx_coef": -0.5}, "PPOModule.ptx_coef: expected NonNegativeFloat, got -0.5"),
+        ({"iterations": -1}, "PPOModule.iterations: expected a whole number above 0, got -1"),
+        ({"ptx_coef": -0.5}, "PPOModule.ptx_coef: expected a number from 0 up, got -0.5"),
     ],
 )
 def test_wrong_arguments_are_refused_in_a_script_too(options: dict[str, Any], told: str) -> None:
