@@ -37,6 +37,7 @@ from rlhf_lightning.callbacks.loop_position import (
 from rlhf_lightning.callbacks.metrics import rewind_loggers
 from rlhf_lightning.callbacks.resume_notes import notes, settings
 from rlhf_lightning.callbacks.run_files import run_folder, sync_to_disk
+from rlhf_lightning.callbacks.slurm import requeue
 from rlhf_lightning.callbacks.stop_signals import StopSignals
 from rlhf_lightning.collectives import failing_together
 from rlhf_lightning.errors import InputError
@@ -212,6 +213,8 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             goes_on = f"; the same command goes on with --ckpt_path last, from {self.newest}" if self.newest else ""
             say(f"stopped{goes_on}")
+            if self._signals.requeues:
+                requeue()
         self._signals.stop()
 
     def save(self, trainer: Trainer) -> None:

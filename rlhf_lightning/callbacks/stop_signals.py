@@ -17,28 +17,30 @@ from rlhf_lightning.text import say
 
 # SIGUSR1 is a cluster's warning that the time is up; Windows has none.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_REQUEUE = 1000  # stands for the signal that wants a requeue, and wins over all others
 
 
 class StopSignals:
     """Ctrl-C, SIGTERM and SIGUSR1 set a flag; a second Ctrl-C stops at once.
 
-    Lightning's own handler talks to the other processes from within the signal, which hangs where they are in a
-    collective of the training. So the flag is only asked for at `agreed`. Under SLURM with automatic requeueing,
-    SIGTERM and SIGUSR1 stay Lightning's.
+    Lightning's own handlers talk to the other processes from within the signal, which hangs where they are in a
+    collective of the training. So the flag is only asked for at `agreed`.
     """
 
     def __init__(self) -> None:
         self._came = 0  # the number of the signal that came to this process; only the handler writes it
         self._agreed = 0  # of the one that all processes know of
         self._old: dict[int, Any] = {}
+        self._requeueing = 0  # the signal that asks SLURM to start the job again, 0 for none
 
     def take(self, trainer: Trainer) -> None:
         """Handles the signals from now on. Lightning sets its own handlers at a run's start, so call this after it."""
         if threading.current_thread() is not threading.main_thread():  # Python allows no handlers there
             return
         cluster = trainer._accelerator_connector.cluster_environment
-        requeued = isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue
-        for number in _SIGNALS[:1] if requeued else _SIGNALS:
+        if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue and cluster.requeue_signal:
+            self._requeueing = int(cluster.requeue_signal)
+        for number in {*_SIGNALS, *filter(None, [self._requeueing])}:
             if signal.getsignal(number) != self._handle:
                 self._old.setdefault(number, signal.getsignal(number))
                 signal.signal(number, self._handle)
@@ -55,6 +57,11 @@ class StopSignals:
         self._agreed = largest(max(self._came, self._agreed))
         return self._agreed > 0
 
+    @property
+    def requeues(self) -> bool:
+        """Whether the agreed signal wants the job to be started again."""
+        return self._agreed >= _REQUEUE
+
     def stop(self) -> NoReturn:
         """Ends the run as the agreed signal asked for."""
         if self._agreed == signal.SIGINT:
@@ -64,7 +71,8 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == self._came == signal.SIGINT:
             raise KeyboardInterrupt
-        self._came = number
+        # SLURM may send SIGTERM soon after; the wish for a requeue stays.
+        self._came = _REQUEUE if number == self._requeueing or self._came == _REQUEUE else number
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
         with suppress(RuntimeError):  # Python refuses to print where the signal came in the middle of a print
             say(f"\n{signal.Signals(number).name}: stopping as soon as a checkpoint can be written{again}")

@@ -17,6 +17,7 @@ except ImportError:  # Windows has none
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from rlhf_lightning.callbacks.slurm import mark
 from rlhf_lightning.cli.runs import Run, Wanted, choose, holds_run
 from rlhf_lightning.errors import InputError
 
@@ -24,6 +25,7 @@ from rlhf_lightning.errors import InputError
 # when it is imported.)
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 _HOLDER = ".held-by"  # in the folder of a run that a process is writing to: which one
+_BEFORE_STEPS = ("config.yaml", "slurm_job")  # what a run's folder has before its first step is logged
 _TRIES = 100  # attempts to hold a folder that other processes keep removing
 
 
@@ -56,6 +58,7 @@ def claimed(wanted: Wanted) -> Iterator[Run]:
             )
         else:
             busy.append(run.folder)
+    mark(run.folder)
     holder = run.folder / _HOLDER
     holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
     try:
@@ -84,7 +87,7 @@ def remove_if_nothing_logged(folder: Path) -> None:
     if not folder.is_dir():
         return
     files = list(folder.iterdir())
-    if all(file.name == "config.yaml" or file.name.startswith("events.out.tfevents.") for file in files):
+    if all(file.name in _BEFORE_STEPS or file.name.startswith("events.out.tfevents.") for file in files):
         for file in files:
             file.unlink()
         with suppress(OSError):  # if the folder is not empty or is gone, another process uses it by now

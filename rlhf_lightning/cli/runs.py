@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from rlhf_lightning.callbacks.checkpoint_files import damage, is_whole, latest, newest_intact
+from rlhf_lightning.callbacks.slurm import begun_before
 from rlhf_lightning.errors import InputError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -96,7 +97,9 @@ def choose(wanted: Wanted, first: bool = True, busy: Sequence[Path] = ()) -> Run
     if not first and _SHARED in os.environ:
         checkpoint = os.environ[_SHARED_CHECKPOINT]
         return Run(Path(os.environ[_SHARED]), Path(checkpoint) if checkpoint else None)
-    run = _newest(wanted) if wanted.checkpoint == "last" else _by_name(wanted, busy)
+    run = _requeued(wanted)
+    if run is None:
+        run = _newest(wanted) if wanted.checkpoint == "last" else _by_name(wanted, busy)
     if first:
         os.environ[_SHARED], os.environ[_SHARED_CHECKPOINT] = str(run.folder), str(run.checkpoint or "")
     return run
@@ -176,20 +179,32 @@ def _by_name(wanted: Wanted, busy: Sequence[Path]) -> Run:
     return Run(fresh, checkpoint, f"{folder} holds a run already: this one is {fresh}")
 
 
-def _newest(wanted: Wanted) -> Run:
-    """The newest run to continue: of the name that was typed or configured, or else of the module's kind."""
+def _requeued(wanted: Wanted) -> Run | None:
+    """The run to go on with in a SLURM job that was requeued: the one that the job began. None if there is none."""
+    if not wanted.fresh or wanted.checkpoint not in (None, "last"):
+        return None
+    for run in reversed([run for run in _candidates(wanted) if begun_before(run)]):
+        if (checkpoint := newest_intact(run / "checkpoints")[0]) is not None:
+            return Run(run, checkpoint, f"{run} goes on from {checkpoint.name}: SLURM's job was requeued", goes_on=True)
+    return None
+
+
+def _candidates(wanted: Wanted) -> list[Path]:
+    """The runs of the name that was typed or configured, or else of the module's kind, the newest last."""
     if wanted.typed:
         assert wanted.name is not None
-        runs = [wanted.root / wanted.name]
-    elif (of_config := _run_of_config(wanted)) is not None:
-        runs = [of_config]
-    elif wanted.name is not None:
-        runs = family(wanted.root, wanted.name)
-    else:
-        runs = family(wanted.root, wanted.stage)
-        runs += [p for p in _folders(wanted.root) if _TIMED.fullmatch(p.name.removeprefix(wanted.stage))]
-        runs.sort(key=started)
-    runs = [run for run in runs if holds_run(run)] or [wanted.root / (wanted.name or wanted.stage)]
+        return [wanted.root / wanted.name]
+    if (of_config := _run_of_config(wanted)) is not None:
+        return [of_config]
+    if wanted.name is not None:
+        return family(wanted.root, wanted.name)
+    timed = [path for path in _folders(wanted.root) if _TIMED.fullmatch(path.name.removeprefix(wanted.stage))]
+    return sorted([*family(wanted.root, wanted.stage), *timed], key=started)
+
+
+def _newest(wanted: Wanted) -> Run:
+    """The newest run to continue."""
+    runs = [run for run in _candidates(wanted) if holds_run(run)] or [wanted.root / (wanted.name or wanted.stage)]
     run = runs[-1]
     checkpoint, damaged = newest_intact(run / "checkpoints")
     if checkpoint is None:

@@ -116,13 +116,23 @@ def records(run: Path) -> dict[str, Any]:
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [{k: v for k, v in row.items() if not any(word in k for word in CLOCK)} for row in rows]
 
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    everything = dict.fromkeys(("scalars", "histograms", "tensors"), 0)
+    events = EventAccumulator(str(run), size_guidance=everything).Reload()
     scalars = {
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
         if not any(word in tag for word in CLOCK)
     }
-    return {"metrics": lines("metrics.jsonl"), "samples": lines("samples.jsonl"), "scalars": scalars}
+    histograms = {
+        tag: [(event.step, vars(event.histogram_value)) for event in events.Histograms(tag)]
+        for tag in events.Tags()["histograms"]
+    }
+    texts = {
+        tag: [(event.step, [text.decode() for text in event.tensor_proto.string_val]) for event in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
+    }
+    told = {"scalars": scalars, "histograms": histograms, "texts": texts}
+    return {"metrics": lines("metrics.jsonl"), "samples": lines("samples.jsonl"), **told}
 
 
 def counts(run: Path) -> dict[str, Any]:
