@@ -157,8 +157,8 @@ def _numbers_parameters(file: Path) -> bool:
 
     Lightning would number the module's parameters in another order than the optimizer's groups, and mix up the state.
     """
-    optimizers = torch.load(file, mmap=True, map_location="cpu", weights_only=True).get("optimizer_states", [])
-    return any(isinstance(name, int) for state in optimizers for name in state.get("state", ()))
+    optimizers = torch.load(file, mmap=True, map_location="cpu", weights_only=True)["optimizer_states"]
+    return any(isinstance(name, int) for state in optimizers for name in state["state"])
 
 
 @contextmanager

@@ -9,6 +9,26 @@ from pathlib import Path
 
 from rlhf_lightning.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
+
+
+def lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder until it is closed or the process ends; None if another process holds it."""
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
 
 def check_output(path: str | Path, option: str, inputs: Iterable[str | Path] = ()) -> None:
     """Checks before the work that the file may be written.

@@ -188,13 +188,13 @@ def plot(seen: list[tuple[int, float]], attempts: list[dict[str, Any]], path: Pa
 
 def growth(seen: list[tuple[int, float]]) -> float:
     """The growth after a tenth of the run: the median of the last tenth over that of the second."""
-    tenth = len(seen) // 10
+    tenth = max(1, len(seen) // 10)
     second, last = (sorted(value for _, value in part)[tenth // 2] for part in (seen[tenth : 2 * tenth], seen[-tenth:]))
     return last / second - 1.0
 
 
 def main() -> int:
-    """Run both, compare, and write what was found; 1 where something differs or grows."""
+    """Run both, compare, and write what was found; 1 where something differs or grows, or too few kills came."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=2000, help="PPO iterations")
     parser.add_argument("--kills", type=int, default=50, help="how often to kill")
@@ -223,7 +223,8 @@ def main() -> int:
     (options.out / "soak.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
     plot(seen, attempts, options.out / "soak.png")
     print({name: value for name, value in found.items() if name not in ("memory_mb", "attempts")})
-    return 0 if all(found["equal"].values()) and found["memory_growth"] < 0.02 else 1
+    enough = found["kills"] >= options.kills
+    return 0 if all(found["equal"].values()) and found["memory_growth"] < 0.02 and enough else 1
 
 
 if __name__ == "__main__":

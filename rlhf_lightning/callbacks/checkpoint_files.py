@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from rlhf_lightning.models.export import flush
+from rlhf_lightning.models.replacing import flush
 
 _STAGING = ".staging-"
 _DOOMED = f"{_STAGING}doomed-"

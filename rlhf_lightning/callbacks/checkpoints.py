@@ -41,7 +41,7 @@ from rlhf_lightning.callbacks.slurm import requeue
 from rlhf_lightning.callbacks.stop_signals import StopSignals
 from rlhf_lightning.collectives import failing_together
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.models.export import flush
+from rlhf_lightning.models.replacing import flush
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.outputs import check_room
 from rlhf_lightning.text import notice, say
@@ -128,7 +128,10 @@ class RunCheckpoint(Checkpoint):
         """Lets the run go on within an epoch that was ended early, or that is longer now."""
         if trainer.state.fn == "fit":
             self._endings.append(reopen_later(trainer))
-            self._then = checkpoint.get("run", {}), checkpoint.get("hyper_parameters", {})
+            run, options = (checkpoint.get(name, {}) for name in ("run", "hyper_parameters"))
+            if not (isinstance(run, dict) and isinstance(options, dict)):
+                raise TypeError("its run or its options are no mapping")
+            self._then = run, options
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: RLHFModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         """Saves the position in Lightning's loops so that a resumed run goes on exactly there."""

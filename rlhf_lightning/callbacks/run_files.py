@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from rlhf_lightning.models.export import flush
+from rlhf_lightning.models.replacing import flush
 
 
 def run_folder(trainer: Trainer) -> Path:

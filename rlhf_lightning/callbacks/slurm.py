@@ -17,17 +17,18 @@ def job() -> str:
     return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID", "")
 
 
-def mark(folder: Path) -> None:
-    """Writes into a run's folder that this job has begun it."""
+def mark(folder: Path, command: str) -> None:
+    """Writes into a run's folder that this job has begun it, by this command: a job may have several."""
     if job():
-        (folder / _MARK).write_text(f"{job()}\n", encoding="utf-8")
+        (folder / _MARK).unlink(missing_ok=True)
+        (folder / _MARK).write_text(f"{job()}\n{command}\n", encoding="utf-8")
 
 
-def begun_before(folder: Path) -> bool:
-    """Whether this job was requeued, and began the run in a folder before that."""
+def begun_before(folder: Path, command: str) -> bool:
+    """Whether this job was requeued, and began the run in a folder before that by the same command."""
     try:
         restarted = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-        return restarted and (folder / _MARK).read_text(encoding="utf-8").strip() == job()
+        return restarted and (folder / _MARK).read_text(encoding="utf-8") == f"{job()}\n{command}\n"
     except (OSError, ValueError):
         return False
 

@@ -31,6 +31,7 @@ class StopSignals:
         self._came = 0  # the number of the signal that came to this process; only the handler writes it
         self._agreed = 0  # of the one that all processes know of
         self._old: dict[int, Any] = {}
+        self._interrupted = False  # whether Ctrl-C came
         self._requeueing = 0  # the signal that asks SLURM to start the job again, 0 for none
 
     def take(self, trainer: Trainer) -> None:
@@ -69,8 +70,10 @@ class StopSignals:
         raise SIGTERMException
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == self._came == signal.SIGINT:
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
         # SLURM may send SIGTERM soon after; the wish for a requeue stays.
         self._came = _REQUEUE if number == self._requeueing or self._came == _REQUEUE else number
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""

@@ -10,22 +10,18 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None  # type: ignore[assignment]
-
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.callbacks.slurm import mark
 from rlhf_lightning.cli.runs import Run, Wanted, choose, holds_run
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.outputs import lock
 
 # Variables in which Lightning, torchrun, SLURM and LSF give a process its rank. (`rank_zero_only` reads them only once,
 # when it is imported.)
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 _HOLDER = ".held-by"  # in the folder of a run that a process is writing to: which one
-_BEFORE_STEPS = ("config.yaml", "slurm_job")  # what a run's folder has before its first step is logged
+_BEFORE_STEPS = ("config.yaml", "slurm_job", _HOLDER)  # what a run's folder has before its first step is logged
 _TRIES = 100  # attempts to hold a folder that other processes keep removing
 
 
@@ -58,13 +54,15 @@ def claimed(wanted: Wanted) -> Iterator[Run]:
             )
         else:
             busy.append(run.folder)
-    mark(run.folder)
-    holder = run.folder / _HOLDER
-    holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
     try:
+        try:
+            mark(run.folder, wanted.command)
+            _tell_holder(run.folder / _HOLDER)
+        except OSError as error:
+            raise _not_writable(run.folder, str(error.strerror)) from None
         yield run
+        (run.folder / _HOLDER).unlink(missing_ok=True)
     finally:
-        holder.unlink(missing_ok=True)
         if not existed:
             remove_if_nothing_logged(run.folder)
         os.close(held)
@@ -96,7 +94,7 @@ def remove_if_nothing_logged(folder: Path) -> None:
 
 
 def _hold(folder: Path) -> tuple[bool, int | None]:
-    """Returns whether the folder existed, and the descriptor that holds it now (see `_lock`).
+    """Returns whether the folder existed, and the descriptor that holds it now (see `outputs.lock`).
 
     Another process may end and remove its folder between any two steps. Then all steps are repeated.
 
@@ -107,7 +105,7 @@ def _hold(folder: Path) -> tuple[bool, int | None]:
         existed = folder.exists()
         try:
             _check_writable(folder)
-            held = _lock(folder)
+            held = lock(folder)
             if held is None or _is_still(folder, held):
                 return existed, held
             os.close(held)
@@ -116,6 +114,12 @@ def _hold(folder: Path) -> tuple[bool, int | None]:
         except OSError as error:
             raise _not_writable(folder, str(error.strerror)) from None
     raise _not_writable(folder, "another process removes it again and again")
+
+
+def _tell_holder(path: Path) -> None:
+    """Writes for others who holds the folder."""
+    path.unlink(missing_ok=True)  # a killed process leaves it; and never write to where a link leads
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
 
 
 def _holder(folder: Path) -> str:
@@ -137,21 +141,6 @@ def _check_writable(folder: Path) -> None:
         file.write(bytes(4096))
 
 
-def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder until it is closed or the process ends; None if another process holds it."""
-    if fcntl is None:
-        return os.open(os.devnull, os.O_RDONLY)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except OSError:
-        pass  # a file system without locks
-    return descriptor
-
-
 def _is_still(folder: Path, held: int) -> bool:
     """Whether the descriptor belongs to the folder that exists now, and not to a removed one of the same name."""
-    return fcntl is None or os.path.samestat(os.fstat(held), os.stat(folder))
+    return os.name == "nt" or os.path.samestat(os.fstat(held), os.stat(folder))

@@ -24,6 +24,7 @@ _LOADING = (
     "lightning.fabric.utilities.cloud_io",
 )
 _SURE = ("val/loss", "val/scores")  # every validation of this library logs one of these
+_LIBRARIES = re.compile(r"(rlhf_lightning|lightning|torch|copy|collections|contextlib|functools|typing)(\.|$)")
 _OURS = ("rlhf_lightning.", "lightning.")
 
 
@@ -173,10 +174,14 @@ def of_checkpoint(error: Exception) -> InputError | None:
         return None
     if isinstance(error, IsADirectoryError):
         return InputError("--ckpt_path: it is a folder of shards, which --trainer.strategy fsdp2 can load")
-    if isinstance(error, KeyError) and modules[-1].startswith(_LOADING):
+    within = modules[next(number for number, name in enumerate(modules) if name.startswith(_LOADING)) :]
+    shape = KeyError | TypeError | AttributeError | IndexError | ValueError
+    # A user's own hooks may fail there, too, and are told as they are.
+    if isinstance(error, shape) and not isinstance(error, InputError) and all(map(_LIBRARIES.match, within)):
+        why = f"it has no {error}" if isinstance(error, KeyError) else _first_line(error)
         return InputError(
-            f"--ckpt_path: the file is no checkpoint of a training (it has no {error}); a model's weights are given as "
-            "a folder, with --model.model"
+            f"--ckpt_path: the file is no checkpoint of a training ({why}); take one of a run's checkpoints; a model's "
+            "weights are given as a folder, with --model.model"
         )
     if type(error).__name__ != "UnpicklingError":
         return None

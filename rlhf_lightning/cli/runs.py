@@ -39,6 +39,7 @@ class Wanted:
         checkpoint: ``--ckpt_path``; ``last`` for the newest of the run.
         configs: the config files.
         fresh: whether the command (``fit``) needs a new folder unless it continues a run.
+        command: the command line, by which a requeued SLURM job finds its run again.
         model: the model's folder; commands that only measure or answer write into the run that made the model.
     """
 
@@ -50,6 +51,7 @@ class Wanted:
     configs: Sequence[Path] = ()
     fresh: bool = True
     model: str | None = None
+    command: str = ""
 
     @property
     def stage(self) -> str:
@@ -183,7 +185,7 @@ def _requeued(wanted: Wanted) -> Run | None:
     """The run to go on with in a SLURM job that was requeued: the one that the job began. None if there is none."""
     if not wanted.fresh or wanted.checkpoint not in (None, "last"):
         return None
-    for run in reversed([run for run in _candidates(wanted) if begun_before(run)]):
+    for run in reversed([run for run in _candidates(wanted) if begun_before(run, wanted.command)]):
         if (checkpoint := newest_intact(run / "checkpoints")[0]) is not None:
             return Run(run, checkpoint, f"{run} goes on from {checkpoint.name}: SLURM's job was requeued", goes_on=True)
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import warnings
 from argparse import ArgumentError
@@ -302,6 +303,7 @@ class TrainingCLI(LightningCLI):
             configs=self.paths,
             fresh=self.config.subcommand == "fit" and not options.trainer.fast_dev_run,  # it leaves no files
             model=options.model.init_args.get("model"),
+            command=shlex.join(self.arguments),
         )
         if wanted.fresh and first_process():
             return self.until_the_end.enter_context(claimed(wanted))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,11 @@ from rlhf_lightning.text import alike
 RawRow = dict[str, Any]
 Numbered = tuple[int, RawRow | InputError]
 
-ROW = 64 << 20  # bytes that a row may have
-WHOLE = 1 << 30  # bytes of a JSON file that holds all rows in one value
-# A compressed file may hold this many times its size (text has 3 to 20), or SMALL bytes if that is more.
-GROWTH, SMALL = 200, 1 << 28
+ROW = 64 << 20  # bytes that a line of JSON, or a line or cell of CSV, may have
+WHOLE = 1 << 30  # bytes of a JSON file that holds all rows in one value, and of 64 rows of Parquet
+# A compressed file may hold this many times its size, or SMALL bytes if that is more. Text has 3 to 20 times, and
+# somewhat over 100 where every row repeats a long system message.
+GROWTH, SMALL = 200, 1 << 30
 
 
 class _Inflated(io.RawIOBase):
@@ -43,8 +45,8 @@ class _Inflated(io.RawIOBase):
         self._left -= count
         if self._left < 0:
             raise InputError(
-                f"{self._path}: the gzip data holds more than {GROWTH} times its size, which no text does; decompress "
-                "it, and look what it is"
+                f"{self._path}: the gzip data holds more than {GROWTH} times its size, far more than text does; look "
+                "what it is, and decompress it first if it is right"
             )
         return count
 
@@ -61,6 +63,8 @@ def reading(path: str) -> Iterator[IO[bytes]]:
         InputError: the file cannot be read, or is damaged; also for what the body meets while it reads.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InputError(f"{path}: is no file but a device or a pipe; write the rows to a file")
         if path.lower().endswith(".gz"):
             limit = max(SMALL, GROWTH * os.stat(path).st_size)
             with io.BufferedReader(_Inflated(path, limit), 1 << 20) as file:
@@ -82,7 +86,8 @@ def whole_file(path: str) -> bytes:
     with reading(path) as file:
         data = file.read(WHOLE + 1)
     if len(data) > WHOLE:
-        raise InputError(f"{path}: one JSON value with more than {WHOLE >> 30} GiB; write one object a line (.jsonl)")
+        size = f"{WHOLE / (1 << 30):g} GiB"
+        raise InputError(f"{path}: one JSON value with more than {size}; write one object a line (.jsonl)")
     return data
 
 

@@ -37,6 +37,7 @@ class TextIds:
         check_choice("special_tokens", special, SpecialTokens)
         self.tokenizer = tokenizer
         self.special = special
+        self._once: dict[int, int] = {}  # every id that came up, as the one object that stands for it
         self._added = {str(token): token for token in tokenizer.added_tokens_decoder.values() if token.special}
         known = {*self._added, *map(str, tokenizer.all_special_tokens)} - {str(tokenizer.unk_token)}
         # Whether some special token removes the blanks beside it.
@@ -96,13 +97,9 @@ class TextIds:
         found: list[Ids] = []
         for start in range(0, len(texts), AT_ONCE):
             encoded = self.tokenizer(texts[start : start + AT_ONCE], **options).input_ids
-            found += [[self._numbers[id] for id in ids] for ids in encoded]
+            # The tokenizer makes an object of 28 bytes for each token that it returns: one for each id is kept.
+            found += [[self._once.setdefault(id, id) for id in ids] for ids in encoded]
         return found
-
-    @cached_property
-    def _numbers(self) -> Ids:
-        """Every id once. The tokenizer makes an object of 28 bytes for each token that it returns."""
-        return list(range(len(self.tokenizer)))
 
     def pieces(self, sequences: Sequence[Rendered]) -> list[list[Ids]]:
         """The ids of every piece of every sequence, without BOS and EOS around a sequence."""

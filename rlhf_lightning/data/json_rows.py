@@ -68,7 +68,8 @@ def _over_lines(path: str, first: bytes, more: bool) -> bool:
     if first == b"{":
         return True
     try:
-        text = whole_file(path).decode("utf-8-sig").lstrip()
+        with reading(path) as file:
+            text = file.read(ROW).decode("utf-8-sig", "ignore").lstrip()
         _, end = _SKIPPING.raw_decode(text)
     except (ValueError, RecursionError):
         return False

@@ -73,10 +73,11 @@ def _read_csv(path: str) -> Iterator[Numbered]:
 
 
 def _text_lines(path: str, file: IO[bytes]) -> Iterator[str]:
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
     for number in itertools.count(1):
         if len(line := lines.readline(ROW + 1)) > ROW:
             raise too_long(path, number)
+        line = line.removeprefix("\ufeff") if number == 1 else line
         if not line:
             return
         yield line
@@ -201,10 +202,13 @@ def _read_parquet(path: str) -> Iterator[Numbered]:
         try:
             file = pyarrow.parquet.ParquetFile(source, buffer_size=1 << 20)
             _check_columns(path, file.schema_arrow)
-            _check_growth(path, file.metadata)
+            numbers = range(file.metadata.num_row_groups)
+            _check_growth(path, sum(file.metadata.row_group(number).total_byte_size for number in numbers))
+            held = 0  # unlike the sum above, with every repetition of a value that the file has once
             for batch in file.iter_batches(_PARQUET_ROWS):
                 if batch.nbytes > WHOLE:
                     raise InputError(f"{path}:{line + 1}: {len(batch)} rows with more than {WHOLE >> 30} GiB")
+                _check_growth(path, held := held + batch.nbytes)
                 for row in batch.to_pylist():
                     line += 1
                     yield line, _without_nulls(row)
@@ -215,11 +219,13 @@ def _read_parquet(path: str) -> Iterator[Numbered]:
             raise InputError(f"{path}: not a readable Parquet file ({reason}); write it again") from None
 
 
-def _check_growth(path: str, metadata: Any) -> None:
-    """Refuses a file whose pages grow beyond what text does. Repeated values are not counted here."""
-    held = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+def _check_growth(path: str, held: int) -> None:
+    """Refuses a file that holds more bytes than text does, compared with its size."""
     if held > max(SMALL, GROWTH * os.stat(path).st_size):
-        raise InputError(f"{path}: holds more than {GROWTH} times its size, which no text does; write it again")
+        raise InputError(
+            f"{path}: holds more than {GROWTH} times its size, far more than text does; look what it is, and write it "
+            "without compression if it is right"
+        )
 
 
 def _read_hub(path: str) -> Iterator[Numbered]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +32,7 @@ from rlhf_lightning.errors import InputError, check_choice
 from rlhf_lightning.models.loading import eos_ids, quiet_transformers
 from rlhf_lightning.models.lora import merged
 from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.models.replacing import beside, check_free, clear_beside, place_of, replacing
 from rlhf_lightning.models.scalar import ScalarModel
 from rlhf_lightning.models.sharding import full_state_dict
 from rlhf_lightning.outputs import check_room
@@ -41,12 +40,6 @@ from rlhf_lightning.outputs import check_room
 ExportDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _NEW_PAD = "<|pad|>"
-# The files that exports write; whatever else stands in a model's folder is its user's.
-_OWN = re.compile(
-    r"(pytorch_)?model.*\.(safetensors|bin)(\.index\.json)?|(generation_)?config\.json|README\.md|"
-    r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template|spiece|sentencepiece).*|"
-    r"additional_chat_templates|__pycache__"
-)
 
 
 @dataclass
@@ -126,11 +119,11 @@ def try_export(
         parts = _policy_parts(model, tokenizer, dtype)
     else:
         parts = _scalar_parts(model, tokenizer, dtype)
-    folder = Path(folder)
-    _check_free(folder)
+    folder = place_of(folder)
+    check_free(folder)
     made = [parent for parent in folder.parents if not parent.exists()]
-    _clear(folder)
-    staged = _beside(folder, "try")
+    clear_beside(folder)
+    staged = beside(folder, "try")
     try:
         try:
             staged.mkdir(parents=True)
@@ -161,84 +154,6 @@ def try_export(
         return []
     named = ", ".join(f"{name} {value}" for name, value in parts.left_out.items())
     return [f"the generation config's {named} would not save, as nothing there uses it: the exported one is without"]
-
-
-@contextlib.contextmanager
-def replacing(folder: str | Path) -> Iterator[Path]:
-    """Gives an empty folder to write to; it takes the place of ``folder`` when the block ends without an error.
-
-    Raises:
-        InputError: ``folder`` is a file, or has files but no config.json: it is somebody's, and not a model.
-    """
-    folder = Path(folder)
-    _check_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _clear(folder)
-    staged, replaced = _beside(folder, "new"), _beside(folder, "old")
-    staged.mkdir()
-    try:
-        yield staged
-        _keep_others(folder, staged)
-        for path in [*staged.rglob("*"), staged]:
-            flush(path)
-        stood = folder.exists()
-        if stood:
-            folder.rename(replaced)
-        try:
-            staged.rename(folder)
-        except BaseException:
-            if stood:
-                replaced.rename(folder)
-            raise
-        flush(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
-def _beside(folder: Path, what: str) -> Path:
-    return folder.with_name(f".{folder.name}.{what}-{os.getpid()}")
-
-
-def _clear(folder: Path) -> None:
-    """Removes what killed exports have left beside a folder. A model that was set aside comes back if there is none."""
-    for left in folder.parent.glob(f".{folder.name}.*-*"):
-        what, _, process = left.name.removeprefix(f".{folder.name}.").partition("-")
-        if what not in ("new", "old", "try") or not process.isdecimal() or _runs(int(process)):
-            continue
-        if what == "old" and not folder.exists():
-            left.rename(folder)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    """Whether another process has this number. Two may export to one place."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        pass
-    return True
-
-
-def _keep_others(folder: Path, staged: Path) -> None:
-    """Takes what a user has put into a model's folder over to the new one."""
-    for path in folder.iterdir() if folder.exists() else ():
-        if _OWN.fullmatch(path.name) or (staged / path.name).exists():
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, staged / path.name, symlinks=True)
-        else:
-            shutil.copy2(path, staged / path.name, follow_symlinks=False)
-
-
-def _check_free(folder: Path) -> None:
-    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"{folder}: something that is not a model stands here: move it, or choose another folder")
 
 
 def _policy_parts(policy: Policy, tokenizer: PreTrainedTokenizerBase, dtype: ExportDtype) -> _Parts:
@@ -387,12 +302,3 @@ def _grow(model: PreTrainedModel, state: dict[str, Tensor], rows: int) -> None:
     name = next(f"{name}.weight" for name, module in model.named_modules() if module is embeddings)
     if name in state:  # only process 0 holds the weights
         state[name] = torch.cat([state[name], state[name].new_zeros(rows - len(state[name]), state[name].shape[1])])
-
-
-def flush(path: Path) -> None:
-    """fsync a file, or a folder so that a rename in it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_lightning import outputs
 from rlhf_lightning.cli import claims
 from rlhf_lightning.cli.claims import claimed, first_process
 from rlhf_lightning.cli.runs import Run, Wanted, choose, family, free
@@ -213,7 +214,7 @@ def test_a_run_that_logged_nothing_leaves_no_folder(root: Path) -> None:
 def test_a_folder_that_another_run_removes_meanwhile_is_made_again(
     root: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    module = os if step == "open" else claims.fcntl
+    module = os if step == "open" else outputs.fcntl
     plain, calls = getattr(module, step), []
 
     def after_the_other_has_gone(*args: Any) -> Any:
@@ -231,7 +232,7 @@ def test_a_folder_that_another_run_removes_meanwhile_is_made_again(
 
 
 def test_a_folder_that_is_always_gone_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "_lock", lambda folder: os.open("/", os.O_RDONLY))
+    monkeypatch.setattr(claims, "lock", lambda folder: os.open("/", os.O_RDONLY))
     with pytest.raises(InputError, match=r"sft: cannot be written to \(.*\); choose another"), claimed(wanted(root)):
         pass
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import re
 import sys
 import tracemalloc
@@ -94,8 +95,8 @@ def test_a_file_that_grows_beyond_what_text_does_is_refused_while_it_is_read(tmp
     monkeypatch.setattr(files, "SMALL", 1 << 20)
     path = bomb(tmp_path / name, b"[" if name == "rows.json.gz" else b"", b" " * 4095 + b"\n", 4096)
     assert refusal(path) == (
-        f"{path}: the gzip data holds more than 200 times its size, which no text does; decompress it, and look what "
-        "it is"
+        f"{path}: the gzip data holds more than 200 times its size, far more than text does; look what it is, and "
+        "decompress it first if it is right"
     )
 
 
@@ -111,7 +112,8 @@ def test_a_row_without_an_end_is_refused_at_the_limit(write, monkeypatch, name, 
 def test_a_list_of_rows_has_a_limit_of_its_own(write, monkeypatch):
     monkeypatch.setattr(files, "WHOLE", 1 << 12)
     path = write(json.dumps([json.loads(GOOD)] * 200), "rows.json")
-    assert refusal(path).startswith(f"{path}: one JSON value with more than 0 GiB; write one object a line (.jsonl)")
+    told = f"{path}: one JSON value with more than 3.8147e-06 GiB; write one object a line (.jsonl)"
+    assert refusal(path) == told
 
 
 def test_parquet_pages_that_grow_beyond_what_text_does_are_refused(tmp_path, monkeypatch):
@@ -120,7 +122,10 @@ def test_parquet_pages_that_grow_beyond_what_text_does_are_refused(tmp_path, mon
     rows = [{"prompt": "p" * 10_000 + str(n), "completion": "c"} for n in range(2000)]
     path = tmp_path / "rows.parquet"
     parquet.write_table(table.from_pylist(rows), path, compression="zstd", compression_level=19)
-    assert refusal(str(path)) == f"{path}: holds more than 200 times its size, which no text does; write it again"
+    assert refusal(str(path)) == (
+        f"{path}: holds more than 200 times its size, far more than text does; look what it is, and write it without "
+        "compression if it is right"
+    )
 
 
 def test_reading_and_encoding_hold_little_more_than_the_rows(write, kept_tokenizer):
@@ -141,6 +146,24 @@ def test_reading_and_encoding_hold_little_more_than_the_rows(write, kept_tokeniz
         tracemalloc.stop()
     assert len(examples) == 20_000
     assert read / 20_000 < 1400 and (held - read) / 20_000 < 800 and (peak - read) / 20_000 < 2400
+
+
+def test_a_value_that_parquet_repeats_is_counted_as_often_as_it_is_read(tmp_path, monkeypatch):
+    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table
+    monkeypatch.setattr(readers, "SMALL", 1 << 20)
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(table.from_pylist([{"prompt": "p" * 10_000, "completion": "c"}] * 2000), path)
+    assert "more than 200 times its size" in refusal(str(path))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    assert "is no file but a device or a pipe" in refusal(str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("content", [b"\xef", b"\xef\xbb", b"prompt,completion\np,\xff\n"])
+def test_a_csv_that_is_not_utf8_is_named_with_its_byte(write, content):
+    assert re.search(r"not UTF-8: byte 0x(ef at byte 0|ff at byte 20) of the file", refusal(write(content, "rows.csv")))
 
 
 def test_paths_that_are_no_data_file(write, tmp_path):

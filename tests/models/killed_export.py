@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.models import export
+from rlhf_lightning.models import export, replacing
 from rlhf_lightning.models.loading import load_causal_lm, load_tokenizer
 from rlhf_lightning.models.policy import Policy
 
@@ -37,8 +37,8 @@ def die_at(point: int) -> None:
     for name in ("mkdir", "rename", "write_text"):
         counted(Path, name)
     counted(shutil, "rmtree")
-    counted(shutil, "copy2")
-    counted(export, "flush")
+    counted(os, "link")
+    counted(replacing, "flush")
 
 
 def write(policy: Policy, tokenizer: Any, value: float, folder: Path) -> None:
@@ -63,13 +63,13 @@ def main() -> None:
             write(policy, tokenizer, 2.0, folder)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        aside = [path for path in folder.parent.glob(".model.old-*") if not folder.exists()]
+        aside = [path for path in folder.parent.glob(".model.export.old-*") if not folder.exists()]
         standing = aside[0] if aside else folder  # between two renames the old one stands beside its place
         versions = load_file(standing / "model.safetensors")["lm_head.weight"].unique().tolist()
         assert (standing / "README.md").read_text() == f"version {versions[0]:g}"
         assert len(versions) == 1 and (standing / "tokenizer.json").exists()
         found.append(versions[0])
-        export._clear(folder)
+        replacing.clear_beside(folder)
         assert [path.name for path in folder.parent.iterdir()] == ["model"], point
         assert (folder / "notes.txt").read_text() == "mine"
         if code == 0:

@@ -18,11 +18,13 @@ from transformers import (
 )
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.models.export import export_policy, export_scalar, replacing
+from rlhf_lightning.models.export import export_policy, export_scalar
 from rlhf_lightning.models.loading import load_causal_lm, load_scalar_model, load_tokenizer, same_vocabulary
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.models.positions import at_last_token
+from rlhf_lightning.models.replacing import replacing
 from rlhf_lightning.models.scalar import ScalarModel
+from rlhf_lightning.outputs import lock
 
 LENGTHS = torch.tensor([7, 4, 5])
 
@@ -165,7 +167,7 @@ def test_a_failed_rename_leaves_the_older_model(tmp_path: Path, monkeypatch: pyt
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-def test_killed_at_any_step_the_old_model_or_the_new_one_is_there(tiny_policy_dir: Path, tmp_path: Path) -> None:
+def test_killed_at_any_step_the_old_model_or_the_new_one_is_left(tiny_policy_dir: Path, tmp_path: Path) -> None:
     script = Path(__file__).parent / "killed_export.py"
     done = subprocess.run([sys.executable, script, tiny_policy_dir, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -176,23 +178,41 @@ def test_what_a_user_has_put_into_a_model_stays_and_old_weights_go(tmp_path: Pat
     with replacing(folder) as staged:
         (staged / "config.json").write_text("{}")
         (staged / "model-00001-of-00002.safetensors").touch()
-    (folder / "notes.txt").write_text("mine")
+    mine = ["notes.txt", "vocab_of_mine.txt", "model_before.safetensors", "tokenizer-plan.md", "train.py"]
+    for name in mine:
+        (folder / name).write_text("mine")
+    (folder / "data").symlink_to("/not/mounted")
+    os.mkfifo(folder / "pipe")
     (folder / "plots" / "deep").mkdir(parents=True)
     (folder / "plots" / "deep" / "loss.png").touch()
     with replacing(folder) as staged:
         (staged / "config.json").write_text("{}")
         (staged / "model.safetensors").touch()
     left = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert left == ["config.json", "model.safetensors", "notes.txt", "plots/deep/loss.png"]
+    assert left == sorted(["config.json", "model.safetensors", "plots/deep/loss.png", *mine])
+    assert os.readlink(folder / "data") == "/not/mounted" and (folder / "pipe").is_fifo()
+
+
+def test_a_model_folder_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "disk" / "model")
+    for version in "12":
+        with replacing(tmp_path / "model") as staged:
+            (staged / "config.json").write_text(version)
+    assert (tmp_path / "model").is_symlink() and (tmp_path / "disk" / "model" / "config.json").read_text() == "2"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
 
 
 def test_what_another_running_process_writes_beside_a_model_is_left_alone(tmp_path: Path) -> None:
-    other = tmp_path / f".model.new-{os.getppid()}"
+    other, backup = tmp_path / ".model.export.new-1", tmp_path / ".model.old-20261130"
     other.mkdir()
-    (tmp_path / ".model.new-99999999").mkdir()
+    backup.mkdir()
+    held = lock(other)
+    (tmp_path / ".model.export.new-99999999").mkdir()
     with replacing(tmp_path / "model") as staged:
         (staged / "config.json").write_text("{}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "model"]
+    os.close(held)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([other.name, backup.name, "model"])
 
 
 def test_other_peoples_files_are_not_replaced(
