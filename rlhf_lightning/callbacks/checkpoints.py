@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -242,14 +242,20 @@ class RunCheckpoint(Checkpoint):
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(False)  # with optimizers and callbacks
         finally:
             self._saving = False
-        # Trainer.save_checkpoint ends in a barrier, at which the other processes would wait for one that has failed.
-        with failing_together(), self._written(destination):
-            trainer.strategy.save_checkpoint(checkpoint, staged)
-        with failing_together(), self._written(destination):
-            if trainer.is_global_zero:
-                size = self._name(staged, destination)
-                said = f"saved: {destination}, {size / 1e6:,.1f} MB in {time.monotonic() - began:,.1f} s"
-                rank_zero_info(said, extra={"in_preflight": True})
+        try:
+            # Trainer.save_checkpoint ends in a barrier, at which the others would wait for one that has failed.
+            with failing_together(), self._written(destination):
+                trainer.strategy.save_checkpoint(checkpoint, staged)
+            with failing_together(), self._written(destination):
+                if trainer.is_global_zero:
+                    size = self._name(staged, destination)
+                    said = f"saved: {destination}, {size / 1e6:,.1f} MB in {time.monotonic() - began:,.1f} s"
+                    rank_zero_info(said, extra={"in_preflight": True})
+        except InputError:
+            if trainer.is_global_zero:  # half a checkpoint may be what fills the disk
+                with suppress(OSError):
+                    clear_staging(self._folder)
+            raise
         self._saved = self._newest_own = batches
 
     def _name(self, staged: Path, destination: Path) -> int:

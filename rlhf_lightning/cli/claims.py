@@ -13,15 +13,14 @@ from pathlib import Path
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.callbacks.slurm import mark
-from rlhf_lightning.cli.runs import Run, Wanted, choose, holds_run
+from rlhf_lightning.cli.runs import HOLDER, Run, Wanted, choose, holder, holds_run
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.outputs import lock
 
 # Variables in which Lightning, torchrun, SLURM and LSF give a process its rank. (`rank_zero_only` reads them only once,
 # when it is imported.)
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-_HOLDER = ".held-by"  # in the folder of a run that a process is writing to: which one
-_BEFORE_STEPS = ("config.yaml", "slurm_job", _HOLDER)  # what a run's folder has before its first step is logged
+_BEFORE_STEPS = ("config.yaml", "slurm_job", HOLDER)  # what a run's folder has before its first step is logged
 _TRIES = 100  # attempts to hold a folder that other processes keep removing
 
 
@@ -50,18 +49,18 @@ def claimed(wanted: Wanted) -> Iterator[Run]:
             os.close(held)
         elif run.goes_on:
             raise InputError(
-                f"{run.folder}: another process is training it{_holder(run.folder)}; wait for its end, or stop it"
+                f"{run.folder}: another process is training it{holder(run.folder)}; wait for its end, or stop it"
             )
         else:
             busy.append(run.folder)
     try:
         try:
             mark(run.folder, wanted.command)
-            _tell_holder(run.folder / _HOLDER)
+            _tell_holder(run.folder / HOLDER)
         except OSError as error:
             raise _not_writable(run.folder, str(error.strerror)) from None
         yield run
-        (run.folder / _HOLDER).unlink(missing_ok=True)
+        (run.folder / HOLDER).unlink(missing_ok=True)
     finally:
         if not existed:
             remove_if_nothing_logged(run.folder)
@@ -120,14 +119,6 @@ def _tell_holder(path: Path) -> None:
     """Writes for others who holds the folder."""
     path.unlink(missing_ok=True)  # a killed process leaves it; and never write to where a link leads
     path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
-
-
-def _holder(folder: Path) -> str:
-    """What the process that holds the folder has written about itself."""
-    try:
-        return f" ({(folder / _HOLDER).read_text(encoding='utf-8').strip()[:200]})"
-    except (OSError, UnicodeDecodeError):
-        return ""
 
 
 def _not_writable(folder: Path, reason: str) -> InputError:

@@ -18,12 +18,14 @@ from pathlib import Path
 from rlhf_lightning.callbacks.checkpoint_files import damage, is_whole, latest, newest_intact
 from rlhf_lightning.callbacks.slurm import begun_before
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.outputs import lock
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _TIMED = re.compile(r"-\d{8}-\d{6}(-\d+)?")
 # Lightning starts the other processes of a run with the same command line, some seconds later. This variable tells them
 # the first process's folder. (torchrun starts all at once: they choose before the first process writes anything.)
 _SHARED = "RLHF_LIGHTNING_RUN"
+HOLDER = ".held-by"  # in the folder of a run that a process is writing to: which one
 _SHARED_CHECKPOINT = "RLHF_LIGHTNING_CHECKPOINT"  # and its checkpoint; empty for none
 
 
@@ -172,6 +174,8 @@ def _by_name(wanted: Wanted, busy: Sequence[Path]) -> Run:
     if wanted.typed:
         if not left:
             raise InputError(f"--run {name}: another process is writing to {folder}; choose another name")
+        if using := _in_use(folder):
+            raise InputError(f"{folder} holds a run already{using}; choose another name with --run")
         raise InputError(
             f"{folder} holds a run already ({left}); continue it with --ckpt_path last, choose another name with "
             "--run, or remove the folder"
@@ -212,8 +216,9 @@ def _newest(wanted: Wanted) -> Run:
     if checkpoint is None:
         # An older run is never chosen unasked, since continuing it would write to it.
         which = f" ({'; '.join(damaged)})" if damaged else ""
+        instead = f"start anew with another --run, or remove {run}" if holds_run(run) else "start without it"
         raise InputError(
-            f"--ckpt_path last: {run / 'checkpoints'} holds no whole checkpoint{which}; start without it"
+            f"--ckpt_path last: {run / 'checkpoints'} holds no whole checkpoint{which}{_in_use(run)}; {instead}"
             f"{_known_runs(wanted.root)}"
         )
     older = f"; newer ones are damaged ({'; '.join(damaged)})" if damaged else ""
@@ -250,6 +255,24 @@ def _given(checkpoint: str | None) -> Path | None:
             "checkpoints/batch-*.ckpt, or `last` for the newest whole one"
         )
     return path
+
+
+def holder(folder: Path) -> str:
+    """What the process that holds a run's folder has written about itself; empty if it has written nothing."""
+    try:
+        return f" ({(folder / HOLDER).read_text(encoding='utf-8').strip()[:200]})"
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _in_use(folder: Path) -> str:
+    """For a message: that another process is training the run, and which; empty if none is."""
+    if not folder.is_dir():
+        return ""
+    if (held := lock(folder)) is not None:
+        os.close(held)
+        return ""
+    return f", which another process is training{holder(folder)}"
 
 
 def _known_runs(root: Path) -> str:

@@ -50,6 +50,8 @@ def fit_trainer(options: Namespace, module: type, subcommand: str, epochs_given:
             f"trainer.precision: {options.precision} keeps the weights in 16 bits, where most updates round to "
             "nothing; use bf16-mixed"
         )
+    if options.val_check_interval == 0:
+        raise InputError("trainer.val_check_interval: expected a number above 0; trainer.limit_val_batches 0 skips it")
     if options.accumulate_grad_batches < 1:
         raise InputError(
             f"trainer.accumulate_grad_batches: expected a number from 1, got {options.accumulate_grad_batches}"

@@ -390,8 +390,8 @@ class SaveRunConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Does nothing, since it is too early to write."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the config, with the date that chats were rendered with. Every process takes part."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the config, with the date that chats show, if anything is left to train. Every process takes part."""
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, PreferenceDataModule) and data.template is not None and data.template.dated:
             self.config.data.init_args.date = data.date

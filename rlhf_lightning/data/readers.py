@@ -74,13 +74,16 @@ def _read_csv(path: str) -> Iterator[Numbered]:
 
 def _text_lines(path: str, file: IO[bytes]) -> Iterator[str]:
     lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    for number in itertools.count(1):
-        if len(line := lines.readline(ROW + 1)) > ROW:
-            raise too_long(path, number)
-        line = line.removeprefix("\ufeff") if number == 1 else line
-        if not line:
-            return
-        yield line
+    try:
+        for number in itertools.count(1):
+            if len(line := lines.readline(ROW + 1)) > ROW:
+                raise too_long(path, number)
+            line = line.removeprefix("\ufeff") if number == 1 else line
+            if not line:
+                return
+            yield line
+    finally:
+        lines.detach()  # the file is closed by whoever has opened it
 
 
 def _not_utf8(path: str) -> InputError:

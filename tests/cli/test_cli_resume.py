@@ -90,11 +90,12 @@ class Hostile:
     ("content", "message"),
     [
         ({"state_dict": Hostile()}, "the file asks for posix.mkdir; take a checkpoint of this library"),
+        ([1, 2], "the file is no checkpoint of a training (TypeError"),
         ({"weight": torch.zeros(2)}, "the file is no checkpoint of a training (it has no 'pytorch-lightning_version')"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_is_one_line(
-    content: dict[str, Any], message: str, sft: list[str], capsys: pytest.CaptureFixture[str]
+    content: Any, message: str, sft: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(content, "other.ckpt")
     assert main(["fit", *sft, "--ckpt_path", "other.ckpt"]) == 2

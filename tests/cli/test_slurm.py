@@ -82,3 +82,18 @@ def test_a_requeue_that_fails_is_told(
     with stopping(slurm, signal.SIGUSR1):
         assert main(["fit", *sft, *RUN]) == 143
     assert "could not be requeued (no permission); submit it again with --ckpt_path last" in capsys.readouterr().out
+
+
+def test_of_several_runs_of_a_job_each_command_goes_on_with_its_own(
+    sft: list[str], slurm: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = [[*RUN, "--model.optimizer.learning_rate", rate] for rate in ("1e-3", "1e-4", "1e-5")]
+    assert main(["fit", *sft, *rates[0]]) == 0
+    with stopping(slurm, signal.SIGUSR1):
+        assert main(["fit", *sft, *rates[1]]) == 143
+    slurm.setenv("SLURM_RESTART_COUNT", "1")
+    capsys.readouterr()
+    for rate in rates:
+        assert main(["fit", *sft, *rate]) == 0
+    runs = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
+    assert list(dict.fromkeys(run.rstrip(":") for run in runs)) == ["runs/sft", "runs/sft-2", "runs/sft-3"]

@@ -7,7 +7,9 @@ from collections import Counter
 import pytest
 from chat_tokenizer import make_tokenizer
 from tokenizer_families import BRACKETS, FAMILIES, TEMPLATE, count, family
-from transformers import AddedToken
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from rlhf_lightning.data import forms
 from rlhf_lightning.data.conversations import Rendered
@@ -98,3 +100,13 @@ def test_an_example_tells_words_from_the_tokens_that_they_spell():
     letters = tokenizer("hello<|im_end|>", split_special_tokens=True).input_ids
     assert readable(tokenizer, [*letters, end]) == "hello[text: <|im_end|>]<|im_end|>"
     assert readable(tokenizer, [*tokenizer("hello").input_ids, end]) == "hello<|im_end|>"
+
+
+def test_ids_may_have_gaps_and_tokens_may_come_later():
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<eos>": 0, "cat": 79, "<unk>": 5}, unk_token="<unk>")), eos_token="<eos>"
+    )
+    texts = TextIds(tokenizer)
+    assert texts.plain(["cat"]) == [[79]]
+    tokenizer.add_tokens(["dog"])
+    assert texts.plain(["dog"]) == [[tokenizer.convert_tokens_to_ids("dog")]]
