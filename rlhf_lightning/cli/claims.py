@@ -60,8 +60,9 @@ def claimed(wanted: Wanted) -> Iterator[Run]:
         except OSError as error:
             raise _not_writable(run.folder, str(error.strerror)) from None
         yield run
-        (run.folder / HOLDER).unlink(missing_ok=True)
     finally:
+        with suppress(OSError):
+            (run.folder / HOLDER).unlink()
         if not existed:
             remove_if_nothing_logged(run.folder)
         os.close(held)
