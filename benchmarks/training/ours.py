@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from harness.clock import Meter
 from lightning.pytorch import Callback, Trainer
@@ -149,7 +150,7 @@ def examples(task: str, rows: dict[str, Any]) -> tuple[Kind, list[Example]]:
 
 
 def _example(number: int, prompt: list[int], *responses: list[int]) -> Example:
-    encoded = [torch.tensor(ids, dtype=torch.int32) for ids in (prompt, *responses)]
+    encoded = [np.array(ids, dtype=np.int32) for ids in (prompt, *responses)]
     record = Record("", (), (), where=f"row {number}", form=PromptAlone())
     return Example(encoded[0], tuple(encoded[1:]), margin=0.0, weight=1.0, row=number, record=record)
 

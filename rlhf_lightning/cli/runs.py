@@ -197,8 +197,7 @@ def _requeued(wanted: Wanted) -> Run | None:
 
 def _candidates(wanted: Wanted) -> list[Path]:
     """The runs of the name that was typed or configured, or else of the module's kind, the newest last."""
-    if wanted.typed:
-        assert wanted.name is not None
+    if wanted.typed and wanted.name is not None:  # --run null is typed, and no name
         return [wanted.root / wanted.name]
     if (of_config := _run_of_config(wanted)) is not None:
         return [of_config]
