@@ -19,10 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from harness import report
 
-from benchmarks.harness import report  # noqa: E402
+sys.path.insert(0, str(report.ROOT / "tests"))  # the tiny model
 
 FEWEST = 1_000
 _MEASURED = """
@@ -33,7 +32,7 @@ sys.exit(done.returncode)
 """
 
 
-def commands(folder: Path, rows: int) -> dict[str, list[str]]:
+def commands(rows: int) -> dict[str, list[str]]:
     """The commands by name."""
     ours, file = [sys.executable, "-m", "rlhf_lightning"], f"{rows}.jsonl"
     fit = {"model.model": "policy", "data.path": file, "trainer.max_steps": 1, "trainer.accelerator": "cpu"}
@@ -99,7 +98,7 @@ def main() -> int:
         make_tokenizer("<pad>").save_pretrained(folder / "policy")
         for rows in (FEWEST, *options.rows):
             write_rows(folder / f"{rows}.jsonl", rows)
-            for name, command in commands(folder, rows).items():
+            for name, command in commands(rows).items():
                 found.setdefault(name, {})[rows] = measured(command, folder)
                 print(f"{name}, {rows:,} rows: {found[name][rows]}", flush=True)
             (folder / f"{rows}.jsonl").unlink()
@@ -111,9 +110,9 @@ def main() -> int:
                 numbers = [f"{more['bytes'] / 1e3:.2f}", f"{more['seconds'] * 1e6:.0f}"]
                 table.append([name, f"{rows:,}", *numbers])
     results: dict[str, Any] = {"about": facts, "peak_by_rows": found}
-    path = options.json or ROOT / "benchmarks" / "results" / f"data_memory_{report.slug(facts)}.json"
-    plot(found, path.with_suffix(".png"))
+    path = options.json or report.RESULTS / f"data_memory_{report.slug(facts)}.json"
     report.write(results, path, "Memory and time for each row of data", report.markdown(table))
+    plot(found, path.with_suffix(".png"))
     print(report.closing({}, path))
     return 0
 

@@ -42,11 +42,10 @@ def notes(trainer: Trainer, module: RLHFModule, then: Mapping[str, Any], options
     optimizer, before, after = module.optimizer_options, then.get("steps"), now["steps"]
     same = options.get("optimizer", {}).get("schedule") == optimizer.schedule != "constant"
     if same and before is not None and after not in (before, None):
-        rates = [
-            optimizer.learning_rate * optimizer.factor(trainer.global_step, partial(int, steps))
+        was, now_is = (
+            f"{optimizer.learning_rate * optimizer.factor(trainer.global_step, partial(int, steps)):.3g}"
             for steps in (before, after)
-        ]
-        was, now_is = (f"{rate:.3g}" for rate in rates)
+        )
         yield (
             f"model.optimizer.schedule: {optimizer.schedule} ends at step {after:,}, and ended at {before:,} when the "
             f"checkpoint was made: the learning rate goes on at {now_is}"

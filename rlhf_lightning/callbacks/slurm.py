@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf_lightning.text import notice, say
 
-_MARK = "slurm_job"  # a file in the folder of a run: the job that began it
+MARK = "slurm_job"  # a file in the folder of a run: the job that began it
 
 
 def job() -> str:
@@ -20,15 +20,15 @@ def job() -> str:
 def mark(folder: Path, command: str) -> None:
     """Writes into a run's folder that this job has begun it, by this command: a job may have several."""
     if job():
-        (folder / _MARK).unlink(missing_ok=True)
-        (folder / _MARK).write_text(f"{job()}\n{command}\n", encoding="utf-8")
+        (folder / MARK).unlink(missing_ok=True)
+        (folder / MARK).write_text(f"{job()}\n{command}\n", encoding="utf-8")
 
 
 def begun_before(folder: Path, command: str) -> bool:
     """Whether this job was requeued, and began the run in a folder before that by the same command."""
     try:
         restarted = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
-        return restarted and (folder / _MARK).read_text(encoding="utf-8") == f"{job()}\n{command}\n"
+        return restarted and (folder / MARK).read_text(encoding="utf-8") == f"{job()}\n{command}\n"
     except (OSError, ValueError):
         return False
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from rlhf_lightning.callbacks.slurm import mark
+from rlhf_lightning.callbacks.slurm import MARK, mark
 from rlhf_lightning.cli.runs import HOLDER, Run, Wanted, choose, holder, holds_run
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.outputs import lock
@@ -20,7 +20,7 @@ from rlhf_lightning.outputs import lock
 # Variables in which Lightning, torchrun, SLURM and LSF give a process its rank. (`rank_zero_only` reads them only once,
 # when it is imported.)
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-_BEFORE_STEPS = ("config.yaml", "slurm_job", HOLDER)  # what a run's folder has before its first step is logged
+_BEFORE_STEPS = ("config.yaml", MARK, HOLDER)  # what a run's folder has before its first step is logged
 _TRIES = 100  # attempts to hold a folder that other processes keep removing
 
 

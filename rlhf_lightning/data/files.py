@@ -55,6 +55,11 @@ class _Inflated(io.RawIOBase):
         super().close()
 
 
+def most_held(path: str) -> int:
+    """The bytes that a file may hold, decompressed."""
+    return max(SMALL, GROWTH * os.stat(path).st_size)
+
+
 @contextmanager
 def reading(path: str) -> Iterator[IO[bytes]]:
     """Opens a file to read it in pieces, decompressed.
@@ -66,8 +71,7 @@ def reading(path: str) -> Iterator[IO[bytes]]:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise InputError(f"{path}: is no file but a device or a pipe; write the rows to a file")
         if path.lower().endswith(".gz"):
-            limit = max(SMALL, GROWTH * os.stat(path).st_size)
-            with io.BufferedReader(_Inflated(path, limit), 1 << 20) as file:
+            with io.BufferedReader(_Inflated(path, most_held(path)), 1 << 20) as file:
                 yield file
         else:
             with open(path, "rb", buffering=1 << 20) as file:

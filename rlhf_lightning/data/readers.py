@@ -11,14 +11,24 @@ import csv
 import io
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf_lightning.data.files import GROWTH, ROW, SMALL, WHOLE, Numbered, RawRow, not_utf8, reading, shown, too_long
+from rlhf_lightning.data.files import (
+    GROWTH,
+    ROW,
+    WHOLE,
+    Numbered,
+    RawRow,
+    most_held,
+    not_utf8,
+    reading,
+    shown,
+    too_long,
+)
 from rlhf_lightning.data.json_rows import read_json
 from rlhf_lightning.data.messages import speaking
 from rlhf_lightning.data.values import refused
@@ -205,13 +215,13 @@ def _read_parquet(path: str) -> Iterator[Numbered]:
         try:
             file = pyarrow.parquet.ParquetFile(source, buffer_size=1 << 20)
             _check_columns(path, file.schema_arrow)
-            numbers = range(file.metadata.num_row_groups)
-            _check_growth(path, sum(file.metadata.row_group(number).total_byte_size for number in numbers))
+            numbers, most = range(file.metadata.num_row_groups), most_held(path)
+            _check_growth(path, sum(file.metadata.row_group(number).total_byte_size for number in numbers), most)
             held = 0  # unlike the sum above, with every repetition of a value that the file has once
             for batch in file.iter_batches(_PARQUET_ROWS):
                 if batch.nbytes > WHOLE:
                     raise InputError(f"{path}:{line + 1}: {len(batch)} rows with more than {WHOLE >> 30} GiB")
-                _check_growth(path, held := held + batch.nbytes)
+                _check_growth(path, held := held + batch.nbytes, most)
                 for row in batch.to_pylist():
                     line += 1
                     yield line, _without_nulls(row)
@@ -222,9 +232,9 @@ def _read_parquet(path: str) -> Iterator[Numbered]:
             raise InputError(f"{path}: not a readable Parquet file ({reason}); write it again") from None
 
 
-def _check_growth(path: str, held: int) -> None:
+def _check_growth(path: str, held: int, most: int) -> None:
     """Refuses a file that holds more bytes than text does, compared with its size."""
-    if held > max(SMALL, GROWTH * os.stat(path).st_size):
+    if held > most:
         raise InputError(
             f"{path}: holds more than {GROWTH} times its size, far more than text does; look what it is, and write it "
             "without compression if it is right"

@@ -118,7 +118,7 @@ def test_a_list_of_rows_has_a_limit_of_its_own(write, monkeypatch):
 
 def test_parquet_pages_that_grow_beyond_what_text_does_are_refused(tmp_path, monkeypatch):
     parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table
-    monkeypatch.setattr(readers, "SMALL", 1 << 20)
+    monkeypatch.setattr(files, "SMALL", 1 << 20)
     rows = [{"prompt": "p" * 10_000 + str(n), "completion": "c"} for n in range(2000)]
     path = tmp_path / "rows.parquet"
     parquet.write_table(table.from_pylist(rows), path, compression="zstd", compression_level=19)
@@ -150,7 +150,7 @@ def test_reading_and_encoding_hold_little_more_than_the_rows(write, kept_tokeniz
 
 def test_a_value_that_parquet_repeats_is_counted_as_often_as_it_is_read(tmp_path, monkeypatch):
     parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table
-    monkeypatch.setattr(readers, "SMALL", 1 << 20)
+    monkeypatch.setattr(files, "SMALL", 1 << 20)
     path = tmp_path / "rows.parquet"
     parquet.write_table(table.from_pylist([{"prompt": "p" * 10_000, "completion": "c"}] * 2000), path)
     assert "more than 200 times its size" in refusal(str(path))
