@@ -48,7 +48,7 @@ test: setup
 
 test-faults: setup
 	RLHF_LIGHTNING_FAULTS=whole OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal \
-	  tests/modules/test_stopping.py tests/modules/test_resume.py tests/callbacks
+	  tests/modules/test_stopping.py tests/modules/test_resume.py tests/callbacks tests/cli/test_cli_processes.py
 
 test-sanitizers: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/ops/sanitized.py

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlhf_lightning.errors import InputError, ProcessFailed, TrainingDiverged
+from rlhf_lightning.errors import InputError, ProcessFailed, RolloutDropped, TrainingDiverged
 
 # How gloo and NCCL say that another process is gone or does not answer.
 _PEER = re.compile(r"Connection (closed|reset)|Broken pipe|Timed out|timed out|timeout|remote process|NCCL", re.I)
@@ -88,8 +88,9 @@ def failing_together() -> Iterator[None]:
     """If the block raises an error on one process, raises it on all, so that no process waits for a stopped one.
 
     It is for a block that every process enters and that may fail on a single one (a user's function, a NaN). After the
-    failure the block must make no collective. `InputError` and `TrainingDiverged` keep their class, and name the first
-    process that failed. Other errors are raised unchanged where they happened, and as a RuntimeError elsewhere.
+    failure the block must make no collective. `InputError`, `TrainingDiverged` and `RolloutDropped` keep their class,
+    and name the first process that failed. Other errors are raised unchanged where they happened, and as a RuntimeError
+    elsewhere.
     """
     if world_size() == 1:
         yield
@@ -101,7 +102,8 @@ def failing_together() -> Iterator[None]:
         error = caught
     if not any_true(error is not None):
         return
-    kind = next((known for known in (InputError, TrainingDiverged) if isinstance(error, known)), RuntimeError)
+    kinds = (InputError, TrainingDiverged, RolloutDropped)
+    kind = next((known for known in kinds if isinstance(error, known)), RuntimeError)
     text = f"{type(error).__name__}: {error}" if kind is RuntimeError else str(error)
     failures = enumerate(all_gather_objects(None if error is None else (kind, text)))
     if error is not None and kind is RuntimeError:
@@ -151,6 +153,23 @@ def first_failure(error: Exception) -> Exception | None:
 def _raised_by_torch(error: Exception) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).startswith("torch.")
+
+
+def mark(name: str) -> None:
+    """Leaves a mark in the store that the processes share, for `marked`. No process waits for another."""
+    if world_size() > 1:
+        dist.distributed_c10d._get_default_store().set(name, "")
+
+
+def marked(name: str) -> bool:
+    """Whether any process has left this mark."""
+    return world_size() > 1 and bool(dist.distributed_c10d._get_default_store().check([name]))
+
+
+def unmark(name: str) -> None:
+    """Takes the mark away, whoever left it."""
+    if world_size() > 1:
+        dist.distributed_c10d._get_default_store().delete_key(name)
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> float:

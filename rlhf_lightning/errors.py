@@ -31,6 +31,13 @@ class ProcessFailed(RuntimeError):
     """
 
 
+class RolloutDropped(RuntimeError):
+    """The run is to stop, and a rollout is not worth waiting for: the responses that are drawn so far are dropped.
+
+    It ends the batch at hand, which a resumed run draws again. `RunCheckpoint` raises and catches it.
+    """
+
+
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Refuses a value that is not one of a ``Literal``'s.
 

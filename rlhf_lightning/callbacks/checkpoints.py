@@ -40,7 +40,7 @@ from rlhf_lightning.callbacks.run_files import run_folder, sync_to_disk
 from rlhf_lightning.callbacks.slurm import requeue
 from rlhf_lightning.callbacks.stop_signals import StopSignals
 from rlhf_lightning.collectives import failing_together
-from rlhf_lightning.errors import InputError
+from rlhf_lightning.errors import InputError, RolloutDropped
 from rlhf_lightning.models.replacing import flush
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.outputs import check_room
@@ -149,8 +149,8 @@ class RunCheckpoint(Checkpoint):
             begin_next_epoch(trainer)
             for line in notes(trainer, pl_module, *self._then) if trainer.is_global_zero else ():
                 say(notice("resume", line))
-        hold, between = (partial(hook, trainer) for hook in (self._hold_stop, self._between_batches))
-        self._endings.append(around_each_batch(trainer, hold, between))
+        hooks = (partial(hook, trainer) for hook in (self._hold_stop, self._between_batches, self._save_and_stop))
+        self._endings.append(around_each_batch(trainer, *hooks))
 
     def _hold_stop(self, trainer: Trainer) -> None:
         """Lets a wish to stop (``max_time``) wait until the batch is done: no validation is made that was not due."""
@@ -162,21 +162,25 @@ class RunCheckpoint(Checkpoint):
         if trainer.fit_loop.epoch_loop._should_accumulate():  # no checkpoint holds gradients
             return
         trainer.should_stop = self._held
-        stop = self._signals.agreed()
-        if stop or batches_done(trainer) - self._saved >= self.every_n_batches:
+        if self._signals.agreed():
+            self._save_and_stop(trainer)
+        if batches_done(trainer) - self._saved >= self.every_n_batches:
             self.save(trainer)
-        if stop:
-            self._stop(trainer)
+
+    def _save_and_stop(self, trainer: Trainer) -> NoReturn:
+        self._signals.agreed()  # of the signal: a rollout is dropped on all processes for a signal to one
+        self.save(trainer)
+        self._stop(trainer)
 
     def on_phase(self, trainer: Trainer, module: LightningModule, phase: str, done: int, total: int) -> None:
         """Called by modules with the progress of a part of their step. A rollout is dropped if the user wants to stop.
 
-        Not with several processes, since they are not at the same place in their rollouts.
+        Raises:
+            RolloutDropped: a signal came to this process, or to another one.
         """
         draws = phase == "rollout" and trainer.training and not module.automatic_optimization
-        if draws and trainer.world_size == 1 and self._signals.agreed():
-            self.save(trainer)
-            self._stop(trainer)
+        if draws and self._signals.came():
+            raise RolloutDropped
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any

@@ -8,9 +8,15 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from rlhf_lightning.errors import RolloutDropped
 
-def around_each_batch(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
+
+def around_each_batch(
+    trainer: Trainer, before: Callable[[], None], after: Callable[[], None], dropped: Callable[[], None]
+) -> Callable[[], None]:
     """Calls ``before`` and ``after`` around what Lightning does at a batch's end: validation, and the log entry.
+
+    ``dropped`` is called in place of both where the batch ended in a `RolloutDropped`, which ends there.
 
     ``after`` is called before the next batch is fetched. Lightning has no hook there. A checkpoint must be written at
     that moment: earlier, its log entry and its validation may be lost; later, a loader with a state has already given
@@ -19,7 +25,13 @@ def around_each_batch(trainer: Trainer, before: Callable[[], None], after: Calla
     Returns: a function that ends this.
     """
     batches, epochs = trainer.fit_loop.epoch_loop, trainer.fit_loop
-    end_of_batch, end_of_epoch = batches.on_advance_end, epochs.on_advance_end
+    advance, end_of_batch, end_of_epoch = batches.advance, batches.on_advance_end, epochs.on_advance_end
+
+    def batch(fetcher: Any) -> None:
+        try:
+            advance(fetcher)
+        except RolloutDropped:
+            dropped()
 
     def batch_done(fetcher: Any) -> None:
         before()
@@ -33,10 +45,11 @@ def around_each_batch(trainer: Trainer, before: Callable[[], None], after: Calla
             after()
 
     def end() -> None:
-        for loop in (batches, epochs):
-            vars(loop).pop("on_advance_end", None)
+        for loop, name in ((batches, "advance"), (batches, "on_advance_end"), (epochs, "on_advance_end")):
+            vars(loop).pop(name, None)
 
-    vars(batches)["on_advance_end"], vars(epochs)["on_advance_end"] = batch_done, epoch_done
+    vars(batches).update(advance=batch, on_advance_end=batch_done)
+    vars(epochs).update(on_advance_end=epoch_done)
     return end
 
 

@@ -81,7 +81,8 @@ class RolloutEngine(ABC):
             policy: the model that answers, on this process's device; its parameters may be sharded.
             prompts: B prompts; ``prompts.rows`` gives the row numbers for the draws.
             sampling: how responses are sampled.
-            progress: called with (tokens decoded so far in the longest response, ``sampling.max_new_tokens``).
+            progress: called with (tokens decoded so far in the longest response, ``sampling.max_new_tokens``). It
+                raises if the run is to stop, also on a single process: make no collective after the first call.
         """
 
     @torch.no_grad()

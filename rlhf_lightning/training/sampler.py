@@ -133,6 +133,7 @@ class Sampler:
         Raises:
             InputError: there is no policy yet, or a process has no prompt.
             TrainingDiverged: logits were NaN or infinite, on whichever process.
+            RolloutDropped: the run is to stop.
         """
         if not isinstance(prompts, PromptBatch):
             raise InputError(
@@ -150,16 +151,16 @@ class Sampler:
             "eos_ids": eos_ids(policy.model, host.tokenizer),
             "seed": self.seed,
         }
+        sampling = Sampling(iteration=iteration, **{**options, **overrides})
+        report: Progress = partial(host.report_phase, "rollout")
         # Errors are shared before the engine's work and after it: the processes may have to do that work together.
         with failing_together():
+            report(0, sampling.max_new_tokens)
             if len(prompts) == 0:
                 raise InputError(
                     "data: a batch without prompts; give every process at least one row, of weight 0 where none is "
                     "left, as PreferenceDataModule does"
                 )
-        sampling = Sampling(iteration=iteration, **{**options, **overrides})
-        report: Progress = partial(host.report_phase, "rollout")
-        report(0, sampling.max_new_tokens)
         if self.engine is None:
             self.engine = told_fitting_engine(policy)
         if self._step != host.global_step:

@@ -1,4 +1,4 @@
-"""Runs a script in processes of its own, and a file of cases in two: the test's side, which starts them, and theirs."""
+"""Runs a script in processes of its own, and a file of cases in several: the test's side, and the processes' side."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ def launch(script: Path, argument: Path, processes: int = 2) -> None:
     run_scripts(script, [[str(argument)]] * processes, own)
 
 
-def results_of_two(script: str, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+def results_of(script: str, cases: dict[str, dict[str, Any]], folder: Path, processes: int = 2) -> dict[str, Any]:
     """What :func:`run_cases` got on process 0 from the cases, in ``script`` beside this file."""
     job, out = folder / "job.json", folder / "out.pt"
     job.write_text(json.dumps({"out": str(out), "cases": cases}))
-    launch(HERE / script, job)
+    launch(HERE / script, job, processes)
     results: dict[str, Any] = torch.load(out, weights_only=True)
     return results
 

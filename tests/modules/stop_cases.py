@@ -1,4 +1,4 @@
-"""Runs of six methods that stop and go on: in one process, and as a script in two."""
+"""Runs of six methods that stop and go on: in one process, and as a script in several."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rlhf_lightning import modules
 from rlhf_lightning.callbacks.checkpoint_files import latest
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
+from rlhf_lightning.callbacks.loop_position import batches_done
 from rlhf_lightning.callbacks.metrics import JsonlLogger
 from rlhf_lightning.callbacks.samples import SampleTable
 from rlhf_lightning.collectives import rank
@@ -168,21 +169,66 @@ class Signal(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Train, or go on; in two attempts if a signal to one process stops the first. Returns the weights and records."""
-    folder, out = Path(case["model"]), Path(case["run"])
-    options = {"devices": 2, "strategy": case["strategy"]}
-    if "number" in case:
+class Slow(Callback):
+    """Takes its time for each token of batch ``batches``, and notes how many tokens were drawn."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches, self.drawn = batches, 0
+
+    def on_phase(self, trainer: Trainer, module: Any, phase: str, done: int, total: int) -> None:
+        if phase == "rollout" and trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batches:
+            self.drawn = done
+            time.sleep(1.1)
+
+
+class Killed(Exception):
+    """Stands for SIGKILL: what is not on the disk is lost."""
+
+
+class KilledAfterSave(RunCheckpoint):
+    """Dies right after the save of batch ``at``."""
+
+    at = 4
+
+    def save(self, trainer: Trainer) -> None:
+        super().save(trainer)
+        if batches_done(trainer) == self.at:
+            raise Killed
+
+
+def stopped(case: dict[str, Any], folder: Path, out: Path, options: dict[str, Any]) -> None:
+    """The first attempt of a run, which ends as the case says."""
+    method, batches, stop = case["method"], case["batches"], case["stop"]
+    saved = batches
+    if stop == "max_steps":
+        fit(method, folder, out, max_steps=steps(method, batches), **options)
+    elif stop == "max_time":
+        fit(method, folder, out, StopAfter(batches), **options)
+    elif stop == "SIGKILL":
+        with contextlib.suppress(Killed):
+            fit(method, folder, out, checkpoint=KilledAfterSave(every_n_batches=2), **options)
+            raise AssertionError("the run was not killed")
+    else:
         mine = int(os.environ["RANK"]) == case["to"]
-        stop = [Signal(case["batches"], case["number"], case["hook"])] if mine else []
+        slow = Slow(batches if case["hook"] == "on_phase" else 0)
         with contextlib.suppress(SystemExit):
-            fit(case["method"], folder, out, *stop, **options)
+            fit(method, folder, out, Signal(batches, stop, case["hook"]) if mine else slow, **options)
             raise AssertionError("the run was not stopped")
-        assert latest(out / "checkpoints").name == f"batch-{case['batches']:08d}.ckpt"
+        assert slow.drawn < _SAMPLING["sampling"]["max_new_tokens"], "the other process has finished its rollout"
+        saved -= case["hook"] == "on_phase"
+    assert latest(out / "checkpoints").name == f"batch-{saved:08d}.ckpt"
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """Train, or go on; in two attempts if anything stops the first. Returns the weights and records."""
+    folder, out = Path(case["model"]), Path(case["run"])
+    options = {"devices": int(os.environ["WORLD_SIZE"]), "strategy": case["strategy"], **case.get("options", {})}
+    if "stop" in case:
+        stopped(case, folder, out, options)
         module = resume(case["method"], folder, out, **options)
     else:
         attempt = resume if case.get("goes_on") else fit
-        module = attempt(case["method"], folder, out, **options, **case.get("options", {}))
+        module = attempt(case["method"], folder, out, **options)
     weights = {name: value.clone() for name, value in full_state_dict(module.model).items()}
     return {"weights": weights, "records": json.dumps(records(out)) if rank() == 0 else ""}
 

@@ -13,7 +13,7 @@ from lightning import Callback, Trainer
 from making import make
 from ppo_cases import write_prompts
 from ppo_harness import fit, make_module
-from processes import results_of_two
+from processes import results_of
 from small_data import SmallData, log_prob, make_pairs, train
 from tiny_models import make_config, make_tokenizer
 from torch import Tensor
@@ -213,7 +213,7 @@ def test_ddp_and_shards_add_the_same_loss_in_two_processes(asking: Path, tmp_pat
     job = {"policy": str(asking), "data": str(tmp_path / "prompts.jsonl"), "batch_size": 5}
     options = {**PPO, "iterations": 1, "optimizer": {"learning_rate": 3e-3}}
     cases = {s: {**job, "options": options, "trainer": {"strategy": s, "devices": 2}} for s in ("ddp", "fsdp2")}
-    results = results_of_two("ppo_cases.py", cases, tmp_path)
+    results = results_of("ppo_cases.py", cases, tmp_path)
     ddp, fsdp2 = results["ddp"], results["fsdp2"]
     assert all(metrics["policy/router_loss"] > 0 and metrics["critic/router_loss"] > 0 for metrics in ddp["metrics"])
     for name, weight in ddp["weights"].items():

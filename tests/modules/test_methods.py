@@ -11,7 +11,7 @@ from making import merged
 from methods import COARSE, METHODS, method
 from ppo_cases import run, write_prompts
 from ppo_harness import LastTokenReward, TokenReward, fit, make_module, prompts
-from processes import results_of_two
+from processes import results_of
 from torch import Tensor
 
 from rlhf_lightning import modules
@@ -103,7 +103,7 @@ TWO = [(name, "fsdp2") for name in METHODS] + [("grpo", "ddp"), ("online_dpo", "
 @pytest.fixture(scope="module")
 def two(tiny_policy_dir, data, tmp_path_factory) -> dict:
     cases = {f"{n} {s}": case(tiny_policy_dir, data, n, strategy=s, devices=2) for n, s in TWO}
-    return results_of_two("ppo_cases.py", cases, tmp_path_factory.mktemp("two"))
+    return results_of("ppo_cases.py", cases, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize(("name", "strategy"), TWO)

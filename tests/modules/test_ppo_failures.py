@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from processes import results_of_two
+from processes import results_of
 
 TOLD = {
     "logits": (
@@ -28,7 +28,7 @@ def seen(tiny_policy_dir: Path, tiny_reward_dir: Path, tmp_path_factory: pytest.
         f"{name}-{strategy}": {**models, "name": name, "strategy": strategy, "rows": 1 if name == "no rows" else 8}
         for name, strategy in CASES
     }
-    return results_of_two("failure_cases.py", cases, tmp_path_factory.mktemp("failures"))
+    return results_of("failure_cases.py", cases, tmp_path_factory.mktemp("failures"))
 
 
 @pytest.mark.parametrize(("name", "strategy"), CASES)

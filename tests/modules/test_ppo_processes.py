@@ -8,7 +8,7 @@ import pytest
 import torch
 from making import merged
 from ppo_cases import run, write_prompts
-from processes import results_of_two
+from processes import results_of
 
 # Adam's epsilon far above rounding, so that a rounding error in a near-zero gradient does not become a whole step.
 OPTIONS = {
@@ -61,7 +61,7 @@ def two(tiny_policy_dir, tiny_reward_dir, data, tmp_path_factory) -> dict:
         f"{kind}-{strategy}": case(tiny_policy_dir, tiny_reward_dir, data, kind, strategy=strategy, devices=2)
         for kind, strategy in CASES
     }
-    return results_of_two("ppo_cases.py", cases, tmp_path_factory.mktemp("two"))
+    return results_of("ppo_cases.py", cases, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize(("kind", "strategy"), CASES)

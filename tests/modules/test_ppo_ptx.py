@@ -11,7 +11,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from ppo_cases import run, write_prompts
 from ppo_harness import TokenReward, fit, make_module
-from processes import results_of_two
+from processes import results_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -132,7 +132,7 @@ def test_two_processes_mix_the_demonstrations_in_as_one_does(tiny_policy_dir, ro
     case = {"policy": str(tiny_policy_dir), "data": str(rows_file), "batch_size": 5, "options": options}
     one = run({**case, "trainer": {}})
     case["trainer"] = {"strategy": strategy, "devices": 2}
-    two = results_of_two("ppo_cases.py", {"two": case}, tmp_path)["two"]
+    two = results_of("ppo_cases.py", {"two": case}, tmp_path)["two"]
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-3, atol=1e-5)
     for expected, got in zip(one["metrics"], two["metrics"], strict=True):

@@ -12,7 +12,7 @@ from making import make, merged
 from methods import METHODS, method
 from ppo_cases import run, write_prompts
 from ppo_harness import Recorder, TokenReward, fit, make_module, prompts
-from processes import results_of_two
+from processes import results_of
 from torch.utils.data import DataLoader
 
 from rlhf_lightning.errors import InputError
@@ -191,9 +191,7 @@ def test_two_processes_of_which_one_has_nothing_left_learn_what_one_does(tiny_po
         "options": merged(OPTIONS, {"update": {"minibatches": 2}, "optimizer": {"eps": 1e-3}}),
     }
     one = run({**case, "trainer": {}})
-    two = results_of_two("ppo_cases.py", {"a": {**case, "trainer": {"strategy": strategy, "devices": 2}}}, tmp_path)[
-        "a"
-    ]
+    two = results_of("ppo_cases.py", {"a": {**case, "trainer": {"strategy": strategy, "devices": 2}}}, tmp_path)["a"]
     assert one["metrics"][0]["reward/skipped"] == two["metrics"][0]["reward/skipped"] == 2
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=1e-3, atol=1e-5)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import results_of_two
+from processes import results_of
 from train_cases import run
 
 # An epsilon far above rounding: with the usual one, Adam's first steps turn a rounding error of a near-zero gradient
@@ -40,7 +40,7 @@ def two(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         f"{module}-{strategy}": case(tiny_policy_dir, module, strategy=strategy, devices=2)
         for module, strategy in CASES
     }
-    return results_of_two("train_cases.py", cases, tmp_path_factory.mktemp("two"))
+    return results_of("train_cases.py", cases, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")

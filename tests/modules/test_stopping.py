@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from processes import results_of_two
-from stop_cases import CASES, Signal, StopAfter, counts, fit, records, resume, steps
+from processes import results_of
+from stop_cases import CASES, Killed, KilledAfterSave, Signal, StopAfter, counts, fit, records, resume, steps
 
 from rlhf_lightning.callbacks import stop_signals
 from rlhf_lightning.callbacks.checkpoint_files import latest
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
-from rlhf_lightning.callbacks.loop_position import batches_done, reopen
+from rlhf_lightning.callbacks.loop_position import reopen
 from rlhf_lightning.callbacks.stop_signals import StopSignals
 from rlhf_lightning.models.sharding import full_state_dict
 from rlhf_lightning.modules.sft import SFTModule
@@ -263,21 +262,6 @@ def test_two_interruptions_in_one_run(straight: Any, tiny_policy_dir: Path, tmp_
     same(straight("ppo"), tmp_path / "broken")
 
 
-class Killed(Exception):
-    """Stands for SIGKILL: what is not on the disk is lost."""
-
-
-class KilledAfterSave(RunCheckpoint):
-    """Dies right after the save of batch ``at``."""
-
-    at = 4
-
-    def save(self, trainer: Trainer) -> None:
-        super().save(trainer)
-        if batches_done(trainer) == self.at:
-            raise Killed
-
-
 @pytest.mark.parametrize("case", CASES if WHOLE else ["sft", "ppo"])
 def test_a_kill_after_a_save_loses_no_record(case: str, straight: Any, tiny_policy_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
@@ -286,21 +270,27 @@ def test_a_kill_after_a_save_loses_no_record(case: str, straight: Any, tiny_poli
     same(straight(case), tmp_path / "broken")
 
 
-# Method, strategy, the process that gets the signal, where, and which.
-IN_TWO = {
-    "sft-ddp": ("sft", "ddp", 1, "on_before_optimizer_step", signal.SIGTERM),
-    "sft-fsdp2": ("sft", "fsdp2", 0, "on_validation_start", signal.SIGUSR1),
-    "ppo-fsdp2": ("ppo", "fsdp2", 1, "on_before_optimizer_step", signal.SIGINT),
+# Method, strategy, what stops the run; of a signal also where it comes and to which process.
+IN_TWO: dict[str, tuple[Any, ...]] = {
+    "sft-ddp": ("sft", "ddp", signal.SIGTERM, "on_before_optimizer_step", 1),
+    "sft-ddp-killed": ("sft", "ddp", "SIGKILL"),
+    "sft-ddp-max_steps": ("sft", "ddp", "max_steps"),
+    "sft-fsdp2": ("sft", "fsdp2", signal.SIGUSR1, "on_validation_start", 0),
+    "ppo-fsdp2": ("ppo", "fsdp2", signal.SIGINT, "on_before_optimizer_step", 1),
+    "ppo-fsdp2-rollout": ("ppo", "fsdp2", signal.SIGTERM, "on_phase", 1),
 }
 if WHOLE:
-    IN_TWO = {
-        f"{method}-{strategy}-{to}-{hook}-{number}": (method, strategy, to, hook, number)
-        for method, strategy, to, hook, number in itertools.product(
-            CASES,
-            ["ddp", "fsdp2"],
-            [0, 1],
-            ["on_before_optimizer_step", "on_validation_start"],
-            [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1],
+    IN_TWO |= {
+        "-".join(str(part) for part in stop): stop
+        for method, strategy in itertools.product(CASES, ["ddp", "fsdp2"])
+        for stop in (
+            *((method, strategy, stop) for stop in ("max_steps", "max_time", "SIGKILL")),
+            *(
+                (method, strategy, number, hook, to)
+                for number, to in ((signal.SIGTERM, 0), (signal.SIGINT, 1))
+                for hook in ("on_before_optimizer_step", "on_validation_start", "on_phase")
+                if hook != "on_phase" or "iterations" in CASES[method][1]
+            ),
         )
     }
 
@@ -315,38 +305,48 @@ def in_two(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> A
             folder = tmp_path_factory.mktemp("two")
             shared = {"model": str(tiny_policy_dir), "method": method, "strategy": strategy}
             cases: dict[str, dict[str, Any]] = {"straight": {**shared, "run": str(folder / "straight")}}
-            for name, (*whose, to, hook, number) in IN_TWO.items():
+            for name, (*whose, stop, hook, to) in ((name, (*case, None, None)[:5]) for name, case in IN_TWO.items()):
                 if whose == [method, strategy]:
-                    stop = {"to": to, "hook": hook, "number": int(number), "batches": 4}
-                    cases[name] = {**shared, **stop, "run": str(folder / name)}
-            made[method, strategy] = results_of_two("stop_cases.py", cases, folder)
+                    how = {"stop": stop, "hook": hook, "to": to, "batches": 4}
+                    cases[name] = {**shared, **how, "run": str(folder / name)}
+                    if stop == "max_steps":  # for an end that is moved
+                        constant = {"options": {"schedule": "constant"}}
+                        cases[name] |= constant
+                        cases["straight-max_steps"] = {**cases["straight"], **constant, "run": f"{folder}/constant"}
+            made[method, strategy] = results_of("stop_cases.py", cases, folder)
         return made[method, strategy]
 
     return of
 
 
 @pytest.mark.parametrize("name", IN_TWO)
-def test_a_signal_to_one_of_two_processes_stops_and_saves_both(name: str, in_two: Any) -> None:
-    method, strategy, *_ = IN_TWO[name]
+def test_two_processes_that_are_stopped_go_on_as_if_they_were_not(name: str, in_two: Any) -> None:
+    method, strategy, stop, *_ = IN_TWO[name]
     results = in_two(method, strategy)
-    expected, got = results["straight"], results[name]
+    expected, got = results["straight-max_steps" if stop == "max_steps" else "straight"], results[name]
     assert all(torch.equal(got["weights"][key], value) for key, value in expected["weights"].items())
     assert got["records"] == expected["records"]
 
 
+# The processes of the first attempt and of the second.
+CHANGES = {"ddp": [(1, 2), (2, 1)], "fsdp2": [(1, 2), (2, 1), (1, 4), (4, 2)]}
+
+
 @pytest.mark.parametrize(
-    ("method", "strategy", "first"),
-    itertools.product(CASES, ["ddp", "fsdp2"], [1, 2]) if WHOLE else [("sft", "ddp", 1), ("ppo", "fsdp2", 2)],
+    ("method", "strategy", "first", "second"),
+    [(case, strategy, *change) for case in CASES for strategy in CHANGES for change in CHANGES[strategy]]
+    if WHOLE
+    else [("sft", "ddp", 1, 2), ("ppo", "fsdp2", 4, 1)],
 )
 def test_the_number_of_processes_may_change(
-    method: str, strategy: str, first: int, tiny_policy_dir: Path, tmp_path: Path
+    method: str, strategy: str, first: int, second: int, tiny_policy_dir: Path, tmp_path: Path
 ) -> None:
     def train(count: int, name: str, goes_on: bool = False, **options: Any) -> dict[str, torch.Tensor]:
         options["schedule"] = "constant"
-        if count == 2:
+        if count > 1:
             case = {"model": str(tiny_policy_dir), "method": method, "strategy": strategy, "run": str(tmp_path / name)}
             cases = {"it": {**case, "goes_on": goes_on, "options": options}}
-            return results_of_two("stop_cases.py", cases, tmp_path)["it"]["weights"]
+            return results_of("stop_cases.py", cases, tmp_path, count)["it"]["weights"]
         try:
             attempt = resume if goes_on else fit
             module = attempt(method, tiny_policy_dir, tmp_path / name, strategy=strategy, **options)
@@ -356,6 +356,6 @@ def test_the_number_of_processes_may_change(
 
     straight = train(1, "straight")
     train(first, "changed", max_steps=steps(method, 6))
-    changed = train(3 - first, "changed", goes_on=True)
+    changed = train(second, "changed", goes_on=True)
     for name, value in straight.items():
         torch.testing.assert_close(changed[name], value, atol=2e-4, rtol=1e-3, msg=name)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gradient_cases import BATCHES, DPO, PPO, run, save_model
-from processes import results_of_two
+from processes import results_of
 from small_data import Pair, make_pairs
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -192,7 +192,7 @@ def sharded(folders, task: str, model: str, **trainer: object) -> dict:
 def two(folders, tmp_path_factory) -> dict:
     cases = {f"{task}-{model}": sharded(folders, task, model) for task, model in CASES}
     cases |= {f"{task}-{model}-bf16": sharded(folders, task, model, precision="bf16-mixed") for task, model in CASES}
-    return results_of_two("gradient_cases.py", cases, tmp_path_factory.mktemp("two"))
+    return results_of("gradient_cases.py", cases, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize(("task", "model"), CASES)
