@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jsonargparse import Namespace
@@ -25,6 +26,16 @@ _REMEDY = {
     "fsdp_cpu_offload": "use fsdp2 with --model.network.gradient_checkpointing true, lora.yaml, or more devices",
     "deepspeed": "use fsdp2 to shard the model",
     "model_parallel": "use fsdp2 to shard the model",
+}
+# Numbers that Trainer takes without a word, or refuses by a name of its own: the least one, and what -1 stands for.
+_LEAST = {
+    "max_epochs": (1, "no limit"),
+    "max_steps": (1, "no limit"),
+    "devices": (1, "all"),
+    "accumulate_grad_batches": (1, ""),
+    "check_val_every_n_epoch": (1, ""),
+    "log_every_n_steps": (0, ""),
+    "gradient_clip_val": (0, ""),
 }
 # Trainer's options that have no effect on modules that step their optimizers themselves, and the modules' own options.
 _MANUAL = {
@@ -52,10 +63,8 @@ def fit_trainer(options: Namespace, module: type, subcommand: str, epochs_given:
         )
     if options.val_check_interval == 0:
         raise InputError("trainer.val_check_interval: expected a number above 0; trainer.limit_val_batches 0 skips it")
-    if options.accumulate_grad_batches < 1:
-        raise InputError(
-            f"trainer.accumulate_grad_batches: expected a number from 1, got {options.accumulate_grad_batches}"
-        )
+    if subcommand == "fit":
+        _check_numbers(options)
     if subcommand == "fit" and issubclass(module, RLHFModule) and not module.automatic:
         for name, instead in _MANUAL.items():
             if options[name] not in (None, 1) or (name == "gradient_clip_val" and options[name] is not None):
@@ -73,6 +82,21 @@ def fit_trainer(options: Namespace, module: type, subcommand: str, epochs_given:
     if options.barebones:
         notes += _strip(options)
     return notes
+
+
+def _check_numbers(options: Namespace) -> None:
+    for name, (least, minus_one) in _LEAST.items():
+        given = str(options[name])
+        if re.fullmatch(r"-?\d+(\.\d*)?", given) and float(given) < least and not (minus_one and given == "-1"):
+            all_of_it = f", or -1 for {minus_one}" if minus_one else ""
+            raise InputError(f"trainer.{name}: expected a number from {least}{all_of_it}, got {given}")
+    if isinstance(options.max_time, str) and not re.fullmatch(r"\d+(:\d\d){3}", options.max_time):
+        wanted = "days:hours:minutes:seconds in quotes, as '00:02:30:00'"
+        raise InputError(f"trainer.max_time: expected {wanted}, got {options.max_time}")
+    if options.limit_train_batches == 0:
+        raise InputError(
+            "trainer.limit_train_batches: 0 trains nothing; give a number of batches, or a share up to 1.0"
+        )
 
 
 def _fit_strategy(options: Namespace) -> list[str]:
