@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from rlhf_lightning.callbacks.checkpoint_files import clear_staging
 from rlhf_lightning.callbacks.slurm import MARK, mark
 from rlhf_lightning.cli.runs import HOLDER, Run, Wanted, choose, holder, holds_run
 from rlhf_lightning.errors import InputError
@@ -55,6 +56,8 @@ def claimed(wanted: Wanted) -> Iterator[Run]:
             busy.append(run.folder)
     try:
         try:
+            clear_staging(run.folder / "checkpoints")  # what a killed save has left may be what fills the disk
+            _check_writable(run.folder)
             mark(run.folder, wanted.command)
             _tell_holder(run.folder / HOLDER)
         except OSError as error:
@@ -104,7 +107,7 @@ def _hold(folder: Path) -> tuple[bool, int | None]:
     for _ in range(_TRIES):
         existed = folder.exists()
         try:
-            _check_writable(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             held = lock(folder)
             if held is None or _is_still(folder, held):
                 return existed, held
@@ -123,12 +126,12 @@ def _tell_holder(path: Path) -> None:
 
 
 def _not_writable(folder: Path, reason: str) -> InputError:
-    return InputError(f"{folder}: cannot be written to ({reason}); choose another place with --runs FOLDER")
+    remedy = "choose another place with --runs FOLDER, or mend that"
+    return InputError(f"{folder}: cannot be written to ({reason}); {remedy}")
 
 
 def _check_writable(folder: Path) -> None:
-    """Makes the folder and writes to it, since a failure now is better than one after hours."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes to the folder, since a failure now is better than one after hours."""
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         file.write(bytes(4096))
 

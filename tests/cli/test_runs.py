@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from rlhf_lightning import outputs
+from rlhf_lightning.callbacks.checkpoint_files import staging
 from rlhf_lightning.cli import claims
 from rlhf_lightning.cli.claims import claimed, first_process
 from rlhf_lightning.cli.runs import Run, Wanted, choose, family, free
@@ -244,6 +246,19 @@ def test_a_folder_that_may_not_be_written_to(root: Path) -> None:
     refused = pytest.raises(InputError, match=r"cannot be written to \(Permission denied\); choose another place")
     with refused, claimed(wanted(root)):
         pass
+
+
+def test_what_a_killed_save_left_goes_before_the_disk_is_tried(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = staging(leave(root / "sft", started=1.0))
+    left.mkdir()
+
+    def try_it(folder: Path) -> None:
+        if left.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(claims, "_check_writable", try_it)
+    with claimed(wanted(root, checkpoint="last")) as run:
+        assert run.goes_on and not left.exists()
 
 
 def test_a_folder_that_cannot_be_made(root: Path) -> None:
