@@ -41,13 +41,19 @@ def add_adapter(
         seed: of A's draw, the same for every process.
 
     Raises:
-        InputError: peft is not installed, or ``targets`` name no layer, or one that is not linear.
+        InputError: peft is not installed, ``rank`` is above that of any weight, or ``targets`` name no layer, or one
+            that is not linear.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise InputError("model.lora.rank: LoRA needs peft; run: pip install 'rlhf-lightning[lora]'") from None
     trunk = model.base_model
+    most = max(min(weight.shape[-2:]) for weight in trunk.parameters() if weight.ndim > 1)
+    if rank > most:
+        raise InputError(
+            f"model.lora.rank: {rank:,} is above {most:,}, the highest rank of the model's weights; lower it"
+        )
     experts = [name for name in fused_experts(trunk) if targets is None or _ends(name, targets)]
     layers = None if targets is None else [target for target in targets if not any(_ends(n, [target]) for n in experts)]
     known = [name for name, part in trunk.named_modules() if name and isinstance(getattr(part, "weight", None), Tensor)]

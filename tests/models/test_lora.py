@@ -181,6 +181,14 @@ def test_weights_have_one_fingerprint_whatever_the_default_device() -> None:
     assert found == base_fingerprint(model) != base_fingerprint(build("qwen2"))
 
 
+def test_a_rank_above_that_of_any_weight_is_refused() -> None:
+    model = build("llama")
+    most = max(min(weight.shape) for weight in model.model.parameters() if weight.ndim == 2)
+    with pytest.raises(InputError, match=f"model.lora.rank: {most + 1} is above {most}, the highest rank"):
+        add_adapter(model, most + 1, 4.0)
+    add_adapter(model, most, 4.0)
+
+
 def test_targets_that_cannot_be_adapted_are_refused() -> None:
     with pytest.raises(InputError, match=r"model.lora.targets: .*no_such_layer"):
         add_adapter(build("llama"), 2, 4.0, ["no_such_layer"])
