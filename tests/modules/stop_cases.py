@@ -157,13 +157,15 @@ class StopAfter(Callback):
 
 
 class Signal(Callback):
-    """Sends this process a signal in batch ``batches``, at the named hook."""
+    """Sends this process a signal in batch ``batches``, at the named hook; of a rollout, at its second token."""
 
     def __init__(self, batches: int, number: int, hook: str = "on_before_optimizer_step") -> None:
         self.batches, self.number, self.sent = batches, number, False
         setattr(self, hook, self.send)
 
     def send(self, trainer: Trainer, *args: Any) -> None:
+        if args[1:2] == ("rollout",) and args[2] == 0:
+            return
         if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batches and not self.sent:
             self.sent = True  # a second Ctrl-C stops at once
             os.kill(os.getpid(), self.number)
