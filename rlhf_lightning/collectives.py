@@ -126,7 +126,7 @@ def first_failure(error: Exception) -> Exception | None:
         return None
     is_own = not (_raised_by_torch(error) and _PEER.search(str(error)))
     try:
-        store = dist.distributed_c10d._get_default_store()
+        store = _store()
         if is_own:
             kind = type(error).__name__ if isinstance(error, InputError | TrainingDiverged) else ""
             text = str(error) if kind else f"{type(error).__name__}: {error}"
@@ -155,21 +155,25 @@ def _raised_by_torch(error: Exception) -> bool:
     return bool(frames) and str(frames[-1].f_globals.get("__name__", "")).startswith("torch.")
 
 
-def mark(name: str) -> None:
-    """Leaves a mark in the store that the processes share, for `marked`. No process waits for another."""
+def raise_flag(name: str) -> None:
+    """Raises a flag in the store that the processes share, for `flag_raised`. No process waits for another."""
     if world_size() > 1:
-        dist.distributed_c10d._get_default_store().set(name, "")
+        _store().set(name, "")
 
 
-def marked(name: str) -> bool:
-    """Whether any process has left this mark."""
-    return world_size() > 1 and bool(dist.distributed_c10d._get_default_store().check([name]))
+def flag_raised(name: str) -> bool:
+    """Whether any process has raised this flag."""
+    return world_size() > 1 and bool(_store().check([name]))
 
 
-def unmark(name: str) -> None:
-    """Takes the mark away, whoever left it."""
+def lower_flag(name: str) -> None:
+    """Lowers the flag, whoever raised it."""
     if world_size() > 1:
-        dist.distributed_c10d._get_default_store().delete_key(name)
+        _store().delete_key(name)
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> float:

@@ -149,8 +149,8 @@ class RunCheckpoint(Checkpoint):
             begin_next_epoch(trainer)
             for line in notes(trainer, pl_module, *self._then) if trainer.is_global_zero else ():
                 say(notice("resume", line))
-        hooks = (partial(hook, trainer) for hook in (self._hold_stop, self._between_batches, self._save_and_stop))
-        self._endings.append(around_each_batch(trainer, *hooks))
+        hold, between = (partial(hook, trainer) for hook in (self._hold_stop, self._between_batches))
+        self._endings.append(around_each_batch(trainer, hold, between))
 
     def _hold_stop(self, trainer: Trainer) -> None:
         """Lets a wish to stop (``max_time``) wait until the batch is done: no validation is made that was not due."""
@@ -162,15 +162,11 @@ class RunCheckpoint(Checkpoint):
         if trainer.fit_loop.epoch_loop._should_accumulate():  # no checkpoint holds gradients
             return
         trainer.should_stop = self._held
-        if self._signals.agreed():
-            self._save_and_stop(trainer)
-        if batches_done(trainer) - self._saved >= self.every_n_batches:
+        stop = self._signals.agreed()
+        if stop or batches_done(trainer) - self._saved >= self.every_n_batches:
             self.save(trainer)
-
-    def _save_and_stop(self, trainer: Trainer) -> NoReturn:
-        self._signals.agreed()  # of the signal: a rollout is dropped on all processes for a signal to one
-        self.save(trainer)
-        self._stop(trainer)
+        if stop:
+            self._stop(trainer)
 
     def on_phase(self, trainer: Trainer, module: LightningModule, phase: str, done: int, total: int) -> None:
         """Called by modules with the progress of a part of their step. A rollout is dropped if the user wants to stop.

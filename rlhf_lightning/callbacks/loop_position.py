@@ -11,16 +11,13 @@ from lightning.pytorch import Trainer
 from rlhf_lightning.errors import RolloutDropped
 
 
-def around_each_batch(
-    trainer: Trainer, before: Callable[[], None], after: Callable[[], None], dropped: Callable[[], None]
-) -> Callable[[], None]:
+def around_each_batch(trainer: Trainer, before: Callable[[], None], after: Callable[[], None]) -> Callable[[], None]:
     """Calls ``before`` and ``after`` around what Lightning does at a batch's end: validation, and the log entry.
-
-    ``dropped`` is called in place of both where the batch ended in a `RolloutDropped`, which ends there.
 
     ``after`` is called before the next batch is fetched. Lightning has no hook there. A checkpoint must be written at
     that moment: earlier, its log entry and its validation may be lost; later, a loader with a state has already given
-    away the next batch. At an epoch's last batch it is called once the epoch's own hooks are done.
+    away the next batch. At an epoch's last batch it is called once the epoch's own hooks are done. Where a batch ends
+    in a `RolloutDropped` it is called alone, and stops the run.
 
     Returns: a function that ends this.
     """
@@ -31,7 +28,8 @@ def around_each_batch(
         try:
             advance(fetcher)
         except RolloutDropped:
-            dropped()
+            after()
+            raise
 
     def batch_done(fetcher: Any) -> None:
         before()

@@ -13,13 +13,13 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from rlhf_lightning.collectives import largest, mark, marked, unmark
+from rlhf_lightning.collectives import flag_raised, largest, lower_flag, raise_flag
 from rlhf_lightning.text import say
 
 # SIGUSR1 is a cluster's warning that the time is up; Windows has none.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-_MARK = "rlhf_lightning/stop"
-_PATIENCE = 1.0  # seconds between two looks for another process's mark
+_FLAG = "rlhf_lightning/stop"
+_PATIENCE = 1.0  # seconds between two looks for another process's flag
 _REQUEUE = 1000  # stands for the signal that wants a requeue, and wins over all others
 
 
@@ -33,7 +33,7 @@ class StopSignals:
     def __init__(self) -> None:
         self._came = 0  # the number of the signal that came to this process; only the handler writes it
         self._agreed = 0  # of the one that all processes know of
-        self._looked = 0.0  # when this process last looked for a mark of another
+        self._looked = 0.0  # when this process last looked for a flag of another
         self._old: dict[int, Any] = {}
         self._interrupted = False  # whether Ctrl-C came
         self._requeueing = 0  # the signal that asks SLURM to start the job again, 0 for none
@@ -60,18 +60,18 @@ class StopSignals:
     def came(self) -> bool:
         """Whether a signal came to this process, or to another that has asked before; no process waits for another."""
         if self._came:
-            mark(_MARK)
+            raise_flag(_FLAG)
             return True
         if time.monotonic() < self._looked + _PATIENCE:
             return False
         self._looked = time.monotonic()
-        return marked(_MARK)
+        return flag_raised(_FLAG)
 
     def agreed(self) -> bool:
         """Whether a signal came to any process; every process must ask."""
         self._agreed = largest(max(self._came, self._agreed))
         if self._agreed:
-            unmark(_MARK)  # a later fit of these processes begins without it
+            lower_flag(_FLAG)  # a later fit of these processes begins without it
         return self._agreed > 0
 
     @property

@@ -63,8 +63,11 @@ def fit_trainer(options: Namespace, module: type, subcommand: str, epochs_given:
         )
     if options.val_check_interval == 0:
         raise InputError("trainer.val_check_interval: expected a number above 0; trainer.limit_val_batches 0 skips it")
-    if subcommand == "fit":
-        _check_numbers(options)
+    _check_numbers(options)
+    if subcommand == "fit" and options.limit_train_batches == 0:
+        raise InputError(
+            "trainer.limit_train_batches: 0 trains nothing; give a number of batches, or a share up to 1.0"
+        )
     if subcommand == "fit" and issubclass(module, RLHFModule) and not module.automatic:
         for name, instead in _MANUAL.items():
             if options[name] not in (None, 1) or (name == "gradient_clip_val" and options[name] is not None):
@@ -93,10 +96,6 @@ def _check_numbers(options: Namespace) -> None:
     if isinstance(options.max_time, str) and not re.fullmatch(r"\d+(:\d\d){3}", options.max_time):
         wanted = "days:hours:minutes:seconds in quotes, as '00:02:30:00'"
         raise InputError(f"trainer.max_time: expected {wanted}, got {options.max_time}")
-    if options.limit_train_batches == 0:
-        raise InputError(
-            "trainer.limit_train_batches: 0 trains nothing; give a number of batches, or a share up to 1.0"
-        )
 
 
 def _fit_strategy(options: Namespace) -> list[str]:

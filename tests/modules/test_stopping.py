@@ -271,28 +271,28 @@ def test_a_kill_after_a_save_loses_no_record(case: str, straight: Any, tiny_poli
 
 
 # Method, strategy, what stops the run; of a signal also where it comes and to which process.
-IN_TWO: dict[str, tuple[Any, ...]] = {
-    "sft-ddp": ("sft", "ddp", signal.SIGTERM, "on_before_optimizer_step", 1),
-    "sft-ddp-killed": ("sft", "ddp", "SIGKILL"),
-    "sft-ddp-max_steps": ("sft", "ddp", "max_steps"),
-    "sft-fsdp2": ("sft", "fsdp2", signal.SIGUSR1, "on_validation_start", 0),
-    "ppo-fsdp2": ("ppo", "fsdp2", signal.SIGINT, "on_before_optimizer_step", 1),
-    "ppo-fsdp2-rollout": ("ppo", "fsdp2", signal.SIGTERM, "on_phase", 1),
-}
+IN_TWO: list[tuple[Any, ...]] = [
+    ("sft", "ddp", signal.SIGTERM, "on_before_optimizer_step", 1),
+    ("sft", "ddp", "SIGKILL"),
+    ("sft", "ddp", "max_steps"),
+    ("sft", "fsdp2", signal.SIGUSR1, "on_validation_start", 0),
+    ("ppo", "fsdp2", signal.SIGINT, "on_before_optimizer_step", 1),
+    ("ppo", "fsdp2", signal.SIGTERM, "on_phase", 1),
+]
 if WHOLE:
-    IN_TWO |= {
-        "-".join(str(part) for part in stop): stop
-        for method, strategy in itertools.product(CASES, ["ddp", "fsdp2"])
-        for stop in (
-            *((method, strategy, stop) for stop in ("max_steps", "max_time", "SIGKILL")),
-            *(
-                (method, strategy, number, hook, to)
-                for number, to in ((signal.SIGTERM, 0), (signal.SIGINT, 1))
-                for hook in ("on_before_optimizer_step", "on_validation_start", "on_phase")
-                if hook != "on_phase" or "iterations" in CASES[method][1]
-            ),
-        )
-    }
+    for method, strategy in itertools.product(CASES, ["ddp", "fsdp2"]):
+        IN_TWO += [(method, strategy, stop) for stop in ("max_steps", "max_time", "SIGKILL")]
+        IN_TWO += [
+            (method, strategy, number, hook, to)
+            for number, to in ((signal.SIGTERM, 0), (signal.SIGINT, 1))
+            for hook in ("on_before_optimizer_step", "on_validation_start", "on_phase")
+            if hook != "on_phase" or "iterations" in CASES[method][1]
+        ]
+    IN_TWO = list(dict.fromkeys(IN_TWO))
+
+
+def named(stopped: tuple[Any, ...]) -> str:
+    return "-".join(str(part) for part in stopped)
 
 
 @pytest.fixture(scope="module")
@@ -305,25 +305,24 @@ def in_two(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> A
             folder = tmp_path_factory.mktemp("two")
             shared = {"model": str(tiny_policy_dir), "method": method, "strategy": strategy}
             cases: dict[str, dict[str, Any]] = {"straight": {**shared, "run": str(folder / "straight")}}
-            for name, (*whose, stop, hook, to) in ((name, (*case, None, None)[:5]) for name, case in IN_TWO.items()):
-                if whose == [method, strategy]:
-                    how = {"stop": stop, "hook": hook, "to": to, "batches": 4}
-                    cases[name] = {**shared, **how, "run": str(folder / name)}
-                    if stop == "max_steps":  # for an end that is moved
-                        constant = {"options": {"schedule": "constant"}}
-                        cases[name] |= constant
-                        cases["straight-max_steps"] = {**cases["straight"], **constant, "run": f"{folder}/constant"}
+            for stopped in (stopped for stopped in IN_TWO if stopped[:2] == (method, strategy)):
+                how = dict(zip(("stop", "hook", "to"), stopped[2:], strict=False))
+                cases[named(stopped)] = {**shared, **how, "batches": 4, "run": str(folder / named(stopped))}
+                if how["stop"] == "max_steps":  # for an end that is moved
+                    constant = {"options": {"schedule": "constant"}}
+                    cases[named(stopped)] |= constant
+                    cases["straight-max_steps"] = {**cases["straight"], **constant, "run": f"{folder}/constant"}
             made[method, strategy] = results_of("stop_cases.py", cases, folder)
         return made[method, strategy]
 
     return of
 
 
-@pytest.mark.parametrize("name", IN_TWO)
-def test_two_processes_that_are_stopped_go_on_as_if_they_were_not(name: str, in_two: Any) -> None:
-    method, strategy, stop, *_ = IN_TWO[name]
+@pytest.mark.parametrize("stopped", IN_TWO, ids=named)
+def test_two_processes_that_are_stopped_go_on_as_if_they_were_not(stopped: tuple[Any, ...], in_two: Any) -> None:
+    method, strategy, stop, *_ = stopped
     results = in_two(method, strategy)
-    expected, got = results["straight-max_steps" if stop == "max_steps" else "straight"], results[name]
+    expected, got = results["straight-max_steps" if stop == "max_steps" else "straight"], results[named(stopped)]
     assert all(torch.equal(got["weights"][key], value) for key, value in expected["weights"].items())
     assert got["records"] == expected["records"]
 
