@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.preferences.items import Item
@@ -39,7 +39,7 @@ try:
 except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
-Part = Literal["calibration", "gold", "real", "repeat"]
+Part = str  # calibration, gold, real or repeat
 _APPLICATION = 0x524C4846  # "RLHF", which marks a file of this kind
 _FORMAT = 1
 _SCHEMA = """
@@ -171,11 +171,6 @@ class Store:
         rows = self.rows()
         undone = {row.undoes for row in rows}
         return [row for row in rows if row.undoes is None and row.number not in undone]
-
-    def by_client(self, client_id: str) -> Judgement | None:
-        """The row that a client's id was given to."""
-        found = self._base.execute("SELECT * FROM judgements WHERE client_id = ?", (client_id,)).fetchone()
-        return None if found is None else _judgement(found)
 
     def add(self, judgements: Sequence[Judgement]) -> list[Judgement]:
         """Adds rows in one step, and returns them with number and time, when all are on the disk.

@@ -26,7 +26,11 @@ CORE = [Requirement(line) for line in PROJECT["project"]["dependencies"]]
 EXTRAS = {
     extra: [Requirement(line) for line in lines] for extra, lines in PROJECT["project"]["optional-dependencies"].items()
 }
-IMPORTED_AS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}  # where the two names differ
+IMPORTED_AS = {
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+    "markdown_it": "markdown-it-py",
+}  # where the two names differ
 GIVEN_BY = {"triton": "torch"}
 
 
