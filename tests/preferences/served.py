@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -18,10 +17,11 @@ class Server:
 
     Args:
         arguments: of the command, but for the port.
+        port: the port; 0 for a free one.
     """
 
-    def __init__(self, *arguments: str | Path) -> None:
-        command = [sys.executable, "-m", "rlhf_lightning", "annotate", *map(str, arguments), "--port", "0"]
+    def __init__(self, *arguments: str | Path, port: int = 0) -> None:
+        command = [sys.executable, "-m", "rlhf_lightning", "annotate", *map(str, arguments), "--port", str(port)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.lines: list[str] = []
         self.judge: list[str] = []  # addresses
@@ -36,16 +36,23 @@ class Server:
         self.address = urlsplit(self.judge[0])
 
     def send(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
+        """One request to this server, see `request`."""
+        return self.request(self.address.port or 0, method, path, body, **headers)
+
+    @staticmethod
+    def request(port: int, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
         """One request; status, the JSON or the text of the answer, headers."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.address.port or 0, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         sent = {"content-type": "application/json"} if body is not None else {}
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request(method, path, data, sent)
-        answer = connection.getresponse()
-        text = answer.read().decode()
+        try:
+            connection.request(method, path, data, sent)
+            answer = connection.getresponse()
+            text = answer.read().decode()
+        finally:
+            connection.close()
         found = {name.lower(): value for name, value in answer.getheaders()}
-        connection.close()
         return answer.status, json.loads(text) if "json" in found.get("content-type", "") else text, found
 
     def next(self, annotator: str) -> dict[str, Any]:
@@ -72,13 +79,3 @@ class Server:
         if self.process.poll() is None:
             self.process.kill()
         self.process.communicate()
-
-
-def patiently(server: Server, client: str, annotator: str, ask: str, value: Any, until: float) -> tuple[int, Any]:
-    """Sends a judgement again and again, as the page does, until there is an answer or the time is over."""
-    while time.monotonic() < until:
-        try:
-            return server.post(client, annotator, ask, value)
-        except (OSError, http.client.HTTPException):
-            time.sleep(0.01)
-    return 0, None
