@@ -77,7 +77,7 @@ def _example(text: str, path: str, line: int) -> str:
 
 def _parts(content: dict[str, str], keys: Sequence[str]) -> str:
     return "".join(
-        f'<section class="{key}"><h4>{_TITLES[key]}</h4><p dir="auto">{escape(content[key])}</p></section>'
+        f'<section class="{key}"><strong>{_TITLES[key]}</strong><p dir="auto">{escape(content[key])}</p></section>'
         for key in keys
         if content.get(key)
     )

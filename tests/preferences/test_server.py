@@ -53,7 +53,7 @@ def test_the_study_is_described(server: Server) -> None:
     _, found, _ = server.send("GET", "/api/study")
     assert (found["task"], found["scale"], found["token_needed"]) == ("pairs", [1, 5], False)
     assert "&lt;b&gt;bold&lt;/b&gt;" in found["guidelines"]
-    assert '<section class="good"><h4>Good</h4><p dir="auto">yes</p>' in found["guidelines"]
+    assert '<section class="good"><strong>Good</strong><p dir="auto">yes</p>' in found["guidelines"]
 
 
 def test_calibration_tells_the_gold_judgement_and_nothing_else_does(server: Server) -> None:
