@@ -32,6 +32,10 @@ from rlhf_lightning.modules.dpo import DPOModule
 from rlhf_lightning.modules.online_dpo import OnlineDPOModule
 from rlhf_lightning.modules.reinforce import ReinforcePlusPlusModule
 from rlhf_lightning.modules.reward_model import RewardModelModule
+from rlhf_lightning.preferences.agreement import alpha, alpha_interval
+from rlhf_lightning.preferences.exchange import formed
+from rlhf_lightning.preferences.units import Mark, Units
+from rlhf_lightning.preferences.votes import export
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rewards.ensemble import Ensemble
 from rlhf_lightning.rewards.function import FunctionReward
@@ -58,6 +62,10 @@ def policy() -> Policy:
 
 def scalar() -> ScalarModel:
     return ScalarModel(LlamaForSequenceClassification(make_config(num_labels=1, pad_token_id=0)))
+
+
+def units() -> Units:
+    return Units.of([Mark(("i", "", ""), name, 1, 1) for name in "ab"])
 
 
 # Place -> a call of it with an unknown word, all its other arguments being right.
@@ -91,6 +99,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "models.export.export_policy(dtype)": lambda: export_policy(policy(), tokenizer(), "unwritten", WORD),
     "models.export.export_scalar(dtype)": lambda: export_scalar(scalar(), tokenizer(), "unwritten", WORD),
     "models.export.try_export(dtype)": lambda: try_export(policy(), tokenizer(), "unwritten", WORD),
+    "preferences.agreement.alpha(level)": lambda: alpha(units(), WORD),
+    "preferences.agreement.alpha_interval(level)": lambda: alpha_interval(units(), WORD),
+    "preferences.exchange.formed(form)": lambda: formed({"id": "i"}, WORD),
+    "preferences.votes.export(votes)": lambda: export(None, WORD),  # type: ignore[arg-type]
     "rewards.ensemble.Ensemble(aggregate)": lambda: Ensemble([Reward(), Reward()], WORD),
     "rewards.function.FunctionReward(on_error)": lambda: FunctionReward("math:fsum", on_error=WORD),
     "models.building.NetworkOptions(export_dtype)": lambda: NetworkOptions(export_dtype=WORD),

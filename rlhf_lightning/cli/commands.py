@@ -27,6 +27,11 @@ _COMMANDS = {
     "predict": (_TRAINING, "answer prompts, one JSON line a prompt (--output FILE)"),
     "evaluate": ("rlhf_lightning.evaluation.evaluate", "compare policies on held-out prompts: reward, KL, win rate"),
     "annotate": ("rlhf_lightning.preferences.annotate", "a local web page on which people judge answers"),
+    "agreement": ("rlhf_lightning.evaluation.trust", "whether people agree, and what to do where they do not"),
+    "preferences": (
+        "rlhf_lightning.preferences.exchange",
+        "export: judgements as rows to train on; import: other forms",
+    ),
     "data check": ("rlhf_lightning.data.check", "what is in preference files, and what is wrong with them"),
     "demo": ("rlhf_lightning.demo.main", "the whole pipeline on a small example, offline, in minutes"),
     "info": ("rlhf_lightning.cli.info", "versions, and which operators run natively here (--json)"),
