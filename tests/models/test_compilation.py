@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from architectures import build
+from packaging.version import Version
 from torch import Tensor
 
 from rlhf_lightning.models.compilation import compile_layers
@@ -28,6 +30,11 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.xfail(
+    Version(torch.__version__) < Version("2.13"),
+    reason="torch 2.10 to 2.12 compile the backward pass of attention in float64 for other types on a CPU",
+    strict=True,
+)
 def test_gradients_are_those_of_the_layers() -> None:
     policy = Policy(build("llama-tied"), "head").train()
     padded, packed = slice(0, 1), slice(0, 4)  # a single row has no padding to leave out
