@@ -35,11 +35,10 @@ from training.entrants import ENTRANTS, TRL_PPO
 from rlhf_lightning.data.batching import prompt_batches
 from rlhf_lightning.data.records import load_records
 from rlhf_lightning.demo import stages
-from rlhf_lightning.evaluation.compare import compare
+from rlhf_lightning.evaluation.compare import Settings, compare
 from rlhf_lightning.evaluation.curves import read_curves
 from rlhf_lightning.models.loading import load_tokenizer
 from rlhf_lightning.rewards import FunctionReward, ModelReward
-from rlhf_lightning.rollout.prompting import Settings
 
 CONFIG = yaml.safe_load((ROOT / "configs" / "demo" / "ppo.yaml").read_text(encoding="utf-8"))
 # Both sides learn from the bare score of the reward model.

@@ -26,7 +26,6 @@ _COMMANDS = {
     "test": (_TRAINING, "the same metrics, called test/..., of the rows of data.val_path"),
     "predict": (_TRAINING, "answer prompts, one JSON line a prompt (--output FILE)"),
     "evaluate": ("rlhf_lightning.evaluation.evaluate", "compare policies on held-out prompts: reward, KL, win rate"),
-    "generate": ("rlhf_lightning.preferences.generate", "let policies answer prompts, for people to compare"),
     "annotate": ("rlhf_lightning.preferences.annotate", "a local web page on which people judge answers"),
     "agreement": ("rlhf_lightning.evaluation.trust", "whether people agree, and what to do where they do not"),
     "preferences": (

@@ -76,10 +76,9 @@ def run(root: Path, size: Size, seed: int, methods: Sequence[str] = DEFAULT) -> 
     from rlhf_lightning.data.records import load_records
     from rlhf_lightning.demo import stages
     from rlhf_lightning.demo.results import Results, read_all_curves, write
-    from rlhf_lightning.evaluation.compare import compare
+    from rlhf_lightning.evaluation.compare import Settings, compare
     from rlhf_lightning.rewards.function import FunctionReward
     from rlhf_lightning.rewards.model import ModelReward
-    from rlhf_lightning.rollout.prompting import Settings
 
     disable_progress_bar()  # transformers would show one for every saved model
     began = time.monotonic()

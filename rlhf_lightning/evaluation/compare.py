@@ -19,22 +19,42 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch, Rollout
+from rlhf_lightning.data.choices import Kind
+from rlhf_lightning.data.collate import collate, column_names
+from rlhf_lightning.data.lengths import surely_over
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.evaluation.measures import kl_to_reference, mean_and_error, perplexity, repetition
 from rlhf_lightning.evaluation.winrate import WinRate, length_controlled_win_rate, preferences, win_rate
 from rlhf_lightning.models.loading import (
+    check_length,
+    check_vocabularies,
     eos_ids,
+    load_causal_lm,
     load_tokenizer,
+    most_tokens,
     same_vocabulary,
+    token_ids,
 )
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rollout.best_of import best_of_kl, best_responses
 from rlhf_lightning.rollout.engine import Sampling
 from rlhf_lightning.rollout.fitting import fitting_engine
-from rlhf_lightning.rollout.prompting import Settings, in_order, load_policy, make_batches, prompt_batches
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the policies answer."""
+
+    max_new_tokens: int = 128  # an answer that reaches it without EOS counts as cut off
+    temperature: float = 1.0  # 0 takes the most probable token
+    seed: int = 0
+    batch_size: int = 32
+    chat: bool = False  # put plain prompts through the chat template too
+    device: str = "cpu"
+    trust_remote_code: bool = False
 
 
 @dataclass
@@ -161,23 +181,27 @@ def compare(
     comparable = {name: same_vocabulary(each, reference_tokenizer) for name, each in tokenizers.items()}
     if reference is not None:
         _check_reference(reference, policies, comparable)
-    reference_policy = load_policy(reference_folder, reference_tokenizer, settings)
+    reference_policy = _load(reference_folder, reference_tokenizer, settings)
     texts: list[str] = []
     found = {}
     ways = [(name, 1) for name in names] + [(name, count) for name, count in (best_of or {}).items()]
     for name, count in ways:
         start = time.perf_counter()
         folder, tokenizer = policies[name], tokenizers[name]
-        policy = load_policy(folder, tokenizer, settings)
+        policy = _load(folder, tokenizer, settings)
         encoder = Encoder(tokenizer, chat=settings.chat, columns="--columns")
-        batches = prompt_batches(encoder, prompts, policy, folder, settings)
-        texts = texts or in_order(batches, [p for batch in batches for p in batch.prompts])
+        _check_long_prompts(encoder, prompts, policy, folder, settings)
+        batches = _batches(encoder, prompts, "prompts", settings)
+        widest = max(batches, key=lambda batch: batch.tokens.shape[1])
+        row = int(widest.rows[widest.lengths.argmax()])
+        _check_prompt(prompts[row], int(widest.lengths.max()), policy, folder, settings)
+        texts = texts or _in_order(batches, [p for batch in batches for p in batch.prompts])
         known = reference_policy if comparable[name] else None
         measured = _answers(
             policy, known, tokenizer, batches, rewards, judge or next(iter(rewards), ""), settings, count
         )
         if text and count == 1:  # best-of-n has no probabilities
-            measured.perplexity = perplexity(policy, make_batches(encoder, text, "demonstrations", settings))
+            measured.perplexity = perplexity(policy, _batches(encoder, text, "demonstrations", settings))
         measured.seconds = time.perf_counter() - start
         shown = best_of_name(name, count)
         found[shown] = measured
@@ -197,6 +221,40 @@ def _check_reference(reference: str | Path, policies: Mapping[str, str | Path], 
                 f"--reference {reference}: its vocabulary is not that of {name} ({policies[name]}), and KL needs "
                 "models of one vocabulary: name the model that the policy was trained from"
             )
+
+
+def _load(folder: str | Path, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Policy:
+    model = load_causal_lm(folder, trust_remote_code=settings.trust_remote_code)
+    check_vocabularies(tokenizer, model, folder)
+    return Policy(model, ids=token_ids(tokenizer)).eval().requires_grad_(False).to(settings.device)
+
+
+def _check_long_prompts(
+    encoder: Encoder, prompts: Sequence[Record], policy: Policy, folder: str | Path, settings: Settings
+) -> None:
+    """Refuses prompts that are far too long, recognised by their beginnings, before megabytes are tokenised."""
+    limit = most_tokens(policy.model)
+    if limit is None:
+        return
+    for record in prompts:
+        parts = [record.prompt] if isinstance(record.prompt, str) else [turn.content for turn in record.prompt]
+        for part in parts:
+            if tokens := surely_over(part, limit, lambda text: len(encoder.ids.plain([text])[0])):
+                _check_prompt(record, tokens, policy, folder, settings)
+
+
+def _check_prompt(record: Record, tokens: int, policy: Policy, folder: str | Path, settings: Settings) -> None:
+    where = f"{record.where}: {folder}"
+    check_length(policy.model, tokens + settings.max_new_tokens, where, "--max_new_tokens")
+
+
+def _batches(encoder: Encoder, records: Sequence[Record], kind: Kind, settings: Settings) -> list[Any]:
+    """Batches of rows of similar length. ``rows`` of prompt batches gives the prompts' numbers in their order."""
+    examples, _ = encoder.encode(records, kind)
+    columns = column_names(examples)
+    ordered = sorted(examples, key=lambda example: max(example.widths))
+    parts = [ordered[i : i + settings.batch_size] for i in range(0, len(ordered), settings.batch_size)]
+    return [collate(part, kind, encoder.pad_id, columns).to(settings.device) for part in parts]
 
 
 @torch.no_grad()
@@ -226,7 +284,7 @@ def _answers(
         if count > 1:
             rollout = best_responses(rollout, rewards[judge](rollout), batch)
         parts.append(_measured(rollout, policy, reference, rewards, settings))
-    columns = {key: in_order(batches, [v for part in parts for v in part[key]]) for key in parts[0]}
+    columns = {key: _in_order(batches, [v for part in parts for v in part[key]]) for key in parts[0]}
     return Answers(
         responses=columns["responses"],
         lengths=torch.tensor(columns["lengths"]),
@@ -264,6 +322,12 @@ def _measured(
         k1, k3 = kl_to_reference(policy, reference, rollout, settings.temperature)
         columns["k1"], columns["k3"] = k1.tolist(), k3.tolist()
     return columns
+
+
+def _in_order(batches: Sequence[PromptBatch], values: list[Any]) -> list[Any]:
+    """``values``, one for each row, brought from the batches' order into the order of the prompts."""
+    rows = [row for batch in batches for row in batch.rows.tolist()]
+    return [value for _, value in sorted(zip(rows, values, strict=True), key=lambda pair: pair[0])]
 
 
 def _spread(scores: Tensor) -> dict[str, float]:

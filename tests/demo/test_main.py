@@ -17,9 +17,8 @@ from rlhf_lightning.demo import main as demo
 from rlhf_lightning.demo import results as demo_results
 from rlhf_lightning.demo.stages import HACKING, Size
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.evaluation.compare import Answers, Comparison
+from rlhf_lightning.evaluation.compare import Answers, Comparison, Settings
 from rlhf_lightning.evaluation.html_report import render
-from rlhf_lightning.rollout.prompting import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 MICRO = Size(

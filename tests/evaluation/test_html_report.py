@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rlhf_lightning.evaluation.charts import Series, line_chart
-from rlhf_lightning.evaluation.compare import Answers, Comparison
+from rlhf_lightning.evaluation.compare import Answers, Comparison, Settings
 from rlhf_lightning.evaluation.html_report import (
     Answer,
     Highlight,
@@ -26,7 +26,6 @@ from rlhf_lightning.evaluation.html_report import (
     write_report,
 )
 from rlhf_lightning.evaluation.present import samples
-from rlhf_lightning.rollout.prompting import Settings
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror='alert(2)'>\" onmouseover=\"x\x1b\ud800</p></style>"
 VOID = {"meta", "br", "img", "link", "input"}
