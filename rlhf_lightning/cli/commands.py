@@ -25,6 +25,7 @@ _COMMANDS = {
     "validate": (_TRAINING, "the validation metrics of a model or a checkpoint"),
     "test": (_TRAINING, "the same metrics, called test/..., of the rows of data.val_path"),
     "predict": (_TRAINING, "answer prompts, one JSON line a prompt (--output FILE)"),
+    "generate": ("rlhf_lightning.preferences.generate", "several answers of policies to each prompt, to be compared"),
     "evaluate": ("rlhf_lightning.evaluation.evaluate", "compare policies on held-out prompts: reward, KL, win rate"),
     "data check": ("rlhf_lightning.data.check", "what is in preference files, and what is wrong with them"),
     "demo": ("rlhf_lightning.demo.main", "the whole pipeline on a small example, offline, in minutes"),
