@@ -111,6 +111,7 @@ def measure(
     rankings = annotate(items, annotator(QUICK, seed), gold_reward)
     shuffled = random.Random(seed).sample(range(len(items)), len(items))
     chosen = list(shuffled[: counts[0]])
+    own: list[Path] = []  # the models of the uncertain arm's labels so far
     found: dict[str, list[float]] = {"random": [], "uncertain": []}
     for count in counts:
         models = train(folder, [rankings[i] for i in shuffled[:count]], out / f"random-{seed}-{count}", seed)
