@@ -130,13 +130,13 @@ def measure(
     return found
 
 
-def main() -> None:
-    """Measures all seeds; writes the table, the numbers and the plot."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures all seeds; prints the table, writes the numbers and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", default="runs/demo", help="the folder of a demo that has run")
     parser.add_argument("--out", default="runs/active_labels", help="folder of the results")
     parser.add_argument("--quick", action="store_true", help="one seed and few labels, to see that it runs")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     seeds, counts, pool, held_out = range(5), (64, 128, 256), 1536, 192
     if options.quick:
         seeds, counts, pool, held_out = range(1), (8, 16), 32, 8

@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         write_rows(out, (row for row in rows if len(row["completions"]) > 1))
         partial_path.unlink()
-    left_out = f"; {single:,} prompts left out, since all answers to them are the same" if single else ""
-    say(f"{len(rows) - single:,} prompts with their answers in {out}{left_out}")
+    left_out = f"all answers the same {single:,}" if single else "none"
+    say(f"{out}: {len(rows) - single:,} of {len(rows):,} prompts; left out: {left_out}")
     return 0
 
 
@@ -166,7 +166,7 @@ def _columns(prompts: Sequence[Record]) -> list[dict[str, Any]]:
         own = {name for name, value in record.raw.items() if value is not None and value != prompt}
         left_out |= own - {"id", "prompt", "tools", *others}
     if left_out:
-        say(f"prompts: the rows of the output have no {', '.join(sorted(left_out))}")
+        say(f"prompts: keys that are not written to the output: {', '.join(sorted(left_out))}")
     return rows
 
 

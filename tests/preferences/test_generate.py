@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.cli import main as cli
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.preferences.generate import main
+from rlhf_lightning.preferences.generate import _Progress, main
 from rlhf_lightning.preferences.partial import PartialAnswers, Place
 from rlhf_lightning.rollout.engine import RolloutEngine
 
@@ -76,10 +76,12 @@ def test_rows_have_all_answers_and_keep_the_prompts_own_columns(
     assert "column 'policies' is written as 'input_policies'" in printed
     assert "sft: 28 of 28 answers, " in printed
     assert "tokens/s" in printed
-    assert "7 prompts with their answers in " in printed
+    assert "out.jsonl: 7 of 7 prompts; left out: none" in printed
 
 
-def test_chats_their_ids_and_tools_come_back(tmp_path: Path, tiny_policy_dir: Path) -> None:
+def test_chats_and_their_ids_come_back(
+    tmp_path: Path, tiny_policy_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     turns = [
         {"role": "user", "content": "hello"},
         {"role": "assistant", "content": "bye"},
@@ -91,6 +93,7 @@ def test_chats_their_ids_and_tools_come_back(tmp_path: Path, tiny_policy_dir: Pa
     assert row["id"] == "7"
     assert row["prompt"] == turns
     assert set(row) == {"id", "prompt", "completions", "policies"}
+    assert "keys that are not written to the output: chosen, rejected" in capsys.readouterr().out
 
 
 def test_the_result_does_not_depend_on_batches_nor_on_the_other_policies(
@@ -143,10 +146,18 @@ def test_equal_answers_stand_once_with_all_who_gave_them(
     for row in rows:
         assert sorted(row["policies"]) == ["a+b", "c"]
         assert len(row["completions"]) == 2
-    assert len(rows) == len(PROMPTS) or "prompts left out" in capsys.readouterr().out
+    assert len(rows) == len(PROMPTS) or "all answers the same" in capsys.readouterr().out
     with pytest.raises(InputError, match="all answers to each prompt are the same"):
         generate(prompts, tmp_path / "same.jsonl", *greedy, policies=[a, b])
     assert list(tmp_path.glob("same*")) == []
+
+
+@pytest.mark.parametrize("narrow", [("--top_k", "1"), ("--top_p", "0.000001"), ("--temperature", "0.00001")])
+def test_narrow_sampling_leaves_one_answer(
+    tmp_path: Path, prompts: Path, tiny_policy_dir: Path, narrow: tuple[str, str]
+) -> None:
+    with pytest.raises(InputError, match="all answers to each prompt are the same"):
+        generate(prompts, tmp_path / "out.jsonl", *narrow, policies=[str(tiny_policy_dir)])
 
 
 def test_rows_with_one_answer_are_left_out_and_counted(
@@ -168,8 +179,7 @@ def test_rows_with_one_answer_are_left_out_and_counted(
     monkeypatch.setattr(RolloutEngine, "rollout", rollout)
     rows = generate(prompts, tmp_path / "out.jsonl", policies=[str(tiny_policy_dir)])
     assert [row["id"] for row in rows] == ["0", "2", "4", "5", "6"]
-    assert "5 prompts with their answers" in (printed := capsys.readouterr().out)
-    assert "2 prompts left out, since all answers to them are the same" in printed
+    assert "out.jsonl: 5 of 7 prompts; left out: all answers the same 2" in capsys.readouterr().out
 
 
 # Stopped and continued
@@ -267,6 +277,25 @@ def test_a_partial_file_is_one_process_at_a_time_and_its_lines_are_checked(tmp_p
     with PartialAnswers(tmp_path / "unused.partial", {}):
         pass
     assert not (tmp_path / "unused.partial").exists()
+
+
+def test_progress_is_said_every_ten_seconds_with_the_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    progress = _Progress("sft", 4, 10, clock=lambda: now)
+    progress.step(3, 64)
+    for now in (5.0, 10.0, 12.0):  # noqa: B007  the clock reads it
+        progress.step(5, 64)
+    progress.batch(3, 240)
+    now = 20.0
+    progress.batch(2, 160)
+    now = 21.0
+    progress.batch(1, 20)
+    progress.end()
+    assert capsys.readouterr().out.splitlines() == [
+        "sft: 4 of 10 answers; token 5 of up to 64",
+        "sft: 9 of 10 answers, 20 tokens/s",
+        "sft: 10 of 10 answers, 20 tokens/s in 21.0 s",
+    ]
 
 
 # Bad input
