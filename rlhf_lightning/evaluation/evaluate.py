@@ -21,6 +21,7 @@ from rlhf_lightning.errors import CommandParser, InputError, out_of_memory
 from rlhf_lightning.models.policy_arguments import (
     add_answer_arguments,
     check_numbers,
+    check_temperature,
     chosen_device,
     is_function,
     named,
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     plain_warnings()
     columns = Columns(columns_of(options.columns), "--columns")
+    check_temperature(options.temperature)
     device = chosen_device(options.device)
     rewards = _rewards(options.reward, options.trust_remote_code)
     prompts = asked(options.prompts, options.max_prompts, columns, final=not options.text)

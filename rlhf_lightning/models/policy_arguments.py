@@ -48,6 +48,19 @@ def check_numbers(options: argparse.Namespace) -> None:
         raise InputError(f"--temperature {options.temperature}: expected a number of at least 0")
 
 
+def check_temperature(temperature: float) -> None:
+    """Refuses a temperature that float32 logits cannot be divided by. It imports torch, so `check_numbers` comes first.
+
+    Raises:
+        InputError: names the option.
+    """
+    from rlhf_lightning.ops.checks import LEAST_TEMPERATURE, MOST_TEMPERATURE
+
+    if temperature and not LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE:
+        limits = f"{LEAST_TEMPERATURE:g} to {MOST_TEMPERATURE:g}"
+        raise InputError(f"--temperature {temperature:g}: expected 0 or a number from {limits}")
+
+
 def chosen_device(given: str | None) -> str:
     """The device's name: the given one, or by default a GPU if there is one.
 

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.errors import CommandParser, InputError, out_of_memory
-from rlhf_lightning.models.policy_arguments import add_answer_arguments, check_numbers, chosen_device, named
+from rlhf_lightning.models.policy_arguments import (
+    add_answer_arguments,
+    check_numbers,
+    check_temperature,
+    chosen_device,
+    named,
+)
 from rlhf_lightning.outputs import check_output
 from rlhf_lightning.text import plain_warnings, say
 
@@ -56,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rlhf_lightning.preferences.partial import PartialAnswers
 
     plain_warnings()
+    check_temperature(options.temperature)
     device = chosen_device(options.device)
     prompts = asked(options.prompts, options.max_prompts, Columns(columns_of(options.columns), "--columns"))
     say(f"prompts: {prompts.summary()}")
@@ -65,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             for name, folder in policies.items():
                 _answer(name, folder, tokenizers[name], prompts.prompts, partial, options, device)
+        except KeyboardInterrupt:
+            say(f"stopped: {len(partial.texts):,} answers are in {partial_path}; the same command goes on there")
+            raise
         except RuntimeError as error:
             if out_of_memory(error):
                 sizes = f"lower --batch_size ({options.batch_size}), and the same command goes on"

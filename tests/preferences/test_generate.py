@@ -228,7 +228,11 @@ def test_a_killed_command_goes_on_to_the_same_bytes(
 
 
 def test_nothing_is_sampled_twice(
-    tmp_path: Path, prompts: Path, tiny_policy_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    prompts: Path,
+    tiny_policy_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     real, calls = RolloutEngine.rollout, []
 
@@ -242,6 +246,7 @@ def test_nothing_is_sampled_twice(
     one = ("--batch_size", "3", "--count", "4")
     with pytest.raises(KeyboardInterrupt):
         generate(prompts, tmp_path / "out.jsonl", *one, policies=[str(tiny_policy_dir)])
+    assert "stopped: 12 answers are in " in capsys.readouterr().out
     generate(prompts, tmp_path / "out.jsonl", *one, policies=[str(tiny_policy_dir)])
     assert len(calls) == 12 + 1  # three batches, four answers each, and the one that was stopped
     assert calls[6] == calls[5]
@@ -312,6 +317,7 @@ def test_progress_is_said_every_ten_seconds_with_the_speed(capsys: pytest.Captur
         (["--policies", "a={policy}", "--count", "1"], "nothing to compare"),
         (["--policies", "a={policy}", "--count", "0"], "--count 0"),
         (["--policies", "a={policy}", "--temperature", "0"], "--temperature 0 all answers"),
+        (["--policies", "a={policy}", "--temperature", "1e-13"], "--temperature 1e-13: .*from 1e-12"),
         (["--policies", "a={policy}", "--temperature", "inf"], "--temperature inf"),
         (["--policies", "a={policy}", "--top_p", "0"], "--top_p 0"),
         (["--policies", "a={policy}", "--top_k", "-1"], "--top_k -1"),
