@@ -173,7 +173,7 @@ def test_rows_with_one_answer_are_left_out_and_counted(
         result = real(self, policy, batch, *more)
         for place, row in enumerate(batch.rows.tolist()):
             if row in (1, 3):
-                result.responses[place] = " equal" if row == 1 else "equal"
+                result.responses[place] = "equal" + " " * more[1].iteration * (row == 1)
         return result
 
     monkeypatch.setattr(RolloutEngine, "rollout", rollout)
@@ -246,7 +246,7 @@ def test_nothing_is_sampled_twice(
     one = ("--batch_size", "3", "--count", "4")
     with pytest.raises(KeyboardInterrupt):
         generate(prompts, tmp_path / "out.jsonl", *one, policies=[str(tiny_policy_dir)])
-    assert "stopped: 12 answers are in " in capsys.readouterr().out
+    assert "stopped: 13 answers are in " in capsys.readouterr().out
     generate(prompts, tmp_path / "out.jsonl", *one, policies=[str(tiny_policy_dir)])
     assert len(calls) == 12 + 1  # three batches, four answers each, and the one that was stopped
     assert calls[6] == calls[5]
@@ -271,8 +271,14 @@ def test_a_partial_file_is_one_process_at_a_time_and_its_lines_are_checked(tmp_p
             PartialAnswers(path, {"seed": 0})
     with PartialAnswers(path, {"seed": 0}) as partial:
         assert partial.texts == {Place("a", 0, 0): "x\u2028y"}
+    for torn in ('{"policy": "a', "{"):
+        path.write_text(path.read_text() + torn)
+        with PartialAnswers(path, {"seed": 0}) as partial:
+            partial.add({Place("a", 1, 0): "z"})
+    with PartialAnswers(path, {"seed": 0}) as partial:
+        assert partial.texts == {Place("a", 0, 0): "x\u2028y", Place("a", 1, 0): "z"}
     path.write_text(path.read_text() + "no\n")
-    with pytest.raises(InputError, match=r"answers\.partial:3: .*delete the file"):
+    with pytest.raises(InputError, match=r"answers\.partial:5: .*delete the file"):
         PartialAnswers(path, {"seed": 0})
     foreign = tmp_path / "foreign.partial"
     foreign.write_text("notes")
