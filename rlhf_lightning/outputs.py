@@ -94,7 +94,7 @@ def _is_special(path: Path, place: Path) -> bool:
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Writes a text file, so that it is complete as soon as it exists. Makes its folders; follows a link.
+    """Writes a text file, complete and on the disk as soon as it exists. Makes its folders; follows a link.
 
     A lone surrogate, which a JSON escape may put into a text, has no UTF-8 form and becomes a question mark.
     """
@@ -102,7 +102,10 @@ def write_whole(path: str | Path, text: str) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     staged = place.with_name(f".{place.name}.{os.getpid()}")
     try:
-        staged.write_text(text, encoding="utf-8", errors="replace")
+        with staged.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(staged, place)
     finally:
         staged.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ MINIBATCHES = 2
 DATA_ORDER = 3
 CANDIDATES = 4
 ANNOTATION = 5
+CANDIDATE_ORDER = 6
 
 
 def uniform(seed: int, stream: int, *counters: int | Tensor) -> Tensor:

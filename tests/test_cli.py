@@ -27,7 +27,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_lists_the_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "evaluate", "data check", "demo", "info"):
+    for command in ("fit", "validate", "test", "predict", "generate", "evaluate", "data check", "demo", "info"):
         assert f"  {command} " in text
     assert main([]) == 2
 

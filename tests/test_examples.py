@@ -1,17 +1,20 @@
-"""The examples run, each for one PPO iteration of a tiny model; so does the reward that the README shows."""
+"""The examples run, most for one PPO iteration of a tiny model; so does the reward that the README shows."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf_lightning.cli import main
+from rlhf_lightning.demo import stages
 from rlhf_lightning.models.loading import load_causal_lm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +90,27 @@ def test_a_weighted_sum_of_a_model_and_a_function(fit: Fit, tiny_reward_dir: Pat
     Path("weighted.yaml").write_text(text.replace("runs/reward_model/model", str(tiny_reward_dir)), encoding="utf-8")
     (line,) = fit("--config", "weighted.yaml")
     assert abs(line["objective/scores"]) < 100
+
+
+def test_the_order_of_labels_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    demo = stages.Folder(tmp_path / "demo")
+    stages.prepare(demo, replace(stages.QUICK, train=48, held_out=8, hidden=32, layers=1), seed=0)
+    demo.model("sft").parent.mkdir()
+    demo.start.rename(demo.model("sft"))
+    example = importlib.import_module("examples.active_labels")
+    example.main(["--demo", str(demo.root), "--out", str(tmp_path / "out"), "--quick"])
+    (run,) = json.loads((tmp_path / "out/numbers.json").read_text())["runs"]
+    assert run["random"][0] == run["uncertain"][0]  # both begin with the same labels
+    printed = capsys.readouterr().out
+    assert f"| 16 | {run['random'][1]:.3f} | {run['uncertain'][1]:.3f} |" in printed
+    assert (tmp_path / "out/accuracy.svg").read_text().startswith("<svg xmlns")
+    labels = [(tmp_path / f"out/{arm}-0-16/labels.jsonl").read_text().splitlines() for arm in ("random", "uncertain")]
+    assert [len(rows) for rows in labels] == [16, 16]
+    assert labels[0][:8] == labels[1][:8]
+    assert labels[0][8:] != labels[1][8:]
 
 
 def test_the_reward_in_the_readme(fit: Fit) -> None:

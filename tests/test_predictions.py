@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.cli import main
-from rlhf_lightning.cli.predictions import _names, _others, _plain
+from rlhf_lightning.cli.predictions import _OURS, _others
+from rlhf_lightning.data.kept_columns import free_names, plain
 from rlhf_lightning.data.records import load_records
 
 ROWS = [
@@ -80,7 +81,7 @@ def test_what_predict_reads_is_not_written_over(options: list[str], capsys: pyte
 
 
 def test_columns_have_names_of_their_own() -> None:
-    assert _names({"a", "row", "input_row", "prompt"}) == {
+    assert free_names({"a", "row", "input_row", "prompt"}, _OURS) == {
         **{"a": "a", "row": "input_input_row"},
         **{"input_row": "input_row", "prompt": "input_prompt"},
     }
@@ -98,7 +99,7 @@ def test_a_column_that_repeats_the_prompt_is_still_a_column(tmp_path: Path) -> N
 
 
 def test_columns_of_tables_become_json() -> None:
-    assert _plain(datetime.datetime(2026, 1, 2, 3, 4)) == "2026-01-02T03:04:00"
-    assert _plain({1: (decimal.Decimal("1.50"), float("nan"), True, 2)}) == {"1": ["1.50", None, True, 2]}
+    assert plain(datetime.datetime(2026, 1, 2, 3, 4)) == "2026-01-02T03:04:00"
+    assert plain({1: (decimal.Decimal("1.50"), float("nan"), True, 2)}) == {"1": ["1.50", None, True, 2]}
     with pytest.raises(TypeError, match="bytes"):
-        _plain([b"x"])
+        plain([b"x"])

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
-from rlhf_lightning.evaluation.charts import Figure, Series, line_chart
+from rlhf_lightning.evaluation.charts import Series, line_chart
 from rlhf_lightning.evaluation.curves import read_curves
-from rlhf_lightning.evaluation.style import STYLE
+from rlhf_lightning.evaluation.stand_alone import stand_alone
 
 METRICS = {
     "score": ("objective/scores", "score, by the reward model"),
@@ -30,24 +29,6 @@ def smoothed(values: list[float], window: int) -> list[float]:
     """Each value's mean with those up to `window - 1` places before it."""
     starts = (max(0, i + 1 - window) for i in range(len(values)))
     return [sum(values[start : i + 1]) / (i + 1 - start) for i, start in enumerate(starts)]
-
-
-def stand_alone(figure: Figure) -> str:
-    """The chart as a file of its own: with its namespace, its background and the part of the style sheet it needs."""
-    at_rules = re.findall(r"@media.*?\n\}", STYLE, re.DOTALL)
-    plain = STYLE
-    for rule in at_rules:
-        plain = plain.replace(rule, "")
-    rules = [
-        rule
-        for rule in re.findall(r"[^{}]+\{[^{}]*\}", plain)
-        if rule.strip().startswith(("svg .", "svg text", ":root"))
-    ]
-    style = "".join(rules + [rule for rule in at_rules if "dark" in rule])
-    head = '<svg xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" '
-    background = '<rect width="100%" height="100%" rx="6" style="fill: var(--card)"/>'
-    opened = figure.svg.replace("<svg ", head, 1)
-    return re.sub(r"(<svg [^>]*>)", rf"\1<style>{style}</style>{background}", opened, count=1) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:

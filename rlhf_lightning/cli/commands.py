@@ -25,6 +25,7 @@ _COMMANDS = {
     "validate": (_TRAINING, "the validation metrics of a model or a checkpoint"),
     "test": (_TRAINING, "the same metrics, called test/..., of the rows of data.val_path"),
     "predict": (_TRAINING, "answer prompts, one JSON line a prompt (--output FILE)"),
+    "generate": ("rlhf_lightning.preferences.generate", "several answers of policies to each prompt, to be compared"),
     "evaluate": ("rlhf_lightning.evaluation.evaluate", "compare policies on held-out prompts: reward, KL, win rate"),
     "annotate": ("rlhf_lightning.preferences.annotate", "a local web page on which people judge answers"),
     "agreement": ("rlhf_lightning.evaluation.trust", "whether people agree, and what to do where they do not"),

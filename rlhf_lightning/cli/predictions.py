@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import decimal
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from rlhf_lightning.collectives import all_gather_objects, failing_together
 from rlhf_lightning.data.datamodule import PreferenceDataModule
+from rlhf_lightning.data.kept_columns import free_names, prompt_value, written
 from rlhf_lightning.data.records import Record
 from rlhf_lightning.data.summary import counts_text
-from rlhf_lightning.errors import InputError
 from rlhf_lightning.outputs import write_whole
 from rlhf_lightning.text import say
 
@@ -56,7 +53,7 @@ class PredictionWriter(Callback):
         with failing_together():
             if trainer.is_global_zero:
                 records = [example.record for example in data.held_out]
-                names = _names({name for record in records for name in _others(record)})
+                names = free_names({name for record in records for name in _others(record)}, _OURS)
                 for old, new in names.items():
                     if old != new:
                         say(f"{'':<10}column {old!r} is written as {new!r}")
@@ -86,54 +83,15 @@ class PredictionWriter(Callback):
         return {**first, **{name: value for name, value in row.items() if name not in first}, **known["columns"]}
 
 
-def _names(columns: set[str]) -> dict[str, str]:
-    """The name in the file for each column: its own, unless that is taken."""
-    names: dict[str, str] = {}
-    for name in sorted(columns):
-        new = name
-        while new in _OURS or (new != name and new in columns):
-            new = f"input_{new}"
-        names[name] = new
-    return names
-
-
 def _known(record: Record, names: dict[str, str]) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
-    for name, value in _others(record).items():
-        try:
-            columns[names[name]] = _plain(value)
-        except TypeError as error:
-            raise InputError(
-                f"{record.where}: key '{name}': holds {error}, which has no place in JSON; leave the column out"
-            ) from None
-    return {"row": record.row, "where": record.where, "prompt": _prompt(record), "columns": columns}
-
-
-def _prompt(record: Record) -> Any:
-    return record.prompt if isinstance(record.prompt, str) else [message.turn() for message in record.prompt]
+    columns = written(record, _others(record), names)
+    return {"row": record.row, "where": record.where, "prompt": prompt_value(record), "columns": columns}
 
 
 def _others(record: Record) -> dict[str, Any]:
     """The row's other keys, responses included, without the key that was read as the prompt."""
-    prompt, columns = _prompt(record), record.columns
+    prompt, columns = prompt_value(record), record.columns
     return {k: value for k, value in record.raw.items() if k in columns or (k != "prompt" and value != prompt)}
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's types: dates and decimals of Parquet files become text, NaN and infinities become null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, datetime.timedelta | decimal.Decimal):
-        return str(value)
-    if value is None or isinstance(value, str | int):
-        return value
-    raise TypeError(type(value).__name__)
 
 
 def inputs_of(data: Any, model: str | None) -> list[str]:

@@ -20,25 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_lightning.batches import PromptBatch, Rollout
 from rlhf_lightning.data.choices import Kind
-from rlhf_lightning.data.collate import collate, column_names
-from rlhf_lightning.data.lengths import surely_over
 from rlhf_lightning.data.rows import Record
 from rlhf_lightning.data.tokenization import Encoder
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.evaluation.measures import kl_to_reference, mean_and_error, perplexity, repetition
 from rlhf_lightning.evaluation.winrate import WinRate, length_controlled_win_rate, preferences, win_rate
-from rlhf_lightning.models.loading import (
-    check_length,
-    check_vocabularies,
-    eos_ids,
-    load_causal_lm,
-    load_tokenizer,
-    most_tokens,
-    same_vocabulary,
-    token_ids,
-)
+from rlhf_lightning.models.loading import eos_ids, load_tokenizer, same_vocabulary
 from rlhf_lightning.models.policy import Policy
 from rlhf_lightning.rewards.base import Reward
+from rlhf_lightning.rollout.answering import batches_by_length, check_long_prompts, check_longest_prompt, load_policy
 from rlhf_lightning.rollout.best_of import best_of_kl, best_responses
 from rlhf_lightning.rollout.engine import Sampling
 from rlhf_lightning.rollout.fitting import fitting_engine
@@ -181,20 +171,18 @@ def compare(
     comparable = {name: same_vocabulary(each, reference_tokenizer) for name, each in tokenizers.items()}
     if reference is not None:
         _check_reference(reference, policies, comparable)
-    reference_policy = _load(reference_folder, reference_tokenizer, settings)
+    reference_policy = load_policy(reference_folder, reference_tokenizer, settings.device, settings.trust_remote_code)
     texts: list[str] = []
     found = {}
     ways = [(name, 1) for name in names] + [(name, count) for name, count in (best_of or {}).items()]
     for name, count in ways:
         start = time.perf_counter()
         folder, tokenizer = policies[name], tokenizers[name]
-        policy = _load(folder, tokenizer, settings)
+        policy = load_policy(folder, tokenizer, settings.device, settings.trust_remote_code)
         encoder = Encoder(tokenizer, chat=settings.chat, columns="--columns")
-        _check_long_prompts(encoder, prompts, policy, folder, settings)
+        check_long_prompts(encoder, prompts, policy, folder, settings.max_new_tokens)
         batches = _batches(encoder, prompts, "prompts", settings)
-        widest = max(batches, key=lambda batch: batch.tokens.shape[1])
-        row = int(widest.rows[widest.lengths.argmax()])
-        _check_prompt(prompts[row], int(widest.lengths.max()), policy, folder, settings)
+        check_longest_prompt(batches, prompts, policy, folder, settings.max_new_tokens)
         texts = texts or _in_order(batches, [p for batch in batches for p in batch.prompts])
         known = reference_policy if comparable[name] else None
         measured = _answers(
@@ -223,38 +211,9 @@ def _check_reference(reference: str | Path, policies: Mapping[str, str | Path], 
             )
 
 
-def _load(folder: str | Path, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Policy:
-    model = load_causal_lm(folder, trust_remote_code=settings.trust_remote_code)
-    check_vocabularies(tokenizer, model, folder)
-    return Policy(model, ids=token_ids(tokenizer)).eval().requires_grad_(False).to(settings.device)
-
-
-def _check_long_prompts(
-    encoder: Encoder, prompts: Sequence[Record], policy: Policy, folder: str | Path, settings: Settings
-) -> None:
-    """Refuses prompts that are far too long, recognised by their beginnings, before megabytes are tokenised."""
-    limit = most_tokens(policy.model)
-    if limit is None:
-        return
-    for record in prompts:
-        parts = [record.prompt] if isinstance(record.prompt, str) else [turn.content for turn in record.prompt]
-        for part in parts:
-            if tokens := surely_over(part, limit, lambda text: len(encoder.ids.plain([text])[0])):
-                _check_prompt(record, tokens, policy, folder, settings)
-
-
-def _check_prompt(record: Record, tokens: int, policy: Policy, folder: str | Path, settings: Settings) -> None:
-    where = f"{record.where}: {folder}"
-    check_length(policy.model, tokens + settings.max_new_tokens, where, "--max_new_tokens")
-
-
 def _batches(encoder: Encoder, records: Sequence[Record], kind: Kind, settings: Settings) -> list[Any]:
-    """Batches of rows of similar length. ``rows`` of prompt batches gives the prompts' numbers in their order."""
-    examples, _ = encoder.encode(records, kind)
-    columns = column_names(examples)
-    ordered = sorted(examples, key=lambda example: max(example.widths))
-    parts = [ordered[i : i + settings.batch_size] for i in range(0, len(ordered), settings.batch_size)]
-    return [collate(part, kind, encoder.pad_id, columns).to(settings.device) for part in parts]
+    """Batches on the device. ``rows`` of prompt batches gives the prompts' numbers in their order."""
+    return [batch.to(settings.device) for batch in batches_by_length(encoder, records, kind, settings.batch_size)]
 
 
 @torch.no_grad()

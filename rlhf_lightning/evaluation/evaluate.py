@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import shlex
 import sys
@@ -19,11 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning import __version__
 from rlhf_lightning.errors import CommandParser, InputError, out_of_memory
-from rlhf_lightning.evaluation.asked import Asked, asked
+from rlhf_lightning.models.policy_arguments import (
+    add_answer_arguments,
+    check_numbers,
+    check_temperature,
+    chosen_device,
+    is_function,
+    named,
+)
 from rlhf_lightning.outputs import check_output, write_whole
 from rlhf_lightning.text import plain_warnings, say
 
 if TYPE_CHECKING:
+    from rlhf_lightning.data.asked import Asked
     from rlhf_lightning.evaluation.compare import Comparison
     from rlhf_lightning.evaluation.html_report import Report
     from rlhf_lightning.rewards.base import Reward
@@ -38,24 +45,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Returns 0 when the report is written; raises an InputError if options or files are at fault."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
-    policies = dict(_named(options.policies, "--policies"))
+    policies = dict(named(options.policies, "--policies"))
     if options.baseline is not None and options.baseline not in policies:
         raise InputError(f"--baseline {options.baseline}: no such policy: it must be one of {', '.join(policies)}")
-    _check_numbers(options)
+    check_numbers(options)
     proxy = _proxy(options)
     best_of = _best_of(options, policies)
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: a file, where a folder is expected")
-    judges = [what.rpartition(":")[0] if _is_function(what) else what for _, what in _named(options.reward, "--reward")]
+    judges = [what.rpartition(":")[0] if is_function(what) else what for _, what in named(options.reward, "--reward")]
     read = [*options.prompts, *options.text, *judges, *policies.values(), *filter(None, [options.reference])]
     for name in ("samples.jsonl", "report.json", "report.html"):
         check_output(out / name, "--out", read)
 
     # Imported here, so that --help and wrong options answer at once.
-    import torch
     from rich.console import Console
 
+    from rlhf_lightning.data.asked import asked
     from rlhf_lightning.data.columns import Columns, columns_of
     from rlhf_lightning.data.records import load_records
     from rlhf_lightning.evaluation.compare import Settings, compare
@@ -65,11 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     plain_warnings()
     columns = Columns(columns_of(options.columns), "--columns")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(
-            f"--device {device}: no CUDA device here, or torch was built without CUDA: leave the option out"
-        )
+    check_temperature(options.temperature)
+    device = chosen_device(options.device)
     rewards = _rewards(options.reward, options.trust_remote_code)
     prompts = asked(options.prompts, options.max_prompts, columns, final=not options.text)
     say(f"prompts: {prompts.summary()}")
@@ -128,14 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--policies", nargs="+", required=True, metavar="NAME=DIR", help="model folders; the name may be left out")
-    add(
-        "--prompts",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="rows with prompts; anything else in them is ignored",
-    )
+    add_answer_arguments(add)
     add(
         "--reward",
         nargs="+",
@@ -165,55 +162,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="demonstrations to measure perplexity on, which shows forgetting",
     )
-    add(
-        "--columns",
-        nargs="+",
-        default=[],
-        metavar="OURS=YOURS",
-        help="our name of a key, and the name that your rows have for it: prompt=question",
-    )
-    add("--max_new_tokens", type=int, default=128, help="longest answer (default: %(default)s)")
-    add("--temperature", type=float, default=1.0, help="0 takes the most probable token (default: %(default)s)")
-    add("--max_prompts", type=int, help="ask only this many, evenly spread over the file")
-    add("--batch_size", type=int, default=32, help="prompts at a time; changes no result (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the sampled answers (default: %(default)s)")
-    add("--chat", action="store_true", help="put plain prompts through the chat template too")
-    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    add("--trust_remote_code", action="store_true", help="run model code that comes with the weights")
     add("--out", default="runs/evaluation", metavar="DIR", help="folder of the report (default: %(default)s)")
     return parser
 
 
-def _check_numbers(options: argparse.Namespace) -> None:
-    for name in ("max_new_tokens", "batch_size", "max_prompts"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value}: expected a number of at least 1")
-    if not (math.isfinite(options.temperature) and options.temperature >= 0):
-        raise InputError(f"--temperature {options.temperature}: expected a number of at least 0")
-
-
-def _named(given: Sequence[str], option: str) -> list[tuple[str, str]]:
-    """``NAME=WHAT`` or ``WHAT`` as (name, what). A model folder without a name is named by its run."""
-    pairs: list[tuple[str, str]] = []
-    for item in given:
-        name, separator, what = item.partition("=")
-        if not separator:
-            name, what = _own_name(item), item
-        if not name or not what:
-            raise InputError(f"{option} {item}: expected NAME=DIR")
-        if any(name == other for other, _ in pairs):
-            raise InputError(f"{option}: two are named {name!r}: give each its own, as in NAME=DIR")
-        pairs.append((name, what))
-    return pairs
-
-
 def _proxy(options: argparse.Namespace) -> str | None:
     """The reward that policies were trained against; None if there is no reward."""
-    rewards = _named(options.reward, "--reward")
+    rewards = named(options.reward, "--reward")
     names = [name for name, _ in rewards]
     if options.proxy is None:
-        models = [name for name, what in rewards if not _is_function(what)]
+        models = [name for name, what in rewards if not is_function(what)]
         return models[0] if len(models) == 1 else next(iter(names), None)
     if options.proxy not in names:
         given = f"it must be one of {', '.join(names)}" if names else "no --reward is given"
@@ -223,7 +181,7 @@ def _proxy(options: argparse.Namespace) -> str | None:
 
 def _best_of(options: argparse.Namespace, policies: dict[str, str]) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for name, count in _named(options.best_of, "--best_of"):
+    for name, count in named(options.best_of, "--best_of"):
         if name not in policies:
             raise InputError(f"--best_of {name}={count}: no such policy: it must be one of {', '.join(policies)}")
         if not (count.isascii() and count.isdigit() and int(count) > 1):
@@ -236,27 +194,15 @@ def _best_of(options: argparse.Namespace, policies: dict[str, str]) -> dict[str,
     return counts
 
 
-def _own_name(what: str) -> str:
-    """``runs/ppo/model`` is ppo, ``my_rewards.py:brevity`` is brevity."""
-    if _is_function(what):
-        return what.rpartition(":")[2]
-    path = Path(what)
-    return path.parent.name if path.name == "model" and path.parent.name else path.name
-
-
 def _rewards(given: Sequence[str], trust_remote_code: bool) -> dict[str, Reward]:
     from rlhf_lightning.rewards.function import FunctionReward
     from rlhf_lightning.rewards.model import ModelReward
 
     rewards: dict[str, Reward] = {}
-    for name, what in _named(given, "--reward"):
-        function = _is_function(what)
+    for name, what in named(given, "--reward"):
+        function = is_function(what)
         rewards[name] = FunctionReward(what) if function else ModelReward(what, trust_remote_code=trust_remote_code)
     return rewards
-
-
-def _is_function(what: str) -> bool:
-    return ":" in what and not Path(what).exists()
 
 
 def _provenance(
@@ -267,7 +213,7 @@ def _provenance(
     text_rows: int,
     prompts: Asked,
 ) -> dict[str, str]:
-    policies = dict(_named(options.policies, "--policies"))
+    policies = dict(named(options.policies, "--policies"))
     return {
         "command": f"python -m rlhf_lightning evaluate {shlex.join(arguments)}",
         "seed": str(options.seed),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_lightning.batches import PromptBatch
+from rlhf_lightning.batches import PromptBatch, Rollout
 from rlhf_lightning.models.policy import Policy
+from rlhf_lightning.outputs import write_whole
 from rlhf_lightning.preferences.annotator import SimulatedAnnotator
 from rlhf_lightning.randomness import CANDIDATES, uniform
 from rlhf_lightning.rollout.engine import Sampling
@@ -49,6 +51,38 @@ class Ranking:
         ]
 
 
+def candidate_seed(seed: int, policy: str = "") -> int:
+    """The seed of `Sampling` for a policy's candidates: of streams that no training and no other policy's name has."""
+    name = int.from_bytes(hashlib.blake2b(policy.encode(), digest_size=7).digest()) if policy else None
+    return int(uniform(seed, CANDIDATES, *([] if name is None else [name])) * 2**52)
+
+
+def candidate_rollouts(
+    policy: Policy,
+    prompts: Sequence[PromptBatch],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    sampling: Sampling,
+    known: Callable[[int, PromptBatch], bool] = lambda number, batch: False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[int, PromptBatch, Rollout]]:
+    """Yields ``count`` answers to every batch: the answers' number from 0, the batch, and one answer to each row.
+
+    Args:
+        policy, prompts, tokenizer, count: see `sample_candidates`.
+        sampling: how answers are drawn; ``iteration`` becomes the answers' number.
+        known: for a number and a batch, whether these answers need not be sampled and yielded.
+        progress: see `RolloutEngine.generate`.
+    """
+    engine = fitting_engine(policy)
+    device = next(policy.parameters()).device
+    for number in range(count):
+        for batch in prompts:
+            if not known(number, batch):
+                drawn = replace(sampling, iteration=number)
+                yield number, batch, engine.rollout(policy, batch.to(device), tokenizer, drawn, progress)
+
+
 def sample_candidates(
     policy: Policy,
     prompts: Sequence[PromptBatch],
@@ -71,21 +105,17 @@ def sample_candidates(
         seed: seed of the sampling; the draws differ from those of a training run with the same seed.
         progress: called with (batches answered, batches to answer).
     """
-    base_seed = int(uniform(seed, CANDIDATES) * 2**52)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=eos_ids, seed=candidate_seed(seed)
+    )
     answers: dict[int, list[str]] = {}
     texts: dict[int, str] = {}
-    engine = fitting_engine(policy)
-    for number in range(count):
-        sampling = Sampling(
-            max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=eos_ids, seed=base_seed, iteration=number
-        )
-        for place, batch in enumerate(prompts):
-            rollout = engine.rollout(policy, batch, tokenizer, sampling)
-            for row, prompt, response in zip(batch.rows.tolist(), batch.prompts, rollout.responses, strict=True):
-                texts[row] = prompt
-                answers.setdefault(row, []).append(response)
-            if progress is not None:
-                progress(number * len(prompts) + place + 1, count * len(prompts))
+    for done, (_, batch, rollout) in enumerate(candidate_rollouts(policy, prompts, tokenizer, count, sampling)):
+        for row, prompt, response in zip(batch.rows.tolist(), batch.prompts, rollout.responses, strict=True):
+            texts[row] = prompt
+            answers.setdefault(row, []).append(response)
+        if progress is not None:
+            progress(done + 1, count * len(prompts))
     return [Candidates(row, texts[row], tuple(answers[row])) for row in sorted(answers)]
 
 
@@ -109,7 +139,7 @@ def write_rankings(rankings: Iterable[Ranking], path: Path) -> None:
         (
             {
                 "prompt": r.candidates.prompt,
-                "completions": [_readable(text) for text in r.candidates.completions],
+                "completions": [readable(text) for text in r.candidates.completions],
                 "ranks": list(r.ranks),
             }
             for r in rankings
@@ -118,12 +148,10 @@ def write_rankings(rankings: Iterable[Ranking], path: Path) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes a JSONL file, one row on each line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Writes a JSONL file, one row on each line. It is complete, and on the disk, as soon as it exists."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _readable(text: str) -> str:
+def readable(text: str) -> str:
     """The text without NUL characters, which a weak model may sample and rows may not hold."""
     return text.replace("\0", "\N{REPLACEMENT CHARACTER}")

@@ -254,6 +254,7 @@ def _renumbered(folder: Path, to: Path) -> None:
         (["--policies", "={policy}"], "expected NAME=DIR"),
         (["--policies", "a={policy}", "--baseline", "b"], "--baseline b: no such policy"),
         (["--policies", "a={folder}/missing"], "missing: no such folder"),
+        (["--policies", "a={policy}", "--temperature", "1e-13"], "--temperature 1e-13: .*from 1e-12"),
         (["--policies", "a={policy}", "--temperature", "nan"], "--temperature"),
         (["--policies", "a={policy}", "--batch_size", "0"], "--batch_size 0"),
         (["--policies", "a={policy}", "--reward", "{folder}/no.py:score"], "no.py does not exist"),

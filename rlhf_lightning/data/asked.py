@@ -1,4 +1,4 @@
-"""Chooses the prompts of an evaluation from its files, and counts the rows that are left out, by reason."""
+"""Chooses the prompts to answer from their files, and counts the rows that are left out, by reason."""
 
 from __future__ import annotations
 
