@@ -147,9 +147,7 @@ def people(
     names = sorted({*units.annotators, *(row.annotator for row in rows)})
     found = {}
     for name in names:
-        mine = [choice for choice in choices if choice.annotator == name]
-        sided = [choice.second == bool(choice.left) for choice in mine if choice.left is not None]
-        longer = [choice.second == (b > a) for choice in mine for a, b in [choice.lengths] if a != b]
+        left, longer = _habits(name, choices)
         place = units.annotators.index(name) if name in units.annotators else None
         others = [other for other in range(len(units.annotators)) if other != place]
         without = alpha(units.chosen(range(len(units.items)), others), "nominal") if len(others) > 1 else math.nan
@@ -158,8 +156,8 @@ def people(
             "judged": 0 if place is None else int(np.sum(~np.isnan(units.values[place]))),
             "alpha_without": _number(without),
             "agreement": None if place is None else _shared(units, place),
-            "left": _share(sided),
-            "longer": _share(longer),
+            "left": left,
+            "longer": longer,
             **_checks(own, items, task),
             "seconds": _median([row.seconds for row in own if row.seconds is not None]),
         }
@@ -172,16 +170,21 @@ def live(items: Sequence[tuple[Part, Item]], judgements: Sequence[Judgement], ta
     several = np.sum(~np.isnan(units.values), axis=0) >= 2
     count = len({item for item, of in zip(units.items, several, strict=True) if of})
     by_id = {item.id: item for _, item in items}
-    found = people(units, store_choices(judgements, by_id, task), judgements, by_id, task)
-    shown = {
-        name: {
-            "seconds": of["seconds"],
-            "gold_accuracy": of["gold"] and of["gold"]["share"],
-            "self_agreement": of["self_agreement"] and of["self_agreement"]["share"],
-            "left_share": of["left"] and of["left"]["share"],
+    choices = store_choices(judgements, by_id, task)
+    given: dict[str, list[Judgement]] = {}
+    for row in judgements:
+        if row.value is not None:
+            given.setdefault(row.annotator, []).append(row)
+    shown = {}
+    for name, own in sorted(given.items()):  # not `people`: alpha without each person takes too long for a page
+        checks = _checks(own, by_id, task)
+        left, _ = _habits(name, choices)
+        shown[name] = {
+            "seconds": _median([row.seconds for row in own if row.seconds is not None]),
+            "gold_accuracy": checks["gold"] and checks["gold"]["share"],
+            "self_agreement": checks["self_agreement"] and checks["self_agreement"]["share"],
+            "left_share": left and left["share"],
         }
-        for name, of in found.items()
-    }
     levels = {level: {"value": _number(alpha(units, level)), "items": count} for level in LEVELS}
     return {"alpha": levels, "annotators": shown}
 
@@ -234,6 +237,14 @@ def _shared(units: Units, place: int) -> float | None:
     others = np.delete(units.categories, place, axis=0)
     known = ~np.isnan(others) & ~np.isnan(mine)
     return float(np.sum((others == mine) & known) / np.sum(known)) if known.any() else None
+
+
+def _habits(name: str, choices: Sequence[Choice]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """How often someone chose the left answer, and the longer one."""
+    mine = [choice for choice in choices if choice.annotator == name]
+    left = [choice.second == bool(choice.left) for choice in mine if choice.left is not None]
+    longer = [choice.second == (b > a) for choice in mine for a, b in [choice.lengths] if a != b]
+    return _share(left), _share(longer)
 
 
 def _checks(rows: Sequence[Judgement], items: dict[str, Item], task: Task | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,7 @@ _MIDDLE = 2  # the strength of a choice without one
 _SIDES = {"first": -1, "second": 1, "tie": 0, "both_bad": 0}
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """One value that one annotator gave to one unit."""
 
     unit: tuple[str, str, str]  # item, criterion, and what of the item
@@ -96,7 +95,7 @@ def _marks(row: Judgement, task: Task) -> Iterator[Mark]:
         ranks = value["ranks"]
         for i, j in itertools.combinations(range(len(ranks)), 2):
             if ranks[i] is not None and ranks[j] is not None:
-                sign = float(np.sign(ranks[i] - ranks[j]))
+                sign = float((ranks[i] > ranks[j]) - (ranks[i] < ranks[j]))
                 yield Mark((row.item, OVERALL, f"{i}-{j}"), row.annotator, sign, sign)
     else:
         for place, ratings in enumerate(value["ratings"]):
