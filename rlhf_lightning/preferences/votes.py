@@ -3,13 +3,16 @@
 | task | votes | a row |
 |---|---|---|
 | pairs | ``soft`` | ``preference`` is the share of votes for ``chosen``; a tie is half a vote for each |
-| pairs | ``majority`` | the answer with most votes is ``chosen``; where both have as many, the item gives no row |
+| pairs | ``majority`` | the answer with most votes is ``chosen``; where both have as many, the item gives no row; ``margin`` is the mean strength of the votes for it (Touvron et al. 2023, arXiv 2307.09288, table 27: 1 to 3), if they have one |
 | pairs | ``dawid_skene`` | ``preference`` is the posterior of the annotators' model, see `dawid_skene` |
 | ranking | ``soft`` | one row for each annotator |
 | ranking | ``majority`` | one row for each item, by mean rank of the answers that all have ranked |
 | rating | ``soft`` | one row for each annotator |
 | rating | ``majority`` | one row for each item, by mean rating |
-"""
+
+Of soft votes and of the model's, a row on which nobody preferred an answer has ``tie``: true. An item whose answers are
+both bad to everyone gives no row.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -29,6 +32,7 @@ Votes = Literal["soft", "majority", "dawid_skene"]
 RowOut = dict[str, Any]
 _CLASSES = ("first", "second", "neither")
 _CLASS = {"first": 0, "second": 1, "tie": 2, "both_bad": 2}
+_OTHERS = {"calibration": "calibration items", "gold": "gold items", "repeat": "repeats"}
 _FOR_SECOND = np.array([0.0, 1.0, 0.5])
 
 
@@ -68,10 +72,11 @@ def export(store: Store, votes: Votes, min_votes: int = 1) -> Exported:
     for row in store.judgements():
         if row.part == "real" and row.value is not None:
             given[row.item].append(row)
-        elif row.part == "real":
-            found.left_out["skipped judgements"] += 1
         else:
-            found.left_out[f"judgements of {'repeats' if row.part == 'repeat' else 'gold items'}"] += 1
+            found.left_out[_without_vote(row)] += 1
+    flagged = sum(row.flag is not None for rows in given.values() for row in rows)
+    if flagged:
+        found.notes.append(f"{flagged:,} votes have a flag; they count, and the flag stands in the row's votes")
     if not any(given.values()):
         raise InputError(f"{store.path}: has no judgements yet; annotate first")
     used = {name: rows for name, rows in given.items() if len(rows) >= min_votes}
@@ -88,6 +93,13 @@ def export(store: Store, votes: Votes, min_votes: int = 1) -> Exported:
             make = _ranked if store.task.name == "ranking" else _rated
             found.rows += [row for row in make(items[name], rows, by_item) if _usable(row, found)]
     return found
+
+
+def _without_vote(row: Judgement) -> str:
+    """Why a judgement is no vote."""
+    if row.part == "real":
+        return "skipped judgements" if row.flag is None else "flags without a judgement"
+    return f"judgements of {_OTHERS[row.part]}"
 
 
 def _pairs(items: dict[str, Item], used: dict[str, list[Judgement]], votes: Votes, found: Exported) -> None:
@@ -107,8 +119,14 @@ def _pairs(items: dict[str, Item], used: dict[str, list[Judgement]], votes: Vote
         found.notes.append(f"the model's accuracy of each annotator: {share}")
         if not model.converged:
             found.notes.append(f"the model did not converge in {model.steps} steps: do not trust its votes")
+    bad = sum((row.value or {})["choice"] == "both_bad" for rows in used.values() for row in rows)
+    if bad:
+        found.notes.append(f"{bad:,} votes say that both answers are bad; beside other votes they count as ties")
     for name, p in zip(names, second, strict=True):
         rows = used[name]
+        if all((row.value or {})["choice"] == "both_bad" for row in rows):
+            found.left_out["items whose answers are both bad to everyone"] += 1
+            continue
         if votes == "majority":
             counts_of = Counter((row.value or {})["choice"] for row in rows)
             if counts_of["first"] == counts_of["second"]:
@@ -124,6 +142,15 @@ def _pair(item: Item, rows: Sequence[Judgement], p: float, votes: Votes) -> RowO
     row: RowOut = {"id": item.id, "prompt": item.prompt, "chosen": sides[0], "rejected": sides[1]}
     if votes != "majority":
         row["preference"] = round(p if chosen else 1 - p, 6)
+        if all(_CLASS[(one.value or {})["choice"]] == 2 for one in rows):
+            row["tie"] = True
+    else:
+        strengths = [
+            (one.value or {}).get("strength") for one in rows if (one.value or {})["choice"] == _CLASSES[chosen]
+        ]
+        given = [strength for strength in strengths if strength is not None]
+        if given:
+            row["margin"] = round(float(np.mean(given)), 6)
     row["agreement"] = _agreement(rows)
     criteria = _criteria(rows, chosen)
     if criteria:

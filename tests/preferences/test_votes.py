@@ -66,6 +66,59 @@ def test_majority_votes(tmp_path: Path) -> None:
     }
 
 
+def test_ties_and_bad_answers(tmp_path: Path) -> None:
+    names = {"tied": "tie both_bad", "bad": "both_bad both_bad", "mixed": "first both_bad"}
+    with Store(store(tmp_path / "s.sqlite", names), writing=True) as opened:
+        opened.add([judged(f"{n}{a}", n, c, f"a{a}") for n, of in names.items() for a, c in enumerate(of.split())])
+        soft, majority, model = (export(opened, votes) for votes in ("soft", "majority", "dawid_skene"))
+    assert [(row["id"], row["preference"], row.get("tie")) for row in soft.rows] == [
+        ("tied", 0.5, True),
+        ("mixed", 0.75, None),
+    ]
+    assert [row["id"] for row in majority.rows] == ["mixed"]
+    assert majority.left_out["items without a majority"] == 1
+    assert [(row["id"], row.get("tie")) for row in model.rows] == [("tied", True), ("mixed", None)]
+    for found in (soft, majority, model):
+        assert found.left_out["items whose answers are both bad to everyone"] == 1
+        assert "4 votes say that both answers are bad; beside other votes they count as ties" in found.notes
+
+
+def test_the_margin_is_the_mean_strength_of_the_votes_for_chosen(tmp_path: Path) -> None:
+    given = [("first", 3), ("first", 2), ("first", None), ("second", 1), ("tie", None)]
+    with Store(store(tmp_path / "s.sqlite", ["i"]), writing=True) as opened:
+        opened.add(
+            [
+                replace(judged(f"{n}", "i", annotator=f"a{n}"), value={"choice": choice, "strength": strength})
+                for n, (choice, strength) in enumerate(given)
+            ]
+        )
+        [row], [soft] = export(opened, "majority").rows, export(opened, "soft").rows
+    assert (row["chosen"], row["margin"]) == ("i 0", 2.5)
+    assert "margin" not in soft
+
+
+def test_what_is_no_vote_is_counted_by_its_kind(tmp_path: Path) -> None:
+    rows = [
+        replace(judged("1", "i3", annotator="b"), value=None),
+        replace(judged("2", "i3", annotator="c", flag="broken"), value=None),
+        judged("3", "i3", annotator="d", flag="odd"),
+        judged("4", "i3", annotator="d", part="calibration"),
+        judged("5", "i3", annotator="d", part="gold"),
+        judged("6", "i3", annotator="d", part="repeat"),
+    ]
+    with filled(tmp_path / "s.sqlite", rows) as opened:
+        found = export(opened, "soft")
+    assert dict(found.left_out) == {
+        "skipped judgements": 1,
+        "flags without a judgement": 1,
+        "judgements of calibration items": 1,
+        "judgements of gold items": 1,
+        "judgements of repeats": 1,
+        "items that nobody judged": 1,
+    }
+    assert found.notes[0] == "1 votes have a flag; they count, and the flag stands in the row's votes"
+
+
 def test_votes_of_the_model_believe_who_is_reliable(tmp_path: Path) -> None:
     names = [f"i{n}" for n in range(40)]
     with Store(store(tmp_path / "s.sqlite", names), writing=True) as opened:
