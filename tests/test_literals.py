@@ -39,6 +39,7 @@ from rlhf_lightning.preferences.votes import export
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rewards.ensemble import Ensemble
 from rlhf_lightning.rewards.function import FunctionReward
+from rlhf_lightning.rollout.answering import batches_by_length
 from rlhf_lightning.training.credit import AdvantageOptions
 from rlhf_lightning.training.critic import CriticOptions
 from rlhf_lightning.training.kl_control import KLOptions
@@ -114,6 +115,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "training.objective.ClippedObjective(kl_estimator)": lambda: ClippedObjective(
         ObjectiveOptions(), KLOptions(), 8, kl_estimator=WORD
     ),
+    "rollout.answering.batches_by_length(kind)": lambda: batches_by_length(Encoder(tokenizer()), [], WORD, 1),
     "training.credit.AdvantageOptions(score_position)": lambda: AdvantageOptions(score_position=WORD),
     "training.critic.CriticOptions(kind)": lambda: CriticOptions(kind=WORD),
     "training.kl_control.KLOptions(estimator)": lambda: KLOptions(estimator=WORD),

@@ -247,7 +247,7 @@ class Plan:
         if part == "repeat":
             order = self._standing[annotator][name, "real"].shown[::-1]
         else:
-            places = range(len(item.answers))
+            places = range(len(item.completions))
             order = tuple(sorted(places, key=lambda place: self._number("order", annotator, name, str(place))))
         return Ask(self._ask_id(annotator, name, part), item, part, order)
 

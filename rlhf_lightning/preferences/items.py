@@ -20,12 +20,12 @@ _OWN = ("id", "prompt", "completions", "gold", "explanation", *_SIDES[0], *_SIDE
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to judge: a prompt with the answers that are shown together."""
+    """One thing to judge: a prompt with the completions that are shown together."""
 
     id: str
     row: str  # the id of the row that it was made of
     prompt: str | list[dict[str, Any]]  # as in the row
-    answers: tuple[str, ...]
+    completions: tuple[str, ...]
     places: tuple[int, ...]  # the place of each answer in the row's completions
     columns: dict[str, Any]  # the row's other keys, such as `policies`
     gold: Any = None  # the right judgement as `Task.answer` gives it; None if nobody knows it
@@ -45,7 +45,7 @@ class Item:
     @classmethod
     def of(cls, content: dict[str, Any]) -> Item:
         """The item that `content` was made of."""
-        return cls(**{**content, "answers": tuple(content["answers"]), "places": tuple(content["places"])})
+        return cls(**{**content, "completions": tuple(content["completions"]), "places": tuple(content["places"])})
 
 
 @dataclass

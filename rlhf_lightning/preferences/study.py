@@ -191,7 +191,7 @@ class Study:
         return {
             "ask": ask.id,
             "prompt": ask.item.turns(),
-            "answers": [ask.item.answers[place] for place in ask.order],
+            "answers": [ask.item.completions[place] for place in ask.order],
         }
 
     def _feedback(self, row: Judgement) -> Answer | None:

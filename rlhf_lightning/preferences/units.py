@@ -122,7 +122,7 @@ def store_choices(judgements: Iterable[Judgement], items: dict[str, Item], task:
     for row in judgements:
         side = _SIDES[row.value["choice"]] if row.value is not None else 0
         if row.part == "real" and side:
-            first, second = (len(text) for text in items[row.item].answers)
+            first, second = (len(text) for text in items[row.item].completions)
             found.append(Choice(row.annotator, row.item, side > 0, row.shown[0], (first, second)))
     return found
 

@@ -138,7 +138,7 @@ def _pairs(items: dict[str, Item], used: dict[str, list[Judgement]], votes: Vote
 
 def _pair(item: Item, rows: Sequence[Judgement], p: float, votes: Votes) -> RowOut:
     chosen = int(p > 0.5)
-    sides = (item.answers[chosen], item.answers[1 - chosen])
+    sides = (item.completions[chosen], item.completions[1 - chosen])
     row: RowOut = {"id": item.id, "prompt": item.prompt, "chosen": sides[0], "rejected": sides[1]}
     if votes != "majority":
         row["preference"] = round(p if chosen else 1 - p, 6)
@@ -204,7 +204,7 @@ def _ranked(item: Item, rows: Sequence[Judgement], by_item: bool) -> Iterator[Ro
     """Rankings of one annotator each, or of all: by the mean rank of the answers that everybody has ranked."""
     lists = [(row.value or {})["ranks"] for row in rows]
     if by_item:
-        common = [place for place in range(len(item.answers)) if all(ranks[place] is not None for ranks in lists)]
+        common = [place for place in range(len(item.completions)) if all(ranks[place] is not None for ranks in lists)]
         means = [float(np.mean([ranks[place] for ranks in lists])) for place in common]
         ranks = [sum(other < mean for other in set(means)) + 1 for mean in means]
         votes = [{"annotator": row.annotator, "ranks": (row.value or {})["ranks"], **_more(row)} for row in rows]
@@ -219,7 +219,7 @@ def _ranked(item: Item, rows: Sequence[Judgement], by_item: bool) -> Iterator[Ro
 def _rated(item: Item, rows: Sequence[Judgement], by_item: bool) -> Iterator[RowOut]:
     """Ratings of one annotator each, or of all: the mean over criteria, which stay in a column."""
     lists = [(row.value or {})["ratings"] for row in rows]
-    places = list(range(len(item.answers)))
+    places = list(range(len(item.completions)))
     if by_item:
         names = list(lists[0][0])
         criteria = [{name: float(np.mean([of[place][name] for of in lists])) for name in names} for place in places]
@@ -241,7 +241,7 @@ def _several(ratings: Sequence[dict[str, float]]) -> RowOut:
 
 
 def _graded(item: Item, name: str, places: Sequence[int], key: str, grades: Sequence[Any], more: RowOut) -> RowOut:
-    row = {"id": name, "prompt": item.prompt, "completions": [item.answers[place] for place in places], key: grades}
+    row = {"id": name, "prompt": item.prompt, "completions": [item.completions[place] for place in places], key: grades}
     policies = item.columns.get("policies")
     if isinstance(policies, list) and len(policies) > max(item.places):
         row["policies"] = [policies[item.places[place]] for place in places]

@@ -20,13 +20,13 @@ def test_pairs_are_every_two_answers_and_begin_with_one_of_each_row(tmp_path: Pa
         ("r0:1-2", (1, 2)),
         ("r1:1-2", (1, 2)),
     ]
-    assert found.items[2].answers == ("answer 0.0", "answer 0.2")
+    assert found.items[2].completions == ("answer 0.0", "answer 0.2")
     assert found.items[2].columns == {"policies": ["p0", "p1", "p2"]}
 
 
 def test_rankings_and_ratings_show_a_row_whole_and_equal_answers_once(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", [{"prompt": "q", "completions": ["x", "y", "x"]}])
-    assert read_candidates(str(path), Ranking()).items[0].answers == ("x", "y")
+    assert read_candidates(str(path), Ranking()).items[0].completions == ("x", "y")
     assert read_candidates(str(path), Rating()).items[0].places == (0, 1)
 
 
@@ -44,7 +44,7 @@ def test_an_item_is_the_same_after_the_store(tmp_path: Path) -> None:
     assert Item.of(item.content()) == item
     assert item.turns() == chat
     assert item.prompt == chat
-    assert item.answers == ("😀", " \x07")
+    assert item.completions == ("😀", " \x07")
     assert item.columns == {"topic": 3}
 
 
@@ -77,7 +77,7 @@ def test_gold_rows(tmp_path: Path) -> None:
     ]
     first, second = read_gold(str(write(tmp_path / "g.jsonl", rows)), Pairs()).items
     assert (first.id, first.gold, first.explanation) == ("gold:7", {"choice": "second", "strength": None}, "b is short")
-    assert (second.answers, second.gold["choice"]) == (("good", "bad"), "first")
+    assert (second.completions, second.gold["choice"]) == (("good", "bad"), "first")
 
 
 @pytest.mark.parametrize(
