@@ -54,6 +54,8 @@ PLACES = {
     "what a signal does": ("callbacks/stop_signals.py",),
     "the progress line": ("callbacks/progress.py",),
     "a form of rows that data may have": ("data/forms.py",),
+    "what annotators are asked next": ("preferences/assignment.py",),
+    "a way to judge answers": ("preferences/tasks.py", "preferences/page/"),
     "chat templates": ("models/template.py", "data/conversations.py"),
     "`did you mean` hints": ("cli/suggestions.py",),
     "the report of evaluate and demo": ("evaluation/present.py", "evaluation/html_report.py"),

@@ -1,1 +1,1 @@
-"""Simulates human feedback: samples candidates to compare, and ranks them as an annotator would."""
+"""The human side: candidates to judge, the page and the store, agreement, votes; and a simulated annotator."""
