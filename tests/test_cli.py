@@ -27,7 +27,8 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_lists_the_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "generate", "evaluate", "data check", "demo", "info"):
+    commands = ("fit", "validate", "test", "predict", "generate", "evaluate", "agreement", "preferences export", "info")
+    for command in (*commands, "preferences import", "data check", "demo"):
         assert f"  {command} " in text
     assert main([]) == 2
 
@@ -138,7 +139,9 @@ def test_suggestions(name: str, hint: str) -> None:
 # The plain commands
 
 
-@pytest.mark.parametrize("command", ["data check", "evaluate", "demo", "info", "data"])
+@pytest.mark.parametrize(
+    "command", ["data check", "evaluate", "demo", "info", "data", "preferences", "preferences import"]
+)
 def test_usage_says_how_the_command_is_typed(command, capsys):
     assert main([*command.split(), "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: python -m rlhf_lightning {command} ")
@@ -152,7 +155,9 @@ def test_usage_says_how_the_command_is_typed(command, capsys):
         (["evaluate", "--policies", "a", "--promts", "b"], "unrecognized arguments: --promts (the following"),
         (["evaluate", "--policies", "a", "--promts", "b"], "did you mean --prompts?"),
         (["evaluate", "--policies", "a", "--prompts"], "argument --prompts: expected at least one argument"),
-        (["data"], "data: which command? There is data check FILE..."),
+        (["data"], "data: which command? There is data check"),
+        (["preferences"], "preferences: which command? There is preferences export and preferences import"),
+        (["preferences", "exprot"], "unknown command 'preferences exprot' (did you mean preferences export?)"),
         (["data", "chekc"], "unknown command 'data chekc' (did you mean data check?)"),
         (["info", "--jsn"], "did you mean --json?"),
         (["data", "check", "--jso", "x", "f"], "did you mean --json?"),

@@ -50,8 +50,8 @@ def test_shown_commands_exist(document: str) -> None:
         if words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= targets, line
         if words[:3] == ["python", "-m", "rlhf_lightning"] and len(words) > 3 and not words[3].startswith("--"):
-            name = "data check" if words[3] == "data" else words[3]
-            assert name in _COMMANDS or name == "COMMAND", line
+            names = (words[3], " ".join(words[3:5]))
+            assert words[3] == "COMMAND" or any(name in _COMMANDS for name in names), line
         for option, value in itertools.pairwise(words):
             if option == "--config" and not value.startswith("runs/"):
                 written_above = f"here `{value}`" in README

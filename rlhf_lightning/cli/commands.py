@@ -18,8 +18,10 @@ from rlhf_lightning.text import printable
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
-_TRAINING = "rlhf_lightning.cli.training"  # takes the subcommand itself as its first argument
-# name -> (module with main(argv) -> int, what --help says)
+_TRAINING = "rlhf_lightning.cli.training"
+_EXCHANGE = "rlhf_lightning.preferences.exchange"
+_SEVERAL = (_TRAINING, _EXCHANGE)  # take the last word of the command as their first argument
+# name of one or two words -> (module with main(argv) -> int, what --help says)
 _COMMANDS = {
     "fit": (_TRAINING, "train: --config sft.yaml, reward_model.yaml, ppo.yaml, grpo.yaml, dpo.yaml, ..."),
     "validate": (_TRAINING, "the validation metrics of a model or a checkpoint"),
@@ -29,10 +31,8 @@ _COMMANDS = {
     "evaluate": ("rlhf_lightning.evaluation.evaluate", "compare policies on held-out prompts: reward, KL, win rate"),
     "annotate": ("rlhf_lightning.preferences.annotate", "a local web page on which people judge answers"),
     "agreement": ("rlhf_lightning.evaluation.trust", "whether people agree, and what to do where they do not"),
-    "preferences": (
-        "rlhf_lightning.preferences.exchange",
-        "export: judgements as rows to train on; import: other forms",
-    ),
+    "preferences export": (_EXCHANGE, "judgements as rows to train on"),
+    "preferences import": (_EXCHANGE, "pairs of other forms, TRL's and HH's, as our rows"),
     "data check": ("rlhf_lightning.data.check", "what is in preference files, and what is wrong with them"),
     "demo": ("rlhf_lightning.demo.main", "the whole pipeline on a small example, offline, in minutes"),
     "info": ("rlhf_lightning.cli.info", "versions, and which operators run natively here (--json)"),
@@ -77,22 +77,24 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"rlhf_lightning {__version__}")
         return DONE
-    name = " ".join(arguments[:2]) if arguments[0] == "data" else arguments[0]
-    if name == "data":
-        raise InputError("data: which command? There is data check FILE...")
-    if name in ("data -h", "data --help"):
-        print("usage: python -m rlhf_lightning data check FILE...")
+    first, second = [*arguments, ""][:2]
+    group = [name for name in _COMMANDS if name.startswith(f"{first} ")]
+    if group and not second:
+        raise InputError(f"{first}: which command? There is {' and '.join(group)}")
+    if group and second in ("-h", "--help"):
+        print("\n".join(f"usage: python -m rlhf_lightning {name} ..." for name in group))
         return DONE
+    name = f"{first} {second}" if group else first
     if name not in _COMMANDS:
         hint = " (did you mean fit?)" if name == "train" else did_you_mean(name, _COMMANDS)
         raise InputError(f"unknown command {name!r}{hint}; --help lists the commands")
     module, _ = _COMMANDS[name]
-    rest = arguments if module == _TRAINING else arguments[len(name.split()) :]
+    rest = arguments[len(name.split()) - (module in _SEVERAL) :]
     return int(importlib.import_module(module).main(rest))
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:<12}{text}" for name, (_, text) in _COMMANDS.items())
+    commands = "\n".join(f"  {name:<20}{text}" for name, (_, text) in _COMMANDS.items())
     return f"""usage: python -m rlhf_lightning COMMAND [options]
 
 From demonstrations to an aligned model: SFT, reward model, PPO, DPO, on PyTorch Lightning.

@@ -23,23 +23,16 @@ from rlhf_lightning.preferences.votes import RowOut, Votes, export
 from rlhf_lightning.text import notice, printable, say
 
 Written = Literal["ours", "trl", "hh"]
-_USAGE = """usage: python -m rlhf_lightning preferences export STORE --out FILE --votes soft|majority|dawid_skene
-       python -m rlhf_lightning preferences import FILE --out FILE"""
 _SPEAKERS = {"user": HUMAN, "assistant": ASSISTANT}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs ``export`` or ``import``. Returns 0; raises an InputError if options, store or files are at fault."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    what = arguments[0] if arguments else ""
-    if what in ("-h", "--help"):
-        print(_USAGE)
-        return 0
-    if what == "export":
-        return _export(arguments[1:])
-    if what == "import":
-        return _import(arguments[1:])
-    raise InputError(f"preferences: which command? There is export and import{f', not {what}' if what else ''}")
+    """Runs the command that ``argv`` begins with, ``export`` or ``import``.
+
+    Returns 0; raises an InputError if options, store or files are at fault.
+    """
+    command, *options = sys.argv[1:] if argv is None else argv
+    return _export(options) if command == "export" else _import(options)
 
 
 def _export(argv: Sequence[str]) -> int:

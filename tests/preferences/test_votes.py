@@ -265,8 +265,6 @@ def test_import_keeps_columns_and_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "preferences: which command? There is export and import"),
-        (["exprot"], "not exprot"),
         (["export", "STORE", "--out", "x.jsonl", "--votes", "soft"], "has no judgements yet; annotate first"),
         (["export", "STORE", "--out", "STORE", "--votes", "soft"], "this command reads it"),
         (["export", "STORE", "--out", "x.jsonl", "--votes", "soft", "--min_votes", "0"], "must be 1 or more"),
