@@ -249,6 +249,15 @@ def test_other_forms_and_back(tmp_path: Path, form: str) -> None:
     assert again[0]["prompt"] == chat
 
 
+def test_a_form_without_probabilities_holds_no_even_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    filled(tmp_path / "s.sqlite").close()
+    command = ["preferences", "export", str(tmp_path / "s.sqlite"), "--votes", "soft", "--out"]
+    for form, count in (("ours", 4), ("trl", 3), ("hh", 3)):
+        assert main([*command, str(tmp_path / form), "--form", form]) == 0
+        assert len((tmp_path / form).read_text().splitlines()) == count
+        assert (f"1 even rows, which {form} cannot hold" in capsys.readouterr().out) == (form != "ours")
+
+
 def test_import_keeps_columns_and_numbers(tmp_path: Path) -> None:
     rows = [{"id": "k", "prompt": "q", "completions": ["a", "b", "c"], "ranks": [1, 2, 3], "margin": 2, "topic": "t"}]
     out = tmp_path / "out.jsonl"
