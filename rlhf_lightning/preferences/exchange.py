@@ -56,10 +56,10 @@ def _export(argv: Sequence[str]) -> int:
     with Store(options.store) as store:
         found = export(store, options.votes, options.min_votes)
     if options.form != "ours":  # which alone says that neither side is better
-        even = [row for row in found.rows if row.get("preference") == 0.5]
-        found.rows = [row for row in found.rows if row not in even]
-        if even:
-            found.left_out[f"even rows, which {options.form} cannot hold"] = len(even)
+        uneven = [row for row in found.rows if row.get("preference") != 0.5]
+        if len(uneven) < len(found.rows):
+            found.left_out[f"even rows, which {options.form} cannot hold"] = len(found.rows) - len(uneven)
+        found.rows = uneven
     rows = [formed(row, options.form) for row in found.rows]
     if not rows:
         raise InputError(f"{options.store}: no item gives a row ({found.summary()}); ask for more judgements")
