@@ -123,6 +123,8 @@ class PreferenceBatch(_Batch):
     rejected: DemonstrationBatch  # B rows, its own width S
     margins: Tensor  # [B] float32, by how much the chosen one is better, in reward units; 0 if not given
     weights: Tensor  # [B] float32, how much the pair counts; 0 marks a filler row
+    # [B] float32, the probability that the chosen one is preferred, from 0.5 (a tie) to 1; None for 1
+    preferences: Tensor | None = None
 
     def __len__(self) -> int:
         return self.weights.shape[0]
@@ -235,6 +237,7 @@ class View:
     kind: ViewKind
     steps: int | None = None  # prompts only: serve this many batches, pass after pass; None: each row once
     labels: bool = False  # pairs only: labelled responses are also accepted, and served as LabelledBatch
+    soft: bool = False  # pairs only: pairs of which it is not certain who is better are accepted
     # prompts only: for which prompts to serve their rows' best responses, too
     demonstrations: Beside = "none"
 

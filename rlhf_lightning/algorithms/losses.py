@@ -65,8 +65,12 @@ def bradley_terry_loss(
     margins: Tensor | None = None,
     label_smoothing: float = 0.0,
     centring: float = 0.0,
+    preferences: Tensor | None = None,
 ) -> Tensor:
     """The reward model's loss: ``-log sigmoid(chosen - rejected - margin)``.
+
+    With a probability ``p`` that the chosen response is preferred, it is the cross-entropy
+    ``-p log sigmoid(chosen - rejected) - (1 - p) log sigmoid(rejected - chosen)``.
 
     Args:
         chosen, rejected: ``[B]`` scores of the two responses.
@@ -75,13 +79,16 @@ def bradley_terry_loss(
         label_smoothing: the probability that a label is wrong; the loss is then the mean over both labels.
         centring: weight of ``(chosen + rejected)^2``, which keeps the scores around 0; without it they are determined
             only up to a constant (Eisenstein et al. 2023, arXiv 2312.09244).
+        preferences: ``[B]``, p, from 0 to 1; None means 1.
 
     Returns: ``[B]``, in nats. Ouyang et al. 2022, arXiv 2203.02155, eq. 1; Bradley and Terry 1952.
     """
     ahead = chosen - rejected if margins is None else chosen - rejected - margins
     loss = -(1.0 - label_smoothing) * logsigmoid(ahead)
-    # Skipped if the weight is 0, because 0 times an infinite loss would be NaN.
-    if label_smoothing > 0.0:
+    if preferences is not None:
+        p = (1.0 - label_smoothing) * preferences + label_smoothing * (1.0 - preferences)
+        loss = -p * logsigmoid(ahead) - (1.0 - p) * logsigmoid(-ahead)
+    elif label_smoothing > 0.0:  # skipped if it is 0, because 0 times an infinite loss would be NaN
         loss = loss - label_smoothing * logsigmoid(-ahead)
     if centring > 0.0:
         loss = loss + centring * (chosen + rejected).square()

@@ -28,7 +28,7 @@ _KNOWN = (
     ),
 )
 _ANSWERS = ("chosen", "rejected", "completions", "ratings", "ranks", "completion")
-_BESIDE = ("margin", "weight", "system", "tools")  # what may stand beside any form
+_BESIDE = ("margin", "preference", "weight", "system", "tools")  # what may stand beside any form
 _WANTED = ("completion", "chosen", "rejected", "completions", "ranks", "ratings", *_BESIDE)
 
 # The beginning of a list of messages that a program wrote as text: as JSON, or as Python prints it.

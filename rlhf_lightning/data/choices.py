@@ -25,7 +25,7 @@ def wanted(record: Record, kind: Kind, demonstrations: bool) -> tuple[tuple[int,
     return record.pairs if kind == "pairs" else ((0,),)
 
 
-def check_fit(records: Sequence[Record], kind: Kind, option: str, read: int | None = None) -> None:
+def check_fit(records: Sequence[Record], kind: Kind, option: str, read: int | None = None, soft: bool = True) -> None:
     """Refuses records that lack the responses or labels that a view needs.
 
     Args:
@@ -33,6 +33,7 @@ def check_fit(records: Sequence[Record], kind: Kind, option: str, read: int | No
         kind: the view.
         option: the option that renames columns, for the message.
         read: the number of rows in the files, for the message; the number of records if None.
+        soft: whether pairs of which it is not certain who is better are accepted.
 
     Raises:
         InputError: about the first record at fault, with the keys found, the remedy, and the number of such records.
@@ -40,7 +41,11 @@ def check_fit(records: Sequence[Record], kind: Kind, option: str, read: int | No
     check_choice("kind", kind, Kind)
     refusals = Refusals()
     for record in records:
-        if (error := _misfit(record, kind, option)) is not None:
+        error = _misfit(record, kind, option)
+        if error is None and record.preference < 1 and kind in ("pairs", "labels") and not soft:
+            problem = f"is {record.preference:g}, and only a reward model learns from uncertain labels"
+            error = refused(record.where, "preference", f"{problem}; leave such rows out, or make certain ones")
+        if error is not None:
             refusals.add(error)
     if refusals:
         raise refusals.error(len(records) if read is None else read)

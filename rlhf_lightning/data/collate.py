@@ -33,6 +33,7 @@ def collate(
             rejected=_side(examples, 1, pad_id),
             margins=torch.tensor([example.margin for example in examples], dtype=torch.float32),
             weights=_weights(examples),
+            preferences=_preferences(examples),
         )
     if kind == "demonstrations":
         return _side(examples, 0, pad_id)
@@ -97,6 +98,12 @@ def _spoken(examples: Sequence[Example], side: int) -> Tensor | None:
         for example, mask in zip(examples, masks, strict=True)
     ]
     return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
+
+
+def _preferences(examples: Sequence[Example]) -> Tensor | None:
+    """``[B]`` float32; None if all pairs are certain."""
+    found = [example.record.preference for example in examples]
+    return None if all(p == 1 for p in found) else torch.tensor(found, dtype=torch.float32)
 
 
 def _weights(examples: Sequence[Example]) -> Tensor:

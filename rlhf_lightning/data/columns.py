@@ -26,7 +26,7 @@ KEYS = (
         "context",
         "text",
     ),
-    *("label", "margin", "weight", "system", "tools", "history", "instances"),
+    *("label", "margin", "preference", "weight", "system", "tools", "history", "instances"),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlhf_lightning.data.files import RawRow, kind_of
@@ -233,8 +234,25 @@ def _parting(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
 
 
 def _pair(form: Form, row: Row, prompt: Prompt, better: Response, worse: Response) -> Record | None:
+    p = _preference(row)
+    if p < 0.5:  # the row is the other way round
+        better, worse, p = worse, better, 1.0 - p
+        row.note("pair with a preference below 0.5, taken the other way round")
     record = row.record(form, prompt, (better, worse), ((0, 1),))
-    return record if _usable_pair(row, better, worse) else None
+    if record.margin > 0 and p < 1:
+        raise row.refused("margin", "stands beside 'preference', which says how sure the order is; keep one of them")
+    return replace(record, preference=p) if _usable_pair(row, better, worse) else None
+
+
+def _preference(row: Row) -> float:
+    """The probability that ``chosen`` is preferred; 1 if the row does not say."""
+    value = row.take("preference")
+    if value is None:
+        return 1.0
+    p = checked_number(value, row.where, "preference")
+    if not 0 <= p <= 1:
+        raise row.refused("preference", f"is {p:g}; give the probability from 0 to 1 that 'chosen' is preferred")
+    return p
 
 
 def _usable_pair(row: Row, better: Response, worse: Response) -> bool:

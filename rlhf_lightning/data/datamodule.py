@@ -191,10 +191,10 @@ class PreferenceDataModule(LightningDataModule):
             self.train, self.held_out = [], self._encode(encoder, records, "answer", every_row=True)
             return self
         if stage == "fit" or self.val_path is None:  # before the split: the error counts all rows at fault
-            check_fit(records.rows, self.kind, COLUMNS, records.read)
+            check_fit(records.rows, self.kind, COLUMNS, records.read, view.soft)
         if self.val_path is not None:
             held_out = load_records(self.val_path, columns=names)
-            check_fit(held_out.rows, self.kind, COLUMNS, held_out.read)
+            check_fit(held_out.rows, self.kind, COLUMNS, held_out.read, view.soft)
             if stage != "fit":
                 self.dropped, self._read_noted = Counter(), Counter()  # training rows are not used here
             self.dropped.update(held_out.dropped)

@@ -42,7 +42,7 @@ _MESSAGE_CELLS = (
     *("prompt", "question", "chosen", "rejected", "completion", "output", "response", "response_j", "response_k"),
     *("preferred_output", "non_preferred_output"),
 )
-_NUMBER_CELLS = ("margin", "weight")
+_NUMBER_CELLS = ("margin", "preference", "weight")
 _OPTIONAL_CELLS = ("label", "system", "input")
 _PARQUET_ROWS = 64  # read at once: a repeated value of a few bytes in the file may be many in memory
 

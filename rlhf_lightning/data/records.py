@@ -52,6 +52,7 @@ class Records:
         digest = hashlib.blake2b(digest_size=16)
         for row in self.rows:
             content = (row.key, row.responses, row.pairs, row.margin, row.weight, row.columns)
+            content += (row.preference,) if row.preference < 1 else ()  # type: ignore[assignment]
             digest.update(repr(content).encode("utf-8", "backslashreplace"))
         return digest.hexdigest()
 

@@ -64,6 +64,7 @@ class Record:
     form: Form
     margin: float = 0.0
     weight: float = 1.0
+    preference: float = 1.0  # the probability that the better response of a pair is preferred, from 0.5 to 1
     columns: dict[str, Any] = field(default_factory=dict)  # the row's other keys, `id` among them
     tools: str = ""  # the row's tools as a JSON list, for the chat template; empty if it has none
     row: int = 0  # its number in its file, from 0
@@ -179,9 +180,17 @@ class Row:
             prompt = self._as_chat(prompt, responses, tools)
             if isinstance(prompt, tuple) and not any(message.role in ("user", "tool") for message in prompt):
                 self.note(_UNASKED)
-        columns, raw = self.columns, self.values
         self.parsed = Record(
-            prompt, tuple(responses), tuple(pairs), self.where, form, margin, weight, columns, tools, raw=raw
+            prompt,
+            tuple(responses),
+            tuple(pairs),
+            self.where,
+            form,
+            margin=margin,
+            weight=weight,
+            columns=self.columns,
+            tools=tools,
+            raw=self.values,
         )
         return self.parsed
 

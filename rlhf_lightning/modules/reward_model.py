@@ -24,7 +24,7 @@ from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.options import NonNegativeFloat, NonNegativeInt
 from rlhf_lightning.training.balancing import router_loss
 from rlhf_lightning.training.optimizer import AdamWOptions
-from rlhf_lightning.training.pairs import LabelSmoothing, as_rows, weighted_sum, wins
+from rlhf_lightning.training.pairs import LabelSmoothing, as_rows, decided, weighted_sum, wins
 from rlhf_lightning.training.totals import Totals
 
 HeadKind = Literal["fresh", "trained"]
@@ -33,6 +33,9 @@ Normalisation = Literal["none", "mean", "mean_and_std"]
 
 class RewardModelModule(RLHFModule):
     """A reward model trained on pairs by the Bradley-Terry loss.
+
+    A row's ``preference`` is the probability that its chosen response is preferred. Pairs with 0.5, a tie, count in the
+    loss and in ``val/brier``, and in no accuracy.
 
     Logs ``train/loss`` and ``train/accuracy``; held out: ``val/loss``, and
 
@@ -44,6 +47,8 @@ class RewardModelModule(RLHFModule):
     - ``val/calibration_error``: expected calibration error of ``sigmoid(chosen - rejected)`` as the probability that
       the first response is preferred, each pair taken both ways round (one way round there would be no negatives), in
       10 bins.
+    - ``val/brier``: the mean squared difference between ``sigmoid(chosen - rejected)`` and the probability that the
+      chosen response is preferred: 1, or the row's ``preference`` (Brier 1950). 0.25 is what 0.5 for all would give.
     - ``val/margin``, ``val/reward_mean``, ``val/reward_std``: the scores' mean difference, mean and deviation.
 
     Args:
@@ -60,7 +65,7 @@ class RewardModelModule(RLHFModule):
         seed: of the fresh head, and of adapters.
     """
 
-    data_view = View("pairs")
+    data_view = View("pairs", soft=True)
 
     def __init__(
         self,
@@ -114,7 +119,7 @@ class RewardModelModule(RLHFModule):
         loss = loss + router_loss(self.reward_model, counted.repeat(2), total, self.step.totals)
         self.step.count(total, loss, tokens=batch.chosen.lengths.sum() + batch.rejected.lengths.sum())
         self.step.totals.add("train/loss", losses, batch.weights)
-        self.step.totals.add("train/accuracy", wins(chosen, rejected), counted)
+        self.step.totals.add("train/accuracy", wins(chosen, rejected), counted & decided(batch))
         self.step.totals.add("train/margin", chosen - rejected, counted)
         # Scores of an earlier epoch belong to another model, so the sums start anew with each epoch. Lightning does not
         # call `on_train_epoch_start` where a run resumes at the end of an epoch, so the first batch starts them.
@@ -131,25 +136,30 @@ class RewardModelModule(RLHFModule):
         return chosen, rejected
 
     def _losses(self, chosen: Tensor, rejected: Tensor, batch: PreferenceBatch) -> Tensor:
-        return bradley_terry_loss(chosen, rejected, batch.margins, self.label_smoothing, self.centring)
+        margins, smoothing = batch.margins, self.label_smoothing
+        return bradley_terry_loss(chosen, rejected, margins, smoothing, self.centring, batch.preferences)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Adds the sums behind the metrics that the class's docstring lists."""
         totals = self.held_out_totals
         chosen, rejected = self.scores(batch)
         counted = batch.weights > 0
+        sure = counted & decided(batch)
         won = wins(chosen, rejected)
         lengths = [side.response_mask.sum(dim=1) for side in (batch.chosen, batch.rejected)]
         totals.add("loss", self._losses(chosen, rejected, batch), batch.weights)
-        totals.add("accuracy", won, counted)
-        totals.add("accuracy_longer", won, counted & (lengths[0] > lengths[1]))
-        totals.add("accuracy_shorter", won, counted & (lengths[0] < lengths[1]))
-        totals.add("longer_wins", wins(lengths[0], lengths[1]), counted)
+        totals.add("accuracy", won, sure)
+        totals.add("accuracy_longer", won, sure & (lengths[0] > lengths[1]))
+        totals.add("accuracy_shorter", won, sure & (lengths[0] < lengths[1]))
+        totals.add("longer_wins", wins(lengths[0], lengths[1]), sure)
         totals.add("margin", chosen - rejected, counted)
         both, twice = torch.cat([chosen, rejected]), counted.repeat(2)
         totals.add("reward_mean", both, twice)
         totals.add("reward_square", both.double().square(), twice)
-        probabilities = torch.sigmoid(chosen - rejected)[counted].float()
+        probabilities = torch.sigmoid(chosen - rejected).float()
+        truth = torch.ones_like(probabilities) if batch.preferences is None else batch.preferences
+        totals.add("brier", (probabilities - truth).square(), counted)
+        probabilities = probabilities[sure]
         self.calibration.update(
             torch.cat([probabilities, 1.0 - probabilities]),
             torch.cat([torch.ones_like(probabilities), torch.zeros_like(probabilities)]).long(),

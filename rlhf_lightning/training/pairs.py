@@ -72,6 +72,11 @@ def wins(first: Tensor, second: Tensor) -> Tensor:
     return (first > second).float() + 0.5 * (first == second).float()
 
 
+def decided(batch: PreferenceBatch) -> Tensor:
+    """``[B]`` bool: whether one of the two responses is preferred, so that a prediction can be right or wrong."""
+    return torch.ones_like(batch.weights, dtype=torch.bool) if batch.preferences is None else batch.preferences > 0.5
+
+
 def response_log_probs(model: Policy | Reference, rows: Rows) -> Tensor:
     """The responses' summed log-probs ``[2B]`` under a model, in one forward pass; the tokens that count alone."""
     log_probs = model(rows.tokens, rows.lengths, rows.prompt_lengths).log_probs

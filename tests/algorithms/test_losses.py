@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import choix
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +45,46 @@ def test_bradley_terry_by_hand() -> None:
 def test_bradley_terry_label_smoothing_is_the_mean_over_both_labels() -> None:
     loss = bradley_terry_loss(tensor(math.log(3.0)), tensor(0.0), label_smoothing=0.1)
     torch.testing.assert_close(loss, tensor(-0.9 * math.log(0.75) - 0.1 * math.log(0.25)))
+
+
+def test_bradley_terry_with_soft_labels_is_the_cross_entropy() -> None:
+    ahead = tensor(math.log(3.0), math.log(3.0), 0.0, -2.0)
+    p = tensor(1.0, 0.6, 0.5, 0.9)
+    loss = bradley_terry_loss(ahead, torch.zeros_like(ahead), preferences=p)
+    expected = [-math.log(0.75), -0.6 * math.log(0.75) - 0.4 * math.log(0.25), math.log(2.0)]
+    torch.testing.assert_close(loss[:3], tensor(*expected))
+    torch.testing.assert_close(loss[3], 0.9 * tensor(softplus(2.0))[0] + 0.1 * tensor(softplus(-2.0))[0])
+    # With label smoothing each label is wrong with probability 0.1: p becomes 0.8 p + 0.1.
+    smoothed = bradley_terry_loss(ahead, torch.zeros_like(ahead), label_smoothing=0.1, preferences=p)
+    torch.testing.assert_close(smoothed, bradley_terry_loss(ahead, torch.zeros_like(ahead), preferences=0.8 * p + 0.1))
+    certain = bradley_terry_loss(ahead, torch.zeros_like(ahead), label_smoothing=0.1)
+    ones = torch.ones_like(p)
+    loss = bradley_terry_loss(ahead, torch.zeros_like(ahead), label_smoothing=0.1, preferences=ones)
+    torch.testing.assert_close(loss, certain)
+
+
+def test_soft_labels_give_the_utilities_that_choix_finds() -> None:
+    """Shares of wins as soft labels, weighted by the number of comparisons, have the likelihood of the comparisons."""
+    draw = np.random.default_rng(0)
+    truth, pairs = draw.normal(size=6), list(itertools.combinations(range(6), 2))
+    won = {pair: draw.binomial(40, 1 / (1 + math.exp(truth[pair[1]] - truth[pair[0]]))) for pair in pairs}
+    comparisons = [pair for pair in pairs for _ in range(won[pair])]
+    comparisons += [pair[::-1] for pair in pairs for _ in range(40 - won[pair])]
+    expected = choix.opt_pairwise(6, comparisons, alpha=0)
+    scores = torch.zeros(6, dtype=F, requires_grad=True)
+    first, second = (torch.tensor(side) for side in zip(*pairs, strict=True))
+    shares = torch.tensor([won[pair] / 40 for pair in pairs], dtype=F)
+    optimizer = torch.optim.LBFGS([scores], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = 40 * bradley_terry_loss(scores[first], scores[second], preferences=shares).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    found = (scores - scores.mean()).detach().numpy()
+    np.testing.assert_allclose(found, expected - expected.mean(), atol=1e-4)
 
 
 def test_bradley_terry_centring_adds_the_squared_sum() -> None:

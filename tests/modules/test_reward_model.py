@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,19 @@ def test_calibration_error_by_hand() -> None:
     assert measured(module, batch)["calibration_error"] == pytest.approx(0.0, abs=1e-6)
     module.given([ahead] * 4, [0.0] * 4)
     assert measured(module, batch)["calibration_error"] == pytest.approx(0.25, abs=1e-6)
+
+
+def test_uncertain_labels_by_hand() -> None:
+    module = Fixed("unused")
+    module.given([math.log(3.0), 0.0, 0.0], [0.0, 0.0, math.log(3.0)])  # 3/4, 1/2, 1/4
+    batch = replace(pairs([5, 5, 3], [3, 3, 3], [1.0] * 3), preferences=torch.tensor([0.8, 0.5, 1.0]))
+    metrics = measured(module, batch)
+    assert metrics["accuracy"] == pytest.approx(1 / 2)  # the tie is neither right nor wrong
+    assert metrics["longer_wins"] == pytest.approx(1.5 / 2)
+    assert metrics["brier"] == pytest.approx((0.05**2 + 0 + 0.75**2) / 3)
+    losses = [-0.8 * math.log(0.75) - 0.2 * math.log(0.25), math.log(2), -math.log(0.25)]
+    assert metrics["loss"] == pytest.approx(sum(losses) / 3)
+    assert metrics["margin"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_tie_counts_half() -> None:
