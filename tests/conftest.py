@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tiny_models import make_config, make_tokenizer
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerBase
+
+settings.register_profile("any machine", deadline=None)  # a busy machine makes an example slow, not wrong
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,7 +28,7 @@ def padded_tokens(rows: list[Example]) -> int:
 _LENGTHS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 60), st.integers(1, 60)), min_size=1, max_size=120)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(lengths=_LENGTHS, batch_size=st.integers(1, 9), budget=st.none() | st.integers(180, 900), seed=st.integers(0, 9))
 def test_each_epoch_has_every_row_once_within_the_limits(lengths, batch_size, budget, seed):
     examples = [example(i, *row) for i, row in enumerate(lengths)]

@@ -91,7 +91,7 @@ def test_series_with_columns_of_different_length_is_refused() -> None:
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=20), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_axis_holds_the_data_with_few_increasing_ticks(values: list[float], tight: bool) -> None:
     axis = axis_for(values, tight=tight)
     slack = 1e-6 * max(1.0, abs(axis.low), abs(axis.high))
@@ -109,7 +109,7 @@ def test_axis_ticks_are_round() -> None:
 
 
 @given(st.lists(st.floats(0, 200), min_size=1, max_size=8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_labels_are_spread_in_order_without_overlap(wanted: list[float]) -> None:
     placed = spread(wanted, 15.0, 0.0, 200.0)
     ordered = sorted(placed)
@@ -119,7 +119,7 @@ def test_labels_are_spread_in_order_without_overlap(wanted: list[float]) -> None
 
 
 @given(st.text())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_text_is_fit_for_xml(text: str) -> None:
     ElementTree.fromstring(f'<t a="{clean(text)}">{clean(text)}</t>')
 

@@ -34,7 +34,7 @@ def test_interval_of_a_clean_sweep_is_within_the_unit_and_not_a_point(value: flo
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_swapping_the_policies_mirrors_the_win_rate(outcomes: list[float]) -> None:
     there, back = win_rate(torch.tensor(outcomes)), win_rate(1 - torch.tensor(outcomes))
     assert there.value == pytest.approx(1 - back.value)

@@ -124,7 +124,7 @@ def test_native_is_near_the_reference(dtype, size):
             assert_near(actual, wanted, result_dtype(dtype))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     first=st.floats(-30, 5), second=st.floats(-30, 5), third=st.floats(-10, 10),
     low=st.floats(0, 1), high=st.floats(0, 3), clip=st.floats(0.01, 5), dual=st.none() | st.floats(1.1, 10),

@@ -61,7 +61,7 @@ def test_against_the_definition(function, dtype, steps):
         assert_near(actual, truth, result_dtype(dtype))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 20), steps=st.integers(1, 70), gamma=st.floats(0, 1), lam=st.floats(0, 1), seed=st.integers(0)
 )

@@ -133,7 +133,7 @@ def test_ties(function, dtype):
     assert_near(log_probs, torch.full_like(log_probs, -math.log(500)), result_dtype(dtype))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     vocabulary=st.integers(1, 400),
     temperature=st.floats(0.05, 20),

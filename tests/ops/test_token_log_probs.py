@@ -113,7 +113,7 @@ def test_error_is_no_larger_than_torchs_own(dtype, scale, offset):
     assert_error_within(grad, torchs_grad.to(dtype), true_grad, dtype)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     vocabulary=st.integers(1, 300), temperature=st.floats(0.05, 20), scale=st.floats(0, 50), seed=st.integers(0, 2**40)
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 import torch
@@ -152,14 +151,15 @@ def test_without_a_token_that_ends_turns_ours_ends_in_eos(reward_dir, tmp_path):
     assert empty.endswith("assistant: <|im_end|>")
 
 
-def test_a_system_message_that_the_template_refuses_is_folded(reward_dir, tmp_path, caplog):
+def test_a_system_message_that_the_template_refuses_is_folded(reward_dir, tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("rlhf_lightning.rewards.model.rank_zero_info", told.append)
     path, policy = reward_dir(BRACKETS), make_policy()
     rollout = answered(policy, [{"prompt": CHAT}], ["yes"], tmp_path)
     folded = [{"role": "user", "content": "be good\n\nthe cat"}, *CHAT[2:], said("yes")]
-    with caplog.at_level(logging.INFO):
-        assert read(path, policy, rollout) == rendered(path, [folded])
-    assert "own tokenizer and chat template" in caplog.text
-    assert "system message put into the user's" in caplog.text
+    assert read(path, policy, rollout) == rendered(path, [folded])
+    assert "own tokenizer and chat template" in told[0]
+    assert "system message put into the user's" in told[1]
 
 
 def test_tools_a_begun_answer_and_transcripts(reward_dir, tmp_path):
