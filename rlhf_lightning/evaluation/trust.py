@@ -17,6 +17,7 @@ from rlhf_lightning.errors import CommandParser, InputError
 from rlhf_lightning.evaluation.html_report import Interval, Report, Section, Table, write_report
 from rlhf_lightning.outputs import check_output, write_whole
 from rlhf_lightning.preferences.agreement import (
+    FEW,
     LEVELS,
     alpha,
     alpha_interval,
@@ -34,7 +35,6 @@ from rlhf_lightning.text import notice, printable, say
 
 # Krippendorff (2004, "Content Analysis", chapter 11): conclusions from 0.8, tentative ones from 0.667.
 GOOD, ENOUGH = 0.8, 0.667
-_FEW = 10  # outcomes from which a share says something about a person
 _LEAST = 0.7  # of gold items right, and of repeats judged the same
 _Z = 2.58  # standard errors of a share that count as a bias: 1 in 100 by chance
 _HARM = 0.03  # by how much alpha must rise without somebody
@@ -162,15 +162,15 @@ def _of_person(name: str, of: dict[str, Any], value: float) -> list[str]:
     without, gold, same = of["alpha_without"], of["gold"], of["self_agreement"]
     if without is not None and without - value >= _HARM:
         said.append(f"Recalibrate {name}: without them alpha rises from {value:.2f} to {without:.2f}.")
-    if gold and gold["count"] >= _FEW and gold["share"] < _LEAST:
+    if gold and gold["count"] >= FEW and gold["share"] < _LEAST:
         said.append(f"Recalibrate {name}: {gold['share']:.0%} of {gold['count']} hidden gold items were right.")
-    if same and same["count"] >= _FEW and same["share"] < _LEAST:
+    if same and same["count"] >= FEW and same["share"] < _LEAST:
         text = f"agrees with themselves on {same['share']:.0%} of {same['count']} swapped repeats"
         said.append(f"{name} {text}. Ask for fewer items a day, or recalibrate.")
     for key, what in (("left", "the left answer"), ("longer", "the longer answer")):
         share = of[key]
         beyond = 0.0 if not share else (share["share"] - 0.5) * math.sqrt(share["count"]) / 0.5  # standard errors
-        if share and share["count"] >= _FEW and (beyond > _Z or (key == "left" and beyond < -_Z)):
+        if share and share["count"] >= FEW and (beyond > _Z or (key == "left" and beyond < -_Z)):
             said.append(f"{name} chooses {what} in {share['share']:.0%} of {share['count']} choices. {_WHY[key]}")
     return said
 
@@ -253,11 +253,12 @@ def _page(found: dict[str, Any]) -> Report:
     )
 
 
-def _cell(measure: dict[str, Any]) -> Interval | float | None:
+def _cell(measure: dict[str, Any]) -> Interval | str | float | None:
     value, (low, high) = measure["value"], measure["interval"]
-    if value is None or low is None or low < 0:  # the bar of an interval begins at 0
+    if value is None or low is None:
         return value
-    return Interval(value, low, high)
+    # The bar of an interval begins at 0.
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]" if low < 0 else Interval(value, low, high)
 
 
 def _number(value: float) -> float | None:

@@ -21,6 +21,7 @@ from rlhf_lightning.preferences.units import Choice, Numbers, Units, store_choic
 
 Level = Literal["nominal", "ordinal", "interval"]
 LEVELS: tuple[Level, ...] = get_args(Level)
+FEW = 10  # outcomes from which a number says something about a person
 _MANY = 50  # different values
 
 
@@ -139,9 +140,10 @@ def people(
 ) -> dict[str, dict[str, Any]]:
     """What is particular to each annotator. Shares are None where nothing gives them.
 
-    Returns: for each name ``judged``, ``alpha_without`` (nominal, of all others), ``agreement`` (share of judgements
-    that others of the same unit share), ``left`` and ``longer`` (how often the left or the longer answer was chosen:
-    share, count), ``self_agreement`` (on swapped repeats), ``gold`` (hidden gold items), and ``seconds`` (median).
+    Returns: for each name ``judged``, ``alpha_without`` (nominal, of all others; None if they have fewer than `FEW`
+    units in common), ``agreement`` (share of judgements that others of the same unit share), ``left`` and ``longer``
+    (how often the left or the longer answer was chosen: share, count), ``self_agreement`` (on swapped repeats),
+    ``gold`` (hidden gold items), and ``seconds`` (median).
     """
     rows = [row for row in judgements if row.value is not None]
     names = sorted({*units.annotators, *(row.annotator for row in rows)})
@@ -150,11 +152,10 @@ def people(
         left, longer = _habits(name, choices)
         place = units.annotators.index(name) if name in units.annotators else None
         others = [other for other in range(len(units.annotators)) if other != place]
-        without = alpha(units.chosen(range(len(units.items)), others), "nominal") if len(others) > 1 else math.nan
         own = [row for row in rows if row.annotator == name]
         found[name] = {
             "judged": 0 if place is None else int(np.sum(~np.isnan(units.values[place]))),
-            "alpha_without": _number(without),
+            "alpha_without": _number(_alpha_of(units, others)),
             "agreement": None if place is None else _shared(units, place),
             "left": left,
             "longer": longer,
@@ -162,6 +163,13 @@ def people(
             "seconds": _median([row.seconds for row in own if row.seconds is not None]),
         }
     return found
+
+
+def _alpha_of(units: Units, annotators: Sequence[int]) -> float:
+    """Nominal alpha of some annotators; NaN if they judged fewer than `FEW` units in common."""
+    chosen = units.chosen(range(len(units.items)), annotators)
+    common = np.sum(np.sum(~np.isnan(chosen.categories), axis=0) >= 2)
+    return alpha(chosen, "nominal") if common >= FEW else math.nan
 
 
 def live(items: Sequence[tuple[Part, Item]], judgements: Sequence[Judgement], task: Task) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,13 +110,11 @@ class Store:
         if not self.path.is_file():
             raise InputError(f"{path}: no such store; annotate makes one")
         try:
-            self._base = _connected(self.path, writing)
-            self._check()
-            self.study = {key: json.loads(value) for key, value in self._base.execute("SELECT * FROM study")}
-            self.task: Task = task_of(self.study["task"], self.study["criteria"])
-        except (sqlite3.Error, KeyError, json.JSONDecodeError) as error:
-            self.close()
-            raise InputError(f"{path}: cannot be read as a store of judgements ({error}); {_RESTORE}") from None
+            with self._reading():
+                self._base = _connected(self.path, writing)
+                self._check()
+                self.study = {key: json.loads(value) for key, value in self._base.execute("SELECT * FROM study")}
+                self.task: Task = task_of(self.study["task"], self.study["criteria"])
         except InputError:
             self.close()
             raise
@@ -159,12 +158,14 @@ class Store:
 
     def items(self) -> Iterator[tuple[Part, Item]]:
         """The items with their parts, in the order of the study."""
-        for part, content in self._base.execute("SELECT part, content FROM items ORDER BY place"):
-            yield part, Item.of(json.loads(content))
+        with self._reading():
+            for part, content in self._base.execute("SELECT part, content FROM items ORDER BY place"):
+                yield part, Item.of(json.loads(content))
 
     def rows(self) -> list[Judgement]:
         """All rows as they came, undone ones and undos among them."""
-        return [_judgement(row) for row in self._base.execute("SELECT * FROM judgements ORDER BY number")]
+        with self._reading():
+            return [_judgement(row) for row in self._base.execute("SELECT * FROM judgements ORDER BY number")]
 
     def judgements(self) -> list[Judgement]:
         """The rows that stand: neither undos nor what they took back."""
@@ -207,6 +208,15 @@ class Store:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turns what a damaged or foreign file leads to into one line."""
+        try:
+            yield
+        except (sqlite3.Error, KeyError, TypeError, json.JSONDecodeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise InputError(f"{self.path}: cannot be read as a store of judgements ({what}); {_RESTORE}") from None
 
     def _check(self) -> None:
         [application], [version] = (self._base.execute(f"PRAGMA {name}").fetchone() for name in _MARKS)

@@ -78,6 +78,16 @@ def test_a_study_has_sides_gold_and_repeats(tmp_path: Path) -> None:
     assert "bob agrees with themselves on 0% of 30 swapped repeats" in said
 
 
+def test_nobody_is_blamed_for_what_others_say_of_few_items(tmp_path: Path) -> None:
+    """Without eve two people are left, who have judged nine items in common, or ten."""
+    for common in (9, 10):
+        given = [{"preferences": {"ann": 1 + n % 2, "bob": 1 + n % 2, "eve": 2 - n % 2}} for n in range(common)]
+        given += [{"preferences": {"ann": 1, "eve": 2}}] * 20
+        found = measured(read(str(write(tmp_path / "p.jsonl", given))))
+        assert found["annotators"]["eve"]["alpha_without"] == (None if common == 9 else 1.0)
+        assert any("Recalibrate eve" in line for line in found["advice"]) == (common == 10)
+
+
 def test_one_person_is_told_what_is_missing(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", [{"preferences": {"ann": 1}}])
     found = measured(read(str(path)))

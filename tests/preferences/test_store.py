@@ -105,6 +105,15 @@ def test_a_torn_store_is_one_line(tmp_path: Path) -> None:
             Store(path)
 
 
+def test_content_of_another_kind_is_one_line(tmp_path: Path) -> None:
+    path = store(tmp_path / "s.sqlite", ["i1"])
+    with sqlite3.connect(path) as base:
+        base.execute("DROP TRIGGER items_UPDATE")
+        base.execute("UPDATE items SET content = '{}'")
+    with Store(path) as opened, pytest.raises(InputError, match="cannot be read as a store"):
+        list(opened.items())
+
+
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
     path = store(tmp_path / "s.sqlite", ["i1"])
     with sqlite3.connect(path) as base:
