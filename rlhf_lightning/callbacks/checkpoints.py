@@ -28,6 +28,7 @@ from rlhf_lightning.callbacks.checkpoint_files import (
     staging,
 )
 from rlhf_lightning.callbacks.loop_position import (
+    allow_fewer_epochs,
     around_each_batch,
     batches_done,
     begin_next_epoch,
@@ -132,6 +133,7 @@ class RunCheckpoint(Checkpoint):
             if not (isinstance(run, dict) and isinstance(options, dict)):
                 raise TypeError("its run or its options are no mapping")
             self._then = run, options
+            allow_fewer_epochs(trainer, checkpoint)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: RLHFModule, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         """Saves the position in Lightning's loops so that a resumed run goes on exactly there."""

@@ -165,3 +165,10 @@ def steps_logged(trainer: Trainer) -> int:
     loop: Any = trainer.fit_loop.epoch_loop
     within_batch = loop.batch_progress.total.completed < loop.batch_progress.total.processed
     return int(loop._batches_that_stepped) + (within_batch or loop.val_loop.restarted_mid_evaluation)
+
+
+def allow_fewer_epochs(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Lets a run that has had more epochs than are asked for end at once, as with steps; Lightning would refuse it."""
+    had = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    if trainer.max_epochs is not None and -1 < trainer.max_epochs < had:
+        trainer.fit_loop.max_epochs = had

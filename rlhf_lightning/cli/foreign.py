@@ -16,7 +16,6 @@ from rlhf_lightning.collectives import first_failure
 from rlhf_lightning.errors import InputError, TrainingDiverged, out_of_memory
 from rlhf_lightning.text import notice, say
 
-_EPOCHS_BEHIND = re.compile(r"checkpoint with current_epoch=(\d+), but you have set Trainer\(max_epochs=(\d+)")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 _LOADING = (
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
@@ -156,11 +155,6 @@ def of_configuration(error: MisconfigurationException) -> InputError:
     text = str(error)
     if "No supported gpu backend" in text:
         return InputError("trainer.accelerator: torch finds no GPU here; leave the option out")
-    if (epochs := _EPOCHS_BEHIND.search(text)) is not None:
-        return InputError(
-            f"--ckpt_path: the run has had {epochs[1]} epochs and trainer.max_epochs is {epochs[2]}, so nothing is "
-            "left to train; raise trainer.max_epochs"
-        )
     return InputError(text)
 
 

@@ -54,6 +54,18 @@ def test_more_iterations_are_made(ppo: list[str], capsys: pytest.CaptureFixture[
     assert "nothing was left to train after step" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("end", [["--trainer.max_epochs", "1"], ["--trainer.max_steps", "2"]])
+def test_a_run_that_is_past_the_end_that_is_asked_for_says_that_nothing_is_left(
+    sft: list[str], capsys: pytest.CaptureFixture[str], end: list[str]
+) -> None:
+    assert main(["fit", *sft, "--trainer.max_epochs", "3"]) == 0
+    rows = metrics("sft")
+    capsys.readouterr()
+    assert main(["fit", *sft, "--ckpt_path", "last", *end]) == 0
+    assert "nothing was left to train after step" in capsys.readouterr().out
+    assert metrics("sft") == rows
+
+
 def test_a_warm_up_longer_than_the_run_is_told(sft: list[str]) -> None:
     with pytest.warns(
         UserWarning, match=r"warmup_steps: 30 are more than the training's 3: .* ends at 10% of its peak"
