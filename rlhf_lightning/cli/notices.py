@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoint
 from rlhf_lightning.cli.runs import Run
 from rlhf_lightning.data.ids import readable
 from rlhf_lightning.modules.base import RLHFModule
@@ -93,6 +94,10 @@ def report(trainer: Trainer, module: RLHFModule, folder: Path) -> Iterable[tuple
         shown = text if len(text) <= _RESPONSE_SHOWN else text[:_RESPONSE_SHOWN] + "..."
         yield side, f"{prompt!r} | {shown!r} ({count} tokens right of the bar carry the loss)"
     yield "hardware", f"{_hardware(trainer)}; operators: {_operators(trainer)}"
+    saver = next((one for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint)), None)
+    if saver is not None:
+        often = f"every {saver.every_n_batches:,} {'iterations' if samples else 'batches'}"
+        yield "saves", f"a checkpoint {often} (--checkpoint.every_n_batches), at a stop and at the end"
 
 
 def _both_ends(prompt: str) -> str:
