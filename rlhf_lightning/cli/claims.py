@@ -14,7 +14,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from rlhf_lightning.callbacks.checkpoint_files import clear_staging
 from rlhf_lightning.callbacks.slurm import MARK, mark
-from rlhf_lightning.cli.runs import HOLDER, Run, Wanted, choose, holder, holds_run
+from rlhf_lightning.cli.runs import HOLDER, UNSAVED, Run, Wanted, choose, free, holder, holds_run
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.outputs import lock
 
@@ -44,7 +44,7 @@ def claimed(wanted: Wanted) -> Iterator[Run]:
     while True:
         run = choose(wanted, busy=busy)
         existed, held = _hold(run.folder)
-        if held is not None and (run.goes_on or not holds_run(run.folder)):
+        if held is not None and (run.goes_on or run.anew or not holds_run(run.folder)):
             break
         if held is not None:  # another run has used the folder and ended since the name was chosen
             os.close(held)
@@ -58,6 +58,8 @@ def claimed(wanted: Wanted) -> Iterator[Run]:
         try:
             clear_staging(run.folder / "checkpoints")  # what a killed save has left may be what fills the disk
             _check_writable(run.folder)
+            if run.anew:
+                _set_aside(run.folder)
             mark(run.folder, wanted.command)
             _tell_holder(run.folder / HOLDER)
         except OSError as error:
@@ -123,6 +125,15 @@ def _tell_holder(path: Path) -> None:
     """Writes for others who holds the folder."""
     path.unlink(missing_ok=True)  # a killed process leaves it; and never write to where a link leads
     path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
+
+
+def _set_aside(folder: Path) -> None:
+    """Moves what a run without a checkpoint has left into a subfolder, so that no records mix with the new ones."""
+    left = [path for path in folder.iterdir() if not path.name.startswith(UNSAVED)]
+    aside = free(folder / UNSAVED)
+    aside.mkdir()
+    for path in left:
+        path.rename(aside / path.name)
 
 
 def _not_writable(folder: Path, reason: str) -> InputError:

@@ -26,6 +26,7 @@ _TIMED = re.compile(r"-\d{8}-\d{6}(-\d+)?")
 # the first process's folder. (torchrun starts all at once: they choose before the first process writes anything.)
 _SHARED = "RLHF_LIGHTNING_RUN"
 HOLDER = ".held-by"  # in the folder of a run that a process is writing to: which one
+UNSAVED = "unsaved"  # in the folder of a run that began anew: what was there before
 _SHARED_CHECKPOINT = "RLHF_LIGHTNING_CHECKPOINT"  # and its checkpoint; empty for none
 
 
@@ -69,6 +70,7 @@ class Run:
     checkpoint: Path | None = None
     note: str = ""
     goes_on: bool = False  # whether it continues from a checkpoint of its own
+    anew: bool = False  # whether it begins again in a folder that holds a run without a checkpoint
 
     @property
     def name(self) -> str:
@@ -192,6 +194,8 @@ def _requeued(wanted: Wanted) -> Run | None:
     for run in reversed([run for run in _candidates(wanted) if begun_before(run, wanted.command)]):
         if (checkpoint := newest_intact(run / "checkpoints")[0]) is not None:
             return Run(run, checkpoint, f"{run} goes on from {checkpoint.name}: SLURM's job was requeued", goes_on=True)
+        why = f"SLURM's job was requeued before its first checkpoint; what it left is in {free(run / UNSAVED)}"
+        return Run(run, note=f"{run} begins anew: {why}", anew=True)
     return None
 
 

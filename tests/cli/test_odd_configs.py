@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
+from rlhf_lightning import modules
 from rlhf_lightning.cli import main
+
+EXAMPLES = int(os.environ.get("ODD_CONFIGS", 24))  # more are other ones each time
 
 NAMES = ["trainer", "model", "data", "run", "checkpoint", "seed_everything", "class_path", "init_args", "optimizer"]
 NAMES += ["learning_rate", "max_steps", "callbacks", "logger", "strategy", "path", "batch_size", "reward", "kl", "lora"]
@@ -32,7 +38,7 @@ VALUES = st.recursive(
 CONFIGS = VALUES | st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=1, max_size=4)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(config=CONFIGS)
 def test_any_config_is_answered_by_one_line(
     config: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -70,22 +76,25 @@ OPTIONS = {
         "seed",
         "columns",
     ],
-    "model.init_args": [
-        "optimizer.learning_rate",
-        "optimizer.betas",
-        "optimizer.eps",
-        "optimizer.warmup_steps",
-        "optimizer.weight_decay",
-        "lora.rank",
-        "sampling.temperature",
-        "sampling.max_new_tokens",
-        "model",
-        "seed",
-    ],
     "checkpoint": ["every_n_batches", "keep"],
     "samples": ["rows"],
 }
 NAMED = [f"{section}.{name}" for section, names in OPTIONS.items() for name in names] + ["seed_everything", "run"]
+# Each shipped method with its module; the module's options are found in its signature, groups included.
+METHODS = {
+    "sft.yaml": modules.SFTModule,
+    "reward_model.yaml": modules.RewardModelModule,
+    "dpo.yaml": modules.DPOModule,
+    "kto.yaml": modules.KTOModule,
+    "orpo.yaml": modules.ORPOModule,
+    "simpo.yaml": modules.SimPOModule,
+    "ppo.yaml": modules.PPOModule,
+    "grpo.yaml": modules.GRPOModule,
+    "rloo.yaml": modules.RLOOModule,
+    "reinforce.yaml": modules.ReinforcePlusPlusModule,
+    "rejection_sampling.yaml": modules.RejectionSamplingModule,
+    "online_dpo.yaml": modules.OnlineDPOModule,
+}
 NUMBERS = st.sampled_from([0, -1, 1, 2, 0.5, -0.5, 1e-30, 1e30, 10**12, float("nan"), float("inf"), True, None])
 
 
@@ -100,21 +109,49 @@ def nested(options: dict[str, object]) -> dict[str, object]:
     return config
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(options=st.dictionaries(st.sampled_from(NAMED), NUMBERS | SCALARS, min_size=1, max_size=2))
+def test_every_method_is_searched() -> None:
+    shipped = {path.name for path in (Path(__file__).parents[2] / "configs").glob("*.yaml")}
+    assert set(METHODS) == shipped - {"fsdp.yaml", "lora.yaml"}
+
+
+def options_of(module: type) -> list[str]:
+    """``model.init_args.kl.coef`` and all others of a module."""
+    found = []
+    for name, parameter in inspect.signature(module).parameters.items():
+        group = parameter.default
+        inner = [field.name for field in fields(group)] if is_dataclass(group) else []
+        found += [f"model.init_args.{name}.{one}" for one in inner] or [f"model.init_args.{name}"]
+    return found
+
+
+def odd(method: str) -> st.SearchStrategy[tuple[str, dict[str, object]]]:
+    names = st.sampled_from([*NAMED, *options_of(METHODS[method])])
+    return st.tuples(st.just(method), st.dictionaries(names, NUMBERS | SCALARS, min_size=1, max_size=2))
+
+
+@settings(max_examples=EXAMPLES, derandomize=EXAMPLES == 24, suppress_health_check=list(HealthCheck))
+@given(drawn=st.sampled_from(sorted(METHODS)).flatmap(odd))
 def test_odd_values_train_or_are_answered_by_one_line(
-    options: dict[str, object],
+    drawn: tuple[str, dict[str, object]],
     tiny_policy_dir: Path,
+    tiny_reward_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = [f'{{"prompt": "the {word}", "completion": " sat"}}\n' for word in ("cat", "dog", "big", "red")]
+    method, options = drawn
+    answers = '"chosen": " sat", "rejected": " big"'
+    rows = [f'{{"prompt": "the {word}", {answers}}}\n' for word in ("cat", "dog", "big", "red")]
     Path("rows.jsonl").write_text("".join(rows), encoding="utf-8")
     Path("odd.yaml").write_text(yaml.safe_dump(nested(options), allow_unicode=True), encoding="utf-8")
-    runs = ["--config", "sft.yaml", "--model.model", str(tiny_policy_dir), "--data.path", "rows.jsonl"]
+    runs = ["--config", method, "--model.model", str(tiny_policy_dir), "--data.path", "rows.jsonl"]
+    if "reward" in inspect.signature(METHODS[method]).parameters:
+        runs += ["--model.reward.path", str(tiny_reward_dir)]
+    if "sampling" in inspect.signature(METHODS[method]).parameters:
+        runs += ["--model.sampling.max_new_tokens", "4"]
     capsys.readouterr()
+    note(f"{method} {options}")
     code = main(["fit", *runs, "--trainer.max_steps", "1", "--config", "odd.yaml"])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "Traceback"))]
     assert (code == 0 and not errors) or (code in (1, 2) and len(errors) == 1 and errors[0].startswith("error: "))

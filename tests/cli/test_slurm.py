@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,24 @@ def test_a_warning_saves_and_requeues_and_the_same_command_goes_on(
     slurm.setenv("SLURM_JOB_ID", "78")
     assert main(["fit", *sft, *RUN, *name]) == (2 if name else 0)
     assert Path("runs/sft-2").exists() == (not name)
+
+
+@pytest.mark.parametrize("name", [[], ["--run", "mine"]])
+def test_a_job_that_was_killed_before_its_first_checkpoint_begins_anew_in_its_own_folder(
+    sft: list[str], slurm: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: list[str]
+) -> None:
+    assert main(["fit", *sft, *RUN, *name]) == 0
+    run = Path("runs") / ("mine" if name else "sft")
+    first = metrics(run.name)
+    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "model")
+    slurm.setenv("SLURM_RESTART_COUNT", "1")
+    capsys.readouterr()
+    assert main(["fit", *sft, *RUN, *name]) == 0
+    assert f"{run} begins anew: SLURM's job was requeued before its first checkpoint" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(run.name)] == [row["step"] for row in first]
+    assert (run / "unsaved" / "metrics.jsonl").exists()
+    assert [path.name for path in Path("runs").iterdir()] == [run.name]
 
 
 def test_a_cancelled_job_saves_and_is_not_requeued(sft: list[str], slurm: pytest.MonkeyPatch) -> None:
