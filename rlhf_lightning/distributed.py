@@ -133,6 +133,12 @@ def ending_together(trainer: Trainer, own_timeout: bool) -> Iterator[None]:
         raise
 
 
+def leave_group() -> None:
+    """Ends the process group, if there is one: its threads may still run when Python ends, and abort the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 if "fsdp2" not in StrategyRegistry:
     StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Sharded training with PyTorch's FSDP2")
 

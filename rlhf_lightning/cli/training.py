@@ -49,7 +49,7 @@ from rlhf_lightning.cli.seeds import follow_seed_everything
 from rlhf_lightning.cli.stage_inputs import check_inputs, newer_models, what_to_try
 from rlhf_lightning.cli.trainer_options import fit_trainer
 from rlhf_lightning.data.datamodule import PreferenceDataModule
-from rlhf_lightning.distributed import ending_together
+from rlhf_lightning.distributed import ending_together, leave_group
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.outputs import check_output
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         if (said := foreign.explained(error)) is not None:
             raise said from error
         raise
+    leave_group()
     return 0
 
 

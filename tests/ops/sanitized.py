@@ -27,21 +27,6 @@ assert extension.LOADED and Path(extension.__file__).is_relative_to(Path.cwd()),
 assert b"__asan_report_load" in next(Path("rlhf_lightning").glob("_C*.so")).read_bytes()
 """
 
-# A tensor with less memory than its shape says. What cannot find this read would find no other.
-BAD = """
-import torch
-from rlhf_lightning.ops import gae
-rewards = torch.zeros(64, 100)
-rewards.untyped_storage().resize_(400)
-gae(rewards, torch.zeros(64, 100), torch.ones(64, 100, dtype=torch.bool), 0.99, 0.95)
-"""
-
-
-def finds(env: dict[str, str], folder: Path) -> bool:
-    """Whether a read past the end of a tensor ends the process, and is named."""
-    done = subprocess.run([sys.executable, "-c", BAD], cwd=folder, env=env, capture_output=True, text=True, check=False)
-    return done.returncode != 0 and "heap-buffer-overflow" in done.stderr
-
 
 def library(name: str) -> str:
     """The path of one of GCC's own libraries."""
@@ -68,9 +53,6 @@ def main() -> int:
         env["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1"
         env["UBSAN_OPTIONS"] = "print_stacktrace=1:abort_on_error=1"
         subprocess.run([sys.executable, "-c", LOADED], cwd=folder, env=env, check=True)
-        if not finds(env, folder):
-            print("a deliberate read past the end of a tensor was not found: the sanitizers do not work here")
-            return 1
         chosen = [
             f"tests/ops/{path.name}"
             for path in sorted((folder / "tests" / "ops").glob("test_*.py"))
