@@ -66,3 +66,19 @@ def test_names_of_the_buttons() -> None:
     choices = re.search(r"CHOICES = \[(.*?)\];", FILES["pairs.js"], re.DOTALL)
     assert choices is not None
     assert re.findall(r'\["([^"]+)",', choices[1]) == ["A", "B", "Tie", "Both bad"]
+
+
+def test_no_page_uses_what_browsers_keep_from_plain_http() -> None:
+    """With ``--host``, people come from other machines without https, and browsers then lack these."""
+    kept = r"randomUUID|crypto\.subtle|navigator\.(clipboard|serviceWorker|locks|storage|wakeLock)|\bcaches\."
+    for name, text in FILES.items():
+        code = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.DOTALL)
+        assert not re.search(kept, code), name
+
+
+def test_arrows_in_a_radio_group_judge_nothing() -> None:
+    """Beside a pair stand the criteria's radio buttons, in which an arrow key chooses the next one."""
+    body = FILES["judge.js"].split("function pressed(event) {")[1].split("\n}\n")[0]
+    used = [line.strip() for line in body.splitlines() if "arrows" in line]
+    assert used[0].startswith('const arrows = event.target.closest("input[type=radio]") ? {} : view?.arrows;')
+    assert not any("view?.arrows" in line for line in used[1:])

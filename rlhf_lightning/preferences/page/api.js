@@ -51,6 +51,11 @@ async function answer(response) {
   throw Object.assign(new Error(found.error), { status: response.status });
 }
 
+/** A new random id. crypto.randomUUID is not there over plain http from another machine; getRandomValues is. */
+export function newId() {
+  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
 /** An element with attributes and children; texts are never read as HTML. */
 export function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);

@@ -1,6 +1,6 @@
 // The flow of the page: who judges, the item, the judgement, feedback, the next item.
 
-import { button, by, get, identity, make, post, read, write } from "./api.js";
+import { button, by, get, identity, make, newId, post, read, write } from "./api.js";
 import { promptOf } from "./item.js";
 import { KEYS as PAIR_KEYS, pairs } from "./pairs.js";
 import { KEYS as RANKING_KEYS, ranking } from "./ranking.js";
@@ -143,7 +143,7 @@ async function judge(what) {
   if (busy || item === null) return;
   tick();
   const comment = by("comment").value.trim() || null;
-  const body = { client_id: crypto.randomUUID(), annotator: me.annotator, ask: item.ask, comment, seconds: Math.round(clock.spent) / 1000, ...what };
+  const body = { client_id: newId(), annotator: me.annotator, ask: item.ask, comment, seconds: Math.round(clock.spent) / 1000, ...what };
   try {
     const found = await send("/api/judgements", body);
     say(what.value ? "Saved" : "Skipped");
@@ -157,7 +157,7 @@ async function judge(what) {
 async function undo() {
   if (busy || by("undo").disabled) return;
   try {
-    const found = await send("/api/undo", { client_id: crypto.randomUUID(), annotator: me.annotator });
+    const found = await send("/api/undo", { client_id: newId(), annotator: me.annotator });
     show(found, found.value, found.comment);
     say("Undone: judge it again");
   } catch (error) {
@@ -234,7 +234,8 @@ function pressed(event) {
   if (view?.key?.(event)) return event.preventDefault();
   const key = event.key.toLowerCase();
   const fixed = [...document.querySelectorAll("header [data-key], .others [data-key]")];
-  const pressedOne = view?.arrows?.[event.key] ?? [...(view?.buttons ?? []), ...fixed].find((one) => one?.dataset.key === key);
+  const arrows = event.target.closest("input[type=radio]") ? {} : view?.arrows; // in a radio group, arrows choose there
+  const pressedOne = arrows?.[event.key] ?? [...(view?.buttons ?? []), ...fixed].find((one) => one?.dataset.key === key);
   if (!pressedOne || pressedOne.disabled || pressedOne.hidden || !pressedOne.offsetParent) return;
   event.preventDefault();
   pressedOne.click();
