@@ -16,6 +16,7 @@ from rlhf_lightning.cli.suggestions import did_you_mean
 from rlhf_lightning.errors import InputError, ProcessFailed, TrainingDiverged, out_of_memory
 from rlhf_lightning.text import printable
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 _TRAINING = "rlhf_lightning.cli.training"
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say_error(error)
         return FAILED
     except OSError as error:
+        if error.errno in _NO_ROOM:
+            _say_error(OSError(f"{error.filename or 'output'}: cannot be written ({error.strerror}); make room"))
+            return FAILED
         if error.errno != errno.ENAMETOOLONG:
             raise
         _say_error(InputError(f"{error.filename}: no file can have such a long name"))

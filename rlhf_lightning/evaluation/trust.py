@@ -101,7 +101,7 @@ def measured(source: Source) -> dict[str, Any]:
     """All numbers, as JSON values: see ``docs/preferences.md``."""
     units = source.units
     names = list(dict.fromkeys(units.criteria))
-    whole = units.of_criterion(OVERALL) if OVERALL in names else units
+    whole = units.whole()
     fleiss, used = fleiss_kappa(whole)
     found: dict[str, Any] = {
         "source": source.name,

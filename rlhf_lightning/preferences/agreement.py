@@ -113,7 +113,10 @@ def fleiss_kappa(units: Units) -> tuple[float, int]:
         return math.nan, 0
     most = int(np.bincount(several).argmax())
     table = [np.bincount(column[column >= 0], minlength=count) for column in coded.T[given == most]]
-    return float(kappa(torch.from_numpy(np.stack(table)), mode="counts")), len(table)
+    counts = np.stack(table)
+    if np.sum(counts.sum(axis=0) > 0) < 2:  # one category only: nothing could differ by chance
+        return math.nan, len(table)
+    return float(kappa(torch.from_numpy(counts), mode="counts")), len(table)
 
 
 def splits(units: Units, most: int = 10) -> list[dict[str, Any]]:
@@ -174,7 +177,7 @@ def _alpha_of(units: Units, annotators: Sequence[int]) -> float:
 
 def live(items: Sequence[tuple[Part, Item]], judgements: Sequence[Judgement], task: Task) -> dict[str, Any]:
     """What the lead's page shows while a study runs: alpha with the number of items it is of, and each annotator."""
-    units = store_units(judgements, task)
+    units = store_units(judgements, task).whole()
     several = np.sum(~np.isnan(units.values), axis=0) >= 2
     count = len({item for item, of in zip(units.items, several, strict=True) if of})
     by_id = {item.id: item for _, item in items}

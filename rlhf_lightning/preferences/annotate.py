@@ -6,8 +6,10 @@ The command imports no torch (but for ``--order uncertain``), so it starts at on
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import itertools
+import re
 import secrets
 import socket
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from urllib.parse import quote
 from rlhf_lightning import __version__
 from rlhf_lightning.errors import CommandParser, InputError
 from rlhf_lightning.outputs import check_output
-from rlhf_lightning.preferences.items import Item, read_candidates, read_gold
+from rlhf_lightning.preferences.items import Item, check_ids, read_candidates, read_gold
 from rlhf_lightning.preferences.store import Part, Store
 from rlhf_lightning.preferences.tasks import Task, TaskName, task_of
 from rlhf_lightning.text import notice, printable, say
@@ -41,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     task = task_of(options.task, options.criteria)
     _check(options)
-    from rlhf_lightning.preferences.server import serve  # its packages may be missing; say so before the work
+    from rlhf_lightning.preferences.server import is_loopback, serve  # its packages may be missing: before the work
 
+    if not options.annotators and (options.url or not is_loopback(options.host)):
+        raise InputError("--annotators: others can reach the server; name who may judge")
     items = _items(options, task)
     guidelines = None
     if options.guidelines:
@@ -73,8 +77,8 @@ def _parser() -> CommandParser:
     add("--criteria", nargs="+", default=[], metavar="NAME", help="what is judged, for pairs beside the whole")
     add("--guidelines", metavar="FILE", help="Markdown that annotators can always open; see docs/preferences.md")
     add("--gold", metavar="FILE", help="rows with the right judgement: for the calibration round, and hidden ones")
-    add("--calibration", type=int, default=5, metavar="N", help="gold items that come first, with feedback; default 5")
-    add("--gold_share", type=float, default=0.05, metavar="P", help="share of hidden gold items; default 0.05")
+    add("--calibration", type=int, metavar="N", help="gold items that come first, with feedback; default 5")
+    add("--gold_share", type=float, metavar="P", help="share of hidden gold items; default 0.05")
     add("--repeat_share", type=float, default=0.05, metavar="P", help="share of swapped repeats; default 0.05")
     add("--overlap", type=int, default=1, metavar="N", help="annotators for each item; default 1")
     add("--quota", type=int, metavar="N", help="judgements that each annotator gives; default: as many as there are")
@@ -82,11 +86,20 @@ def _parser() -> CommandParser:
     add("--order", default="random", choices=("random", "file", "uncertain"), help="what is asked first")
     add("--reward", nargs="+", default=[], metavar="DIR", help="reward models, for --order uncertain")
     add("--host", default="127.0.0.1", help="the address to listen on; default 127.0.0.1, this machine alone")
+    add("--url", default="", help="the https address that people use, if another server stands before this one")
     add("--port", type=int, default=8000, help="the port to listen on; 0 takes a free one; default 8000")
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
+    for name, usual in (("calibration", 5), ("gold_share", 0.05)):
+        if getattr(options, name) is not None and not options.gold:
+            raise InputError(f"--{name}: there are no gold items; give --gold FILE, or leave it out")
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
+    options.url = options.url.rstrip("/")
+    if options.url and not re.fullmatch(r"https?://[^/\s#?]+", options.url):
+        raise InputError(f"--url {options.url}: must be like https://study.example.org, without a path")
     for name, least in (("overlap", 1), ("quota", 1), ("calibration", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -119,6 +132,9 @@ def _items(options: argparse.Namespace, task: Task) -> list[tuple[Part, Item]]:
     first, hidden = gold[: options.calibration], gold[options.calibration :]
     if gold:
         say(notice("gold", f"{len(first)} for calibration, {len(hidden)} hidden among the others"))
+        if not hidden:
+            say(notice("gold", "none is left to hide: lower --calibration, or give more gold rows"))
+    check_ids([*gold, *found.items])
     return [
         *(("calibration", item) for item in first),
         *(("gold", item) for item in hidden),
@@ -134,11 +150,11 @@ def _store(options: argparse.Namespace, task: Task, items: list[tuple[Part, Item
             "task": task.name,
             "criteria": list(task.criteria),
             "order": options.order,
+            "calibration": options.calibration if options.gold else 0,
             "key": secrets.token_hex(32),
             "made": {"version": __version__, "at": datetime.now(UTC).isoformat(timespec="seconds")},
         }
         Store.create(path, study, _ordered(items, options.order, options.reward, study["key"]))
-        path.chmod(0o600)  # the key in it opens the server
     store = Store(path, writing=True)
     try:
         _check_same(store, options, task, items)
@@ -156,6 +172,9 @@ def _check_same(store: Store, options: argparse.Namespace, task: Task, items: li
         raise InputError(f"{store.path}: was made with {was}; {remedy}")
     if store.study["order"] != options.order:
         raise InputError(f"{store.path}: was made with --order {store.study['order']}; {remedy}")
+    calibration = store.study.get("calibration", 0)
+    if options.gold and calibration != options.calibration:
+        raise InputError(f"{store.path}: was made with --calibration {calibration}; {remedy}")
     there = {item.id: (part, item) for part, item in store.items()}
     given = {item.id: (part, item) for part, item in items}
     changed = next((name for name in [*there, *given] if there.get(name) != given.get(name)), None)
@@ -185,10 +204,7 @@ def _study(options: argparse.Namespace, store: Store, guidelines: str | None) ->
 
     rules = Rules(options.overlap, options.quota, options.gold_share, options.repeat_share)
     study = Study(store, rules, options.annotators, guidelines)
-    access = Access(options.host, study.key)
-    if access.tokens and not options.annotators:
-        raise InputError(f"--host {options.host}: others can reach it; name who may judge by --annotators")
-    return study, access
+    return study, Access(options.host, study.key, options.url)
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -199,8 +215,10 @@ def _listening(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(128)
+    except UnicodeError:
+        raise InputError(f"--host {host}: is no name of a machine") from None
     except OSError as error:
-        taken = "; another program uses the port: choose another --port" if error.errno == 98 else ""
+        taken = "; another program uses the port: choose another --port" if error.errno == errno.EADDRINUSE else ""
         raise InputError(f"--host {host} --port {port}: cannot listen there ({error.strerror}){taken}") from None
     return listening
 
@@ -210,17 +228,16 @@ def _announce(study: Study, access: Access, options: argparse.Namespace, port: i
     from rlhf_lightning.preferences.server import LEAD
 
     name = socket.gethostname() if options.host in ("0.0.0.0", "::") else options.host
-    place = f"http://{f'[{name}]' if ':' in name else name}:{port}"
+    place = access.url or f"http://{f'[{name}]' if ':' in name else name}:{port}"
     if study.judgements()[0]:
         say(notice("store", f"{printable(str(options.store))} has {_judged(study)}"))
     if access.tokens:
         for annotator in study.annotators or ():
             say(notice("judge", f"{place}/#annotator={quote(annotator)}&token={access.token(annotator)}"))
-        say(notice("lead", f"{place}/lead#token={access.token(LEAD)}"))
         say(notice("note", "the addresses open the study to whoever has them; without https others can read along"))
     else:
         say(notice("judge", f"{place}/"))
-        say(notice("lead", f"{place}/lead"))
+    say(notice("lead", f"{place}/lead#token={access.token(LEAD)}"))
     say(notice("stop", "Ctrl-C; the same command goes on"))
 
 

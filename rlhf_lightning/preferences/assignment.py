@@ -17,6 +17,7 @@ from rlhf_lightning.preferences.items import Item
 from rlhf_lightning.preferences.store import Judgement, Part
 
 APART = 5  # judgements between an item and its repeat, so that nobody remembers the first answer
+_STEP = 5  # see `Plan.progress`
 IDLE = 600.0  # seconds after which an item that was shown may be shown to somebody else
 
 
@@ -26,7 +27,7 @@ class Rules:
 
     Args:
         overlap: annotators for each real item.
-        quota: judgements of real items that each annotator gives; None for as many as there are.
+        quota: judgements that each annotator gives after calibration; None for as many as there are.
         gold_share: share of hidden gold items among what is asked.
         repeat_share: share of repeats among what is asked.
     """
@@ -51,7 +52,7 @@ class Ask:
 class Progress:
     """How far an annotator is, in the phase at hand."""
 
-    phase: str  # calibration, judging or done
+    phase: str  # calibration, judging, waiting (the last items are on others' screens) or done
     done: int
     quota: int | None
     left: int
@@ -86,7 +87,7 @@ class Plan:
         for part, item in items:
             self._items[part][item.id] = item
         self._standing: dict[str, dict[tuple[str, Part], Judgement]] = {}  # by annotator, in the order of arrival
-        self._undone: dict[str, dict[tuple[str, Part], int]] = {}  # by annotator: what to ask again, first number
+        self._undone: dict[str, dict[tuple[str, Part], int]] = {}  # by annotator: what to ask again, by undo
         self._judged: dict[str, set[str]] = {name: set() for name in self._items["real"]}  # who judged an item
         self._open = dict.fromkeys(self._items["real"])  # real items that lack judgements, in order
         self._held: dict[str, dict[str, float]] = {}  # by item: for whom, since when
@@ -116,15 +117,21 @@ class Plan:
         for part, items in self._items.items():
             standing = self._standing.get(annotator, {})
             for name in items if part != "repeat" else [name for name, of in standing if of == "real"]:
-                if self._ask_id(annotator, name, part) == ask_id:
+                if self.ask_id(annotator, name, part) == ask_id:
                     return self._ask(annotator, name, part)
         raise InputError("ask: no item has this id; load the page again")
 
-    def check(self, annotator: str, ask: Ask) -> None:
-        """Holds the item until the judgement is noted. Raises Conflict if the judgement does not count."""
+    def check(self, annotator: str, ask: Ask, counts: bool = True) -> None:
+        """Holds the item until the judgement is noted. Raises Conflict if the judgement does not count.
+
+        Args:
+            annotator: who judged.
+            ask: what.
+            counts: whether it counts towards the overlap; a skip does not.
+        """
         if (ask.item.id, ask.part) in self._standing.get(annotator, {}):
             raise Conflict("this item is judged already; load the page again, or undo the judgement first")
-        if ask.part == "real":
+        if ask.part == "real" and counts:
             name = ask.item.id
             if len(self._judged[name]) + len(self._others(annotator, name, fresh=True)) >= self.rules.overlap:
                 raise Conflict("others have judged this item in the meantime; the next one follows")
@@ -142,7 +149,7 @@ class Plan:
         place = (row.item, row.part)
         if undone is not None:
             standing.pop(place)
-            again[place] = undone.number
+            again[place] = row.number
             if row.part == "real":
                 self._judged[row.item].discard(row.annotator)
                 self._open = {name: None for name in self._judged if not self._complete(name)}
@@ -155,6 +162,9 @@ class Plan:
             self._judged[row.item].add(row.annotator)
             if self._complete(row.item):
                 self._open.pop(row.item, None)
+                for undone_ones in self._undone.values():  # others have judged it since
+                    if undone_ones.pop((row.item, "real"), None) is not None:
+                        undone_ones.pop((row.item, "repeat"), None)
 
     def last(self, annotator: str) -> Judgement | None:
         """The annotator's last row that stands, which an undo takes back."""
@@ -167,14 +177,16 @@ class Plan:
         calibrated = sum((name, "calibration") in standing for name in calibration)
         if calibrated < len(calibration):
             return Progress("calibration", calibrated, len(calibration), len(calibration) - calibrated)
-        real = {name: row for (name, part), row in standing.items() if part == "real"}
-        done = sum(row.value is not None for row in real.values())
-        left = sum(1 for name in self._open if name not in real)
+        # Hidden items count as all others, and what is left is told in steps of `_STEP`: else a counter that stands
+        # still would tell which item was hidden.
+        done = sum(row.value is not None for row in standing.values() if row.part != "calibration")
+        open_ones = sum((name, "real") not in standing for name in self._open)
+        left = -(-open_ones // _STEP) * _STEP
         if self.rules.quota is not None:
-            left = min(left, self.rules.quota - done)
-        left = max(left, 0)
-        waiting = self._choose(annotator) is not None
-        return Progress("judging" if waiting else "done", done, self.rules.quota, left)
+            left = max(0, min(left, self.rules.quota - done))
+        if self._choose(annotator) is not None:
+            return Progress("judging", done, self.rules.quota, left)
+        return Progress("waiting" if left else "done", done, self.rules.quota, left)
 
     def counts(self) -> tuple[int, int]:
         """The number of real items, and of those with all their judgements."""
@@ -184,15 +196,14 @@ class Plan:
         standing = self._standing.get(annotator, {})
         asked = self._asked.get(annotator)
         if again := self._undone.get(annotator):
-            return min(again, key=again.__getitem__)
+            return max(again, key=again.__getitem__)  # what was undone last, so that they come in their old order
         if asked is not None and self._still(annotator, asked):
             return asked.item.id, asked.part
         for name in self._items["calibration"]:
             if (name, "calibration") not in standing:
                 return name, "calibration"
         rows = [row for row in standing.values() if row.part != "calibration"]
-        judged = sum(row.part == "real" and row.value is not None for row in rows)
-        if self.rules.quota is not None and judged >= self.rules.quota:
+        if self.rules.quota is not None and sum(row.value is not None for row in rows) >= self.rules.quota:
             return None
         real = self._next_real(annotator)
         if real is None:
@@ -249,9 +260,10 @@ class Plan:
         else:
             places = range(len(item.completions))
             order = tuple(sorted(places, key=lambda place: self._number("order", annotator, name, str(place))))
-        return Ask(self._ask_id(annotator, name, part), item, part, order)
+        return Ask(self.ask_id(annotator, name, part), item, part, order)
 
-    def _ask_id(self, annotator: str, name: str, part: Part) -> str:
+    def ask_id(self, annotator: str, name: str, part: Part) -> str:
+        """The id under which an item is put to an annotator; it tells nobody which part it is of."""
         return f"{self._number('ask', annotator, name, part):016x}"
 
     def _number(self, *words: str) -> int:

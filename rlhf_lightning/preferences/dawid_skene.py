@@ -24,7 +24,7 @@ class Fit:
     posterior: Numbers  # [I, C], rows sum to 1
     shares: Numbers  # [C]
     confusion: Numbers  # [A, C, L], the last axis sums to 1
-    objective: float  # log-likelihood of the labels plus the log-prior
+    objective: float  # log-likelihood of the labels
     steps: int
     converged: bool
 
@@ -38,8 +38,9 @@ def fit(counts: Numbers, prior: float = _PRIOR) -> Fit:
     """Fits the model by EM (equations 2.3 to 2.5), from the shares of votes.
 
     Few judgements of an annotator would make their error rates 0 or 1, and one label of theirs would overrule all
-    others. So each row of ``pi`` and ``p`` has a Dirichlet prior: ``prior`` extra labels, spread as all annotators'
-    labels are given that class. With ``prior`` 0 the fit is the paper's.
+    others. So each row of ``pi`` gets ``prior`` extra labels, spread as all annotators' labels are given that class (an
+    empirical prior, which moves with the posterior; the steps then maximise no one objective). With ``prior`` 0 the fit
+    is the paper's.
 
     Args:
         counts: ``[I, A, L]``, how often annotator a gave item i label l. Every label is a class.

@@ -103,6 +103,8 @@ def formed(row: RowOut, form: Written) -> RowOut:
     if "chosen" not in row:
         raise InputError(f"--form {form}: holds pairs, and item {row['id']!r} is graded; use --form ours")
     if form == "hh":
+        for key in ("chosen", "rejected"):
+            _check_marks(row[key], row["id"])
         opening = _transcript(checked_prompt(row["prompt"], str(row["id"]), "prompt"), row["id"])
         return {key: f"{opening}{ASSISTANT} {row[key]}" for key in ("chosen", "rejected")}
     prompt = row["prompt"]
@@ -112,7 +114,16 @@ def formed(row: RowOut, form: Written) -> RowOut:
     return {"prompt": prompt, **sides}
 
 
+def _check_marks(text: str, name: str) -> None:
+    """Refuses a text that would be read as several turns."""
+    mark = next((mark for mark in (HUMAN, ASSISTANT) if mark in text), None)
+    if mark is not None:
+        raise InputError(f"--form hh: item {name!r} has {mark!r} in a text, which would begin another turn; use trl")
+
+
 def _transcript(prompt: Prompt, name: str) -> str:
+    for text in [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]:
+        _check_marks(text, name)
     if isinstance(prompt, str):
         return f"{HUMAN} {prompt}"
     system = prompt[0].content if prompt[0].role == "system" else ""
@@ -136,6 +147,7 @@ def _compared(record: Record) -> list[RowOut]:
         sides = (_response(record.responses[better], record), _response(record.responses[worse], record))
         row = {"id": name + several, "prompt": shown, "chosen": sides[0], "rejected": sides[1]}
         numbers = {"margin": (record.margin, 0.0), "weight": (record.weight, 1.0)}
+        numbers["preference"] = (record.preference, 1.0)
         row |= {key: value for key, (value, usual) in numbers.items() if value != usual}
         if record.tools:
             row["tools"] = json.loads(record.tools)

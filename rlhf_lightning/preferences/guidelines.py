@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 import yaml
 
-from rlhf_lightning.data.files import kind_of, whole_file
+from rlhf_lightning.data.files import whole_file
 from rlhf_lightning.errors import InputError
 
 _NEEDED, _ALLOWED = ("good", "bad"), ("prompt", "good", "bad", "why")
@@ -51,24 +50,29 @@ def read_guidelines(path: str) -> str:
 
 
 def _example(text: str, path: str, line: int) -> str:
+    where = f"{path}:{line}: the example"
     try:
-        content: Any = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)  # every value is the text that stands there: `yes`, `12`
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = line + 1 + mark.line if mark is not None else line
         problem = getattr(error, "problem", None) or "not valid YAML"
-        raise InputError(
-            f"{path}:{place}: the example is broken ({problem}); put texts with a colon in quotes"
-        ) from None
-    where = f"{path}:{line}: the example"
-    if not isinstance(content, dict):
+        remedy = "put texts with a colon in quotes"
+        raise InputError(f"{path}:{place}: the example is broken ({problem}); {remedy}") from None
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply; give lines like 'good: TEXT' and 'bad: TEXT'") from None
+    if not isinstance(node, yaml.MappingNode):
         raise InputError(f"{where} must have lines like 'good: TEXT' and 'bad: TEXT'")
-    unknown = [key for key in content if key not in _ALLOWED]
-    if unknown:
-        raise InputError(f"{where} has an unknown key {unknown[0]!r}; there is {', '.join(_ALLOWED)}")
-    for key, value in content.items():
-        if not isinstance(value, str):
-            raise InputError(f"{where}: '{key}' is {kind_of(value)}, not text; put it in quotes")
+    content: dict[str, str] = {}
+    for key, value in node.value:
+        name = str(key.value)
+        if name not in _ALLOWED:
+            raise InputError(f"{where} has an unknown key {name[:40]!r}; there is {', '.join(_ALLOWED)}")
+        if name in content:
+            raise InputError(f"{where} has '{name}' twice; keep one")
+        if not isinstance(value, yaml.ScalarNode):
+            raise InputError(f"{where}: '{name}' is a list or an object, not text; put it in quotes")
+        content[name] = value.value
     missing = [key for key in _NEEDED if not content.get(key, "").strip()]
     if missing:
         raise InputError(f"{where} lacks {' and '.join(missing)}; give a good and a bad answer")

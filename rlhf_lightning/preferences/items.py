@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_lightning.data.files import RawRow, kind_of
+from rlhf_lightning.data.files import RawRow, faulty_text, kind_of, shown
+from rlhf_lightning.data.kept_columns import plain
 from rlhf_lightning.data.messages import checked_prompt, checked_response
 from rlhf_lightning.data.readers import read_rows
 from rlhf_lightning.data.values import Message, Response, checked_list, checked_text, refused
@@ -78,7 +79,7 @@ def read_candidates(path: str, task: Task) -> Items:
     for where, line, row in _rows(path):
         found.rows += 1
         name = _id(row, line, where, seen)
-        prompt, answers = _prompt(row, where), _answers(row, where)
+        prompt, answers, columns = _prompt(row, where), _answers(row, where), _columns(row, where)
         if len(answers) < task.fewest:
             problem = f"has {len(answers)} answer{'s'[: len(answers) != 1]}; {task.name} needs {task.fewest} or more"
             raise refused(where, "completions", f"{problem}: generate with a higher --count, or delete the row")
@@ -89,7 +90,7 @@ def read_candidates(path: str, task: Task) -> Items:
         for number, places in enumerate(groups):
             whole = len(places) == len(answers)
             item_id = name if whole else f"{name}:{'-'.join(map(str, places))}"
-            item = Item(item_id, name, prompt, tuple(answers[place] for place in places), places, _columns(row))
+            item = Item(item_id, name, prompt, tuple(answers[place] for place in places), places, columns)
             rounds.extend([] for _ in range(number + 1 - len(rounds)))
             rounds[number].append(item)
     found.items = list(itertools.chain.from_iterable(rounds))
@@ -123,7 +124,7 @@ def read_gold(path: str, task: Task) -> Items:
             raise refused(where, "gold", str(error)) from None
         why = checked_text(row.get("explanation") or "", where, "explanation")
         places, prompt = tuple(range(len(answers))), _prompt(row, where)
-        found.items.append(Item(f"gold:{name}", name, prompt, tuple(answers), places, _columns(row), gold, why))
+        found.items.append(Item(f"gold:{name}", name, prompt, tuple(answers), places, _columns(row, where), gold, why))
     if not found.items:
         raise InputError(f"{path}: holds no rows; give candidate rows with a 'gold' judgement")
     return found
@@ -133,6 +134,9 @@ def _rows(path: str) -> Iterator[tuple[str, int, RawRow]]:
     for line, row in read_rows(path, lambda row: "prompt" in row):
         if isinstance(row, InputError):
             raise row
+        for key, value in row.items():
+            if fault := faulty_text(key) or faulty_text(value):
+                raise refused(f"{path}:{line}", shown(key), f"{fault}; repair the text")
         yield f"{path}:{line}", line, row
 
 
@@ -155,8 +159,18 @@ def _prompt(row: RawRow, where: str) -> str | list[dict[str, Any]]:
     return [given] if isinstance(given, dict) else given
 
 
-def _columns(row: RawRow) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in _OWN}
+def _columns(row: RawRow, where: str) -> dict[str, Any]:
+    """The other columns in JSON's types."""
+    found = {}
+    for key, value in row.items():
+        if key in ("system", "history") and value:
+            raise refused(where, key, "is not shown to annotators; put it into the prompt, as messages")
+        if key not in _OWN:
+            try:
+                found[key] = plain(value)
+            except TypeError as error:
+                raise refused(where, shown(key), f"holds {error}, which has no place in JSON; leave it out") from None
+    return found
 
 
 def _said(message: Message) -> str:
@@ -167,19 +181,19 @@ def _answers(row: RawRow, where: str) -> list[str]:
     """The answers of a row as texts, under whichever keys they stand."""
     if "completions" in row:
         values = checked_list(row["completions"], where, "completions")
-        return [_text(checked_response(value, where, f"completions[{i}]")) for i, value in enumerate(values)]
+        named = [(f"completions[{i}]", value) for i, value in enumerate(values)]
+        return [_text(checked_response(value, where, key), where, key) for key, value in named]
     for keys in _SIDES:
         if all(key in row for key in keys):
-            return [_text(checked_response(row[key], where, key)) for key in keys]
+            return [_text(checked_response(row[key], where, key), where, key) for key in keys]
     found = f"keys found: {', '.join(row) or 'none'}"
     raise refused(where, "completions", f"is missing ({found}); give the list of answers, or chosen and rejected")
 
 
-def _text(response: Response) -> str:
+def _text(response: Response, where: str, key: str) -> str:
     if isinstance(response, str):
         return response
-    several = len(response) > 1
-    return "\n\n".join(f"{message.role}: {_said(message)}" if several else _said(message) for message in response)
+    raise refused(where, key, "has several messages or a tool call, and people judge one text; give the text alone")
 
 
 def _groups(answers: list[str], task: Task) -> Iterator[tuple[int, ...]]:
@@ -189,3 +203,12 @@ def _groups(answers: list[str], task: Task) -> Iterator[tuple[int, ...]]:
         yield from itertools.combinations(different, 2)
     elif len(different) >= task.fewest:
         yield tuple(different)
+
+
+def check_ids(items: Iterable[Item]) -> None:
+    """Refuses two items of one id: a pair's id is its row's with the places, which another row may be called."""
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise InputError(f"two items are called {item.id!r}; rename the rows: a pair is called ROW:PLACE-PLACE")
+        seen.add(item.id)

@@ -27,6 +27,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
+from urllib.parse import urlsplit
 
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.preferences.assignment import Conflict
@@ -46,6 +47,7 @@ except ImportError as missing:
 
 LEAD = "\0lead"  # whom the lead's token is for; no annotator can have this name
 _BODY = 1 << 18  # bytes of a request
+_ELSEWHERE = ("cross-site", "same-site")  # whose pages may not even ask: `next` holds an item for somebody
 _PAGES = {"": "judge.html", "lead": "lead.html"}
 _KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 _HEADERS = {
@@ -63,17 +65,20 @@ class Access:
     """Who may use the server.
 
     Args:
-        host: the address that the server listens on. Unless it is this machine's own, a token is needed.
+        host: the address that the server listens on. Unless it is this machine's own, annotators need a token. The lead
+            always needs one, so that no annotator sees that page.
         key: the store's secret, from which tokens follow.
+        url: the address that people use, if another server stands before this one; then all need a token.
     """
 
     host: str
     key: bytes
+    url: str = ""
 
     @property
     def tokens(self) -> bool:
-        """Whether a token is needed."""
-        return not is_loopback(self.host)
+        """Whether annotators need a token."""
+        return bool(self.url) or not is_loopback(self.host)
 
     def token(self, name: str) -> str:
         """The token of an annotator, or of `LEAD`."""
@@ -81,10 +86,12 @@ class Access:
 
     def admits(self, name: str, token: str) -> bool:
         """Whether this token opens the server to this name."""
-        return not self.tokens or hmac.compare_digest(self.token(name).encode(), token.encode())
+        return (not self.tokens and name != LEAD) or hmac.compare_digest(self.token(name).encode(), token.encode())
 
     def serves(self, host: str) -> bool:
         """Whether a request may name the server so. A foreign name would let a foreign page read the answers."""
+        if self.url and host.lower() == urlsplit(self.url).netloc.lower():
+            return True
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() and not host.endswith("]") else host
         name = name.strip("[]").lower()
         known = {"localhost", self.host.lower()} | ({socket.gethostname().lower()} if self.tokens else set())
@@ -95,6 +102,10 @@ class Access:
         except ValueError:
             return False
         return self.tokens or address.is_loopback
+
+    def comes_from_here(self, origin: str, host: str) -> bool:
+        """Whether a page of this server sent a request: its origin is what the request calls the server, or `url`."""
+        return origin.partition("://")[2] == host or (bool(self.url) and origin.lower() == self.url.lower())
 
 
 def is_loopback(host: str) -> bool:
@@ -215,13 +226,18 @@ class _Guard:
             await send(message)
 
         request = Request(scope)
-        host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        inner = self._inner
-        if not self._access.serves(host):
-            inner = _error(403, f"the server is not called {host!r}")
-        elif origin is not None and origin.partition("://")[2] != host:
-            inner = _error(403, "the request comes from another site")
+        refusal = self._refusal(request)
+        inner = self._inner if refusal is None else _error(403, refusal)
         await inner(scope, receive, guarded)
+
+    def _refusal(self, request: Request) -> str | None:
+        """Why a request is refused for where it goes to, or comes from."""
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if not self._access.serves(host):
+            return f"the server is not called {host!r}"
+        foreign = origin is not None and not self._access.comes_from_here(origin, host)
+        elsewhere = request.headers.get("sec-fetch-site") in _ELSEWHERE and request.url.path.startswith("/api/")
+        return "the request comes from another site" if foreign or elsewhere else None
 
 
 def _handlers() -> dict[Any, Any]:

@@ -1,8 +1,8 @@
 """The store of a study: one SQLite file that judgements are only ever added to.
 
-Nothing in it is changed or deleted, which triggers hold: an undo is a row that names the row it takes back. A judgement
-is on the disk when `Store.add` returns (write-ahead log, full synchronisation), so a process that is killed at any
-moment loses none that it has acknowledged. A client's own id makes a judgement that is sent twice count once.
+Nothing in it is changed or deleted, and triggers refuse it: an undo is a row that names the row it takes back. A
+judgement is on the disk when `Store.add` returns (write-ahead log, full synchronisation). So a process that is killed
+at any moment loses none that it has acknowledged. A client's own id makes a judgement that is sent twice count once.
 
 Tables: ``study`` (key, value as JSON), ``items`` (place, id, part, content as JSON), and ``judgements``:
 
@@ -23,6 +23,7 @@ Tables: ``study`` (key, value as JSON), ``items`` (place, id, part, content as J
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ try:
 except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
-Part = str  # calibration, gold, real or repeat
+Part = str  # one of PARTS
+PARTS = ("calibration", "gold", "real", "repeat")
 _APPLICATION = 0x524C4846  # "RLHF", which marks a file of this kind
 _FORMAT = 1
 _SCHEMA = """
@@ -66,7 +68,7 @@ CREATE TABLE judgements (
 _KEPT = "".join(
     f"CREATE TRIGGER {table}_{action} BEFORE {action} ON {table} "
     "BEGIN SELECT RAISE(ABORT, 'rows are only ever added'); END;\n"
-    for table in ("items", "judgements")
+    for table in ("study", "items", "judgements")
     for action in ("UPDATE", "DELETE")
 )
 
@@ -106,14 +108,15 @@ class Store:
 
     def __init__(self, path: str | Path, writing: bool = False) -> None:
         self.path = Path(path)
-        self._lock = _locked(self.path) if writing else None
         if not self.path.is_file():
             raise InputError(f"{path}: no such store; annotate makes one")
+        self._lock = _locked(self.path) if writing else None
         try:
             with self._reading():
                 self._base = _connected(self.path, writing)
                 self._check()
                 self.study = {key: json.loads(value) for key, value in self._base.execute("SELECT * FROM study")}
+                bytes.fromhex(self.study.get("key", ""))
                 self.task: Task = task_of(self.study["task"], self.study["criteria"])
         except InputError:
             self.close()
@@ -131,10 +134,10 @@ class Store:
         Raises: InputError if the file cannot be written.
         """
         path = Path(path)
-        staged = path.with_name(f".{path.name}.new")
-        staged.unlink(missing_ok=True)
+        staged = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            staged.touch(mode=0o600)  # the key in it opens the server
             base = sqlite3.connect(staged)
             with base:
                 base.executescript(_SCHEMA + _KEPT)
@@ -148,9 +151,9 @@ class Store:
                 base.executemany("INSERT INTO items VALUES (?, ?, ?, ?)", contents)
             base.execute("PRAGMA journal_mode = WAL")
             base.close()
-            if path.exists():
-                raise InputError(f"{path}: exists already; name another file")
-            staged.rename(path)
+            os.link(staged, path)  # fails where another file has the name by now
+        except FileExistsError:
+            raise InputError(f"{path}: exists already; name another file") from None
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"{path}: cannot be written ({error}); make room, or name another place") from None
         finally:
@@ -165,7 +168,20 @@ class Store:
     def rows(self) -> list[Judgement]:
         """All rows as they came, undone ones and undos among them."""
         with self._reading():
-            return [_judgement(row) for row in self._base.execute("SELECT * FROM judgements ORDER BY number")]
+            known = {name for (name,) in self._base.execute("SELECT id FROM items")}
+            rows = [_judgement(row) for row in self._base.execute("SELECT * FROM judgements ORDER BY number")]
+            for row in rows:
+                self._check_row(row, known)
+            return rows
+
+    def _check_row(self, row: Judgement, known: set[str]) -> None:
+        """Raises a ValueError or the like for a row that this library has not written."""
+        if row.item not in known or row.part not in PARTS or not isinstance(row.annotator, str):
+            raise ValueError(f"judgement {row.number} is of no item, or of an unknown part")
+        if row.undoes is None and sorted(row.shown) != list(range(len(row.shown))):
+            raise ValueError(f"judgement {row.number} has an order that is none")
+        if row.value is not None:
+            self.task.answer(self.task.shown(row.value, row.shown), row.shown)
 
     def judgements(self) -> list[Judgement]:
         """The rows that stand: neither undos nor what they took back."""
@@ -214,7 +230,9 @@ class Store:
         """Turns what a damaged or foreign file leads to into one line."""
         try:
             yield
-        except (sqlite3.Error, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (sqlite3.Error, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, InputError) and str(error).startswith(str(self.path)):
+                raise
             what = f"{type(error).__name__}: {error}"
             raise InputError(f"{self.path}: cannot be read as a store of judgements ({what}); {_RESTORE}") from None
 
@@ -247,14 +265,13 @@ def _connected(path: Path, writing: bool) -> sqlite3.Connection:
 
 
 def _locked(path: Path) -> Any:
-    """The open lock file, which no other process can lock until it is closed or this process ends."""
+    """The open file, which no other process can lock, by whatever name, until it is closed or this process ends."""
     if fcntl is None:
         return None
-    place = path.with_name(f".{path.name}.lock")
     try:
-        file = place.open("w", encoding="utf-8")
+        file = path.open("rb")
     except OSError as error:
-        raise InputError(f"{path}: cannot be written beside ({error.strerror}); choose another place") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); choose another place") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rlhf_lightning.data.files import faulty_text
 from rlhf_lightning.errors import InputError
 from rlhf_lightning.preferences.agreement import live
-from rlhf_lightning.preferences.assignment import Ask, Plan, Rules
+from rlhf_lightning.preferences.assignment import Ask, Conflict, Plan, Rules
 from rlhf_lightning.preferences.store import Judgement, Store
 
 _COMMENT = 10_000  # letters of a comment or of a flag's reason
+_LONGEST = 10_000_000  # seconds
 _NAME = 64  # letters of an annotator's name and of a client's id
 _KEYS = ("client_id", "annotator", "ask", "value", "skip", "flag", "comment", "seconds")
 Answer = dict[str, Any]  # what is sent as JSON
@@ -63,6 +64,8 @@ class Study:
         if row is None:
             ask = self.plan.find(annotator, _text(sent, "ask", _NAME) or "")
             row = await self._keep(self._judgement(sent, ask, client, annotator), ask)
+        elif row.undoes is not None or self.plan.ask_id(annotator, row.item, row.part) != sent.get("ask"):
+            raise Conflict("client_id: is that of another judgement; give each one an id of its own")
         return {"number": row.number, "feedback": self._feedback(row), "next": self.next(annotator)}
 
     async def undo(self, sent: Any) -> Answer:
@@ -82,8 +85,12 @@ class Study:
         if row.undoes is None:
             raise InputError("client_id: is that of a judgement; give the undo an id of its own")
         last = self._by_number[row.undoes]
+        found = self.next(annotator)
+        shown = found["item"] is not None and found["item"]["ask"] == self.plan.ask_id(annotator, last.item, last.part)
+        if not shown:  # the undo was sent again, after more had happened
+            return {**found, "value": None, "comment": None}
         value = None if last.value is None else self.task.shown(last.value, last.shown)
-        return {**self.next(annotator), "value": value, "comment": last.comment}
+        return {**found, "value": value, "comment": last.comment}
 
     def lead(self) -> Answer:
         """How the study goes: agreement, annotators, flags. Only the lead sees it."""
@@ -137,8 +144,8 @@ class Study:
         seconds = sent.get("seconds")
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, int | float)):
             raise InputError("seconds: must be a number or null")
-        if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
-            raise InputError("seconds: must be 0 or more")
+        if seconds is not None and not 0 <= seconds <= _LONGEST:
+            raise InputError(f"seconds: must be from 0 to {_LONGEST:,}")
         return Judgement(client, annotator, ask.item.id, ask.part, ask.order, kept, flag, comment, seconds)
 
     async def _once(self, client: str, annotator: str) -> Judgement | None:
@@ -154,7 +161,7 @@ class Study:
         ):
             raise InputError("this item is being saved; wait a moment")
         if ask is not None:
-            self.plan.check(row.annotator, ask)
+            self.plan.check(row.annotator, ask, counts=row.value is not None)
         future = self._arrivals[row.client_id] = asyncio.get_running_loop().create_future()
         self._waiting.append(row)
         if self._writer is None or self._writer.done():
@@ -169,23 +176,30 @@ class Study:
     async def _write(self) -> None:
         while self._waiting:
             self._writing, self._waiting = self._waiting, []
-            error: Exception | None = None
+            found: Sequence[Judgement | Exception]
             try:
-                added = await asyncio.to_thread(self.store.add, self._writing)
-            except Exception as failed:
-                added, error = [], failed
-            for row in added:
-                self._rows.append(row)
-                self._by_client[row.client_id] = self._by_number[row.number] = row
-                self.plan.note(row, self._by_number.get(row.undoes or 0))
-            for place, row in enumerate(self._writing):
+                found = await asyncio.to_thread(self.store.add, self._writing)
+            except InputError as error:  # the disk is full, or the like: it is so for all
+                found = [error] * len(self._writing)
+            except Exception:  # one row is at fault, and the others are not to suffer for it
+                found = [await asyncio.to_thread(self._alone, row) for row in self._writing]
+            for row, kept in zip(self._writing, found, strict=True):
                 future = self._arrivals.pop(row.client_id)
-                if error is None:
-                    future.set_result(added[place])
-                else:
-                    future.set_exception(OSError(str(error)))
+                if isinstance(kept, Exception):
+                    future.set_exception(OSError(str(kept)))
                     future.exception()  # it is handled, even if the client has gone
+                    continue
+                self._rows.append(kept)
+                self._by_client[kept.client_id] = self._by_number[kept.number] = kept
+                self.plan.note(kept, self._by_number.get(kept.undoes or 0))
+                future.set_result(kept)
             self._writing = ()
+
+    def _alone(self, row: Judgement) -> Judgement | Exception:
+        try:
+            return self.store.add([row])[0]
+        except Exception as error:
+            return error
 
     def _shown(self, ask: Ask) -> Answer:
         return {
@@ -220,6 +234,6 @@ def _text(sent: Answer, key: str, most: int) -> str | None:
         raise InputError(f"{key}: must be text or null")
     if given is not None and len(given) > most:
         raise InputError(f"{key}: must have at most {most:,} letters")
-    if given is not None and "\0" in given:
-        raise InputError(f"{key}: holds a NUL character")
+    if fault := faulty_text(given):
+        raise InputError(f"{key}: {fault}")
     return (given or None) if given is None or given.strip() else None

@@ -129,7 +129,10 @@ class Ranking(Task):
 
     def gold(self, given: Any, count: int) -> Value:
         """Reads the ranks."""
-        return {"ranks": self._ranks(given, count)}
+        ranks = self._ranks(given, count)
+        if len({rank for rank in ranks if rank is not None}) < 2:
+            raise InputError("ranks: all are tied, which no judgement could contradict; rank one answer above another")
+        return {"ranks": ranks}
 
     def agrees(self, kept: Value, other: Value) -> bool:
         """Whether no two answers that both have ranked stand in opposite order, and one pair at least can be compared.
@@ -178,7 +181,10 @@ class Rating(Task):
         """Reads one number or object for each answer; criteria that are left out are not compared."""
         if isinstance(given, list):
             given = [value if isinstance(value, dict) else dict.fromkeys(self.names, value) for value in given]
-        return {"ratings": self._ratings(given, count)}
+        ratings = self._ratings(given, count)
+        if not any(ratings):
+            raise InputError("ratings: there is no number, so no judgement could differ; rate one answer at least")
+        return {"ratings": ratings}
 
     def agrees(self, kept: Value, other: Value) -> bool:
         """Whether no two ratings of one answer and criterion are more than one step apart."""

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | pairs | an item, and each criterion of it | first, second, or neither | minus the strength for the first, 0 for neither, the strength for the second; a missing strength is 2, the middle one |
 | rankings | two answers that the annotator ranked both | first, second, or a tie | -1, 0, 1 |
-| ratings | an answer and a criterion | the rating | the rating |
+| ratings | an answer and a criterion; of several criteria also their mean, as the whole | the rating | the rating |
 | rows with ``preferences`` | the row | below 1.5 the first, above the second, none at 1.5 | the number from 1 to 2 |
 """  # noqa: E501
 
@@ -74,6 +74,10 @@ class Units:
             self.values[np.ix_(people, kept)],
         )
 
+    def whole(self) -> Units:
+        """The units of the whole; all where only one criterion was judged."""
+        return self.of_criterion(OVERALL) if OVERALL in self.criteria else self
+
     def of_criterion(self, name: str) -> Units:
         """The units of one criterion."""
         return self.chosen([place for place, criterion in enumerate(self.criteria) if criterion == name])
@@ -101,6 +105,9 @@ def _marks(row: Judgement, task: Task) -> Iterator[Mark]:
         for place, ratings in enumerate(value["ratings"]):
             for name, number in ratings.items():
                 yield Mark((row.item, name, str(place)), row.annotator, number, number)
+            if len(ratings) > 1 and OVERALL not in ratings:  # criteria have scales of their own: never one pool of them
+                mean = float(np.mean(list(ratings.values())))
+                yield Mark((row.item, OVERALL, str(place)), row.annotator, mean, mean)
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,7 @@ def file_units(path: str) -> tuple[Units, list[Choice]]:
     """
     marks: list[Mark] = []
     choices: list[Choice] = []
+    seen: dict[str, str] = {}
     for line, row in read_rows(path, lambda row: "preferences" in row):
         if isinstance(row, InputError):
             raise row
@@ -143,7 +151,10 @@ def file_units(path: str) -> tuple[Units, list[Choice]]:
         if not isinstance(given, dict):
             remedy = "give an object with a number from 1 to 2 for each annotator"
             raise refused(where, "preferences", f"must be an object, got {kind_of(given)}; {remedy}")
-        name = str(row.get("id", line))
+        name = f"row {line}" if row.get("id") is None else str(row["id"])
+        if name in seen:
+            raise refused(where, "id", f"is {name!r} as in {seen[name]}; each row needs an id of its own")
+        seen[name] = where
         lengths = tuple(len(str(row.get(key) or "")) for key in ("response_a", "response_b"))
         for annotator, number in given.items():
             if number is None:

@@ -23,6 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf_lightning.data.columns import KEYS
+from rlhf_lightning.data.kept_columns import free_names
 from rlhf_lightning.errors import InputError, check_choice
 from rlhf_lightning.preferences.dawid_skene import fit
 from rlhf_lightning.preferences.items import Item
@@ -33,6 +35,7 @@ RowOut = dict[str, Any]
 _CLASSES = ("first", "second", "neither")
 _CLASS = {"first": 0, "second": 1, "tie": 2, "both_bad": 2}
 _OTHERS = {"calibration": "calibration items", "gold": "gold items", "repeat": "repeats"}
+_OURS = ("votes", "agreement", "criteria", "criteria_ratings", "tie", "annotator", "seconds", "comment", "flag", "at")
 _FOR_SECOND = np.array([0.0, 1.0, 0.5])
 
 
@@ -205,7 +208,8 @@ def _ranked(item: Item, rows: Sequence[Judgement], by_item: bool) -> Iterator[Ro
     lists = [(row.value or {})["ranks"] for row in rows]
     if by_item:
         common = [place for place in range(len(item.completions)) if all(ranks[place] is not None for ranks in lists)]
-        means = [float(np.mean([ranks[place] for ranks in lists])) for place in common]
+        within = [_mid_ranks([ranks[place] for place in common]) for ranks in lists]
+        means = [float(np.mean(column)) for column in zip(*within, strict=True)]
         ranks = [sum(other < mean for other in set(means)) + 1 for mean in means]
         votes = [{"annotator": row.annotator, "ranks": (row.value or {})["ranks"], **_more(row)} for row in rows]
         yield _graded(item, item.id, common, "ranks", ranks, {"votes": votes})
@@ -214,6 +218,11 @@ def _ranked(item: Item, rows: Sequence[Judgement], by_item: bool) -> Iterator[Ro
         places = [place for place, rank in enumerate(given) if rank is not None]
         more = {"annotator": row.annotator, **_more(row)}
         yield _graded(item, f"{item.id}:{row.annotator}", places, "ranks", [given[place] for place in places], more)
+
+
+def _mid_ranks(ranks: Sequence[int]) -> list[float]:
+    """The places of these answers alone; tied ones share the mean of their places."""
+    return [sum(other < rank for other in ranks) + (ranks.count(rank) + 1) / 2 for rank in ranks]
 
 
 def _rated(item: Item, rows: Sequence[Judgement], by_item: bool) -> Iterator[RowOut]:
@@ -249,8 +258,14 @@ def _graded(item: Item, name: str, places: Sequence[int], key: str, grades: Sequ
 
 
 def _columns(item: Item, row: RowOut) -> RowOut:
-    """The candidate row's other columns; `policies` only if its order is known."""
-    return {key: value for key, value in item.columns.items() if key not in row and key != "policies"}
+    """The candidate row's other columns; `policies` only if its order is known.
+
+    A column that says how to train (`preference`, `margin`, `ranks`, ...) is of an earlier judgement, so it becomes
+    ``input_NAME``, as does one that has the name of a column of ours.
+    """
+    others = {key: value for key, value in item.columns.items() if key != "policies"}
+    names = free_names(others, {*row, *_OURS, *KEYS} - {"tools"})  # tools belong to the prompt
+    return {names[key]: value for key, value in others.items()}
 
 
 def _usable(row: RowOut, found: Exported) -> bool:

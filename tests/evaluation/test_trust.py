@@ -11,7 +11,9 @@ import pytest
 from studies import judged, store, write
 
 from rlhf_lightning.cli.commands import main
+from rlhf_lightning.errors import InputError
 from rlhf_lightning.evaluation.trust import advice, measured, read
+from rlhf_lightning.preferences.agreement import live
 from rlhf_lightning.preferences.store import Store
 
 
@@ -95,6 +97,35 @@ def test_one_person_is_told_what_is_missing(tmp_path: Path) -> None:
     assert found["advice"] == ["One person has judged so far. Agreement needs a second: ask again with --overlap 2."]
     path = write(tmp_path / "p.jsonl", [{"preferences": {"ann": 1}}, {"preferences": {"bob": 1}}])
     assert measured(read(str(path)))["advice"] == ["No item was judged by two people. Ask again with --overlap 2."]
+
+
+def test_criteria_of_different_scales_are_not_pooled(tmp_path: Path) -> None:
+    """Two people rate at random, one criterion low and the other high: pooled, that would look like agreement."""
+    draw = random.Random(0)
+    names = [f"i{n}" for n in range(60)]
+    path = store(tmp_path / "s.sqlite", names, task="rating", criteria=("helpful", "harmless"))
+    with Store(path, writing=True) as opened:
+        rows = []
+        for name in names:
+            for who in ("ann", "bob"):
+                given = {
+                    "ratings": [{"helpful": draw.choice((1, 2)), "harmless": draw.choice((4, 5))} for _ in range(2)]
+                }
+                rows.append(replace(judged(f"{who}{name}", name, annotator=who), value=given))
+        opened.add(rows)
+        shown = live(list(opened.items()), opened.judgements(), opened.task)
+    found = measured(read(str(path)))
+    assert found["alpha"]["interval"]["value"] < 0.3
+    assert set(found["criteria"]) == {"helpful", "harmless", "overall"}
+    assert shown["alpha"]["interval"]["value"] == found["alpha"]["interval"]["value"]
+
+
+def test_rows_need_ids_of_their_own(tmp_path: Path) -> None:
+    given = [{"id": "x", "preferences": {"a": 1}}, {"id": "x", "preferences": {"a": 2}}]
+    with pytest.raises(InputError, match=r"p\.jsonl:2: key 'id': is 'x' as in .*p\.jsonl:1"):
+        read(str(write(tmp_path / "p.jsonl", given)))
+    given = [{"id": None, "preferences": {"a": 1}}, {"id": "2", "preferences": {"a": 2}}, {"preferences": {"a": 2}}]
+    assert measured(read(str(write(tmp_path / "p.jsonl", given))))["judgements"] == 3
 
 
 def test_all_the_same_is_agreement(tmp_path: Path) -> None:

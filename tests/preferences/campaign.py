@@ -126,7 +126,7 @@ def load(folder: Path, annotators: int, seconds: float, overlap: int = 3) -> tup
     """Lets so many annotators judge once a second. Returns what went wrong, and the seconds of all requests."""
     with Server(*_study(folder, rows=500, answers=4, overlap=overlap)) as server:
         stop = threading.Event()
-        people = [Annotator(f"a{n}", server.address.port or 0, n, pause=1.0) for n in range(annotators)]
+        people = [Annotator(f"a{n}", server.port, n, pause=1.0) for n in range(annotators)]
         threads = [threading.Thread(target=one.work, args=(stop,)) for one in people]
         for thread in threads:
             thread.start()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 
 class Server:
@@ -17,10 +18,15 @@ class Server:
 
     Args:
         arguments: of the command, but for the port.
-        port: the port; 0 for a free one.
+        port: the port; None for a free one.
     """
 
-    def __init__(self, *arguments: str | Path, port: int = 0) -> None:
+    def __init__(self, *arguments: str | Path, port: int | None = None) -> None:
+        if port is None:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+        self.port = port
         command = [sys.executable, "-m", "rlhf_lightning", "annotate", *map(str, arguments), "--port", str(port)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.lines: list[str] = []
@@ -33,11 +39,10 @@ class Server:
             if line.startswith("stop"):
                 break
         assert self.judge, self.lines
-        self.address = urlsplit(self.judge[0])
 
     def send(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
         """One request to this server, see `request`."""
-        return self.request(self.address.port or 0, method, path, body, **headers)
+        return self.request(self.port, method, path, body, **headers)
 
     @staticmethod
     def request(port: int, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:

@@ -142,7 +142,11 @@ def test_values_of_a_study() -> None:
     table = store_units([ranking], Ranking())
     assert table.values[0].tolist() == [1, 0, -1]  # 0-1, 0-3, 1-3
     rating = type(rows[0])(**{**rows[0].__dict__, "value": {"ratings": [{"x": 2, "y": 5}]}})
-    assert store_units([rating], Rating(["x", "y"])).values[0].tolist() == [2, 5]
+    rated = store_units([rating], Rating(["x", "y"]))
+    assert rated.values[0].tolist() == [2, 5, 3.5]  # each criterion, and their mean as the whole
+    assert rated.whole().values[0].tolist() == [3.5]
+    one = type(rows[0])(**{**rows[0].__dict__, "value": {"ratings": [{"x": 2}]}})
+    assert store_units([one], Rating(["x"])).whole().values[0].tolist() == [2]
 
 
 def test_rows_with_preferences(tmp_path) -> None:

@@ -40,7 +40,7 @@ class Desk:
         """Judges what is asked, or this ask."""
         ask = ask or self.plan.next(annotator)
         if ask is not None:
-            self.plan.check(annotator, ask)
+            self.plan.check(annotator, ask, counts=not skip)
             row = judged(f"k{len(self.rows)}", ask.item.id, annotator=annotator, part=ask.part)
             self.add(replace(row, shown=ask.order, value=None if skip else row.value))
         return ask
@@ -148,6 +148,55 @@ def test_an_undone_item_stays_with_its_annotator() -> None:
     assert desk.plan.next("b") is None
     assert desk.judge("a") is not None
     assert desk.plan.counts() == (1, 1)
+
+
+def test_nobody_is_stuck_with_an_undone_item_that_others_have_judged_since() -> None:
+    desk = Desk(3)
+    first = desk.judge("a")
+    desk.undo("a")
+    desk.now = IDLE + 1
+    while desk.judge("b"):
+        pass
+    assert first is not None
+    assert desk.plan.next("a") is None
+    assert desk.started().next("a") is None
+    desk.judge("a", first, skip=True)  # a skip never counts towards the overlap
+
+
+def test_a_counter_does_not_tell_hidden_items() -> None:
+    desk = Desk(60, gold=20, gold_share=0.3, repeat_share=0.2)
+    before = desk.plan.progress("a")
+    parts = set()
+    while ask := desk.judge("a"):
+        after = desk.plan.progress("a")
+        parts.add(ask.part)
+        assert after.done == before.done + 1  # for a real, a gold, and a repeated item alike
+        assert after.left % 5 == 0
+        before = after
+    assert parts == {"real", "gold", "repeat"}
+
+
+def test_the_last_items_on_other_screens_are_waited_for() -> None:
+    desk = Desk(1)
+    desk.plan.next("a")
+    assert desk.plan.next("b") is None
+    assert desk.plan.progress("b").phase == "waiting"
+    desk.judge("a")
+    assert desk.plan.progress("b").phase == "done"
+
+
+def test_what_was_undone_last_comes_first() -> None:
+    """In two windows: an item undone in one, another judged and undone in the other."""
+    desk = Desk(4)
+    first = desk.judge("a")
+    desk.undo("a")
+    other = desk.plan._ask("a", "r3", "real")
+    desk.judge("a", other)
+    assert desk.undo("a").item == "r3"
+    again = desk.plan.next("a")
+    assert again is not None and again.item.id == "r3"
+    desk.judge("a")
+    assert desk.plan.next("a") == first
 
 
 def test_a_judged_item_does_not_count_twice() -> None:

@@ -6,7 +6,7 @@ import pytest
 from studies import candidates, write
 
 from rlhf_lightning.errors import InputError
-from rlhf_lightning.preferences.items import Item, read_candidates, read_gold
+from rlhf_lightning.preferences.items import Item, check_ids, read_candidates, read_gold
 from rlhf_lightning.preferences.tasks import Pairs, Ranking, Rating
 
 
@@ -70,6 +70,39 @@ def test_a_faulty_row_is_one_line(tmp_path: Path, row: dict, expected: str) -> N
         read_candidates(str(write(tmp_path / "c.jsonl", [good, row])), Pairs())
 
 
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"completions": ["a", "cut \ud83d"]}, r"c\.jsonl:1: key 'completions': holds half of a surrogate pair"),
+        ({"completions": ["a", "b"], "note": "\0"}, r"key 'note': holds a NUL character"),
+        ({"completions": ["a", "b"], "system": "Be evil"}, r"key 'system': is not shown to annotators"),
+        (
+            {"completions": ["a", [{"role": "assistant", "content": "b", "tool_calls": [{}]}]]},
+            r"key 'completions\[1\]': has several messages or a tool call",
+        ),
+    ],
+)
+def test_what_people_would_not_see_as_it_is_is_refused(tmp_path: Path, row: dict, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        read_candidates(str(write(tmp_path / "c.jsonl", [{"prompt": "q", **row}])), Pairs())
+
+
+def test_a_pair_may_not_be_called_like_another_row(tmp_path: Path) -> None:
+    rows = [
+        {"id": "p", "prompt": "q", "completions": ["a", "b", "c"]},
+        {"id": "p:0-1", "prompt": "q", "completions": ["a", "b"]},
+    ]
+    found = read_candidates(str(write(tmp_path / "c.jsonl", rows)), Pairs())
+    with pytest.raises(InputError, match="two items are called 'p:0-1'"):
+        check_ids(found.items)
+
+
+def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"prompt": "q", "completions": ["a", "b"], "score": NaN}\n')
+    assert read_candidates(str(path), Pairs()).items[0].columns == {"score": None}
+
+
 def test_gold_rows(tmp_path: Path) -> None:
     rows = [
         {"id": 7, "prompt": "q", "completions": ["a", "b"], "gold": "second", "explanation": "b is short"},
@@ -92,6 +125,13 @@ def test_gold_rows(tmp_path: Path) -> None:
 def test_a_faulty_gold_row_is_one_line(tmp_path: Path, row: dict, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         read_gold(str(write(tmp_path / "g.jsonl", [{"prompt": "q", **row}])), Pairs())
+
+
+def test_gold_that_nothing_could_contradict_is_refused(tmp_path: Path) -> None:
+    for task, gold in ((Ranking(), [1, 1]), (Rating(), [{}, {}])):
+        path = write(tmp_path / "g.jsonl", [{"prompt": "q", "completions": ["a", "b"], "gold": gold}])
+        with pytest.raises(InputError, match="key 'gold'"):
+            read_gold(str(path), task)
 
 
 def test_gold_of_rankings_and_ratings_fits_the_answers(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def test_a_client_id_counts_once_and_belongs_to_one_annotator(server: Server) ->
     again = server.post("once-1", "once", ask, {"choice": "b", "strength": None})
     assert first[0] == again[0] == 200
     assert first[1]["number"] == again[1]["number"]
+    elsewhere = server.post("once-1", "once", server.next("once")["item"]["ask"], A)
+    assert elsewhere[0] == 409  # an id of one judgement is no answer to another
     status, found = server.post("once-1", "other", server.next("other")["item"]["ask"], A)
     assert (status, found["error"][:9]) == (400, "client_id")
     assert server.post("once-2", "once", ask, A)[0] == 409
@@ -92,6 +94,13 @@ def test_undo_shows_the_judgement_again(server: Server) -> None:
         assert found["value"] == {"choice": "b", "strength": 3}
     status, found, _ = server.send("POST", "/api/undo", {"client_id": "undo-3", "annotator": "undo"})
     assert (status, found["error"]) == (400, "there is no judgement to undo")
+
+
+def test_one_faulty_row_harms_no_other(server: Server) -> None:
+    for change in ({"comment": "\ud83d"}, {"seconds": 10**30}, {"seconds": 10**400}, {"flag": "\udc00"}):
+        body = {"client_id": "s-1", "annotator": "sur", "ask": server.next("sur")["item"]["ask"], "value": A}
+        status, found, _ = server.send("POST", "/api/judgements", body | change)
+        assert status == 400, found
 
 
 def test_skips_and_flags(server: Server, folder: Path) -> None:
@@ -117,7 +126,7 @@ def test_skips_and_flags(server: Server, folder: Path) -> None:
         ({"comment": 3}, "comment: must be text"),
         ({"comment": "x" * 10_001}, "comment: must have at most 10,000"),
         ({"comment": "\0"}, "comment: holds a NUL"),
-        ({"seconds": -1}, "seconds: must be 0 or more"),
+        ({"seconds": -1}, "seconds: must be from 0 to"),
         ({"seconds": True}, "seconds: must be a number"),
         ({"more": 1}, "expected an object with client_id"),
     ],
@@ -130,9 +139,12 @@ def test_a_faulty_judgement_is_refused_and_not_kept(server: Server, change: dict
 
 
 def test_other_hosts_origins_and_kinds_are_refused(server: Server) -> None:
-    port = server.address.port
+    port = server.port
     assert server.send("GET", "/api/lead", host="evil.example")[0] == 403
     assert server.send("GET", "/", host=f"evil.example:{port}")[0] == 403
+    assert server.send("GET", "/api/next?annotator=ghost", sec_fetch_site="cross-site")[0] == 403
+    assert server.send("GET", "/api/next?annotator=ghost", sec_fetch_site="same-origin")[0] == 200
+    assert server.send("GET", "/", sec_fetch_site="cross-site")[0] == 200  # a link to the page may be followed
     for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
         assert server.send("GET", "/api/study", host=host)[0] == 200
     body = {"client_id": "o", "annotator": "o"}
@@ -191,7 +203,7 @@ def test_one_server_a_store_and_other_faults_of_the_start(tmp_path: Path) -> Non
     path = candidates(tmp_path / "c.jsonl", 4)
     store = tmp_path / "s.sqlite"
     with Server(path, "--store", store) as running:
-        taken = str(running.address.port)
+        taken = str(running.port)
         cases = {
             ("--store", store): "another annotate serves this store",
             ("--store", tmp_path / "other.sqlite", "--port", taken): "another program uses the port",
@@ -213,10 +225,38 @@ def _fails(*arguments: str | Path) -> str:
     return done.stderr
 
 
+def test_the_lead_has_a_token_everywhere(server: Server) -> None:
+    token = next(line for line in server.lines if line.startswith("lead")).partition("token=")[2]
+    assert server.send("GET", "/api/lead")[0] == 401
+    assert server.send("GET", "/api/lead", x_token=token)[0] == 200
+
+
+def test_behind_another_server_the_public_address_counts(tmp_path: Path) -> None:
+    url = "https://study.example.org"
+    command = (
+        candidates(tmp_path / "c.jsonl", 2),
+        "--store",
+        tmp_path / "s.sqlite",
+        "--url",
+        url,
+        "--annotators",
+        "ada",
+    )
+    with Server(*command) as server:
+        assert server.judge[0].startswith(f"{url}/#annotator=ada&token=")
+        token = server.judge[0].partition("token=")[2]
+        body = {"client_id": "1", "annotator": "ada"}
+        for named in ({"host": "study.example.org"}, {}):  # the server before it may keep the name, or not
+            got = server.send("POST", "/api/undo", body, origin=url, x_token=token, **named)
+            assert got[:2] == (400, {"error": "there is no judgement to undo"})
+        assert server.send("POST", "/api/undo", body, origin="https://evil.example", x_token=token)[0] == 403
+        assert server.send("POST", "/api/undo", body, origin=url)[0] == 401
+
+
 def test_elsewhere_a_token_is_needed(tmp_path: Path) -> None:
     path = candidates(tmp_path / "c.jsonl", 4)
     command = (path, "--store", tmp_path / "s.sqlite", "--host", "0.0.0.0")
-    assert "name who may judge by --annotators" in _fails(*command, "--port", "0")
+    assert "--annotators: others can reach the server" in _fails(*command, "--port", "0")
     with Server(*command, "--annotators", "ada", "grace hopper") as server:
         tokens = [address.partition("token=")[2] for address in server.judge]
         assert server.judge[1].endswith(f"#annotator=grace%20hopper&token={tokens[1]}")

@@ -58,6 +58,42 @@ def test_a_judgement_is_on_the_disk_when_it_is_acknowledged(tmp_path: Path) -> N
         assert opened._base.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_one_process_writes_by_whatever_name(tmp_path: Path, link: str) -> None:
+    path = store(tmp_path / "s.sqlite", ["i1"])
+    other = tmp_path / "other.sqlite"
+    getattr(other, link)(path)
+    with Store(path, writing=True), pytest.raises(InputError, match="another annotate serves this store"):
+        Store(other, writing=True)
+
+
+def test_only_its_owner_reads_a_store(tmp_path: Path) -> None:
+    assert store(tmp_path / "s.sqlite", ["i1"]).stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        'value = \'{"choice": "zzz"}\'',
+        "value = '[1]'",
+        "value = '{}'",
+        "shown = '[]'",
+        "shown = '[0, 0]'",
+        "part = 'what'",
+        "item = 'none'",
+    ],
+)
+def test_a_row_of_another_kind_is_one_line(tmp_path: Path, change: str) -> None:
+    path = store(tmp_path / "s.sqlite", ["i1"])
+    with Store(path, writing=True) as opened:
+        opened.add([judged("c1", "i1")])
+    with sqlite3.connect(path) as base:
+        base.execute("DROP TRIGGER judgements_UPDATE")
+        base.execute(f"UPDATE judgements SET {change}")
+    with Store(path) as opened, pytest.raises(InputError, match="cannot be read as a store"):
+        opened.judgements()
+
+
 def test_one_process_writes(tmp_path: Path) -> None:
     path = store(tmp_path / "s.sqlite", ["i1"])
     with Store(path, writing=True), pytest.raises(InputError, match="another annotate serves this store"):

@@ -12,6 +12,7 @@ from studies import judged, store, write
 from rlhf_lightning.cli.commands import main
 from rlhf_lightning.data.records import load_records
 from rlhf_lightning.errors import InputError
+from rlhf_lightning.preferences.exchange import formed
 from rlhf_lightning.preferences.items import Item
 from rlhf_lightning.preferences.store import Judgement, Store
 from rlhf_lightning.preferences.votes import export
@@ -172,7 +173,12 @@ def graded(path: Path, task: str, values: list[dict], criteria: tuple[str, ...] 
     item = Item("i", "i", "q", ("x", "y", "z"), (0, 1, 2), {"policies": ["p", "q", "r"]})
     Store.create(path, {"task": task, "criteria": list(criteria)}, [("real", item)])
     opened = Store(path, writing=True)
-    opened.add([replace(judged(f"{n}", "i", annotator=f"a{n}"), value=value) for n, value in enumerate(values)])
+    opened.add(
+        [
+            replace(judged(f"{n}", "i", annotator=f"a{n}"), value=value, shown=(2, 0, 1))
+            for n, value in enumerate(values)
+        ]
+    )
     return opened
 
 
@@ -188,6 +194,55 @@ def test_rankings(tmp_path: Path) -> None:
     ]
     assert [(row["completions"], row["ranks"]) for row in one] == [(["x", "y"], [1, 1])]
     assert [vote["ranks"] for vote in one[0]["votes"]] == [[2, 1, 2], [1, 2, None]]
+
+
+def test_the_majority_of_partial_rankings_is_among_the_answers_that_all_have_ranked(tmp_path: Path) -> None:
+    """Two of three prefer x to y. The ranks that the third gave other answers must not outweigh them."""
+    ranks = [{"ranks": [1, 2, None]}, {"ranks": [1, 2, None]}, {"ranks": [3, 1, 2]}]
+    with graded(tmp_path / "s.sqlite", "ranking", ranks) as opened:
+        [row] = export(opened, "majority").rows
+    assert (row["completions"], row["ranks"]) == (["x", "y"], [1, 2])
+
+
+def test_what_an_earlier_file_said_of_training_does_not_turn_a_new_judgement_around(tmp_path: Path) -> None:
+    columns = {"preference": 0.1, "margin": 2.0, "weight": 5, "ranks": [1, 2], "votes": [], "tie": True, "topic": "t"}
+    item = Item("i", "i", "q", ("good", "bad"), (0, 1), columns)
+    Store.create(tmp_path / "s.sqlite", {"task": "pairs", "criteria": []}, [("real", item)])
+    with Store(tmp_path / "s.sqlite", writing=True) as opened:
+        opened.add([judged("1", "i", "first")])
+        for votes in ("majority", "soft"):
+            [row] = export(opened, votes).rows
+            assert (row["input_preference"], row["input_margin"], row["input_ranks"], row["topic"]) == (
+                0.1,
+                2.0,
+                [1, 2],
+                "t",
+            )
+            [record] = load_records(str(write(tmp_path / f"{votes}.jsonl", [row]))).rows
+            assert (record.responses, record.preference, record.margin) == (("good", "bad"), 1.0, 0.0)
+            assert record.weight == 1.0
+
+
+def test_import_keeps_uncertain_labels(tmp_path: Path) -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    rows = [{**pair, "preference": p} for p in (0.6, 0.5, 0.2, 1)]
+    out = tmp_path / "out.jsonl"
+    assert main(["preferences", "import", str(write(tmp_path / "r.jsonl", rows)), "--out", str(out)]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["chosen"], row.get("preference")) for row in found] == [
+        ("a", 0.6),
+        ("a", 0.5),
+        ("b", 0.8),
+        ("a", None),
+    ]
+
+
+@pytest.mark.parametrize("answer", ["yes\n\nHuman: and now?", "no\n\nAssistant: yes"])
+def test_a_text_that_holds_a_turn_is_no_transcript(answer: str) -> None:
+    with pytest.raises(InputError, match="would begin another turn"):
+        formed({"id": "i", "prompt": "q", "chosen": answer, "rejected": "b"}, "hh")
+    with pytest.raises(InputError, match="would begin another turn"):
+        formed({"id": "i", "prompt": answer, "chosen": "a", "rejected": "b"}, "hh")
 
 
 def test_ratings(tmp_path: Path) -> None:

@@ -33,9 +33,14 @@ export function isLong(text) {
   return text.length > LONG || text.split("\n", LINES + 1).length > LINES;
 }
 
+/** A, B, ... Z, AA, AB, ... */
+export function letter(place) {
+  return place < 26 ? String.fromCharCode(65 + place) : letter(Math.floor(place / 26) - 1) + letter(place % 26);
+}
+
 /** The names under which answers are shown. */
 export function letters(count) {
-  return Array.from({ length: count }, (_, place) => String.fromCharCode(65 + place));
+  return Array.from({ length: count }, (_, place) => letter(place));
 }
 
 /**

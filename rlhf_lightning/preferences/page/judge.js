@@ -1,7 +1,7 @@
 // The flow of the page: who judges, the item, the judgement, feedback, the next item.
 
 import { button, by, get, identity, make, newId, post, read, write } from "./api.js";
-import { promptOf } from "./item.js";
+import { letter, promptOf } from "./item.js";
 import { KEYS as PAIR_KEYS, pairs } from "./pairs.js";
 import { KEYS as RANKING_KEYS, ranking } from "./ranking.js";
 import { KEYS as RATING_KEYS, rating } from "./rating.js";
@@ -123,15 +123,23 @@ function show(found, before = null, comment = null) {
 }
 
 function progress({ phase, progress: { done, quota, left } }) {
-  by("phase").textContent = { calibration: "Calibration", judging: "Judge answers", done: "All done" }[phase];
+  by("phase").textContent = { calibration: "Calibration", judging: "Judge answers", waiting: "Waiting", done: "All done" }[phase];
   by("progress").hidden = false;
   by("bar").value = done + left ? done / (done + left) : 1;
-  by("counts").textContent = quota === null ? `${done} done, ${left} left` : `${done} of ${quota}, ${left} left`;
+  by("counts").textContent = quota === null ? `${done} done, about ${left} left` : `${done} of ${quota}`;
 }
 
-function ended({ progress: { done } }) {
+function ended({ phase, progress: { done } }) {
   view = null;
   by("choices").replaceChildren();
+  if (phase === "waiting") {
+    by("main").replaceChildren(make("section", { class: "end" }, make("h2", {}, "Others have the last items on their screens"), make("p", {}, "This page asks again every few seconds.")));
+    setTimeout(async () => {
+      if (view || busy || item) return; // an undo has brought an item back
+      show(await reached(() => get(`/api/next?annotator=${encodeURIComponent(me.annotator)}`, me.token)));
+    }, 10000);
+    return;
+  }
   by("main").replaceChildren(
     make("section", { class: "end" }, make("h2", {}, "All done, thank you"), make("p", {}, `You gave ${done} judgements. There is nothing left to judge for you now.`)),
   );
@@ -146,7 +154,7 @@ async function judge(what) {
   const body = { client_id: newId(), annotator: me.annotator, ask: item.ask, comment, seconds: Math.round(clock.spent) / 1000, ...what };
   try {
     const found = await send("/api/judgements", body);
-    say(what.value ? "Saved" : "Skipped");
+    say(what.value ? "Saved" : what.flag ? "Flagged" : "Skipped");
     if (found.feedback) feedback(found);
     else show(found.next);
   } catch (error) {
@@ -203,7 +211,6 @@ function feedback({ feedback: { right, gold, explanation }, next }) {
 
 function inWords(gold) {
   if (gold.choice) return { a: "A is better", b: "B is better", tie: "a tie", both_bad: "both are bad" }[gold.choice];
-  const letter = (place) => String.fromCharCode(65 + place);
   if (gold.ranks) {
     const ranked = gold.ranks.map((rank, place) => [rank, letter(place)]).filter(([rank]) => rank !== null).sort(([a], [b]) => a - b);
     return ranked.map(([rank, name]) => `${name} at place ${rank}`).join(", ");
